@@ -1,0 +1,193 @@
+r"""The flow map of Gaussian data, in closed form: a baseline for the divergence, a preconditioner, a ground truth.
+
+For data :math:`\mathcal N(\mu, V \Lambda V^\top)` on a path :math:`x_t = \sigma_t \epsilon + \alpha_t x_1` the
+marginal at time ``t`` has variances :math:`w_i(t) = \sigma_t^2 + \alpha_t^2 \lambda_i` along the same axes, and the
+flow map scales each axis by :math:`r_i = \sqrt{w_i(t) / w_i(s)}`:
+
+.. math::
+    u_0 = \frac{\alpha_t - \alpha_s}{t - s}\,\mu + V\,\frac{r - 1}{t - s}\,V^\top (x - \alpha_s \mu), \qquad
+    D_0 = \frac{1}{2 (t - s)} \sum_i \log \frac{w_i(t)}{w_i(s)}.
+
+Both are evaluated through divided differences, with no division by ``t - s``, so that the diagonal is no
+special case. The pair obeys the semigroup, Lagrangian and Eulerian identities exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.flow_map import Joint, JointMap
+from f2d2_lightning.paths import LinearPath, Path, like
+
+__all__ = ["GaussianBaseline", "GaussianFlow"]
+
+
+def _log1p_ratio(y: Tensor) -> Tensor:
+    """``log(1 + y) / y``, smooth through ``y = 0``."""
+    small = y.abs() < 1e-3
+    series = 1 - y * (1 / 2 - y * (1 / 3 - y * (1 / 4 - y / 5)))
+    safe = torch.where(small, torch.ones_like(y), y)
+    return torch.where(small, series, torch.log1p(safe) / safe)
+
+
+class GaussianBaseline(nn.Module):
+    """Gaussian fit of the data, kept in buffers and so in the checkpoint.
+
+    Make one with :meth:`standard` (identity covariance), :meth:`from_covariance` or :meth:`fit`; a module that is
+    to be loaded from a checkpoint starts from :meth:`standard` and the checkpoint fills it.
+
+    Args:
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
+        covariance: ``"full"`` keeps principal axes, ``"diagonal"`` a variance per coordinate, ``"isotropic"`` one.
+        path: Probability path; the linear one by default.
+    """
+
+    mean: Tensor
+    variances: Tensor
+    axes: Tensor | None
+    fitted: Tensor
+
+    def __init__(self, shape: Iterable[int], covariance: str = "full", path: Path | None = None) -> None:
+        super().__init__()
+        if covariance not in ("full", "diagonal", "isotropic"):
+            raise ValueError(f"covariance is {covariance!r}; it is 'full', 'diagonal' or 'isotropic'")
+        self.shape = tuple(shape)
+        self.dim = math.prod(self.shape)
+        self.covariance = covariance
+        self.path = path or LinearPath()
+        self.register_buffer("mean", torch.zeros(self.dim))
+        self.register_buffer("variances", torch.ones(1 if covariance == "isotropic" else self.dim))
+        self.register_buffer("axes", torch.eye(self.dim) if covariance == "full" else None)
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @classmethod
+    def standard(cls, shape: Iterable[int], covariance: str = "full", path: Path | None = None) -> GaussianBaseline:
+        """Zero mean, identity covariance: what a checkpoint or :meth:`fit` then fills."""
+        return cls(shape, covariance, path)
+
+    @classmethod
+    def from_covariance(
+        cls, mean: Tensor, covariance: Tensor, path: Path | None = None, shape: Iterable[int] | None = None
+    ) -> GaussianBaseline:
+        """Baseline of ``N(mean, covariance)``, shapes ``(d,)`` and ``(d, d)``, in their dtype."""
+        baseline = cls(shape or mean.shape, "full", path).to(mean)
+        baseline._set(mean.flatten(), covariance)
+        return baseline
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Tensor], floor: float = 1e-6) -> GaussianBaseline:
+        """Set mean and covariance from data, in one pass with float64 sums.
+
+        Args:
+            batches: States ``(B, *shape)``, dequantised as in training.
+            floor: Smallest variance, in units of the data squared.
+
+        Raises:
+            ValueError: If there are fewer than two samples, another shape, or values that are not finite.
+        """
+        count, total = 0, torch.zeros(self.dim, dtype=torch.float64)
+        full = self.covariance == "full"
+        moment = torch.zeros((self.dim, self.dim) if full else self.dim, dtype=torch.float64)
+        for batch in batches:
+            if tuple(batch.shape[1:]) != self.shape:
+                raise ValueError(f"a batch has samples of shape {tuple(batch.shape[1:])}, the baseline {self.shape}")
+            flat = batch.reshape(len(batch), -1).to("cpu", torch.float64)
+            if not bool(flat.isfinite().all()):
+                raise ValueError("the data hold NaN or infinite values; the Gaussian fit needs finite data")
+            count += len(flat)
+            total += flat.sum(0)
+            moment += flat.T @ flat if full else flat.square().sum(0)
+        if count < 2:
+            raise ValueError(f"a Gaussian fit needs at least two samples, got {count}")
+        mean = total / count
+        square = torch.outer(mean, mean) if full else mean.square()
+        self._set(mean, (moment - count * square) / (count - 1), floor)
+        return self
+
+    def _set(self, mean: Tensor, covariance: Tensor, floor: float = 1e-12) -> None:
+        variances = covariance
+        if self.axes is not None:
+            variances, axes = torch.linalg.eigh(covariance.to(torch.float64))
+            if float(variances.min()) < -1e-6 * float(variances.max()):
+                raise ValueError(f"the covariance has a negative eigenvalue ({float(variances.min()):.3g})")
+            self.axes.copy_(axes)
+        elif self.covariance == "isotropic":
+            variances = variances.mean()
+        self.mean.copy_(mean)
+        self.variances.copy_(variances.clamp(min=floor))
+        self.fitted.fill_(True)
+
+    def to_axes(self, x: Tensor) -> Tensor:
+        """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""
+        flat = x.reshape(len(x), -1)
+        return flat if self.axes is None else flat @ self.axes
+
+    def from_axes(self, z: Tensor) -> Tensor:
+        """Inverse of :meth:`to_axes`, ``(B, dim) -> (B, *shape)``."""
+        flat = z if self.axes is None else z @ self.axes.T
+        return flat.reshape(len(z), *self.shape)
+
+    def marginal_variances(self, t: Tensor) -> Tensor:
+        """``w(t) = sigma^2 + alpha^2 lambda`` along the axes, ``(B,) -> (B, dim or 1)``."""
+        return self.path.sigma(t)[:, None] ** 2 + self.path.alpha(t)[:, None] ** 2 * self.variances
+
+    def _relative_slope(self, s: Tensor, t: Tensor) -> Tensor:
+        """``(w(t) - w(s)) / ((t - s) w(s))``, without the division."""
+        path = self.path
+        noise = path.sigma_slope(s, t) * (path.sigma(s) + path.sigma(t))
+        data = path.alpha_slope(s, t) * (path.alpha(s) + path.alpha(t))
+        return (noise[:, None] + data[:, None] * self.variances) / self.marginal_variances(s)
+
+    def divergence(self, s: Tensor, t: Tensor) -> Tensor:
+        """``D_0(s, t)``, ``(B,), (B,) -> (B,)``, nats per unit of time; the same for every state."""
+        slope = self._relative_slope(s, t)
+        rate = 0.5 * slope * _log1p_ratio((t - s)[:, None] * slope)
+        return rate.mean(-1) * self.dim
+
+    def _rates(self, s: Tensor, t: Tensor) -> Tensor:
+        """``(r - 1) / (t - s)`` along the axes: eigenvalues of the Jacobian of ``u_0``."""
+        slope = self._relative_slope(s, t)
+        return slope / (torch.sqrt(1 + (t - s)[:, None] * slope) + 1)
+
+    def jacobian_product(self, v: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """Jacobian of ``u_0(., s, t)`` times ``v``, shape of ``v``: a control variate for Hutchinson's estimator."""
+        return self.from_axes(self._rates(s, t) * self.to_axes(v))
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``u_0(x, s, t)``, shape of ``x``."""
+        mean = self.mean.reshape(1, *self.shape)
+        drift = like(self.path.alpha_slope(s, t), x) * mean
+        return drift + self.jacobian_product(x - like(self.path.alpha(s), x) * mean, s, t)
+
+    def whiten(self, x: Tensor, t: Tensor) -> Tensor:
+        """State at time ``t`` as unit-variance coordinates along the axes, ``(B, *shape) -> (B, dim)``."""
+        centred = x - like(self.path.alpha(t), x) * self.mean.reshape(1, *self.shape)
+        return self.to_axes(centred) / self.marginal_variances(t).sqrt()
+
+    def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
+        """Log-density of the fit at time ``t``, ``(B,)``, nats."""
+        log_scale = self.marginal_variances(t).log().mean(-1) * self.dim
+        return -0.5 * (self.whiten(x, t).square().sum(-1) + log_scale + self.dim * math.log(2 * math.pi))
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, covariance={self.covariance!r}, fitted={bool(self.fitted)}"
+
+
+class GaussianFlow(JointMap):
+    """The exact joint flow map of Gaussian data: both directions, any number of steps.
+
+    >>> flow = GaussianFlow(GaussianBaseline.from_covariance(torch.zeros(2), 4 * torch.eye(2)))
+    >>> flow.jump(torch.ones(1, 2), 0.0, 1.0).state
+    tensor([[2., 2.]])
+    """
+
+    def __init__(self, baseline: GaussianBaseline) -> None:
+        super().__init__()
+        self.baseline = baseline
+
+    def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
+        return Joint(self.baseline.average_velocity(x, s, t), self.baseline.divergence(s, t))

@@ -1,0 +1,298 @@
+r"""Estimators of the instantaneous divergence, each giving velocity and divergence together.
+
+Every estimator is called as ``estimator(velocity, x, t, cond, data=..., noise=...)`` with
+``velocity(x, t, cond) -> v`` and answers a :class:`Divergence`. They differentiate the network in forward mode
+by default: under ``torch.no_grad`` no graph is kept, so memory is that of inference, and it is the form that
+works under DDP and FSDP. With gradients enabled the answers are differentiable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.paths import LinearPath, Path, expand_time
+
+__all__ = [
+    "Conditional",
+    "Divergence",
+    "DivergenceEstimator",
+    "Exact",
+    "Hutchinson",
+    "instantaneous",
+    "jacobian_product",
+]
+
+
+class Divergence(NamedTuple):
+    """Velocity and its divergence at one point of space and time."""
+
+    velocity: Tensor
+    """``v(x, t)``, shape of ``x``."""
+    divergence: Tensor
+    """``div v(x, t)``, ``(B,)``, nats per unit of time."""
+    standard_error: Tensor | None = None
+    """Of ``divergence`` over the estimator's own randomness, ``(B,)``; ``None`` if exact or not known."""
+
+
+def jacobian_product(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``(f(x), J_f(x) v)`` in one forward-mode pass, shapes of ``f(x)``."""
+    with forward_ad.dual_level():
+        value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(x, v)))
+    if product is None:  # f does not depend on x
+        product = torch.zeros_like(value)
+    return value, product
+
+
+def _at(velocity: Callable[..., Tensor], t: Tensor, cond: Tensor | None, x: Tensor) -> Tensor:
+    return velocity(x, t, cond)
+
+
+def _repeat(value: Tensor | None, times: int) -> Tensor | None:
+    return None if value is None else value.repeat_interleave(times, 0)
+
+
+class DivergenceEstimator(ABC):
+    """Interface of the estimators."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        *,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Divergence:
+        """Velocity and divergence at ``(x, t)``.
+
+        Args:
+            velocity: ``(x, t, cond) -> v``.
+            x: State, ``(B, ...)``.
+            t: Time, ``()`` or ``(B,)``.
+            cond: Conditioning, or ``None``.
+            data: The data point that ``x`` was made from, shape of ``x``; only :class:`Conditional` needs it.
+            noise: The noise that ``x`` was made from, shape of ``x``; only :class:`Conditional` needs it.
+        """
+
+
+class Exact(DivergenceEstimator):
+    """Full trace, one directional derivative per dimension: for small ``d`` and for tests.
+
+    Args:
+        chunk: Directions evaluated in one batched call; bounds memory at ``chunk * B`` states.
+    """
+
+    def __init__(self, chunk: int = 32) -> None:
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; it counts directions, at least 1")
+        self.chunk = chunk
+
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        *,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Divergence:
+        t = expand_time(t, x)
+        batch, dim = len(x), x[0].numel()
+        v, trace = None, x.new_zeros(batch)
+        for start in range(0, dim, self.chunk):
+            stop = min(start + self.chunk, dim)
+            count = stop - start
+            basis = x.new_zeros(count, dim)
+            basis[torch.arange(count), torch.arange(start, stop)] = 1
+            tangent = basis.repeat(batch, 1).reshape(batch * count, *x.shape[1:])
+            times = t.repeat_interleave(count)
+            conds = _repeat(cond, count)
+            value, product = jacobian_product(
+                partial(_at, velocity, times, conds), x.repeat_interleave(count, 0), tangent
+            )
+            trace = trace + (product * tangent).reshape(batch, -1).sum(-1)
+            if v is None:
+                v = value.reshape(batch, count, *x.shape[1:])[:, 0]
+        assert v is not None
+        return Divergence(v, trace)
+
+
+class Hutchinson(DivergenceEstimator):
+    r"""Unbiased random estimate, :math:`E[\epsilon^\top J \epsilon]`.
+
+    Hutchinson, 1990; for flows: Grathwohl et al., "FFJORD", 2018, https://arxiv.org/abs/1810.01367
+
+    Args:
+        probes: Random directions per call; with two or more there is a standard error.
+        distribution: ``"rademacher"`` (lower variance) or ``"gaussian"``.
+        mode: ``"forward"`` (one pass, no graph), ``"reverse"`` (for backbones without a forward-mode rule; under
+            FSDP1 inside a training step it is silently wrong) or ``"finite"`` (central differences, two more
+            evaluations; works with anything, accurate to about ``step ** 2``).
+        step: Half-width of the finite difference, in units of the state.
+        control: Gaussian fit whose known Jacobian is subtracted before probing and whose known trace is added
+            back: same mean, smaller variance.
+
+    Raises:
+        ValueError: If an argument is none of the above.
+    """
+
+    def __init__(
+        self,
+        probes: int = 1,
+        distribution: str = "rademacher",
+        mode: str = "forward",
+        step: float = 1e-2,
+        control: GaussianBaseline | None = None,
+    ) -> None:
+        if probes < 1:
+            raise ValueError(f"probes is {probes}; at least 1 is needed")
+        if distribution not in ("rademacher", "gaussian"):
+            raise ValueError(f"distribution is {distribution!r}; it is 'rademacher' or 'gaussian'")
+        if mode not in ("forward", "reverse", "finite"):
+            raise ValueError(f"mode is {mode!r}; it is 'forward', 'reverse' or 'finite'")
+        if not step > 0:
+            raise ValueError(f"step is {step}; it must be positive")
+        self.probes = probes
+        self.distribution = distribution
+        self.mode = mode
+        self.step = step
+        self.control = control
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Probe vectors for a batch of states, ``(B, ...) -> (probes, B, ...)``."""
+        shape = (self.probes, *x.shape)
+        if self.distribution == "gaussian":
+            return torch.randn(shape, dtype=x.dtype, device=x.device)
+        return torch.randint(0, 2, shape, dtype=x.dtype, device=x.device) * 2 - 1
+
+    def per_probe(
+        self, velocity: Callable[..., Tensor], x: Tensor, t: Tensor | float, cond: Tensor | None, probes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``(v, e)``: velocity, shape of ``x``, and one estimate per given probe, ``(probes, B)``."""
+        t = expand_time(t, x)
+        count, batch = len(probes), len(x)
+        eps = probes.reshape(count * batch, *x.shape[1:])
+        if self.mode == "reverse":
+            with torch.enable_grad():
+                y = x if x.requires_grad else x.detach().requires_grad_(True)
+                value = velocity(y, t, cond)
+                rows = [
+                    torch.autograd.grad(
+                        value, y, e, retain_graph=True, create_graph=torch.is_grad_enabled() and x.requires_grad
+                    )[0]
+                    for e in probes
+                ]
+            v, product = value if x.requires_grad else value.detach(), torch.cat(rows)
+        else:
+            xs = x.repeat(count, *(1 for _ in x.shape[1:]))
+            ts = t.repeat(count)
+            cs = None if cond is None else cond.repeat(count, *(1 for _ in cond.shape[1:]))
+            if self.mode == "forward":
+                values, product = jacobian_product(lambda y: velocity(y, ts, cs), xs, eps)
+                v = values[:batch]
+            else:
+                v = velocity(x, t, cond)
+                difference = velocity(xs + self.step * eps, ts, cs) - velocity(xs - self.step * eps, ts, cs)
+                product = difference / (2 * self.step)
+        if self.control is not None:
+            times = t.repeat(count)
+            product = product - self.control.jacobian_product(eps, times, times)
+        estimates = (product * eps).reshape(count, batch, -1).sum(-1)
+        if self.control is not None:
+            estimates = estimates + self.control.divergence(t, t)
+        return v, estimates
+
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        *,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Divergence:
+        v, estimates = self.per_probe(velocity, x, t, cond, self.draw(x))
+        error = None if self.probes == 1 else estimates.std(0) / self.probes**0.5
+        return Divergence(v, estimates.mean(0), error)
+
+
+class Conditional(DivergenceEstimator):
+    r"""No Jacobian at all: one velocity evaluation and the pair that the state was made from.
+
+    On the linear path, for the exact marginal velocity ``v``,
+
+    .. math::
+        \operatorname{div} v(x_t, t)
+        = E\!\left[\frac{t\,\lVert x_1 - \epsilon - v\rVert^2 - d}{1 - t} \,\middle|\, x_t\right],
+
+    so the estimate is as unbiased as ``v`` is exact (its bias is ``-t |v - v*|^2 / (1 - t)``). Its variance grows
+    like ``1 / (1 - t)^2``; past ``handover`` another estimator answers. It needs no derivative, so flash attention,
+    compiled and sharded networks need no care.
+
+    Args:
+        handover: Time in (0, 1] from which ``near_data`` answers.
+        near_data: Estimator near the data; Hutchinson's with one probe by default.
+        path: Must be the linear path.
+    """
+
+    def __init__(
+        self, handover: float = 0.7, near_data: DivergenceEstimator | None = None, path: Path | None = None
+    ) -> None:
+        if not 0 < handover <= 1:
+            raise ValueError(f"handover is {handover}; it is a time in (0, 1]")
+        if not isinstance(path or LinearPath(), LinearPath):
+            raise ValueError(f"Conditional holds on the linear path, got {type(path).__name__}; use Hutchinson there")
+        self.handover = handover
+        self.near_data = near_data or Hutchinson()
+
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        *,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Divergence:
+        if data is None or noise is None:
+            raise ValueError(
+                "Conditional needs the pair (data, noise) that x was made from, and got none; states on a trajectory "
+                "have no such pair: use Hutchinson or Exact there"
+            )
+        t = expand_time(t, x)
+        near = t >= self.handover
+        v = torch.zeros_like(x)
+        divergence = torch.zeros_like(t)
+        far = (~near).nonzero().squeeze(-1)
+        near_index = near.nonzero().squeeze(-1)
+        if len(far):
+            pick = lambda value: None if value is None else value[far]  # noqa: E731
+            v_far = velocity(x[far], t[far], pick(cond))
+            residual = (data[far] - noise[far] - v_far).reshape(len(far), -1).square().sum(-1)
+            estimate = (t[far] * residual - x[0].numel()) / (1 - t[far])
+            v, divergence = v.index_copy(0, far, v_far), divergence.index_copy(0, far, estimate)
+        if len(near_index):
+            v_near, estimate, _ = self.near_data(
+                velocity, x[near_index], t[near_index], None if cond is None else cond[near_index]
+            )
+            v, divergence = v.index_copy(0, near_index, v_near), divergence.index_copy(0, near_index, estimate)
+        return Divergence(v, divergence)
+
+
+def instantaneous(velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``(x, t, cond) -> v`` from a velocity function, or from a flow map or joint map (its diagonal)."""
+    diagonal = getattr(velocity, "velocity", None)
+    return diagonal if callable(diagonal) else velocity

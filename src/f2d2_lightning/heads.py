@@ -1,0 +1,160 @@
+r"""The divergence head, and the joint flow map that it makes of a backbone.
+
+The divergence of image flows is thousands of nats, most of it the same for every image. The head therefore learns a
+residual, :math:`D(x, s, t) = D_0(s, t) + \mathrm{scale} \cdot \mathrm{head}(x, s, t)`, with the Gaussian fit's
+closed form as :math:`D_0` (:mod:`f2d2_lightning.baseline`) and a scale measured on data. Both are buffers, kept in
+the checkpoint; there are no magic constants.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.flow_map import Direction, FlowMap, Joint, JointMap
+from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.paths import expand_time
+
+__all__ = ["DivergenceHead", "JointFlowMap"]
+
+
+class DivergenceHead(nn.Module):
+    """Average divergence ``D`` from features of the backbone, or from a small network of its own.
+
+    Args:
+        features: Number of feature channels ``F`` that the backbone gives (``forward_features``). Vectors
+            ``(B, F)`` give one number; maps ``(B, F, H, W)`` give one number per pixel, summed, so that no
+            resolution is built in.
+        hidden: Width of the head's hidden layer.
+        layers: Hidden layers.
+        network: Instead of ``features``: a module ``(x, s, t, cond) -> (B,)`` that needs no backbone.
+        baseline: Closed form that is added; ``None`` for no baseline.
+
+    Raises:
+        ValueError: If not exactly one of ``features`` and ``network`` is given.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        features: int | None = None,
+        hidden: int = 128,
+        layers: int = 2,
+        network: nn.Module | None = None,
+        baseline: GaussianBaseline | None = None,
+    ) -> None:
+        super().__init__()
+        if (features is None) == (network is None):
+            raise ValueError("give the head either features=F, to read the backbone, or network=..., its own")
+        if network is None and layers < 1:
+            raise ValueError(f"layers is {layers}; a head on features needs at least one hidden layer")
+        self.features = features
+        self.network = network
+        self.baseline = baseline
+        self.register_buffer("scale", torch.ones(()))
+        if features is not None:
+            self.embedding = IntervalEmbedding(hidden)
+            widths = [features] + [hidden] * layers
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+            self.out = nn.Linear(hidden, 1)
+            # starts as the baseline alone, which is already the right answer for Gaussian data
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the head needs the backbone's features."""
+        return self.network is None
+
+    def forward(
+        self,
+        x: Tensor,
+        s: Tensor | float,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Average divergence from ``s`` to ``t``.
+
+        Args:
+            x: State at time ``s``, ``(B, ...)``.
+            s: Time of ``x``, ``()`` or ``(B,)``.
+            t: Target time, ``()`` or ``(B,)``.
+            cond: Conditioning, for a head with its own network.
+            features: ``(B, F)`` or ``(B, F, H, W)``, for a head on features.
+
+        Returns:
+            ``D``, ``(B,)``, nats per unit of time.
+
+        Raises:
+            ValueError: If features are missing or have another number of channels.
+        """
+        s, t = expand_time(s, x), expand_time(t, x)
+        if self.network is not None:
+            residual = self.network(x, s, t, cond).reshape(len(x))
+        else:
+            residual = self._from_features(features, s, t)
+        divergence = self.scale * residual
+        return divergence if self.baseline is None else divergence + self.baseline.divergence(s, t)
+
+    def _from_features(self, features: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+        if features is None or features.ndim < 2 or features.shape[1] != self.features:
+            came = "none" if features is None else f"shape {tuple(features.shape)}"
+            raise ValueError(
+                f"the head reads features of {self.features} channels, (B, F) or (B, F, H, W), and got {came}; "
+                "set DivergenceHead(features=...) to what the backbone's forward_features gives"
+            )
+        h = features if features.ndim == 2 else features.flatten(2).transpose(1, 2)
+        h = self.layers[0](h)
+        time = self.embedding(s, t)
+        h = h + (time if h.ndim == 2 else time[:, None])
+        h = nn.functional.silu(h)
+        for layer in self.layers[1:]:
+            h = nn.functional.silu(layer(h))
+        out = self.out(h).squeeze(-1)
+        # a mean, not a sum, keeps the unit of `scale` the same at any resolution of the features
+        return out if out.ndim == 1 else out.mean(-1)
+
+
+class JointFlowMap(JointMap):
+    """A flow map with a divergence head: samples and log-likelihoods from the same evaluations.
+
+    Args:
+        flow_map: Backbone.
+        head: Divergence head.
+        frozen: Keep the backbone as it is, weights, mode and samples bit for bit; only the head is trained.
+    """
+
+    def __init__(self, flow_map: FlowMap, head: DivergenceHead, frozen: bool = False) -> None:
+        super().__init__()
+        self.flow_map = flow_map
+        self.head = head
+        self.frozen = frozen
+        if frozen:
+            flow_map.requires_grad_(False)
+            flow_map.eval()
+
+    @property
+    def directions(self) -> Direction:  # type: ignore[override]
+        """Those of the backbone."""
+        return self.flow_map.directions
+
+    def train(self, mode: bool = True) -> JointFlowMap:
+        """Training mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.flow_map.eval()
+        return self
+
+    def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
+        if not self.head.reads_features:
+            return Joint(self.flow_map(x, s, t, cond), self.head(x, s, t, cond))
+        u, features = self.flow_map.forward_features(x, s, t, cond)
+        return Joint(u, self.head(x, s, t, cond, features))
+
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        return self.flow_map.velocity(x, t, cond)

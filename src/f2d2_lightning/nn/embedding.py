@@ -1,0 +1,38 @@
+"""Embedding of a pair of times that is smooth and takes negative intervals."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["IntervalEmbedding"]
+
+
+class IntervalEmbedding(nn.Module):
+    """Embedding of the time ``s`` and the signed interval ``t - s``.
+
+    Slow sinusoids (periods of 2 or longer down to ``2 / frequencies``): objectives differentiate with respect to time,
+    and fast ones, usual in diffusion, make that derivative large and noisy.
+
+    Args:
+        features: Width of the output.
+        frequencies: Sinusoids per time.
+    """
+
+    rates: Tensor
+
+    def __init__(self, features: int, frequencies: int = 8) -> None:
+        super().__init__()
+        if features < 1 or frequencies < 1:
+            raise ValueError(f"features and frequencies are {features} and {frequencies}; both are at least 1")
+        self.register_buffer("rates", math.pi * torch.arange(1, frequencies + 1) / 2, persistent=False)
+        self.project = nn.Linear(4 * frequencies + 2, features)
+
+    def forward(self, s: Tensor, t: Tensor) -> Tensor:
+        """``(B,), (B,) -> (B, features)``."""
+        times = torch.stack((s, t - s), -1)
+        angles = times[..., None] * self.rates.to(times.dtype)
+        waves = torch.cat((angles.sin(), angles.cos()), -1).flatten(1)
+        return self.project(torch.cat((times, waves), -1))

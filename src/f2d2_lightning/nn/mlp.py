@@ -1,0 +1,118 @@
+"""A residual multilayer perceptron for vectors and for small images taken as vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.flow_map import Direction, FlowMap
+from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.paths import expand_time
+
+__all__ = ["MLP"]
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, embedding: int, expansion: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.modulation = nn.Linear(embedding, 2 * width)
+        self.expand = nn.Linear(width, expansion * width)
+        self.dropout = nn.Dropout(dropout)
+        self.contract = nn.Linear(expansion * width, width)
+        nn.init.zeros_(self.contract.weight)
+        nn.init.zeros_(self.contract.bias)
+
+    def forward(self, h: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.modulation(time).chunk(2, -1)
+        inner = nn.functional.silu(self.expand(self.norm(h) * (1 + scale) + shift))
+        return h + self.contract(self.dropout(inner))
+
+
+class MLP(FlowMap):
+    """Average velocity of states of a fixed shape, with both times in every block.
+
+    Smooth (SiLU, LayerNorm), so that its derivatives exist in forward and in reverse mode; any order of ``s, t``.
+
+    Args:
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; flattened inside.
+        width: Features of the residual stream.
+        blocks: Residual blocks.
+        expansion: Width of a block's hidden layer, in units of ``width``.
+        dropout: Probability of dropping a hidden unit in training.
+        classes: Number of class labels; 0 for none. ``cond`` is then ``(B,)`` integers.
+        directions: Orders of time it is to be trained for.
+
+    >>> MLP((2,))(torch.zeros(3, 2), 0.0, torch.ones(3)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        width: int = 256,
+        blocks: int = 4,
+        expansion: int = 2,
+        dropout: float = 0.0,
+        classes: int = 0,
+        directions: str = "both",
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.features = width
+        self.directions = Direction.parse(directions)
+        dim = math.prod(self.shape)
+        self.embedding = IntervalEmbedding(width)
+        self.labels = nn.Embedding(classes, width) if classes else None
+        self.inlet = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(_Block(width, width, expansion, dropout) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        self.outlet = nn.Linear(width, dim)
+        nn.init.zeros_(self.outlet.weight)
+        nn.init.zeros_(self.outlet.bias)
+
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        return self.forward_features(x, s, t, cond)[0]
+
+    def forward_features(
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        check_state(x, self.shape)
+        s, t = expand_time(s, x), expand_time(t, x)
+        time = self.embedding(s, t)
+        if self.labels is not None:
+            time = time + self.labels(check_labels(cond, self.labels.num_embeddings))
+        time = nn.functional.silu(time)
+        h = self.inlet(x.reshape(len(x), -1))
+        for block in self.blocks:
+            h = block(h, time)
+        h = self.norm(h)
+        return self.outlet(h).reshape(x.shape), h
+
+
+def check_state(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse states of another shape than the network was made for.
+
+    Raises:
+        ValueError: Says both shapes.
+    """
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"states have shape {tuple(x.shape)}, but the network takes (B, {', '.join(map(str, shape))}); "
+            "set shape= to that of the data"
+        )
+
+
+def check_labels(cond: Tensor | None, classes: int) -> Tensor:
+    """Class labels ``(B,)`` as integers.
+
+    Raises:
+        ValueError: If there are none, or they are not integers.
+    """
+    if cond is None or torch.is_floating_point(cond):
+        came = "none" if cond is None else f"dtype {cond.dtype}"
+        raise ValueError(f"the network has {classes} classes and needs cond of shape (B,), integers; got {came}")
+    return cond

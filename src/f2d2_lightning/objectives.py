@@ -1,0 +1,295 @@
+r"""Training objectives for the pair ``f = (u, D)``, each written once for both.
+
+Average velocity and average divergence are time averages along the same trajectory, so they obey one set of
+identities. With ``g = (v, div v)`` and ``X`` the map itself:
+
+- semigroup: :math:`(t - s) f(x, s, t) = (m - s) f(x, s, m) + (t - m) f(X_{s \to m}(x), m, t)`
+  (shortcut models, Frans et al., 2024, https://arxiv.org/abs/2410.12557);
+- Lagrangian: :math:`f(x, s, t) = g(X_{s \to t}(x), t) - (t - s)\,\partial_t f(x, s, t)`
+  (Boffi et al., 2025, https://arxiv.org/abs/2505.18825);
+- Eulerian: :math:`f(x, s, t) = g(x, s) + (t - s)\,D_s f(x, s, t)`, with :math:`D_s` the derivative along
+  :math:`(dx, ds) = (v, 1)` (MeanFlow, Geng et al., 2025, https://arxiv.org/abs/2505.13447); with ``t = 1`` it is
+  the continuous-time consistency objective (Song et al., 2023, https://arxiv.org/abs/2303.01469).
+
+The student's answer is regressed on the right-hand side, which is detached. On the diagonal all of them say
+``f(x, t, t) = g(x, t)``. Trajectory regression, without bootstrapping, is in :mod:`f2d2_lightning.trajectory`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from f2d2_lightning.flow_map import Direction, Joint, JointMap
+from f2d2_lightning.intervals import Intervals
+from f2d2_lightning.paths import LinearPath, Path, like
+from f2d2_lightning.sources import VelocitySource
+
+__all__ = ["Consistency", "Eulerian", "Lagrangian", "Objective", "Semigroup", "Terms", "Weighting"]
+
+
+class Terms(NamedTuple):
+    """An objective's value, by part. All are means over the batch."""
+
+    loss: Tensor
+    """What is minimised."""
+    velocity_loss: Tensor
+    """Its velocity part, weighted."""
+    divergence_loss: Tensor
+    """Its divergence part, weighted."""
+    velocity_mse: Tensor
+    """Raw squared error of ``u``, per dimension."""
+    divergence_mse: Tensor
+    """Raw squared error of ``D``, per sample, (nats per unit of time) squared."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How errors of ``u`` and ``D`` become one loss.
+
+    ``loss = |u - u*|^2 / d + divergence * (D - D*)^2 / d``, each sample optionally divided by its own detached
+    error to the power ``adaptive`` (Geng et al., 2024, https://arxiv.org/abs/2406.14548).
+
+    Args:
+        divergence: Weight of the divergence error.
+        adaptive: 0 for plain squared errors, up to 1 for the adaptive ones.
+
+    Raises:
+        ValueError: If a weight is negative.
+    """
+
+    divergence: float = 1.0
+    adaptive: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.divergence < 0 or not 0 <= self.adaptive <= 1:
+            raise ValueError(
+                f"divergence={self.divergence} must be at least 0 and adaptive={self.adaptive} lie in [0, 1]"
+            )
+
+    def __call__(self, predicted: Joint, target: Joint) -> Terms:
+        """Terms for a batch; ``target`` is detached here."""
+        velocity_error = (predicted.velocity - target.velocity.detach()).flatten(1).square().mean(-1)
+        dim = predicted.velocity[0].numel()
+        divergence_error = (predicted.divergence - target.divergence.detach()).square()
+        weighted_divergence = self.divergence * divergence_error / dim
+        velocity_loss, divergence_loss = self._adapt(velocity_error), self._adapt(weighted_divergence)
+        return Terms(
+            velocity_loss + divergence_loss,
+            velocity_loss,
+            divergence_loss,
+            velocity_error.detach().mean(),
+            divergence_error.detach().mean(),
+        )
+
+    def _adapt(self, error: Tensor) -> Tensor:
+        if self.adaptive:
+            error = error / (error.detach() + 1e-3) ** self.adaptive
+        return error.mean()
+
+
+class Objective(ABC):
+    """A training objective.
+
+    Args:
+        intervals: Distribution of ``(s, t)``; both directions by default.
+        weighting: How errors become a loss.
+        path: Probability path that states are drawn from.
+    """
+
+    def __init__(
+        self, intervals: Intervals | None = None, weighting: Weighting | None = None, path: Path | None = None
+    ) -> None:
+        self.intervals = intervals or Intervals()
+        self.weighting = weighting or Weighting()
+        self.path = path or LinearPath()
+
+    @property
+    def directions(self) -> Direction:
+        """Orders of time that training covers."""
+        return self.intervals.directions
+
+    @abstractmethod
+    def target(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | None,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Joint:
+        """Right-hand side of the identity at ``(x, s, t)``, detached.
+
+        Args:
+            student: The joint map in training.
+            source: Gives ``(v, div v)``.
+            x: State at time ``s``, ``(B, ...)``.
+            s: Start, ``(B,)``.
+            t: End, ``(B,)``.
+            cond: Conditioning, or ``None``.
+            data: Data of the pair that ``x`` lies between, for sources that need it.
+            noise: Noise of that pair.
+        """
+
+    def __call__(self, student: JointMap, source: VelocitySource, data: Tensor, cond: Tensor | None = None) -> Terms:
+        """Loss on a batch of data, ``(B, ...)`` at ``t = 1``; noise and times are drawn here."""
+        s, t = (time.to(data.dtype) for time in self.intervals.sample(len(data), data.device))
+        noise = torch.randn_like(data)
+        x = self.path.sample(data, noise, s)
+        target = self.target(student, source, x, s, t, cond, data, noise)
+        return self.weighting(student(x, s, t, cond), target)
+
+    # trajectory regression has a state to keep; the others have none
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on as if nothing had happened."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
+        """Inverse of :meth:`state_dict`; tensors go to ``device``."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, and the checkpoint holds {sorted(state)}")
+
+
+class Semigroup(Objective):
+    """Two short steps teach one long step.
+
+    Args:
+        split: ``"midpoint"`` (shortcut models) or ``"random"`` (a uniform point between).
+        intervals: Distribution of ``(s, t)``; needs a share on the diagonal, where the source comes in.
+        weighting: How errors become a loss.
+        path: Probability path.
+
+    Raises:
+        ValueError: If ``split`` is neither, or the intervals never touch the diagonal.
+    """
+
+    def __init__(
+        self,
+        split: str = "midpoint",
+        intervals: Intervals | None = None,
+        weighting: Weighting | None = None,
+        path: Path | None = None,
+    ) -> None:
+        super().__init__(intervals, weighting, path)
+        if split not in ("midpoint", "random"):
+            raise ValueError(f"split is {split!r}; it is 'midpoint' or 'random'")
+        if self.intervals.diagonal == 0:
+            raise ValueError("the semigroup rule alone does not see the data; Intervals(diagonal=...) must be positive")
+        self.split = split
+
+    @torch.no_grad()
+    def target(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | None,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Joint:
+        u, divergence = torch.empty_like(x), torch.empty_like(s)
+        pick = lambda value, rows: None if value is None else value[rows]  # noqa: E731
+        on, off = (s == t).nonzero().squeeze(-1), (s != t).nonzero().squeeze(-1)
+        if len(on):
+            u[on], divergence[on] = source(x[on], s[on], pick(cond, on), data=pick(data, on), noise=pick(noise, on))
+        if len(off):
+            u[off], divergence[off] = self._two_steps(student, x[off], s[off], t[off], pick(cond, off))
+        return Joint(u, divergence)
+
+    def _two_steps(self, student: JointMap, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
+        share = torch.full_like(s, 0.5) if self.split == "midpoint" else torch.rand_like(s)
+        middle = s + share * (t - s)
+        u1, d1 = student(x, s, middle, cond)
+        u2, d2 = student(x + like(middle - s, x) * u1, middle, t, cond)
+        weight = like(share, x)
+        return Joint(weight * u1 + (1 - weight) * u2, share * d1 + (1 - share) * d2)
+
+
+class Lagrangian(Objective):
+    """The end of the interval moves. Needs a source that answers anywhere."""
+
+    @torch.no_grad()
+    def target(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | None,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Joint:
+        if not source.anywhere:
+            raise ValueError(
+                f"the Lagrangian objective asks for the velocity where the student lands, and {type(source).__name__} "
+                "answers on the data pair's path only; use a teacher or the student's own diagonal"
+            )
+        with forward_ad.dual_level():
+            pair = student(x, s, forward_ad.make_dual(t, torch.ones_like(t)), cond)
+            u, u_dt = _unpack(pair.velocity)
+            _, divergence_dt = _unpack(pair.divergence)
+        v, divergence = source(x + like(t - s, x) * u, t, cond)
+        return Joint(v - like(t - s, x) * u_dt, divergence - (t - s) * divergence_dt)
+
+
+class Eulerian(Objective):
+    """The start of the interval moves along the flow: MeanFlow, for the pair."""
+
+    @torch.no_grad()
+    def target(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | None,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Joint:
+        v, divergence = source(x, s, cond, data=data, noise=noise)
+        with forward_ad.dual_level():
+            dual_x, dual_s = forward_ad.make_dual(x, v), forward_ad.make_dual(s, torch.ones_like(s))
+            pair = student(dual_x, dual_s, t, cond)
+            _, u_ds = _unpack(pair.velocity)
+            _, divergence_ds = _unpack(pair.divergence)
+        return Joint(v + like(t - s, x) * u_ds, divergence + (t - s) * divergence_ds)
+
+
+class Consistency(Eulerian):
+    """The Eulerian objective with the end fixed at data, ``t = 1``: continuous-time consistency.
+
+    Such a map answers for ``t = 1`` only, so a likelihood of data needs it inverted in one step.
+    """
+
+    def __init__(
+        self, intervals: Intervals | None = None, weighting: Weighting | None = None, path: Path | None = None
+    ) -> None:
+        super().__init__(intervals or Intervals("to_data", diagonal=0.0, grid=0.0), weighting, path)
+        if self.intervals.directions != Direction.TO_DATA:
+            raise ValueError('consistency maps only go to data; use Intervals(directions="to_data")')
+
+    def __call__(self, student: JointMap, source: VelocitySource, data: Tensor, cond: Tensor | None = None) -> Terms:
+        s = torch.rand(len(data), dtype=data.dtype, device=data.device)
+        t = torch.ones_like(s)
+        noise = torch.randn_like(data)
+        x = self.path.sample(data, noise, s)
+        target = self.target(student, source, x, s, t, cond, data, noise)
+        return self.weighting(student(x, s, t, cond), target)
+
+
+def _unpack(dual: Tensor) -> tuple[Tensor, Tensor]:
+    value, tangent = forward_ad.unpack_dual(dual)
+    return value, torch.zeros_like(value) if tangent is None else tangent

@@ -1,0 +1,121 @@
+r"""Probability paths between noise and data, and the one time convention of this package.
+
+Time runs from ``t = 0`` (noise, :math:`\mathcal N(0, I)`) to ``t = 1`` (data). A path mixes the two,
+
+.. math:: x_t = \sigma(t)\,\epsilon + \alpha(t)\,x_1,
+
+and its conditional velocity is :math:`\dot\sigma(t)\,\epsilon + \dot\alpha(t)\,x_1`. Every other
+convention (time downwards, variance exploding, indices) is converted to this one in an adapter.
+
+Besides the coefficients a path gives their *divided differences*, ``(f(t) - f(s)) / (t - s)``, in a form
+that has no division: they stay exact as ``t -> s``, which the closed-form Gaussian map needs.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+__all__ = ["LinearPath", "Path", "TrigonometricPath", "expand_time"]
+
+
+def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
+    """Time as one value per sample.
+
+    Args:
+        t: Time, ``()`` or ``(B,)``, or a number.
+        x: State, ``(B, ...)``; gives batch size, device and dtype.
+
+    Returns:
+        Time, ``(B,)``.
+
+    Raises:
+        ValueError: If ``t`` is neither a scalar nor of shape ``(B,)``.
+    """
+    if not isinstance(t, Tensor):
+        return x.new_full((x.shape[0],), float(t))
+    t = t.to(dtype=x.dtype, device=x.device)
+    if t.ndim == 0 or t.shape == (x.shape[0],):
+        return t.expand(x.shape[0])
+    raise ValueError(
+        f"a time has shape {tuple(t.shape)}, but a batch of {x.shape[0]} states needs () or ({x.shape[0]},); "
+        "flatten it, or index the time that belongs to each sample"
+    )
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` of shape ``(B,)`` as ``(B, 1, ..., 1)``, to broadcast against ``x`` of shape ``(B, ...)``."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+class Path(ABC):
+    """Coefficients of ``x_t = sigma(t) noise + alpha(t) data``."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the data at time ``t``; 0 at ``t = 0`` and 1 at ``t = 1``."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Weight of the noise at time ``t``; 1 at ``t = 0`` and 0 at ``t = 1``."""
+
+    @abstractmethod
+    def alpha_slope(self, s: Tensor, t: Tensor) -> Tensor:
+        """``(alpha(t) - alpha(s)) / (t - s)``; the derivative where ``s = t``."""
+
+    @abstractmethod
+    def sigma_slope(self, s: Tensor, t: Tensor) -> Tensor:
+        """``(sigma(t) - sigma(s)) / (t - s)``; the derivative where ``s = t``."""
+
+    def sample(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """State at time ``t``, shape of ``data``, for the pair ``(data, noise)``; ``t`` is ``(B,)``."""
+        return like(self.sigma(t), data) * noise + like(self.alpha(t), data) * data
+
+    def conditional_velocity(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``d x_t / dt`` for a fixed pair, shape of ``data``; ``t`` is ``(B,)``."""
+        return like(self.sigma_slope(t, t), data) * noise + like(self.alpha_slope(t, t), data) * data
+
+
+class LinearPath(Path):
+    """``x_t = (1 - t) noise + t data``: rectified flow, flow matching, MeanFlow, shortcut models.
+
+    >>> path, t = LinearPath(), torch.tensor([0.25])
+    >>> path.sample(torch.tensor([[4.0]]), torch.tensor([[0.0]]), t)
+    tensor([[1.]])
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def alpha_slope(self, s: Tensor, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma_slope(self, s: Tensor, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+
+class TrigonometricPath(Path):
+    """``x_t = cos(pi t / 2) noise + sin(pi t / 2) data``: keeps the variance of unit-variance data.
+
+    Albergo and Vanden-Eijnden, "Building Normalizing Flows with Stochastic Interpolants", 2022,
+    https://arxiv.org/abs/2209.15571
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.cos(math.pi / 2 * t)
+
+    # sin a - sin b = 2 cos((a + b) / 2) sin((a - b) / 2), and sinc(x) = sin(pi x) / (pi x)
+    def alpha_slope(self, s: Tensor, t: Tensor) -> Tensor:
+        return math.pi / 2 * torch.cos(math.pi / 4 * (s + t)) * torch.sinc((t - s) / 4)
+
+    def sigma_slope(self, s: Tensor, t: Tensor) -> Tensor:
+        return -math.pi / 2 * torch.sin(math.pi / 4 * (s + t)) * torch.sinc((t - s) / 4)

@@ -1,0 +1,126 @@
+r"""Discrete data as continuous states, and bits per dimension.
+
+Data with ``levels`` integer values ``k = 0, ..., levels - 1`` become states by uniform dequantisation,
+``x = low + (k + U) * width`` with ``width = (high - low) / levels`` and ``U`` uniform on [0, 1). Then
+
+.. math::
+    -\log_2 P(k) \le E_U\!\left[-\log_2 p(x)\right] - d \log_2 \mathrm{width},
+
+so bits per dimension from one draw of ``U`` estimate an upper bound of the discrete code length (Theis, van den Oord
+and Bethge, "A note on the evaluation of generative models", 2015, https://arxiv.org/abs/1511.01844).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Quantisation", "bits_per_dim"]
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Levels and range of discrete data.
+
+    Args:
+        levels: Number of integer values: 256 for 8-bit images, 17 for scikit-learn's digits.
+        low: Lower edge of the lowest level's bin.
+        high: Upper edge of the highest level's bin.
+
+    Raises:
+        ValueError: If there are fewer than two levels or the range is empty.
+
+    >>> Quantisation(256).width
+    0.0078125
+    """
+
+    levels: int
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.levels < 2 or not self.high > self.low:
+            raise ValueError(
+                f"levels={self.levels} on [{self.low}, {self.high}]; at least two levels and low < high are needed"
+            )
+
+    @property
+    def width(self) -> float:
+        """Width of one level's bin, in units of the state."""
+        return (self.high - self.low) / self.levels
+
+    def check(self, k: Tensor) -> None:
+        """Refuse integers that are not ``0, ..., levels - 1``, or that use only a fraction of them.
+
+        Raises:
+            ValueError: Says the values that came and the levels expected.
+        """
+        if torch.is_floating_point(k):
+            raise ValueError(f"quantised data have dtype {k.dtype}; integers 0 to {self.levels - 1} are expected")
+        low, high = int(k.min()), int(k.max())
+        if low < 0 or high >= self.levels:
+            raise ValueError(
+                f"the data hold the values {low} to {high}, but levels={self.levels} means 0 to {self.levels - 1}; "
+                f"set levels to at least {high + 1}, or rescale the data"
+            )
+
+    def check_range_of(self, k: Tensor) -> None:
+        """As :meth:`check` for a whole data set, which should reach the highest level.
+
+        Raises:
+            ValueError: If the data use less than half of the levels: bits per dimension would be meaningless.
+        """
+        self.check(k)
+        if int(k.max()) < self.levels // 2:
+            raise ValueError(
+                f"the data set holds values up to {int(k.max())} only, but levels={self.levels}; bits per dimension "
+                f"would count levels that the data do not have: set levels={int(k.max()) + 1}"
+            )
+
+    def dequantise(self, k: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """States ``low + (k + U) * width`` in the default floating type, shape of ``k``.
+
+        Args:
+            k: Integers, any shape.
+            uniform: ``U`` in [0, 1), shape of ``k``; drawn if not given.
+        """
+        self.check(k)
+        uniform = torch.rand(k.shape, device=k.device) if uniform is None else uniform
+        x = self.low + (k + uniform) * self.width
+        # rounding can lift k + U to the next level; the bins are half open
+        return x.clamp(max=math.nextafter(self.high, self.low))
+
+    def quantise(self, x: Tensor) -> Tensor:
+        """Level that a state lies in, clipped to the range, ``int64``, shape of ``x``."""
+        return ((x - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
+
+
+def bits_per_dim(log_prob: Tensor, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """Bits per dimension from log-densities.
+
+    With ``levels`` this is an upper bound on the code length of discrete data (uniform dequantisation, see
+    :mod:`f2d2_lightning.quantisation`); without, the differential figure, which depends on the unit of the state.
+
+    Args:
+        log_prob: Log-density of dequantised states, any shape, nats.
+        dim: Number of dimensions of one state.
+        levels: Number of levels of the discrete data, or ``None`` for continuous data.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+
+    Returns:
+        Bits per dimension, shape of ``log_prob``.
+
+    Raises:
+        ValueError: If ``dim < 1`` or the levels are unfit.
+
+    >>> bits_per_dim(torch.tensor([0.0]), dim=1, levels=256)  # uniform density on [0, 1): half of the 2^8 bins
+    tensor([7.])
+    """
+    if dim < 1:
+        raise ValueError(f"dim is {dim}; at least one dimension is needed")
+    nats = log_prob if levels is None else log_prob + dim * math.log(Quantisation(levels, low, high).width)
+    return -nats / (dim * math.log(2))

@@ -1,0 +1,146 @@
+r"""Reference solutions: the flow's ODE integrated with torchdiffeq, state and divergence together.
+
+.. math:: \frac{d}{dt}(x, \ell) = (v(x, t), -\operatorname{div} v(x, t)).
+
+This is what a few-step likelihood is measured against: hundreds to thousands of evaluations (Chen et al., "Neural
+Ordinary Differential Equations", 2018, https://arxiv.org/abs/1806.07366; https://github.com/rtqichen/torchdiffeq).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from f2d2_lightning.divergence import DivergenceEstimator, Exact, Hutchinson, instantaneous
+from f2d2_lightning.likelihood import LogProb
+from f2d2_lightning.sampling import Samples, check_state, normal_log_prob
+
+__all__ = ["ADAPTIVE", "reference_log_prob", "reference_sample"]
+
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
+
+
+class _Counted:
+    """A velocity field that counts its evaluations."""
+
+    def __init__(self, velocity: Callable[..., Tensor]) -> None:
+        self.velocity = instantaneous(velocity)
+        self.calls = 0
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        self.calls += 1
+        # the last stage of a step may round past the end of the interval
+        return self.velocity(x, t.clamp(0, 1), cond)
+
+
+def _solve(
+    right_side: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    initial: tuple[Tensor, ...],
+    start: float,
+    end: float,
+    method: str,
+    steps: int | None,
+    rtol: float,
+    atol: float,
+) -> list[Tensor]:
+    x = initial[0]
+    if method in FIXED:
+        if steps is None or steps < 1:
+            raise ValueError(f"method {method!r} takes fixed steps and needs steps >= 1, got {steps}")
+        times = torch.linspace(start, end, steps + 1, dtype=x.dtype, device=x.device)
+        options = {}
+    elif method in ADAPTIVE:
+        if steps is not None:
+            raise ValueError(f"method {method!r} chooses its own steps; leave steps=None and set rtol and atol")
+        times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
+        options = {"dtype": x.dtype}
+    else:
+        raise ValueError(f"method is {method!r}; fixed: {', '.join(FIXED)}; adaptive: {', '.join(ADAPTIVE)}")
+    solution = odeint(right_side, initial, times, method=method, rtol=rtol, atol=atol, options=options)
+    return [value[-1] for value in solution]
+
+
+def reference_log_prob(
+    velocity: Callable[..., Tensor],
+    x: Tensor,
+    cond: Tensor | None = None,
+    *,
+    divergence: DivergenceEstimator | None = None,
+    method: str = "heun2",
+    steps: int | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> LogProb:
+    """Log-likelihood of data by integrating the flow from data to noise.
+
+    Args:
+        velocity: ``(x, t, cond) -> v``, or a flow map or joint map, whose diagonal is then integrated.
+        x: Data at ``t = 1``, ``(B, ...)``.
+        cond: Conditioning, first axis ``B``.
+        divergence: :class:`~f2d2_lightning.Exact` by default. With
+            :class:`~f2d2_lightning.Hutchinson`, fixed steps draw new probes at every evaluation (their errors
+            average out along the path), adaptive ones hold the probes of a sample fixed (the integrand must be
+            deterministic); ``standard_error`` needs two probes or more.
+        method: torchdiffeq's solver: ``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"`` with fixed
+            steps, ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"``, ``"fehlberg2"`` adaptive.
+        steps: Fixed steps; 128 if not given. Adaptive methods take none.
+        rtol: Relative tolerance of adaptive solvers.
+        atol: Absolute tolerance of adaptive solvers.
+
+    Returns:
+        ``value`` in nats, ``(B,)``. ``evaluations`` counts calls of the network with its derivative. Under
+        ``torch.no_grad`` or with gradients (through the solver), as the caller says.
+
+    Raises:
+        ValueError: If ``x``, the method or the steps are unfit.
+    """
+    check_state(x, "x")
+    estimator = divergence or Exact()
+    field = _Counted(velocity)
+    if steps is None and method in FIXED:
+        steps = 128
+    probes = 1
+    fixed_probes: Tensor | None = None
+    if isinstance(estimator, Hutchinson):
+        probes = estimator.probes
+        if method in ADAPTIVE:
+            fixed_probes = estimator.draw(x)
+    calls = 0
+
+    def right_side(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        if isinstance(estimator, Hutchinson):
+            eps = estimator.draw(x) if fixed_probes is None else fixed_probes
+            v, estimates = estimator.per_probe(field, state[0], t, cond, eps)
+            return v, -estimates
+        v, estimate, _ = estimator(field, state[0], t, cond)
+        return v, -estimate[None]
+
+    noise, change = _solve(right_side, (x, x.new_zeros(probes, len(x))), 1.0, 0.0, method, steps, rtol, atol)
+    error = change.std(0) / probes**0.5 if probes > 1 else None
+    # `change` is log p_0(noise) - log p_1(x)
+    return LogProb(normal_log_prob(noise) - change.mean(0), noise, calls, standard_error=error)
+
+
+def reference_sample(
+    velocity: Callable[..., Tensor],
+    noise: Tensor,
+    cond: Tensor | None = None,
+    *,
+    method: str = "heun2",
+    steps: int | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> Samples:
+    """Samples by integrating the flow from noise to data; arguments as :func:`reference_log_prob`."""
+    check_state(noise, "noise")
+    field = _Counted(velocity)
+    if steps is None and method in FIXED:
+        steps = 128
+    (state,) = _solve(lambda t, state: (field(state[0], t, cond),), (noise,), 0.0, 1.0, method, steps, rtol, atol)
+    return Samples(state, noise, field.calls)

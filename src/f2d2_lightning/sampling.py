@@ -1,0 +1,121 @@
+"""Few-step sampling, with the samples' own log-density on request."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.flow_map import FlowMap, JointMap
+from f2d2_lightning.paths import expand_time
+
+__all__ = ["Samples", "normal_log_prob", "sample", "time_grid"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples and, where asked for, how likely the model finds them."""
+
+    state: Tensor
+    """Samples at ``t = 1``, ``(B, ...)``."""
+    noise: Tensor
+    """What they were made from at ``t = 0``, ``(B, ...)``."""
+    evaluations: int
+    """Network evaluations per sample."""
+    log_prob: Tensor | None = None
+    """Log-density of each sample, ``(B,)``, nats."""
+
+
+def normal_log_prob(z: Tensor) -> Tensor:
+    """Log-density of ``N(0, I)``, ``(B, ...) -> (B,)``, nats."""
+    return -0.5 * (z.reshape(len(z), -1).square().sum(-1) + z[0].numel() * math.log(2 * math.pi))
+
+
+def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[float]:
+    """Times of a few-step path, ascending from 0 to 1 (descending if ``to_noise``).
+
+    Args:
+        steps: Number of uniform steps, or the times themselves in either order, 0 and 1 included.
+        to_noise: Descend from 1 to 0.
+
+    Raises:
+        ValueError: If there is no step, or the times do not run strictly between 0 and 1.
+
+    >>> time_grid(2, to_noise=True)
+    [1.0, 0.5, 0.0]
+    """
+    if isinstance(steps, int):
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; at least one step is needed")
+        grid = [k / steps for k in range(steps + 1)]
+    else:
+        grid = sorted(float(t) for t in steps)
+        if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or any(b <= a for a, b in itertools.pairwise(grid)):
+            raise ValueError(f"the time grid is {list(steps)}; it needs distinct times that include 0 and 1")
+    return grid[::-1] if to_noise else grid
+
+
+def check_state(x: Tensor, what: str) -> None:
+    """Refuse states that no flow can take.
+
+    Raises:
+        ValueError: If ``x`` is not a floating tensor ``(B, ...)`` with ``B >= 1``, or holds NaN or infinity.
+    """
+    if not torch.is_floating_point(x):
+        raise ValueError(f"{what} has dtype {x.dtype}; it must be floating (dequantise integers first: Quantisation)")
+    if x.ndim < 2 or len(x) == 0:
+        raise ValueError(f"{what} has shape {tuple(x.shape)}; it must be (B, ...) with B >= 1 and at least one axis")
+    if not bool(x.isfinite().all()):
+        bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
+        raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
+
+
+def sample(
+    flow_map: FlowMap | JointMap,
+    noise: Tensor,
+    steps: int | Sequence[float] = 4,
+    cond: Tensor | None = None,
+    *,
+    log_prob: bool = False,
+) -> Samples:
+    """Samples from noise in a few evaluations.
+
+    Args:
+        flow_map: A flow map, or a joint one.
+        noise: Draws of ``N(0, I)``, ``(B, ...)``; ``torch.randn(n, *shape)``.
+        steps: Number of uniform steps from ``t = 0`` to ``t = 1``, or the times themselves.
+        cond: Conditioning, first axis ``B``.
+        log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
+
+    Returns:
+        Samples at ``t = 1``; one evaluation per step. Under ``torch.no_grad`` or with gradients, as the caller says.
+
+    Raises:
+        ValueError: If the map does not go to data, the noise is unfit, or ``log_prob`` is asked of a map without
+            a divergence.
+
+    >>> from f2d2_lightning import GaussianBaseline, GaussianFlow
+    >>> flow = GaussianFlow(GaussianBaseline.from_covariance(torch.zeros(2), 4 * torch.eye(2)))
+    >>> sample(flow, torch.ones(1, 2), steps=1, log_prob=True).state
+    tensor([[2., 2.]])
+    """
+    check_state(noise, "noise")
+    if log_prob and not isinstance(flow_map, JointMap):
+        raise ValueError(
+            f"log_prob=True needs a joint map, and {type(flow_map).__name__} has no divergence; "
+            "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
+        )
+    grid = time_grid(steps)
+    x, change = noise, noise.new_zeros(len(noise))
+    for s, t in itertools.pairwise(grid):
+        if isinstance(flow_map, JointMap):
+            x, delta = flow_map.jump(x, s, t, cond)
+            change = change + delta
+        else:
+            x = flow_map.jump(x, expand_time(s, x), expand_time(t, x), cond)
+    density = normal_log_prob(noise) + change if log_prob else None
+    return Samples(x, noise, len(grid) - 1, density)
