@@ -5,34 +5,43 @@ Time runs from ``t = 0`` (noise) to ``t = 1`` (data) throughout; log-densities a
 
 from f2d2_lightning.analytic import MixtureFlow
 from f2d2_lightning.baseline import GaussianBaseline, GaussianFlow
+from f2d2_lightning.data import Checkerboard, Digits, FlowDataModule, GaussianMixture
 from f2d2_lightning.divergence import Conditional, Divergence, DivergenceEstimator, Exact, Hutchinson
 from f2d2_lightning.flow_map import Direction, FlowMap, Joint, JointMap, Jump, as_flow_map
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
+from f2d2_lightning.module import F2D2Module, FlowMatchingModule, FlowModule
 from f2d2_lightning.objectives import Consistency, Eulerian, Lagrangian, Objective, Semigroup, Terms, Weighting
 from f2d2_lightning.paths import LinearPath, Path, TrigonometricPath
 from f2d2_lightning.quantisation import Quantisation, bits_per_dim
-from f2d2_lightning.reference import reference_log_prob, reference_sample
+from f2d2_lightning.reference import Reference, reference_log_prob, reference_sample
 from f2d2_lightning.sampling import Samples, sample
 from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
 from f2d2_lightning.trajectory import TrajectoryPool, TrajectoryRegression
 
 __all__ = [
+    "Checkerboard",
     "Conditional",
     "ConditionalSource",
     "Consistency",
     "DiagonalSource",
+    "Digits",
     "Direction",
     "Divergence",
     "DivergenceEstimator",
     "DivergenceHead",
     "Eulerian",
     "Exact",
+    "F2D2Module",
+    "FlowDataModule",
     "FlowMap",
+    "FlowMatchingModule",
+    "FlowModule",
     "GaussianBaseline",
     "GaussianFlow",
+    "GaussianMixture",
     "Hutchinson",
     "Intervals",
     "Inversion",
@@ -47,6 +56,7 @@ __all__ = [
     "Objective",
     "Path",
     "Quantisation",
+    "Reference",
     "Samples",
     "Semigroup",
     "TeacherSource",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.flow_map import Joint, JointMap
-from f2d2_lightning.paths import LinearPath, Path, like
+from f2d2_lightning.paths import LinearPath, Path, distinct, like
 
 __all__ = ["GaussianBaseline", "GaussianFlow"]
 
@@ -132,7 +132,8 @@ class GaussianBaseline(nn.Module):
         return flat.reshape(len(z), *self.shape)
 
     def marginal_variances(self, t: Tensor) -> Tensor:
-        """``w(t) = sigma^2 + alpha^2 lambda`` along the axes, ``(B,) -> (B, dim or 1)``."""
+        """``w(t) = sigma^2 + alpha^2 lambda`` along the axes, ``(B,) -> (B or 1, dim or 1)``."""
+        (t,) = distinct(t)
         return self.path.sigma(t)[:, None] ** 2 + self.path.alpha(t)[:, None] ** 2 * self.variances
 
     def _relative_slope(self, s: Tensor, t: Tensor) -> Tensor:
@@ -144,12 +145,14 @@ class GaussianBaseline(nn.Module):
 
     def divergence(self, s: Tensor, t: Tensor) -> Tensor:
         """``D_0(s, t)``, ``(B,), (B,) -> (B,)``, nats per unit of time; the same for every state."""
+        count, (s, t) = len(s), distinct(s, t)
         slope = self._relative_slope(s, t)
         rate = 0.5 * slope * _log1p_ratio((t - s)[:, None] * slope)
-        return rate.mean(-1) * self.dim
+        return (rate.mean(-1) * self.dim).expand(count)
 
     def _rates(self, s: Tensor, t: Tensor) -> Tensor:
         """``(r - 1) / (t - s)`` along the axes: eigenvalues of the Jacobian of ``u_0``."""
+        s, t = distinct(s, t)
         slope = self._relative_slope(s, t)
         return slope / (torch.sqrt(1 + (t - s)[:, None] * slope) + 1)
 

@@ -18,7 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from f2d2_lightning.baseline import GaussianBaseline
-from f2d2_lightning.paths import LinearPath, Path, expand_time
+from f2d2_lightning.paths import LinearPath, Path, expand_time, repeat_time
 
 __all__ = [
     "Conditional",
@@ -116,7 +116,7 @@ class Exact(DivergenceEstimator):
             basis = x.new_zeros(count, dim)
             basis[torch.arange(count), torch.arange(start, stop)] = 1
             tangent = basis.repeat(batch, 1).reshape(batch * count, *x.shape[1:])
-            times = t.repeat_interleave(count)
+            times = t[:1].expand(batch * count) if t.stride(0) == 0 else t.repeat_interleave(count)
             conds = _repeat(cond, count)
             value, product = jacobian_product(
                 partial(_at, velocity, times, conds), x.repeat_interleave(count, 0), tangent
@@ -196,7 +196,7 @@ class Hutchinson(DivergenceEstimator):
             v, product = value if x.requires_grad else value.detach(), torch.cat(rows)
         else:
             xs = x.repeat(count, *(1 for _ in x.shape[1:]))
-            ts = t.repeat(count)
+            ts = repeat_time(t, count)
             cs = None if cond is None else cond.repeat(count, *(1 for _ in cond.shape[1:]))
             if self.mode == "forward":
                 values, product = jacobian_product(lambda y: velocity(y, ts, cs), xs, eps)
@@ -206,7 +206,7 @@ class Hutchinson(DivergenceEstimator):
                 difference = velocity(xs + self.step * eps, ts, cs) - velocity(xs - self.step * eps, ts, cs)
                 product = difference / (2 * self.step)
         if self.control is not None:
-            times = t.repeat(count)
+            times = repeat_time(t, count)
             product = product - self.control.jacobian_product(eps, times, times)
         estimates = (product * eps).reshape(count, batch, -1).sum(-1)
         if self.control is not None:

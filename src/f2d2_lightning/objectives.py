@@ -31,7 +31,7 @@ from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.paths import LinearPath, Path, like
 from f2d2_lightning.sources import VelocitySource
 
-__all__ = ["Consistency", "Eulerian", "Lagrangian", "Objective", "Semigroup", "Terms", "Weighting"]
+__all__ = ["Consistency", "Eulerian", "Examples", "Lagrangian", "Objective", "Semigroup", "Terms", "Weighting"]
 
 
 class Terms(NamedTuple):
@@ -47,6 +47,37 @@ class Terms(NamedTuple):
     """Raw squared error of ``u``, per dimension."""
     divergence_mse: Tensor
     """Raw squared error of ``D``, per sample, (nats per unit of time) squared."""
+
+
+class Examples(NamedTuple):
+    """What a student is regressed on."""
+
+    x: Tensor
+    """States at time ``s``, ``(B, ...)``."""
+    s: Tensor
+    """Starts, ``(B,)``."""
+    t: Tensor
+    """Ends, ``(B,)``."""
+    cond: Tensor | None
+    """Conditioning."""
+    target: Joint
+    """``(u, D)`` from ``s`` to ``t``, detached."""
+
+
+def _concatenate(parts: list[Examples]) -> Examples:
+    if len(parts) == 1:
+        return parts[0]
+    conds = [part.cond for part in parts if part.cond is not None]
+    return Examples(
+        torch.cat([part.x for part in parts]),
+        torch.cat([part.s for part in parts]),
+        torch.cat([part.t for part in parts]),
+        torch.cat(conds) if conds else None,
+        Joint(
+            torch.cat([part.target.velocity for part in parts]),
+            torch.cat([part.target.divergence for part in parts]),
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -140,12 +171,52 @@ class Objective(ABC):
             noise: Noise of that pair.
         """
 
-    def __call__(self, student: JointMap, source: VelocitySource, data: Tensor, cond: Tensor | None = None) -> Terms:
-        """Loss on a batch of data, ``(B, ...)`` at ``t = 1``; noise and times are drawn here."""
-        s, t = (time.to(data.dtype) for time in self.intervals.sample(len(data), data.device))
-        noise = torch.randn_like(data)
+    def examples(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        data: Tensor,
+        noise: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | None,
+    ) -> Examples:
+        """Training examples for intervals off the diagonal; by default states on the path and :meth:`target`."""
         x = self.path.sample(data, noise, s)
-        target = self.target(student, source, x, s, t, cond, data, noise)
+        return Examples(x, s, t, cond, self.target(student, source, x, s, t, cond, data, noise))
+
+    def __call__(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        data: Tensor,
+        cond: Tensor | None = None,
+        *,
+        anchor: VelocitySource | None = None,
+    ) -> Terms:
+        """Loss on a batch.
+
+        Args:
+            student: The joint map in training.
+            source: Gives ``(v, div v)`` to the identity.
+            data: Batch at ``t = 1``, ``(B, ...)``; noise and times are drawn here.
+            cond: Conditioning, ``(B, ...)`` or ``None``.
+            anchor: Gives ``(v, div v)`` on the diagonal, ``source`` by default. Self-distillation takes the
+                student's own diagonal as source and the conditional velocity as anchor.
+        """
+        times = self.intervals.sample(len(data), data.device)
+        s, t = (time.to(data.dtype) for time in times)
+        noise = torch.randn_like(data)
+        parts = []
+        on, off = (s == t).nonzero().squeeze(-1), (s != t).nonzero().squeeze(-1)
+        if len(on):
+            x, cond_on = self.path.sample(data[on], noise[on], s[on]), None if cond is None else cond[on]
+            target = (anchor or source)(x, s[on], cond_on, data=data[on], noise=noise[on])
+            parts.append(Examples(x, s[on], t[on], cond_on, target))
+        if len(off):
+            cond_off = None if cond is None else cond[off]
+            parts.append(self.examples(student, source, data[off], noise[off], s[off], t[off], cond_off))
+        x, s, t, cond, target = _concatenate(parts)
         return self.weighting(student(x, s, t, cond), target)
 
     # trajectory regression has a state to keep; the others have none
@@ -153,8 +224,8 @@ class Objective(ABC):
         """What a checkpoint needs to go on as if nothing had happened."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
-        """Inverse of :meth:`state_dict`; tensors go to ``device``."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, and the checkpoint holds {sorted(state)}")
 
@@ -198,16 +269,6 @@ class Semigroup(Objective):
         data: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Joint:
-        u, divergence = torch.empty_like(x), torch.empty_like(s)
-        pick = lambda value, rows: None if value is None else value[rows]  # noqa: E731
-        on, off = (s == t).nonzero().squeeze(-1), (s != t).nonzero().squeeze(-1)
-        if len(on):
-            u[on], divergence[on] = source(x[on], s[on], pick(cond, on), data=pick(data, on), noise=pick(noise, on))
-        if len(off):
-            u[off], divergence[off] = self._two_steps(student, x[off], s[off], t[off], pick(cond, off))
-        return Joint(u, divergence)
-
-    def _two_steps(self, student: JointMap, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
         share = torch.full_like(s, 0.5) if self.split == "midpoint" else torch.rand_like(s)
         middle = s + share * (t - s)
         u1, d1 = student(x, s, middle, cond)
@@ -281,13 +342,18 @@ class Consistency(Eulerian):
         if self.intervals.directions != Direction.TO_DATA:
             raise ValueError('consistency maps only go to data; use Intervals(directions="to_data")')
 
-    def __call__(self, student: JointMap, source: VelocitySource, data: Tensor, cond: Tensor | None = None) -> Terms:
-        s = torch.rand(len(data), dtype=data.dtype, device=data.device)
-        t = torch.ones_like(s)
-        noise = torch.randn_like(data)
-        x = self.path.sample(data, noise, s)
-        target = self.target(student, source, x, s, t, cond, data, noise)
-        return self.weighting(student(x, s, t, cond), target)
+    def examples(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        data: Tensor,
+        noise: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | None,
+    ) -> Examples:
+        s = torch.rand_like(s)
+        return super().examples(student, source, data, noise, s, torch.ones_like(s), cond)
 
 
 def _unpack(dual: Tensor) -> tuple[Tensor, Tensor]:

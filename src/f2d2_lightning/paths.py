@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["LinearPath", "Path", "TrigonometricPath", "expand_time"]
+__all__ = ["LinearPath", "Path", "TrigonometricPath", "distinct", "expand_time", "like", "repeat_time"]
 
 
 def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
@@ -30,13 +30,14 @@ def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
         x: State, ``(B, ...)``; gives batch size, device and dtype.
 
     Returns:
-        Time, ``(B,)``.
+        Time, ``(B,)``. A scalar is expanded without a copy, and :func:`distinct` undoes it: on a likelihood grid all
+        samples share their times, and what depends on time alone is then computed once.
 
     Raises:
         ValueError: If ``t`` is neither a scalar nor of shape ``(B,)``.
     """
     if not isinstance(t, Tensor):
-        return x.new_full((x.shape[0],), float(t))
+        return x.new_full((1,), float(t)).expand(x.shape[0])
     t = t.to(dtype=x.dtype, device=x.device)
     if t.ndim == 0 or t.shape == (x.shape[0],):
         return t.expand(x.shape[0])
@@ -44,6 +45,24 @@ def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
         f"a time has shape {tuple(t.shape)}, but a batch of {x.shape[0]} states needs () or ({x.shape[0]},); "
         "flatten it, or index the time that belongs to each sample"
     )
+
+
+def distinct(*times: Tensor) -> tuple[Tensor, ...]:
+    """Times ``(B,)`` as they are, or each ``(1,)`` where all of them are expanded scalars.
+
+    >>> x = torch.zeros(5, 2)
+    >>> [len(t) for t in distinct(expand_time(0.0, x), expand_time(1.0, x))]
+    [1, 1]
+    """
+    if all(t.ndim == 1 and len(t) > 1 and t.stride(0) == 0 for t in times):
+        return tuple(t[:1] for t in times)
+    return times
+
+
+def repeat_time(t: Tensor, count: int) -> Tensor:
+    """``t.repeat(count)``, without a copy where ``t`` is an expanded scalar."""
+    (one,) = distinct(t)
+    return one.expand(count * len(t)) if len(one) < len(t) else t.repeat(count)
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:

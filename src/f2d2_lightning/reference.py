@@ -9,6 +9,7 @@ Ordinary Differential Equations", 2018, https://arxiv.org/abs/1806.07366; https:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from f2d2_lightning.divergence import DivergenceEstimator, Exact, Hutchinson, in
 from f2d2_lightning.likelihood import LogProb
 from f2d2_lightning.sampling import Samples, check_state, normal_log_prob
 
-__all__ = ["ADAPTIVE", "reference_log_prob", "reference_sample"]
+__all__ = ["ADAPTIVE", "FIXED", "Reference", "reference_log_prob", "reference_sample"]
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
@@ -144,3 +145,42 @@ def reference_sample(
         steps = 128
     (state,) = _solve(lambda t, state: (field(state[0], t, cond),), (noise,), 0.0, 1.0, method, steps, rtol, atol)
     return Samples(state, noise, field.calls)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Settings of a reference likelihood, to be given to a module or to the command line.
+
+    Args:
+        method: torchdiffeq's solver, as in :func:`reference_log_prob`.
+        steps: Fixed steps; ``heun2`` evaluates twice a step, so 500 steps are 1,000 evaluations.
+        probes: Hutchinson probes per evaluation; 0 for the exact divergence.
+        rtol: Relative tolerance of adaptive solvers.
+        atol: Absolute tolerance of adaptive solvers.
+        seed: Of the probes, so that a reference is the same whenever it is computed.
+    """
+
+    method: str = "heun2"
+    steps: int | None = 500
+    probes: int = 1
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    seed: int = 0
+
+    @torch.no_grad()
+    def __call__(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:
+        """:func:`reference_log_prob` with these settings; leaves the random state as it was."""
+        divergence = Hutchinson(self.probes) if self.probes else Exact()
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            return reference_log_prob(
+                velocity,
+                x,
+                cond,
+                divergence=divergence,
+                method=self.method,
+                steps=None if self.method in ADAPTIVE else self.steps,
+                rtol=self.rtol,
+                atol=self.atol,
+            )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from f2d2_lightning.flow_map import Joint, JointMap
 from f2d2_lightning.intervals import Intervals
-from f2d2_lightning.objectives import Objective, Terms, Weighting
+from f2d2_lightning.objectives import Examples, Objective, Terms, Weighting
 from f2d2_lightning.paths import Path, like
 from f2d2_lightning.sampling import sample
 from f2d2_lightning.sources import VelocitySource
@@ -143,18 +143,23 @@ class TrajectoryPool:
         while sum(len(e["x"]) for e in self._entries[1:]) >= size:
             self._entries.pop(0)
 
-    def restore(self, source: VelocitySource) -> None:
-        """Integrate what a loaded checkpoint held; nothing to do otherwise."""
+    def restore(self, source: VelocitySource, device: torch.device | str | None = None) -> None:
+        """Integrate, on ``device``, what a loaded checkpoint held; nothing to do otherwise."""
         loaded, self._loaded = self._loaded, []
+        if loaded:
+            # the ring goes on writing where it was
+            total = sum(len(e["x"]) for e in loaded)
+            self._next = (self._next - total) % self.capacity_for(loaded[0]["x"])
         for entry in loaded:
-            self._add(source, entry)
+            cond = None if entry["cond"] is None else entry["cond"].to(device)
+            self._add(source, {**entry, "x": entry["x"].to(device), "cond": cond})
 
-    def draw(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Joint, Tensor | None]:
+    def draw(self, s: Tensor, t: Tensor) -> Examples:
         """Random trajectories at the kept times nearest to ``s`` and ``t``, ``(B,)`` each.
 
         Returns:
-            ``(x, s, t, target, cond)``: states at ``s``, the kept times, and the pair that leads to ``t``. Where
-            both fall on one kept time, ``t`` moves to the next.
+            States at ``s``, the kept times, and the pair that leads to ``t``. Where both fall on one kept time,
+            ``t`` moves to the next.
         """
         assert self._states is not None
         assert self._change is not None
@@ -169,7 +174,7 @@ class TrajectoryPool:
         x = self._states[rows, i]
         u = (self._states[rows, j] - x) / like(t - s, x)
         divergence = -(self._change[rows, j] - self._change[rows, i]) / (t - s)
-        return x, s, t, Joint(u, divergence), None if self._cond is None else self._cond[rows]
+        return Examples(x, s, t, None if self._cond is None else self._cond[rows], Joint(u, divergence))
 
     def state_dict(self) -> dict[str, Any]:
         """Starting points and seeds, on the CPU."""
@@ -179,19 +184,11 @@ class TrajectoryPool:
         ]
         return {"entries": entries, "next": self._next}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over starting points; they are integrated by :meth:`restore`."""
-        self._loaded = [
-            {**e, "x": e["x"].to(device), "cond": None if e["cond"] is None else e["cond"].to(device)}
-            for e in state["entries"]
-        ]
+        self._loaded = list(state["entries"])
         self._states = self._change = self._cond = None
-        self._entries, self._count, self._next = [], 0, 0
-        if self._loaded:
-            # the ring goes on writing where it was
-            total = sum(len(e["x"]) for e in self._loaded)
-            size = self.capacity_for(self._loaded[0]["x"])
-            self._next = (int(state["next"]) - total) % size
+        self._entries, self._count, self._next = [], 0, int(state["next"])
 
 
 def _nearest(kept: Tensor, t: Tensor) -> Tensor:
@@ -284,32 +281,37 @@ class TrajectoryRegression(Objective):
             answers.append(Joint((states[:, -1] - states[:, 0]) / (b - a), -change[:, -1] / (b - a)))
         return Joint(torch.cat([a.velocity for a in answers]), torch.cat([a.divergence for a in answers]))
 
-    def __call__(self, student: JointMap, source: VelocitySource, data: Tensor, cond: Tensor | None = None) -> Terms:
+    def __call__(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        data: Tensor,
+        cond: Tensor | None = None,
+        *,
+        anchor: VelocitySource | None = None,
+    ) -> Terms:
         if not source.anywhere:
             raise ValueError(
                 f"trajectories need a velocity everywhere, and {type(source).__name__} answers on the data pair's "
                 "path only; use a teacher or the student's own diagonal"
             )
         self._refill(student, source, data, cond)
-        s, t = (time.to(data.dtype) for time in self.intervals.sample(len(data), data.device))
-        on, off = (s == t).nonzero().squeeze(-1), (s != t).nonzero().squeeze(-1)
-        x, s_off, t_off, target, kept_cond = self.pool.draw(s[off], t[off])
-        if len(on):
-            rows = data[on]
-            x_on = self.path.sample(rows, torch.randn_like(rows), s[on])
-            cond_on = None if cond is None else cond[on]
-            target_on = source(x_on, s[on], cond_on)
-            x, s, t = torch.cat((x_on, x)), torch.cat((s[on], s_off)), torch.cat((t[on], t_off))
-            target = Joint(
-                torch.cat((target_on.velocity, target.velocity)), torch.cat((target_on.divergence, target.divergence))
-            )
-            cond = None if cond_on is None or kept_cond is None else torch.cat((cond_on, kept_cond))
-        else:
-            s, t, cond = s_off, t_off, kept_cond
-        return self.weighting(student(x, s, t, cond), target)
+        return super().__call__(student, source, data, cond, anchor=anchor)
+
+    def examples(
+        self,
+        student: JointMap,
+        source: VelocitySource,
+        data: Tensor,
+        noise: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | None,
+    ) -> Examples:
+        return self.pool.draw(s, t)
 
     def _refill(self, student: JointMap, source: VelocitySource, data: Tensor, cond: Tensor | None) -> None:
-        self.pool.restore(source)
+        self.pool.restore(source, data.device)
         if self.pool.full:
             self._due += self.refresh
             if self._due < min(self.chunk, len(data)):
@@ -341,6 +343,6 @@ class TrajectoryRegression(Objective):
     def state_dict(self) -> dict[str, Any]:
         return {"pool": self.pool.state_dict(), "due": self._due}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
-        self.pool.load_state_dict(state["pool"], device)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.pool.load_state_dict(state["pool"])
         self._due = float(state["due"])

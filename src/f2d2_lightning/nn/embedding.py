@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.paths import distinct
+
 __all__ = ["IntervalEmbedding"]
 
 
@@ -31,7 +33,8 @@ class IntervalEmbedding(nn.Module):
         self.project = nn.Linear(4 * frequencies + 2, features)
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
-        """``(B,), (B,) -> (B, features)``."""
+        """``(B,), (B,) -> (B, features)``, or ``(1, features)`` where all samples share both times."""
+        s, t = distinct(s, t)
         times = torch.stack((s, t - s), -1)
         angles = times[..., None] * self.rates.to(times.dtype)
         waves = torch.cat((angles.sin(), angles.cos()), -1).flatten(1)

@@ -1,0 +1,203 @@
+"""``f2d2 sample`` and ``f2d2 nll``: what a trained student is for."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.data import Checkerboard, DequantisedDataset, Digits, FlowDataModule, GaussianMixture
+from f2d2_lightning.module import F2D2Module
+from f2d2_lightning.plots import sample_figure, save_figure
+from f2d2_lightning.quantisation import Quantisation, bits_per_dim
+
+__all__ = ["nll_command", "sample_command"]
+
+DATA: dict[str, Callable[..., FlowDataModule]] = {
+    "digits": Digits,
+    "checkerboard": Checkerboard,
+    "mixture": GaussianMixture,
+}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+
+
+def _refuse_to_overwrite(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already; choose another --out, or say --overwrite true")
+
+
+def _run(command: Callable[[], None]) -> None:
+    """A user's mistake ends with its message, not with a traceback."""
+    try:
+        command()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def sample_command(arguments: list[str]) -> None:
+    """``f2d2 sample``: draw samples, as a picture or as an array with their log-likelihoods."""
+    parser = ArgumentParser(prog="f2d2 sample", description="Draw samples from a student's checkpoint.")
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
+    parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
+    parser.add_argument("--num", type=int, default=64, help="samples")
+    parser.add_argument("--out", type=str, default="samples.png", help=".png: picture; .npz: arrays x, noise, log_prob")
+    parser.add_argument("--batch_size", type=int, default=256, help="samples at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
+    options = parser.parse_args(arguments)
+    _run(lambda: _sample(options))
+
+
+@torch.no_grad()
+def _sample(options: Any) -> None:
+    out = Path(options.out)
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out is {out}; .png (a picture) and .npz (arrays) can be written")
+    if options.num < 1 or options.batch_size < 1:
+        raise ValueError(f"--num {options.num} and --batch_size {options.batch_size} are at least 1")
+    _refuse_to_overwrite(out, options.overwrite)
+    module = load_module(options.ckpt, F2D2Module).to(_device(options.device))
+    # drawn on the CPU, so that a seed gives the same samples on any device
+    noise = torch.randn(options.num, *module.shape, generator=torch.Generator().manual_seed(options.seed))
+    states, log_probs = [], []
+    for chunk in track(noise.split(options.batch_size), description="sampling", transient=True):
+        made = module.sample(chunk.to(module.device), options.steps, with_log_prob=True)
+        assert made.log_prob is not None
+        states.append(made.state.cpu())
+        log_probs.append(made.log_prob.cpu())
+    state, log_prob = torch.cat(states), torch.cat(log_probs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        np.savez(out, x=state.numpy(), noise=noise.numpy(), log_prob=log_prob.numpy())
+    else:
+        title = f"{options.steps} step{'s' if options.steps > 1 else ''}"
+        columns = math.ceil(math.sqrt(options.num))
+        save_figure(sample_figure({title: state}, module.low, module.high, columns), out)
+    Console().print(f"{options.num} samples, {options.steps} evaluations each, mean log p {float(log_prob.mean()):.3f} "
+                    f"nats; wrote {out}", soft_wrap=True)  # fmt: skip
+
+
+def nll_command(arguments: list[str]) -> None:
+    """``f2d2 nll``: one row a sample, and a summary with standard errors."""
+    parser = ArgumentParser(prog="f2d2 nll", description="Log-likelihood of every sample of a data set.")
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
+    parser.add_argument(
+        "--data",
+        type=str,
+        required=True,
+        help=f"{', '.join(DATA)} (its test split; digits:train, digits:val for others), or a .npy or .npz file of "
+        "integers (dequantised here) or of states",
+    )
+    parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
+    parser.add_argument("--out", type=str, default="nll.csv", help="CSV, one row a sample")
+    parser.add_argument("--batch_size", type=int, default=512, help="samples at a time")
+    parser.add_argument("--reference", type=bool, default=False, help="add the reference likelihood of the diagonal")
+    parser.add_argument("--seed", type=int, default=0, help="of the dequantisation of a file")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
+    options = parser.parse_args(arguments)
+    _run(lambda: _nll(options))
+
+
+def _load_data(name: str, module: F2D2Module, seed: int) -> DequantisedDataset:
+    kind, _, split = name.partition(":")
+    if kind in DATA:
+        data = DATA[kind]()
+        if data.shape != module.shape or data.levels != module.levels:
+            raise ValueError(
+                f"--data {name} has shape {data.shape} and levels {data.levels}, but the checkpoint is of a model for "
+                f"shape {module.shape} and levels {module.levels}"
+            )
+        return data.dataset(split or "test")
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"--data is {name}: neither one of {', '.join(DATA)} nor a file that exists")
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"--data is {name}; .npy and .npz files can be read (an .npz holds its data as 'x')")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a NumPy file of plain numbers: {error}") from error
+    if not isinstance(loaded, np.ndarray):
+        if "x" not in loaded:
+            raise ValueError(f"{path} holds {', '.join(loaded.files)}; the data must be called 'x'")
+        loaded = loaded["x"]
+    values = torch.from_numpy(loaded)
+    if tuple(values.shape[1:]) != module.shape or len(values) == 0:
+        raise ValueError(f"{path} has shape {tuple(values.shape)}; (N, {', '.join(map(str, module.shape))}) is needed")
+    if torch.is_floating_point(values):
+        _check_range(values, module)
+        return DequantisedDataset(values.float())
+    if module.levels is None:
+        raise ValueError(f"{path} holds integers, but the model is for continuous data")
+    quantisation = Quantisation(module.levels, module.low, module.high)
+    quantisation.check_range_of(values)
+    return DequantisedDataset(values, quantisation=quantisation, seed=seed)
+
+
+def _check_range(values: Tensor, module: F2D2Module) -> None:
+    if module.levels is not None and (float(values.min()) < module.low or float(values.max()) > module.high):
+        raise ValueError(
+            f"states lie in [{float(values.min()):.4g}, {float(values.max()):.4g}], but the model is for "
+            f"[{module.low}, {module.high}]; give integers 0 to {module.levels - 1}, or rescale"
+        )
+
+
+@torch.no_grad()
+def _nll(options: Any) -> None:
+    out = Path(options.out)
+    _refuse_to_overwrite(out, options.overwrite)
+    module = load_module(options.ckpt, F2D2Module).to(_device(options.device))
+    data = _load_data(options.data, module, options.seed)
+    starts: Iterable[int] = range(0, len(data), options.batch_size)
+    rows: list[tuple[float, ...]] = []
+    for start in track(list(starts), description="log-likelihood", transient=True):
+        x, cond = module.data_to_state(
+            data.__getitems__(list(range(start, min(start + options.batch_size, len(data)))))
+        )
+        x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
+        columns = [module.log_prob(x, options.steps, cond).value]
+        if options.reference:
+            columns.append(module.reference(module.average.velocity, x, cond).value)
+        for column in list(columns):
+            columns.append(bits_per_dim(column, module.dim, module.levels, module.low, module.high))
+        rows += torch.stack(columns, -1).cpu().tolist()
+    names = ["log_prob", "reference_log_prob"] if options.reference else ["log_prob"]
+    names += [name.replace("log_prob", "bits_per_dim") for name in names]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # beside its place first: an interrupted run leaves no half-written table
+    partial = out.with_name(out.name + ".part")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", *names])
+        writer.writerows([index, *row] for index, row in enumerate(rows))
+    partial.replace(out)
+    table = torch.tensor(rows, dtype=torch.float64)
+    console = Console()
+    for name, column in zip(names, table.T, strict=True):
+        error = float(column.std()) / math.sqrt(len(column)) if len(column) > 1 else math.nan
+        unit = "nats" if name.endswith("log_prob") else "bits/dim"
+        console.print(f"{name}: {float(column.mean()):.4f} ± {error:.4f} {unit}", highlight=False)
+    bound = " (an upper bound: uniform dequantisation)" if module.levels is not None else ""
+    console.print(f"{len(table)} samples, {options.steps} evaluations each{bound}; wrote {out}", soft_wrap=True)

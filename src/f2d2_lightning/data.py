@@ -1,0 +1,315 @@
+"""Data modules: a checkerboard and a Gaussian mixture in the plane, and scikit-learn's digits.
+
+Batches are states ``(B, ...)`` ready for the flow, or pairs ``(states, labels)``. Discrete data are dequantised with
+noise that is a function of seed, epoch and sample (:mod:`f2d2_lightning.counter_noise`): fresh every epoch in
+training, fixed in validation and test, and the same after an interruption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from f2d2_lightning.analytic import MixtureFlow
+from f2d2_lightning.counter_noise import counter_uniform, mix_seed
+from f2d2_lightning.quantisation import Quantisation
+
+__all__ = ["Checkerboard", "DequantisedDataset", "Digits", "FlowDataModule", "GaussianMixture"]
+
+
+class DequantisedDataset(Dataset):
+    """Integer data dequantised on access, or continuous data as they are.
+
+    An index is ``epoch * len(self) + position``; plain indices are epoch 0.
+
+    Args:
+        values: Integers ``(N, ...)`` with ``quantisation``, else states ``(N, ...)``.
+        labels: Integers ``(N,)``, or ``None``.
+        quantisation: Levels and range; ``None`` for continuous data.
+        seed: Stream of the dequantisation noise.
+    """
+
+    def __init__(
+        self, values: Tensor, labels: Tensor | None = None, quantisation: Quantisation | None = None, seed: int = 0
+    ) -> None:
+        if quantisation is not None:
+            quantisation.check(values)
+        self.values, self.labels, self.quantisation, self.seed = values, labels, quantisation, seed
+        self.dim = values[0].numel()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        """A whole batch at once."""
+        index = torch.as_tensor(indices)
+        position = index % len(self)
+        values = self.values[position]
+        if self.quantisation is not None:
+            counters = index[:, None] * self.dim + torch.arange(self.dim)
+            values = self.quantisation.dequantise(values, counter_uniform(counters, self.seed).reshape(values.shape))
+        return values if self.labels is None else (values, self.labels[position])
+
+    def __getitem__(self, index: int) -> Any:
+        batch = self.__getitems__([index])
+        return tuple(part[0] for part in batch) if isinstance(batch, tuple) else batch[0]
+
+
+class _EpochSampler(Sampler[int]):
+    """A permutation of the data for each epoch, a function of seed and epoch, that can start part of the way in."""
+
+    def __init__(self, count: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.count, self.seed, self.epoch, self.skip = count, seed, epoch, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, skip, self.skip = self.epoch(), self.skip, 0
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, "order", epoch))
+        order = torch.randperm(self.count, generator=generator)[skip:]
+        return iter((order + epoch * self.count).tolist())
+
+
+class _ResumableLoader(DataLoader):
+    """A loader whose place in the epoch goes into Lightning's checkpoints."""
+
+    position: Callable[[], int] = staticmethod(lambda: 0)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.position()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if isinstance(self.sampler, _EpochSampler) and self.batch_size is not None:
+            self.sampler.skip = state["batches"] * self.batch_size
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class FlowDataModule(L.LightningDataModule):
+    """Base of the data modules here; also the way to bring tensors of one's own.
+
+    Write :meth:`splits` (called once), and set ``shape``.
+
+    Args:
+        batch_size: Samples per training batch.
+        eval_batch_size: Samples per validation and test batch.
+        num_workers: Processes that load; data in memory need none.
+        seed: Of split, order and noise.
+        quantisation: Levels and range of discrete data; ``None`` for continuous data.
+    """
+
+    shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+        quantisation: Quantisation | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1:
+            raise ValueError(f"batch sizes are {batch_size} and {eval_batch_size}; they are at least 1")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.seed, self.quantisation = num_workers, seed, quantisation
+        self._sets: dict[str, DequantisedDataset] = {}
+
+    @property
+    def levels(self) -> int | None:
+        """Number of levels of discrete data, ``None`` for continuous data."""
+        return None if self.quantisation is None else self.quantisation.levels
+
+    def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Values and labels of ``"train"``, ``"val"`` and ``"test"``."""
+        raise NotImplementedError(f"{type(self).__name__} must define splits()")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the data, once."""
+        if self._sets:
+            return
+        splits = self.splits()
+        if self.quantisation is not None:
+            self.quantisation.check_range_of(torch.cat([values for values, _ in splits.values()]))
+        for name, (values, labels) in splits.items():
+            seed = mix_seed(self.seed, "dequantisation", name)
+            self._sets[name] = DequantisedDataset(values, labels, self.quantisation, seed)
+
+    def dataset(self, split: str) -> DequantisedDataset:
+        """The data of ``"train"``, ``"val"`` or ``"test"``."""
+        self.setup()
+        if split not in self._sets:
+            raise ValueError(f"split is {split!r}; {type(self).__name__} has {', '.join(self._sets)}")
+        return self._sets[split]
+
+    def _epoch(self) -> int:
+        return 0 if self.trainer is None else int(self.trainer.current_epoch)
+
+    def _position(self) -> int:
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(getattr(progress, "processed", progress.completed))
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, the last incomplete batch dropped where there are several."""
+        dataset = self.dataset("train")
+        loader = _ResumableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=_EpochSampler(len(dataset), self.seed, self._epoch),
+            drop_last=len(dataset) > self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+        )
+        loader.position = self._position
+        return loader
+
+    def _evaluation(self, split: str) -> DataLoader:
+        return DataLoader(
+            self.dataset(split), batch_size=self.eval_batch_size, num_workers=self.num_workers, collate_fn=_as_is
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """In order, with fixed noise."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, with fixed noise."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """The test data."""
+        return self.test_dataloader()
+
+
+class Checkerboard(FlowDataModule):
+    """Uniform on the dark squares of a 4 x 4 board on [-2, 2]^2.
+
+    Args:
+        count: Training points; a tenth each for validation and test.
+        batch_size: Samples per training batch.
+        eval_batch_size: Samples per validation and test batch.
+        seed: Of the draws and of the order.
+    """
+
+    shape = (2,)
+
+    def __init__(self, count: int = 50_000, batch_size: int = 1024, eval_batch_size: int = 4096, seed: int = 0) -> None:
+        super().__init__(batch_size, eval_batch_size, seed=seed)
+        self.count = count
+
+    @staticmethod
+    def log_prob(x: Tensor) -> Tensor:
+        """Exact log-density, ``(B, 2) -> (B,)``, nats: ``-log 8`` on dark squares, ``-inf`` elsewhere."""
+        cell = x.floor()
+        dark = (cell.sum(-1) % 2 == 0) & (x.abs() < 2).all(-1)
+        return torch.where(dark, -math.log(8.0), -math.inf)
+
+    def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Draw the three sets."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, "checkerboard"))
+
+        def draw(count: int) -> Tensor:
+            column = torch.randint(-2, 2, (count,), generator=generator)
+            half = torch.randint(0, 2, (count,), generator=generator)
+            row = 2 * half - 2 + column % 2
+            return torch.stack((column, row), -1) + torch.rand(count, 2, generator=generator)
+
+        parts = {"train": self.count, "val": self.count // 10, "test": self.count // 10}
+        return {name: (draw(max(1, count)), None) for name, count in parts.items()}
+
+
+class GaussianMixture(FlowDataModule):
+    """A ring of rotated anisotropic Gaussians in the plane, with exact density and velocity (:attr:`flow`).
+
+    Args:
+        components: Number of Gaussians.
+        radius: Of the ring.
+        spread: Standard deviations along and across each Gaussian's long axis.
+        count: Training points; a tenth each for validation and test.
+        batch_size: Samples per training batch.
+        eval_batch_size: Samples per validation and test batch.
+        seed: Of the draws and of the order.
+    """
+
+    shape = (2,)
+
+    def __init__(
+        self,
+        components: int = 5,
+        radius: float = 2.0,
+        spread: tuple[float, float] = (0.6, 0.2),
+        count: int = 50_000,
+        batch_size: int = 1024,
+        eval_batch_size: int = 4096,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, seed=seed)
+        self.count = count
+        angle = torch.arange(components) * (2 * math.pi / components)
+        tilt = angle + math.pi / 4
+        rotation = torch.stack((tilt.cos(), -tilt.sin(), tilt.sin(), tilt.cos()), -1).reshape(-1, 2, 2)
+        axes = rotation * torch.tensor(spread)
+        means = radius * torch.stack((angle.cos(), angle.sin()), -1)
+        self.flow = MixtureFlow(torch.ones(components), means, axes @ axes.transpose(1, 2))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact log-density, ``(B, 2) -> (B,)``, nats."""
+        return self.flow.log_prob(x)
+
+    def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Draw the three sets."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, "mixture"))
+        parts = {"train": self.count, "val": self.count // 10, "test": self.count // 10}
+        return {name: (self.flow.sample(max(1, count), generator), None) for name, count in parts.items()}
+
+
+class Digits(FlowDataModule):
+    """scikit-learn's digits: 1,797 scans of 8 x 8 pixels with 17 grey levels, dequantised to [-1, 1].
+
+    The data come with scikit-learn (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", 1998,
+    https://doi.org/10.24432/C50P49). The split is fixed: 1,297 to train, 200 to validate, 300 to test.
+
+    Args:
+        labels: Give batches ``(states, labels)`` with the digit, for class-conditional models.
+        levels: Number of grey levels; the data have 17.
+        batch_size: Samples per training batch.
+        eval_batch_size: Samples per validation and test batch.
+        num_workers: Processes that load; the data are in memory, so 0 is best.
+        seed: Of order and noise; the split does not depend on it.
+    """
+
+    shape = (1, 8, 8)
+
+    def __init__(
+        self,
+        labels: bool = False,
+        levels: int = 17,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, Quantisation(levels))
+        self.with_labels = labels
+
+    def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Read and split the scans."""
+        from sklearn.datasets import load_digits
+
+        images, digits = load_digits(return_X_y=True)
+        values = torch.from_numpy(images).to(torch.uint8).reshape(-1, 1, 8, 8)
+        classes = torch.from_numpy(digits).long()
+        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+        parts = dict(zip(("train", "val", "test"), order.split([1297, 200, 300]), strict=True))
+        return {name: (values[rows], classes[rows] if self.with_labels else None) for name, rows in parts.items()}

@@ -1,0 +1,105 @@
+"""Likelihood metrics: how good the likelihoods are, and how close to the teacher's, per sample."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+
+__all__ = ["Agreement", "LikelihoodAgreement", "agreement"]
+
+
+class Agreement(NamedTuple):
+    """A few-step likelihood beside its reference, over a data set. All are 0-dimensional."""
+
+    nll: Tensor
+    """Mean negative log-likelihood, in the unit asked for."""
+    nll_standard_error: Tensor
+    """Of ``nll`` over the samples."""
+    reference_nll: Tensor
+    """The same of the reference."""
+    gap: Tensor
+    """``nll - reference_nll``."""
+    gap_standard_error: Tensor
+    """Of ``gap`` over the samples, which are paired."""
+    absolute_error: Tensor
+    """Mean absolute difference per sample."""
+    correlation: Tensor
+    """Pearson's, of log p per sample; NaN below two samples."""
+    rank_correlation: Tensor
+    """Spearman's, of log p per sample; NaN below two samples."""
+
+
+def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: float = 0.0) -> Agreement:
+    """Compare log-likelihoods with a reference, sample by sample.
+
+    Args:
+        log_prob: Few-step log-likelihoods, ``(N,)``, nats.
+        reference: The reference's on the same points, ``(N,)``, nats.
+        unit: Nats per unit of the result: 1, or ``d * log(2)`` for bits per dimension.
+        offset: Added to each negative log-likelihood after division (the log-width of quantisation bins).
+
+    Raises:
+        ValueError: If the shapes differ or there are no samples.
+    """
+    if log_prob.shape != reference.shape or log_prob.ndim != 1 or len(log_prob) == 0:
+        raise ValueError(
+            f"log_prob has shape {tuple(log_prob.shape)} and reference {tuple(reference.shape)}; both are (N,), N >= 1"
+        )
+    values, references = -log_prob.double() / unit + offset, -reference.double() / unit + offset
+    difference = values - references
+    count = len(values)
+
+    def standard_error(x: Tensor) -> Tensor:
+        return x.std() / math.sqrt(count) if count > 1 else x.new_tensor(math.nan)
+
+    undefined = values.new_tensor(math.nan)
+    return Agreement(
+        values.mean(),
+        standard_error(values),
+        references.mean(),
+        difference.mean(),
+        standard_error(difference),
+        difference.abs().mean(),
+        pearson_corrcoef(values, references) if count > 1 else undefined,
+        spearman_corrcoef(values, references) if count > 1 else undefined,
+    )
+
+
+class LikelihoodAgreement(Metric):
+    """:func:`agreement` over a data set, gathered across processes.
+
+    Args:
+        dim: Number of dimensions of one sample.
+        levels: Levels of discrete data on ``[low, high]``: results are in bits per dimension; ``None``: in nats.
+        low: Lower edge of the range.
+        high: Upper edge.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    log_prob: list[Tensor]
+    reference: list[Tensor]
+
+    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__()
+        if levels is None:
+            self.unit, self.offset = 1.0, 0.0
+        else:
+            self.unit, self.offset = dim * math.log(2), -math.log2((high - low) / levels)
+        self.add_state("log_prob", default=[], dist_reduce_fx="cat")
+        self.add_state("reference", default=[], dist_reduce_fx="cat")
+
+    def update(self, log_prob: Tensor, reference: Tensor) -> None:
+        """Add a batch, ``(B,)`` each, nats."""
+        self.log_prob.append(log_prob.detach())
+        self.reference.append(reference.detach())
+
+    def compute(self) -> Agreement:
+        """Over everything added."""
+        stacked = [torch.cat(v) if isinstance(v, list) else v for v in (self.log_prob, self.reference)]
+        return agreement(stacked[0], stacked[1], self.unit, self.offset)

@@ -1,0 +1,688 @@
+"""LightningModules: a flow-matching teacher and the few-step student that F2D2 makes of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+
+from f2d2_lightning.average import update_average
+from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.counter_noise import mix_seed
+from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
+from f2d2_lightning.flow_map import Direction, FlowMap
+from f2d2_lightning.heads import DivergenceHead, JointFlowMap
+from f2d2_lightning.inversion import Inversion
+from f2d2_lightning.likelihood import LogProb, log_prob
+from f2d2_lightning.metrics import LikelihoodAgreement
+from f2d2_lightning.objectives import Objective
+from f2d2_lightning.paths import LinearPath, Path
+from f2d2_lightning.reference import Reference
+from f2d2_lightning.sampling import Samples, sample
+from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
+from f2d2_lightning.trajectory import TrajectoryRegression
+
+__all__ = ["F2D2Module", "FlowMatchingModule", "FlowModule"]
+
+
+class FlowModule(L.LightningModule):
+    """What teacher and student share: optimisation, weight average, reproducible steps, data, likelihood metrics.
+
+    Each training step seeds the random state from (seed, epoch, batch, process), so that a resumed run draws what the
+    uninterrupted one would have drawn.
+
+    Args:
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
+        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        optimizer: Makes the optimiser from the trainable parameters; AdamW at 1e-3 by default.
+        lr_scheduler: Makes a schedule stepped every optimiser step; by default ``warmup`` steps of linear rise, then a
+            cosine to zero at the end of training.
+        warmup: Steps of linear rise of the default schedule.
+        ema_decay: Decay of the weight average that validates, samples and answers; 0 for none.
+        reference: Solver of reference likelihoods.
+    """
+
+    average: nn.Module
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        levels: int | None,
+        low: float,
+        high: float,
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+        warmup: int,
+        ema_decay: float,
+        reference: Reference | None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ema_decay < 1 or warmup < 0:
+            raise ValueError(f"ema_decay={ema_decay} lies in [0, 1) and warmup={warmup} is at least 0")
+        self.shape = tuple(shape)
+        self.dim = math.prod(self.shape)
+        self.levels, self.low, self.high = levels, low, high
+        self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
+        self.ema_decay = ema_decay
+        self.reference = reference or Reference()
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+        self._averaged_steps = 0
+        self._references: dict[str, Tensor] = {}
+        self._reference_cost = (0.0, 0)  # seconds, evaluations per sample
+
+    # --- what a subclass may override ---
+
+    def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """State at ``t = 1`` and conditioning from a batch; override for batches of another form.
+
+        A batch is states ``(B, *shape)`` or a sequence whose first items are states and conditioning.
+
+        Raises:
+            ValueError: If the states have another shape than the module's.
+        """
+        x, cond = batch, None
+        if isinstance(batch, (tuple, list)):
+            x, cond = batch[0], batch[1] if len(batch) > 1 else None
+        if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape:
+            came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"a batch of states has {came}, but the module was made for (B, {', '.join(map(str, self.shape))}); "
+                "set shape to that of the data, or override data_to_state"
+            )
+        return x, cond if self.conditional else None
+
+    @property
+    @abstractmethod
+    def live(self) -> nn.Module:
+        """The model in training, which ``average`` follows."""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the backbone takes ``cond``; labels of the data are ignored otherwise."""
+        return any(getattr(m, "labels", None) is not None for m in self.live.modules())
+
+    # --- set-up ---
+
+    def setup(self, stage: str) -> None:
+        """Compare the module's data settings with the data module's."""
+        data = getattr(self.trainer, "datamodule", None)
+        for name in ("levels", "shape"):
+            theirs, mine = getattr(data, name, None), getattr(self, name)
+            if data is not None and theirs is not None and theirs != mine:
+                raise ValueError(
+                    f"the module has {name}={mine}, but {type(data).__name__} has {name}={theirs}; make them agree "
+                    f"(in a configuration: model.init_args.{name})"
+                )
+
+    @torch.no_grad()
+    def fit_baselines(self) -> None:
+        """Fit every Gaussian baseline that is not fitted yet, in one pass over the training data."""
+        missing = [m for m in self.live.modules() if isinstance(m, GaussianBaseline) and not m.fitted]
+        if missing:
+            states = [self.data_to_state(batch)[0].cpu() for batch in self.training_batches()]
+            for baseline in missing:
+                baseline.fit(states)
+
+    def training_batches(self) -> Iterable[Any]:
+        """One pass over the trainer's training data, as batches."""
+        loader = self.trainer.train_dataloader
+        if loader is None:
+            raise RuntimeError("there are no training data yet; call this from on_train_start or later")
+        return loader
+
+    def _copy_to_average(self) -> None:
+        update_average(self.average, self.live, 0.0)
+
+    def on_train_start(self) -> None:
+        """First start only: fit baselines to the training data, start the average at the weights."""
+        if self.trainer.global_step == 0:
+            self.fit_baselines()
+            self.prepare()
+            self._copy_to_average()
+
+    def prepare(self) -> None:
+        """Anything else that is set from data or teacher once, before the first step."""
+
+    def train(self, mode: bool = True) -> FlowModule:
+        """Training mode; the average always evaluates."""
+        super().train(mode)
+        if "average" in self._modules:
+            self.average.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser over the trainable parameters, schedule per step."""
+        parameters = [p for p in self.live.parameters() if p.requires_grad]
+        optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
+        if self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(optimizer)
+        else:
+            total = max(1, int(self.trainer.estimated_stepping_batches))
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmupCosine(self.warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- training ---
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step."""
+        torch.manual_seed(mix_seed(self._seed, self.trainer.current_epoch, batch_idx, self.global_rank))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the average, once per optimiser step."""
+        step = self.trainer.global_step
+        if step > self._averaged_steps:
+            self._averaged_steps = step
+            # a young average forgets faster, so that the initial weights do not linger
+            update_average(self.average, self.live, min(self.ema_decay, (1 + step) / (10 + step)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what a resumed run needs besides weights."""
+        checkpoint["f2d2"] = {"seed": self._seed, "averaged_steps": self._averaged_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Inverse of :meth:`on_save_checkpoint`."""
+        state = checkpoint.get("f2d2", {})
+        self._seed = state.get("seed", self._seed)
+        self._averaged_steps = state.get("averaged_steps", 0)
+        mine = self.state_dict()
+        wrong = [
+            f"{name}: checkpoint {tuple(value.shape)}, module {tuple(mine[name].shape)}"
+            for name, value in checkpoint["state_dict"].items()
+            if name in mine and value.shape != mine[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint is of another model ({len(wrong)} tensors differ in shape; first: {wrong[0]}); "
+                "use the configuration that was saved beside the checkpoint"
+            )
+
+    # --- likelihood metrics ---
+
+    @property
+    def unit(self) -> str:
+        """Unit of logged likelihoods."""
+        return "nats" if self.levels is None else "bits/dim"
+
+    def _agreement_metric(self) -> LikelihoodAgreement:
+        return LikelihoodAgreement(self.dim, self.levels, self.low, self.high).to(self.device)
+
+    def reference_log_prob(self, x: Tensor, cond: Tensor | None, velocity: Any) -> Tensor:
+        """Reference log-likelihood of a batch, ``(B,)``, nats; computed once per batch of points and kept."""
+        content = (x, cond) if cond is not None else (x,)
+        key = hashlib.sha1(b"".join(v.detach().cpu().contiguous().numpy().tobytes() for v in content)).hexdigest()
+        if key not in self._references:
+            start = clock(self.device)
+            answer = self.reference(velocity, x, cond)
+            self._references[key] = answer.value.cpu()
+            seconds, _ = self._reference_cost
+            self._reference_cost = (seconds + clock(self.device) - start, answer.evaluations)
+        return self._references[key].to(x.device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _WarmupCosine:
+    """Factor of the learning rate at a step: linear rise, then a cosine to zero."""
+
+    def __init__(self, warmup: int, total: int) -> None:
+        self.warmup, self.total = warmup, total
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        progress = (step - self.warmup) / max(1, self.total - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class FlowMatchingModule(FlowModule):
+    """Flow matching: trains the diagonal of a flow map to be a velocity field. The teacher.
+
+    Lipman et al., "Flow Matching for Generative Modeling", 2022, https://arxiv.org/abs/2210.02747
+
+    Args:
+        flow_map: Backbone; it is trained, and later evaluated, at ``s = t``.
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
+        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        path: Probability path; the linear one by default.
+        optimizer: Makes the optimiser; AdamW at 1e-3 by default.
+        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
+        warmup: Steps of linear rise of the default schedule.
+        ema_decay: Decay of the weight average that validates, samples and answers.
+        reference: Solver of the likelihood that validation logs; ``validate_nll`` turns it on.
+        validate_nll: Log the reference likelihood in validation, not only in test.
+    """
+
+    average: FlowMap
+
+    def __init__(
+        self,
+        flow_map: FlowMap,
+        shape: Sequence[int],
+        levels: int | None = None,
+        low: float = -1.0,
+        high: float = 1.0,
+        path: Path | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup: int = 200,
+        ema_decay: float = 0.999,
+        reference: Reference | None = None,
+        validate_nll: bool = False,
+    ) -> None:
+        super().__init__(shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference)
+        objects = ("flow_map", "path", "optimizer", "lr_scheduler", "reference")
+        self.save_hyperparameters(ignore=_objects(locals(), *objects))
+        self.flow_map = flow_map
+        self.average = _frozen_copy(flow_map)
+        self.path = path or LinearPath()
+        self.validate_nll = validate_nll
+
+    @property
+    def live(self) -> FlowMap:
+        """The flow map in training."""
+        return self.flow_map
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        """Velocity of the weight average, ``(B, ...), () or (B,) -> (B, ...)``."""
+        return self.average.velocity(x, t, cond)
+
+    def _loss(self, flow_map: FlowMap, x: Tensor, cond: Tensor | None) -> Tensor:
+        t = torch.rand(len(x), dtype=x.dtype, device=x.device)
+        noise = torch.randn_like(x)
+        target = self.path.conditional_velocity(x, noise, t)
+        v = flow_map.velocity(self.path.sample(x, noise, t), t, cond)
+        return (v - target).square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Conditional flow-matching loss."""
+        loss = self._loss(self.flow_map, *self.data_to_state(batch))
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        self._nll = self._agreement_metric()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def _evaluate(self, batch: Any, batch_idx: int, nll: bool) -> Tensor:
+        x, cond = self.data_to_state(batch)
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(mix_seed("validation", batch_idx, self.global_rank))
+            loss = torch.stack([self._loss(self.average, x, cond) for _ in range(4)]).mean()
+        if nll:
+            value = self.reference(self.average.velocity, x, cond).value
+            self._nll.update(value, value)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The same loss with fixed noise, and the likelihood if asked for."""
+        loss = self._evaluate(batch, batch_idx, self.validate_nll)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and likelihood."""
+        self.log("test/loss", self._evaluate(batch, batch_idx, True), sync_dist=True)
+
+    def _log_nll(self, stage: str) -> None:
+        result = self._nll.compute()
+        self.log(f"{stage}/nll", result.nll.float(), prog_bar=True)
+        self.log(f"{stage}/nll_standard_error", result.nll_standard_error.float())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the likelihood."""
+        if self.validate_nll:
+            self._log_nll("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the likelihood."""
+        self._log_nll("test")
+
+
+class F2D2Module(FlowModule):
+    """Joint distillation of sampling and likelihood: a few-step student with a divergence head.
+
+    Ai et al., "Joint Distillation for Fast Likelihood Evaluation and Sampling in Flow-based Models", 2025,
+    https://arxiv.org/abs/2512.02636
+
+    Override :meth:`data_to_state`, :meth:`make_source` or :meth:`prepare` to change where data, targets and starting
+    values come from.
+
+    Args:
+        flow_map: Backbone of the student; ``None`` takes a copy of the teacher's.
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the teacher's.
+        teacher: A trained :class:`FlowMatchingModule`, a flow map or velocity ``(x, t, cond) -> v``, or the path of a
+            checkpoint of the first. It is not part of this module's checkpoint and is needed only to train and to
+            compare. ``None`` distils the student's own diagonal, trained by flow matching.
+        head: Divergence head; by default on the backbone's features, with a full-covariance baseline.
+        objective: Training objective; trajectory regression in both directions by default.
+        estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
+        frozen: Train the head only; backbone and samples stay bit for bit as they were.
+        warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`.
+        steps: Step counts that validation reports.
+        inversion: For maps that only go to data: how validation and :meth:`log_prob` invert them.
+        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        optimizer: Makes the optimiser; AdamW at 1e-3 by default.
+        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
+        warmup: Steps of linear rise of the default schedule.
+        ema_decay: Decay of the weight average that validates, samples and answers.
+        reference: Solver of the teacher's likelihood that validation compares with.
+
+    Raises:
+        ValueError: If the objective trains other directions than the backbone declares, or parts are missing.
+    """
+
+    average: JointFlowMap
+
+    def __init__(
+        self,
+        flow_map: FlowMap | None = None,
+        shape: Sequence[int] | None = None,
+        teacher: str | FlowMatchingModule | None = None,
+        head: DivergenceHead | None = None,
+        objective: Objective | None = None,
+        estimator: DivergenceEstimator | None = None,
+        frozen: bool = False,
+        warm_start: bool = True,
+        steps: Sequence[int] = (1, 2, 4, 8),
+        inversion: Inversion | None = None,
+        levels: int | None = None,
+        low: float = -1.0,
+        high: float = 1.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup: int = 200,
+        ema_decay: float = 0.999,
+        reference: Reference | None = None,
+    ) -> None:
+        if isinstance(teacher, FlowMatchingModule):
+            shape = shape or teacher.shape
+            levels = teacher.levels if levels is None else levels
+            flow_map = flow_map or _trainable_copy(teacher.average)
+        if flow_map is None or shape is None:
+            raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
+        super().__init__(shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference)
+        objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
+        self.save_hyperparameters(ignore=_objects(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
+        self.objective = objective or TrajectoryRegression(intervals=None)
+        if self.objective.directions != flow_map.directions:
+            raise ValueError(
+                f"the objective trains {self.objective.directions}, but the backbone declares {flow_map.directions}; a "
+                "map that answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
+            )
+        self.estimator = estimator or Hutchinson()
+        if head is None:
+            head = DivergenceHead(_feature_channels(flow_map), baseline=GaussianBaseline(self.shape))
+        self.joint = JointFlowMap(flow_map, head, frozen)
+        shared = {id(flow_map): flow_map} if frozen else {}
+        self.average = _frozen_copy(self.joint, shared)
+        self.steps = tuple(steps)
+        self.inversion = inversion
+        self.warm_start = warm_start
+        self._teacher_given = teacher
+        # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
+        self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, str) else [teacher]
+
+    @property
+    def live(self) -> JointFlowMap:
+        """The joint map in training."""
+        return self.joint
+
+    # --- teacher and targets ---
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher, loaded on first use and moved to this module's device; ``None`` in self-distillation."""
+        if not self._teacher and self._teacher_given is not None:
+            self._teacher.append(load_module(str(self._teacher_given), FlowMatchingModule))
+        if not self._teacher:
+            return None
+        teacher = self._teacher[0].to(self.device).eval()
+        return teacher.requires_grad_(False)
+
+    def teacher_velocity(self) -> Any:
+        """``(x, t, cond) -> v`` that likelihoods are compared with; the student's own diagonal without a teacher."""
+        teacher = self.teacher
+        if teacher is None:
+            return self.average.velocity
+        return teacher.average.velocity if isinstance(teacher, FlowMatchingModule) else teacher
+
+    def make_source(self) -> tuple[VelocitySource, VelocitySource]:
+        """Where targets come from: ``(source, anchor)``, see :meth:`Objective.__call__`."""
+        if self.teacher is not None:
+            source = TeacherSource(self.teacher_velocity(), self.estimator)
+            return source, source
+        anchor = ConditionalSource(self.joint, self.estimator, self.objective.path)
+        return DiagonalSource(self.joint), anchor
+
+    def setup(self, stage: str) -> None:
+        """Load the teacher where it is needed, and compare shapes."""
+        super().setup(stage)
+        if stage == "predict":
+            return
+        teacher = self.teacher
+        if isinstance(teacher, FlowMatchingModule) and teacher.shape != self.shape:
+            raise ValueError(
+                f"the teacher was trained on states of shape {teacher.shape}, the student is for {self.shape}; "
+                "use the teacher of these data"
+            )
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Warm start from the teacher, and the head's scale from the data."""
+        teacher = self.teacher
+        if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
+            try:
+                self.joint.flow_map.load_state_dict(teacher.average.state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    "the student's backbone cannot start from the teacher's weights, they are of different networks; "
+                    f"use the same flow_map for both, or warm_start=False ({error})"
+                ) from error
+        self.joint.head.scale.fill_(self._divergence_scale())
+
+    def _divergence_scale(self) -> float:
+        """Root mean square of the teacher's divergence about the baseline, nats per unit of time."""
+        _, anchor = self.make_source()
+        head, squares, count = self.joint.head, 0.0, 0
+        for batch in self.training_batches():
+            x, cond = self.data_to_state(self.transfer_batch_to_device(batch, self.device, 0))
+            noise, t = torch.randn_like(x), torch.rand(len(x), dtype=x.dtype, device=x.device)
+            state = self.objective.path.sample(x, noise, t)
+            divergence = anchor(state, t, cond, data=x, noise=noise).divergence
+            if head.baseline is not None:
+                divergence = divergence - head.baseline.divergence(t, t)
+            squares, count = squares + float(divergence.square().sum()), count + len(x)
+            if count >= 1024:
+                break
+        return max(1e-3, math.sqrt(squares / count))
+
+    # --- training ---
+
+    def on_fit_start(self) -> None:
+        """Make the targets' source."""
+        self._source, self._anchor = self.make_source()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The objective's loss; its parts are logged beside it."""
+        x, cond = self.data_to_state(batch)
+        terms = self.objective(self.joint, self._source, x, cond, anchor=self._anchor)
+        self.log("train/loss", terms.loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
+        return terms.loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["f2d2"]["objective"] = self.objective.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("f2d2", {}).get("objective")
+        if state:
+            self.objective.load_state_dict(state)
+
+    # --- evaluation ---
+
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        self._agreements = {k: self._agreement_metric() for k in self.steps}
+        self._seconds = dict.fromkeys(self.steps, 0.0)
+        self._evaluations = dict.fromkeys(self.steps, 0)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def _evaluate(self, batch: Any) -> None:
+        x, cond = self.data_to_state(batch)
+        reference = self.reference_log_prob(x, cond, self.teacher_velocity())
+        for k, metric in self._agreements.items():
+            start = clock(self.device)
+            answer = self.log_prob(x, k, cond)
+            self._seconds[k] += clock(self.device) - start
+            self._evaluations[k] = answer.evaluations
+            metric.update(answer.value, reference)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Few-step likelihoods beside the teacher's on the same points."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As validation."""
+        self._evaluate(batch)
+
+    def _log_agreements(self, stage: str) -> None:
+        for k, metric in self._agreements.items():
+            result = metric.compute()
+            named = {
+                f"{stage}/nll_{k}": result.nll,
+                f"{stage}/nll_standard_error_{k}": result.nll_standard_error,
+                f"{stage}/gap_{k}": result.gap,
+                f"{stage}/absolute_error_{k}": result.absolute_error,
+                f"{stage}/correlation_{k}": result.correlation,
+                f"{stage}/rank_correlation_{k}": result.rank_correlation,
+            }
+            self.log_dict({name: value.float() for name, value in named.items()})
+            self.log(f"{stage}/reference_nll", result.reference_nll.float())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was gathered."""
+        self._log_agreements("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was gathered."""
+        self._log_agreements("test")
+
+    def agreement_values(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Log-likelihoods of the last evaluation, by step count, and the reference's, ``(N,)``, in :attr:`unit`.
+
+        Bits per dimension with the sign of a log-likelihood: higher is more likely.
+        """
+        values, reference = {}, torch.empty(0)
+        for k, metric in self._agreements.items():
+            metric.compute()  # gathers across processes
+            own, other = (torch.cat(v) if isinstance(v, list) else v for v in (metric.log_prob, metric.reference))
+            values[k] = own / metric.unit - metric.offset
+            reference = other / metric.unit - metric.offset
+        return values, reference
+
+    def agreement_table(self) -> list[dict[str, Any]]:
+        """Rows of the last evaluation: one per step count, and one (``steps`` is ``None``) of the reference."""
+        rows: list[dict[str, Any]] = []
+        count = 1
+        for k, metric in self._agreements.items():
+            result = metric.compute()
+            count = sum(len(v) for v in metric.log_prob) if isinstance(metric.log_prob, list) else len(metric.log_prob)
+            row = {name: float(value) for name, value in result._asdict().items()}
+            row |= {"steps": k, "evaluations": self._evaluations[k]}
+            rows.append(row | {"milliseconds": 1e3 * self._seconds[k] / count})
+        seconds, evaluations = self._reference_cost
+        same = {"nll": rows[-1]["reference_nll"], "reference_nll": rows[-1]["reference_nll"], "steps": None}
+        reference = self.agreement_values()[1]
+        error = float(reference.std()) / math.sqrt(len(reference)) if len(reference) > 1 else math.nan
+        rows.append(
+            same | {"nll_standard_error": error, "evaluations": evaluations, "milliseconds": 1e3 * seconds / count}
+        )
+        return rows
+
+    # --- inference: the weight average, in evaluation mode ---
+
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Any:
+        """``(u, D)`` of the weight average."""
+        return self.average(x, s, t, cond)
+
+    def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
+        """Log-likelihood of states at ``t = 1``; see :func:`f2d2_lightning.log_prob`."""
+        inversion = None if Direction.TO_NOISE in self.average.directions else self.inversion
+        return log_prob(self.average, x, steps, cond, inversion=inversion)
+
+    def sample(
+        self,
+        noise: int | Tensor,
+        steps: int | Sequence[float] = 4,
+        cond: Tensor | None = None,
+        *,
+        with_log_prob: bool = False,
+    ) -> Samples:
+        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`."""
+        if isinstance(noise, int):
+            if noise < 1:
+                raise ValueError(f"asked for {noise} samples; at least one is needed")
+            noise = torch.randn(noise, *self.shape, device=self.device)
+        return sample(self.average, noise, steps, cond, log_prob=with_log_prob)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[int, Tensor]:
+        """Log-likelihood of a batch at each of ``steps``, nats."""
+        x, cond = self.data_to_state(batch)
+        return {k: self.log_prob(x, k, cond).value for k in self.steps}
+
+
+def _objects(arguments: dict[str, Any], *names: str) -> list[str]:
+    """Names of arguments that hold objects: those are not hyper-parameters.
+
+    A LightningCLI keeps their classes and arguments instead, so under one nothing is left out.
+    """
+    if _given_hyperparameters.get() is not None:
+        return []
+    return [name for name in names if arguments[name] is not None and not isinstance(arguments[name], (str, FilePath))]
+
+
+def _frozen_copy(module: Any, shared: dict[int, Any] | None = None) -> Any:
+    return copy.deepcopy(module, shared or {}).requires_grad_(False).eval()
+
+
+def _trainable_copy(module: Any) -> Any:
+    return copy.deepcopy(module).requires_grad_(True).train()
+
+
+def _feature_channels(flow_map: FlowMap) -> int:
+    channels = getattr(flow_map, "features", None)
+    if not isinstance(channels, int):
+        raise ValueError(
+            f"{type(flow_map).__name__} does not say how many feature channels it gives; pass "
+            "head=DivergenceHead(features=...) or head=DivergenceHead(network=...)"
+        )
+    return channels
