@@ -8,7 +8,7 @@ import math
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -172,8 +172,8 @@ class FlowModule(L.LightningModule):
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:
-            total = max(1, int(self.trainer.estimated_stepping_batches))
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _WarmupCosine(self.warmup, total))
+            factor = warmup_cosine(self.warmup, lambda: self.trainer.estimated_stepping_batches)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- training ---
@@ -182,13 +182,13 @@ class FlowModule(L.LightningModule):
         """Seed the step."""
         torch.manual_seed(mix_seed(self._seed, self.trainer.current_epoch, batch_idx, self.global_rank))
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the average, once per optimiser step."""
-        step = self.trainer.global_step
-        if step > self._averaged_steps:
-            self._averaged_steps = step
-            # a young average forgets faster, so that the initial weights do not linger
-            update_average(self.average, self.live, min(self.ema_decay, (1 + step) / (10 + step)))
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, then the average's: before any checkpoint of this step is written."""
+        super().optimizer_step(*args, **kwargs)
+        self._averaged_steps += 1
+        # a young average forgets faster, so that the initial weights do not linger
+        decay = min(self.ema_decay, (1 + self._averaged_steps) / (10 + self._averaged_steps))
+        update_average(self.average, self.live, decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed run needs besides weights."""
@@ -241,17 +241,26 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class _WarmupCosine:
-    """Factor of the learning rate at a step: linear rise, then a cosine to zero."""
+def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear rise, then a cosine to zero.
 
-    def __init__(self, warmup: int, total: int) -> None:
-        self.warmup, self.total = warmup, total
+    The number of steps is asked for only once training runs. Asking earlier makes Lightning set up the training data
+    before a checkpoint's loop state is restored, and a resumed epoch then starts from its beginning.
 
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        progress = (step - self.warmup) / max(1, self.total - self.warmup)
+    Args:
+        warmup: Steps of linear rise.
+        total: Gives the number of optimiser steps of the whole run.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if step == 0:
+            return 1.0
+        progress = (step - warmup) / max(1.0, total() - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
 
 
 class FlowMatchingModule(FlowModule):
@@ -444,7 +453,7 @@ class F2D2Module(FlowModule):
         self.steps = tuple(steps)
         self.inversion = inversion
         self.warm_start = warm_start
-        self._teacher_given = teacher
+        self._teacher_path = teacher if isinstance(teacher, str) else None
         # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
         self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, str) else [teacher]
 
@@ -458,8 +467,8 @@ class F2D2Module(FlowModule):
     @property
     def teacher(self) -> nn.Module | None:
         """The teacher, loaded on first use and moved to this module's device; ``None`` in self-distillation."""
-        if not self._teacher and self._teacher_given is not None:
-            self._teacher.append(load_module(str(self._teacher_given), FlowMatchingModule))
+        if not self._teacher and self._teacher_path is not None:
+            self._teacher.append(load_module(self._teacher_path, FlowMatchingModule))
         if not self._teacher:
             return None
         teacher = self._teacher[0].to(self.device).eval()

@@ -9,6 +9,8 @@ multiplied by a constant. Its likelihood steps from data to noise, but asks the 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def official_log_prob(joint_map: JointFlowMap, x: Tensor, steps: int, cond: Tens
     check_state(x, "x")
     grid = time_grid(steps, to_noise=True)
     state, change = x, x.new_zeros(len(x))
-    for t, below in zip(grid, grid[1:], strict=False):
+    for t, below in itertools.pairwise(grid):
         length = t - below
         # past the check of times on purpose: t + length exceeds 1 at the first step
         now, after = x.new_full((len(x),), t), x.new_full((len(x),), t + length)

@@ -1,0 +1,145 @@
+"""Divergence heads: baseline plus scaled residual, frozen backbones."""
+
+import pytest
+import torch
+from problems import PROBLEMS, randomise
+
+from f2d2_lightning import (
+    Direction,
+    DivergenceHead,
+    Eulerian,
+    Exact,
+    JointFlowMap,
+    Lagrangian,
+    TeacherSource,
+    as_flow_map,
+    log_prob,
+    sample,
+)
+from f2d2_lightning.nn import MLP, ResNet
+
+close = torch.testing.assert_close
+
+
+def own_network(x, s, t, cond):
+    return x.flatten(1).square().sum(-1) + s - 2 * t
+
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x, s, t, cond):
+        return self.gain * own_network(x, s, t, cond)
+
+
+def test_zero_initialised_head_is_the_baseline(gaussian):
+    image = len(gaussian.shape) == 3
+    backbone = ResNet(gaussian.shape, width=8, blocks=1) if image else MLP(gaussian.shape, width=8, blocks=1)
+    joint_map = JointFlowMap(randomise(backbone), DivergenceHead(features=8, hidden=8, baseline=gaussian.baseline))
+    s, t = torch.rand(5), torch.rand(5)
+    x = gaussian.states_at(s)
+    u, divergence = joint_map(x, s, t)
+    close(divergence, -gaussian.jump(x, s, t)[1] / (t - s), rtol=1e-8, atol=1e-8)
+    assert torch.equal(u, backbone(x, s, t))
+
+
+def test_scale_multiplies_the_residual_and_not_the_baseline(gaussian):
+    head = DivergenceHead(network=Own(), baseline=gaussian.baseline)
+    s, t = torch.rand(5), torch.rand(5)
+    x = gaussian.states_at(s)
+    expected = -gaussian.jump(x, s, t)[1] / (t - s)
+    for scale in (1.0, 40.0):
+        head.scale.fill_(scale)
+        close(head(x, s, t), expected + scale * own_network(x, s, t, None), rtol=1e-8, atol=1e-8)
+
+
+def test_per_pixel_head_has_no_resolution():
+    """The same parameters at any resolution, and the same answer for features that repeat."""
+    small, large = (DivergenceHead(features=8, hidden=16) for _ in range(2))
+    assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in large.parameters())
+    head = randomise(small)
+    s, t = torch.rand(3), torch.rand(3)
+    h = torch.randn(3, 8, 2, 2)
+    coarse = head(torch.randn(3, 1, 2, 2), s, t, features=h)
+    fine = head(torch.randn(3, 1, 8, 8), s, t, features=h.repeat(1, 1, 4, 4))
+    close(coarse, fine)
+    close(head(torch.randn(3, 1, 2, 2), s, t, features=h.flip(-1)), coarse)
+    one = torch.stack([head(torch.randn(3, 5), s, t, features=h.flatten(2)[..., k]) for k in range(4)])
+    close(coarse, one.mean(0))
+    assert one.std(0).min() > 1e-3
+
+
+def test_head_depends_on_everything_it_reads():
+    head = randomise(DivergenceHead(features=8, hidden=16))
+    x, h, s, t = torch.randn(4, 3), torch.randn(4, 8), torch.full((4,), 0.3), torch.full((4,), 0.8)
+    here = head(x, s, t, features=h)
+    for other in (head(x, s, t, features=h + 0.1), head(x, s - 0.1, t, features=h), head(x, t, s, features=h)):
+        assert (here - other).abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 2, 2)])
+def test_own_network_needs_no_features(shape):
+    """With it any function is a backbone."""
+    joint_map = JointFlowMap(as_flow_map(lambda x, s, t, cond: -x, "to_data"), DivergenceHead(network=Own()))
+    assert joint_map.directions is Direction.TO_DATA
+    x, s, t = torch.randn(4, *shape), torch.rand(4) / 2, 0.5 + torch.rand(4) / 2
+    u, divergence = joint_map(x, s, t)
+    close(u, -x)
+    close(divergence, own_network(x, s, t, None))
+
+
+def trained(joint_map, steps=5):
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    parameters = [p for p in joint_map.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=1e-2)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        source = TeacherSource(problem.field, Exact())
+        for objective in (Eulerian(), Lagrangian()):
+            objective(joint_map, source, problem.states(16, 1.0)).loss.backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_backbone_is_kept_bit_for_bit(frozen):
+    backbone = randomise(MLP((3,), width=8, blocks=1, dropout=0.3))
+    joint_map = JointFlowMap(backbone, DivergenceHead(features=8, hidden=8), frozen=frozen)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    noise = torch.randn(4, 3)
+    torch.manual_seed(0)
+    samples = sample(joint_map, noise, 4).state
+    head = joint_map.head.out.weight.clone()
+    joint_map.train()
+    assert joint_map.head.training
+    assert backbone.training is not frozen
+    trained(joint_map)
+    same = all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert same is frozen
+    assert not torch.equal(joint_map.head.out.weight, head)
+    if frozen:
+        assert torch.equal(sample(joint_map, noise, 4).state, samples)
+        assert all(not p.requires_grad for p in backbone.parameters())
+        assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_checkpoint_keeps_scale_and_baseline(gaussian):
+    make = lambda b: JointFlowMap(  # noqa: E731
+        MLP(gaussian.shape, width=8, blocks=1), DivergenceHead(features=8, hidden=8, baseline=b)
+    )
+    original = randomise(make(gaussian.baseline))
+    original.head.scale.fill_(7.0)
+    loaded = make(type(gaussian.baseline).standard(gaussian.shape, path=gaussian.path))
+    loaded.load_state_dict(original.state_dict())
+    x = gaussian.states(4, 1.0)
+    assert torch.equal(log_prob(loaded, x, 2).value, log_prob(original, x, 2).value)
+    assert float(loaded.head.scale) == 7.0
+
+
+def test_conditioning_reaches_backbone_and_head():
+    joint_map = randomise(JointFlowMap(MLP((3,), width=8, blocks=1, classes=2), DivergenceHead(features=8, hidden=8)))
+    x = torch.randn(2, 3)
+    zero, one = (joint_map(x, 0.1, 0.9, torch.full((2,), c)) for c in (0, 1))
+    assert (zero.velocity - one.velocity).abs().max() > 1e-3
+    assert (zero.divergence - one.divergence).abs().min() > 1e-6

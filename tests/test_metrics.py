@@ -1,0 +1,62 @@
+"""Likelihood metrics against NumPy and SciPy in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from f2d2_lightning.metrics import LikelihoodAgreement, agreement
+
+
+@pytest.fixture
+def values():
+    generator = np.random.default_rng(0)
+    reference = generator.normal(-100, 20, 57)
+    return reference + generator.normal(1.5, 4, 57), reference
+
+
+@pytest.mark.parametrize("levels", [None, 17, 256])
+def test_equals_numpy(values, levels):
+    few, reference = values
+    dim = 64
+    metric = LikelihoodAgreement(dim, levels)
+    for part in (slice(0, 20), slice(20, 21), slice(21, None)):
+        metric.update(torch.from_numpy(few[part]), torch.from_numpy(reference[part]))
+    result = metric.compute()
+    to_unit = lambda v: -v if levels is None else (-v - dim * np.log(2 / levels)) / (dim * np.log(2))  # noqa: E731
+    a, b = to_unit(few), to_unit(reference)
+    expected = {
+        "nll": a.mean(),
+        "nll_standard_error": a.std(ddof=1) / math.sqrt(57),
+        "reference_nll": b.mean(),
+        "gap": (a - b).mean(),
+        "gap_standard_error": (a - b).std(ddof=1) / math.sqrt(57),
+        "absolute_error": np.abs(a - b).mean(),
+        "correlation": np.corrcoef(a, b)[0, 1],
+        "rank_correlation": scipy.stats.spearmanr(a, b).statistic,
+    }
+    for name, value in expected.items():
+        assert float(getattr(result, name)) == pytest.approx(value, rel=1e-7), name
+
+
+def test_sign_of_the_gap():
+    # a student that finds every sample less likely than the teacher has a positive gap in NLL
+    reference = torch.tensor([-1.0, -2.0, -5.0])
+    assert float(agreement(reference - 3.0, reference).gap) == pytest.approx(3.0)
+
+
+def test_one_sample_has_no_spread():
+    result = agreement(torch.tensor([-1.0]), torch.tensor([-2.0]))
+    assert float(result.gap) == pytest.approx(-1.0)
+    assert math.isnan(float(result.correlation))
+    assert math.isnan(float(result.nll_standard_error))
+
+
+@pytest.mark.parametrize("shapes", [((3,), (4,)), ((0,), (0,)), ((2, 2), (2, 2))])
+def test_refuses_unpaired_values(shapes):
+    with pytest.raises(ValueError, match="both are"):
+        agreement(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
