@@ -223,13 +223,8 @@ def test_conditional_passes_the_class(case):
     close(estimate[near], trace(lambda y: field(y, t, cond), x)[near])
 
 
-PATH_BUG = pytest.mark.xfail(strict=True, reason="ConditionalSource defaults to Conditional() on every path")
-
-
-def test_conditional_source_on_any_path(request, problem):
+def test_conditional_source_on_any_path(problem):
     """By default too, the source is unbiased, whatever its path."""
-    if problem.trigonometric:
-        request.applymarker(PATH_BUG)
     data, noise, t, x = pairs(problem, 20000, 0.65)
 
     class Student:
@@ -248,21 +243,14 @@ def test_teacher_source_falls_back_where_there_is_no_pair(linear):
     close(divergence, linear.divergence(x, t))
 
 
-REVERSE_BUG = pytest.mark.xfail(
-    strict=True, reason="reverse mode detaches from the parameters unless x itself requires a gradient"
-)
-
-
 @pytest.mark.parametrize("leaf", [False, True], ids=["x plain", "x with gradient"])
 @pytest.mark.parametrize(
     "estimator",
     [Exact(4), *(Hutchinson(2, mode=mode) for mode in MODES), Conditional(0.5), Conditional(0.5, Exact())],
     ids=["exact", *MODES, "conditional", "conditional with exact"],
 )
-def test_gradients_against_finite_differences(request, case, estimator, leaf):
+def test_gradients_against_finite_differences(case, estimator, leaf):
     field, x, t, cond = case
-    if isinstance(estimator, Hutchinson) and estimator.mode == "reverse" and not leaf:
-        request.applymarker(REVERSE_BUG)
     data, noise = torch.randn_like(x), torch.randn_like(x)
     weights = torch.randn(5)
 
@@ -285,12 +273,9 @@ def test_gradients_against_finite_differences(request, case, estimator, leaf):
         close((gradient * direction).sum(), (ahead - behind).detach() / (2 * h), rtol=1e-5, atol=1e-5)
 
 
-NO_GRAD_BUG = pytest.mark.xfail(strict=True, reason="reverse mode keeps a graph under no_grad if x requires a gradient")
-
-
 @pytest.mark.parametrize(
     "estimator",
-    [Exact(4), *(pytest.param(Hutchinson(2, mode=m), marks=NO_GRAD_BUG if m == "reverse" else ()) for m in MODES)],
+    [Exact(4), *(Hutchinson(2, mode=mode) for mode in MODES)],
     ids=["exact", *MODES],
 )
 def test_no_graph_under_no_grad(case, estimator):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from problems import PROBLEMS, randomise
 
 from f2d2_lightning import (
     Direction,
     DivergenceHead,
     Eulerian,
     Exact,
+    GaussianBaseline,
     JointFlowMap,
     Lagrangian,
     TeacherSource,
@@ -17,6 +17,7 @@ from f2d2_lightning import (
     sample,
 )
 from f2d2_lightning.nn import MLP, ResNet
+from problems import PROBLEMS, randomise
 
 close = torch.testing.assert_close
 
@@ -53,6 +54,74 @@ def test_scale_multiplies_the_residual_and_not_the_baseline(gaussian):
     for scale in (1.0, 40.0):
         head.scale.fill_(scale)
         close(head(x, s, t), expected + scale * own_network(x, s, t, None), rtol=1e-8, atol=1e-8)
+
+
+def turned(gaussian, s, t):
+    """How far the fit's angles turn from ``s`` to ``t``, per unit of time, along its axes, ``(B, d)``."""
+    deviations = torch.linalg.eigvalsh(gaussian.covariances[0]).sqrt()
+    angle = lambda a, b: torch.atan2(a[:, None] * deviations, b[:, None].expand(-1, len(deviations)))  # noqa: E731
+    start, end = (angle(*gaussian.coefficients(time)[:2]) for time in (s, t))
+    return (end - start) / (t - s)[:, None]
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_per_axis_head_weighs_with_the_angles(gaussian, layers):
+    """``D = D_0 + scale sum_i out_i (theta_i(t) - theta_i(s)) / (t - s)``, in both directions."""
+    dim = gaussian.dim
+    head = DivergenceHead(features=8, hidden=6, layers=layers, per_axis=True, baseline=gaussian.baseline)
+    s, t = torch.tensor([0.0, 1.0, 0.2, 0.9]), torch.tensor([1.0, 0.0, 0.7, 0.6])
+    x, h = gaussian.states_at(s), torch.randn(4, 8)
+    fit = -gaussian.jump(x, s, t)[1] / (t - s)
+    close(head(x, s, t, features=h), fit, rtol=1e-8, atol=1e-8)
+    randomise(head)
+    head.scale.fill_(3.0)
+    assert head.out.weight.shape == (dim, 6 if layers else 8)
+    hidden = h
+    for index, layer in enumerate(head.layers):
+        hidden = layer(hidden) + (head.embedding(s, t) if index == 0 else 0)
+        hidden = hidden * torch.sigmoid(hidden)
+    out = hidden @ head.out.weight.T + head.out.bias
+    close(head(x, s, t, features=h), fit + 3 * (out * turned(gaussian, s, t)).sum(-1), rtol=1e-8, atol=1e-8)
+    # on the diagonal, the derivative
+    beside = head(x[2:], s[2:], s[2:] + 1e-7, features=h[2:])
+    close(head(x[2:], s[2:], s[2:], features=h[2:]), beside, rtol=1e-4, atol=1e-4)
+
+
+def test_per_axis_head_of_an_isotropic_fit_answers_once_per_axis():
+    baseline = GaussianBaseline((3,), "isotropic")
+    baseline.variances.fill_(0.2)
+    full = GaussianBaseline.from_covariance(torch.zeros(3), 0.2 * torch.eye(3))
+    one, other = (DivergenceHead(features=4, layers=0, per_axis=True, baseline=b) for b in (baseline, full))
+    randomise(one)
+    other.out.load_state_dict(one.out.state_dict())
+    x, s, t, h = torch.randn(5, 3), torch.rand(5), torch.rand(5), torch.randn(5, 4)
+    close(one(x, s, t, features=h), other(x, s, t, features=h))
+
+
+def test_per_axis_head_in_a_joint_map():
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    head = randomise(DivergenceHead(features=8, layers=0, per_axis=True, baseline=problem.baseline))
+    joint_map = JointFlowMap(randomise(MLP((3,), width=8, blocks=1)), head)
+    s, t = torch.rand(4), torch.rand(4)
+    x = problem.states_at(s)
+    u, h = joint_map.flow_map.forward_features(x, s, t)
+    answer = joint_map(x, s, t)
+    assert torch.equal(answer.velocity, u)
+    out = head.out(h)
+    fit = -problem.jump(x, s, t)[1] / (t - s)
+    close(answer.divergence, fit + (out * turned(problem, s, t)).sum(-1), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["vector", "image"])
+def test_head_without_hidden_layers_is_linear(image):
+    head = randomise(DivergenceHead(features=8, layers=0))
+    assert sum(p.numel() for p in head.parameters()) == 9
+    h = torch.randn(4, 8, 2, 3) if image else torch.randn(4, 8)
+    x, s, t = torch.randn(4, 3), torch.rand(4), torch.rand(4)
+    mean = h.mean((2, 3)) if image else h
+    close(head(x, s, t, features=h), mean @ head.out.weight[0] + head.out.bias)
+    head.scale.fill_(5.0)
+    close(head(x, s, t, features=h), 5 * (mean @ head.out.weight[0] + head.out.bias))
 
 
 def test_per_pixel_head_has_no_resolution():

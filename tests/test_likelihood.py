@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from problems import PROBLEMS, Logistic, LogisticMap, randomise
 
 from f2d2_lightning import (
     Direction,
@@ -18,6 +17,7 @@ from f2d2_lightning import (
 )
 from f2d2_lightning.flow_map import Joint
 from f2d2_lightning.nn import MLP
+from problems import PROBLEMS, Logistic, LogisticMap, randomise
 
 close = torch.testing.assert_close
 GRIDS = [1, 2, 8, [0.0, 0.1, 0.75, 1.0], [1.0, 0.9, 0.0], torch.tensor([0.0, 0.3, 1.0])]

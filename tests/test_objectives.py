@@ -14,6 +14,7 @@ from f2d2_lightning import (
     DivergenceHead,
     Eulerian,
     Exact,
+    GaussianBaseline,
     Intervals,
     JointFlowMap,
     JointMap,
@@ -22,11 +23,13 @@ from f2d2_lightning import (
     TeacherSource,
     TrajectoryRegression,
     Weighting,
+    as_flow_map,
 )
 from f2d2_lightning.flow_map import Joint
 from f2d2_lightning.nn import MLP
+from f2d2_lightning.objectives import Examples
 from f2d2_lightning.paths import like
-from problems import MUTATIONS, PROBLEMS, Logistic, LogisticMap, Mutant, randomise, slope, trace, z_score
+from problems import MUTATIONS, PROBLEMS, Logistic, LogisticMap, Mutant, Student, randomise, slope, trace, z_score
 
 close = torch.testing.assert_close
 EXACT = {
@@ -36,7 +39,7 @@ EXACT = {
     "eulerian": lambda path: Eulerian(path=path),
     "consistency": lambda path: Consistency(path=path),
 }
-EVERY = {**EXACT, "trajectory": lambda path: TrajectoryRegression(nodes=32, path=path, capacity=64, refresh=0.0)}
+EVERY = {**EXACT, "trajectory": lambda path: TrajectoryRegression(nodes=16, path=path, capacity=64, refresh=0.0)}
 
 
 def source_of(problem):
@@ -56,11 +59,15 @@ def test_zero_at_the_closed_form(gaussian, name, own):
 @pytest.mark.parametrize("name", EVERY)
 def test_far_from_zero_at_a_mutant(gaussian, name, mutation):
     terms = EVERY[name](gaussian.path)(Mutant(gaussian.field, mutation), source_of(gaussian), gaussian.states(64, 1.0))
-    assert float(terms.loss) > 0.02
+    # the semigroup's two sides flip together; only its tenth on the diagonal sees the sign
+    floor = 4e-3 if mutation == "D flipped" and name.startswith("semigroup") else 0.02
+    assert float(terms.loss) > floor
     if mutation == "D flipped":
-        assert float(terms.divergence_loss) > 0.02
+        assert float(terms.divergence_loss) > floor
+        assert float(terms.divergence_mse) > 0.5
     if mutation != "D flipped":
         assert float(terms.velocity_loss) > 0.02
+        assert float(terms.velocity_mse) > 0.02
 
 
 def test_trajectory_converges_with_its_nodes(gaussian):
@@ -111,22 +118,6 @@ def test_targets_at_a_map_whose_divergence_depends_on_the_state(name):
                 assert (part - other).abs().max() > 0.3
 
 
-class Student(JointMap):
-    """The closed form, perturbed by learnable amounts; the velocity's diagonal stays exact if ``anchored``."""
-
-    def __init__(self, flow, anchored=True):
-        super().__init__()
-        self.flow, self.anchored = flow, anchored
-        self.amounts = torch.nn.Parameter(torch.tensor([0.3, -0.2, 0.4]))
-
-    def joint(self, x, s, t, cond):
-        u, divergence = self.flow(x, s, t)
-        a, b, c = self.amounts
-        gap = like(t - s, x) if self.anchored else 1.0
-        bent = u + gap * (a * torch.sin(x.flip(1)) + b * torch.cos(2 * x) * like(t, x))
-        return Joint(bent, divergence + c * torch.cos(x.flatten(1).sum(-1) + t) + b * s * t)
-
-
 @pytest.fixture(params=[(3,), (1, 2, 2)], ids=str)
 def bent(request):
     """A student that is wrong everywhere, and points to try it at."""
@@ -174,7 +165,7 @@ def test_eulerian_target(bent, objective):
 
 @pytest.mark.parametrize("split", ["midpoint", "random"])
 def test_semigroup_target(bent, split):
-    student, source, teacher, x, s, t = bent
+    student, source, _, x, s, t = bent
     torch.manual_seed(5)
     target = Semigroup(split).target(student, source, x, s, t, None)
     torch.manual_seed(5)
@@ -231,50 +222,172 @@ def test_gradient_leads_back(name):
     problem = PROBLEMS["gaussian-vector-linear"]()
     student = Student(problem.field, anchored=name not in ("trajectory", "semigroup midpoint"))
     objective = EVERY[name](problem.path)
-    optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
-    for _ in range(60):
-        optimiser.zero_grad()
-        objective(student, source_of(problem), problem.states(64, 1.0)).loss.backward()
-        optimiser.step()
+    if name == "semigroup midpoint":
+        objective.intervals = Intervals(diagonal=0.5, grid=0.3)
+    descend(objective, student, problem)
     assert student.amounts.abs().max() < 0.06
 
 
-@pytest.mark.parametrize("adaptive", [0.0, 0.5, 1.0])
-def test_weighting(adaptive):
-    predicted = Joint(torch.randn(4, 1, 2, 3).requires_grad_(True), torch.randn(4).requires_grad_(True))
-    target = Joint(torch.randn(4, 1, 2, 3).requires_grad_(True), torch.randn(4).requires_grad_(True))
-    terms = Weighting(divergence=0.7, adaptive=adaptive)(predicted, target)
-    u_error = (predicted.velocity - target.velocity).detach().square().sum((1, 2, 3)) / 6
-    d_error = (predicted.divergence - target.divergence).detach().square()
-    scaled = [e / (e + 1e-3) ** adaptive for e in (u_error, 0.7 * d_error / 6)]
-    close(terms.velocity_loss.detach(), scaled[0].mean())
-    close(terms.divergence_loss.detach(), scaled[1].mean())
+def descend(objective, student, problem, steps=60):
+    optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        objective(student, source_of(problem), problem.states(64, 1.0)).loss.backward()
+        optimiser.step()
+
+
+RUNS_AWAY = pytest.mark.xfail(
+    strict=True, reason="in natural units a diagonal of a tenth is too weak: the bootstrap runs away"
+)
+
+
+@pytest.mark.parametrize("units", ["velocity", pytest.param("natural", marks=RUNS_AWAY)])
+def test_semigroup_leads_back_with_default_intervals(units):
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    student = Student(problem.field, anchored=False)
+    descend(Semigroup(weighting=Weighting(units=units, divergence=1.0)), student, problem)
+    assert student.amounts.abs().max() < 0.1
+
+
+def some_examples(count, shape):
+    """Predictions, and examples with times on and off the diagonal, in both directions."""
+    leaf = lambda *size: torch.randn(*size).requires_grad_(True)  # noqa: E731
+    s, t = torch.rand(count), torch.rand(count)
+    t[::3] = s[::3]
+    predicted, target = (Joint(leaf(count, *shape), leaf(count)) for _ in range(2))
+    return predicted, Examples(torch.randn(count, *shape), s, t, None, target)
+
+
+def check_terms(terms, predicted, examples, velocity, divergence, weights):
+    """Terms against a velocity and a divergence part per sample; the latter is ``weights`` times its squared error."""
+    close(terms.velocity_loss.detach(), velocity.mean())
+    close(terms.divergence_loss.detach(), divergence.mean())
     close(terms.loss, terms.velocity_loss + terms.divergence_loss)
-    close(terms.velocity_mse, u_error.mean())
-    close(terms.divergence_mse, d_error.mean())
-    assert torch.autograd.grad(terms.loss, target, retain_graph=True, allow_unused=True) == (None, None)
-    gradient = torch.autograd.grad(terms.loss, predicted.divergence)[0]
-    weight = 0.7 / 6 / (0.7 * d_error / 6 + 1e-3) ** adaptive
-    close(gradient, weight * 2 * (predicted.divergence - target.divergence).detach() / 4)
+    close(terms.velocity_mse, (predicted.velocity - examples.target.velocity).detach().square().mean())
+    errors = (predicted.divergence - examples.target.divergence).detach()
+    close(terms.divergence_mse, errors.square().mean())
+    assert torch.autograd.grad(terms.loss, examples.target, retain_graph=True, allow_unused=True) == (None, None)
+    (gradient,) = torch.autograd.grad(terms.loss, predicted.divergence)
+    close(gradient, weights * 2 * errors / len(errors))
 
 
+@pytest.mark.parametrize("adaptive", [0.0, 0.5, 1.0])
+def test_weighting_in_units_of_velocity(adaptive):
+    predicted, examples = some_examples(6, (1, 2, 3))
+    terms = Weighting(divergence=0.7, adaptive=adaptive, units="velocity")(predicted, examples)
+    u_error = (predicted.velocity - examples.target.velocity).detach().square().sum((1, 2, 3)) / 6
+    d_error = (predicted.divergence - examples.target.divergence).detach().square() * 0.7 / 6
+    u_scale, d_scale = ((e + 1e-3) ** adaptive for e in (u_error, d_error))
+    check_terms(terms, predicted, examples, u_error / u_scale, d_error / d_scale, 0.7 / 6 / d_scale)
+
+
+@pytest.mark.parametrize("adaptive", [0.0, 0.5])
+def test_weighting_in_natural_units(gaussian, adaptive):
+    """Squared Mahalanobis length of the landing error under the marginal there, and squared nats."""
+    predicted, examples = some_examples(9, gaussian.shape)
+    s, t = examples.s, examples.t
+    terms = Weighting(divergence=0.7, adaptive=adaptive, diagonal=0.4)(predicted, examples, gaussian.baseline)
+    a, b, da, db = gaussian.coefficients(s)
+    deviations = torch.linalg.eigvalsh(gaussian.covariances[0]).sqrt()
+    # radians per unit of time, of arctan(alpha deviation / sigma)
+    rates = deviations * (da * b - a * db)[:, None] / (b[:, None] ** 2 + a[:, None] ** 2 * deviations**2)
+    length = torch.where(s == t, 0.4 / rates.mean(-1).clamp(min=1.0), t - s)
+    missed = length[:, None] * (predicted.velocity - examples.target.velocity).detach().flatten(1)
+    _, covariances = gaussian.moments(t)
+    u_error = (missed[:, None] @ torch.linalg.inv(covariances[:, 0]) @ missed[..., None]).flatten()
+    d_error = 0.7 * (length * (predicted.divergence - examples.target.divergence).detach()).square()
+    u_scale, d_scale = ((e + 1e-3) ** adaptive for e in (u_error, d_error))
+    check_terms(terms, predicted, examples, u_error / u_scale, d_error / d_scale, 0.7 * length.square() / d_scale)
+    # the deviation counts where the jump lands, not where it starts
+    _, elsewhere = gaussian.moments(s)
+    other = (missed[:, None] @ torch.linalg.inv(elsewhere[:, 0]) @ missed[..., None]).flatten()
+    assert abs(float((other / u_scale).mean() / terms.velocity_loss.detach()) - 1) > 0.02
+
+
+def test_natural_error_is_the_error_of_the_log_likelihood(gaussian):
+    """A map that is off by one standard deviation along an axis, and by a nat, costs one and the weight."""
+    s, t = torch.tensor([0.9, 0.2, 1.0]), torch.tensor([0.3, 0.8, 0.0])
+    x = gaussian.states_at(s)
+    _, covariances = gaussian.moments(t)
+    values, axes = torch.linalg.eigh(covariances[:, 0])
+    along = (axes[..., 1] * values[:, 1, None].sqrt()).reshape(x.shape)
+    pair = gaussian.field(x, s, t)
+    wrong = Joint(pair.velocity + along / like(t - s, x), pair.divergence + 1 / (t - s))
+    terms = Weighting(divergence=0.2)(wrong, Examples(x, s, t, None, pair), gaussian.baseline)
+    close(terms.velocity_loss, torch.tensor(1.0))
+    close(terms.divergence_loss, torch.tensor(0.2))
+
+
+def test_without_a_baseline_natural_units_are_those_of_unit_variance():
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    predicted, examples = some_examples(9, (3,))
+    unit = GaussianBaseline.from_covariance(torch.zeros(3), torch.eye(3))
+    for a, b in zip(Weighting()(predicted, examples), Weighting()(predicted, examples, unit), strict=True):
+        close(a, b)
+    assert abs(float((Weighting()(predicted, examples, problem.baseline).divergence_loss / b).detach()) - 1) > 0.1
+
+
+def test_an_objective_weighs_by_its_students_baseline():
+    """Found at ``student.head.baseline``; the same errors count differently without it."""
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    network = as_flow_map(lambda x, s, t, cond: problem.field(x, s, t).velocity + torch.ones_like(x))
+    head = DivergenceHead(network=Nothing(), baseline=problem.baseline)
+    joint_map = JointFlowMap(network, head)
+
+    class Hidden(JointMap):
+        def joint(self, x, s, t, cond):
+            return joint_map(x, s, t)
+
+    data, losses = problem.states(64, 1.0), []
+    for student in (joint_map, Hidden()):
+        torch.manual_seed(0)
+        losses.append(float(Eulerian()(student, source_of(problem), data).loss))
+    assert abs(losses[0] / losses[1] - 1) > 0.2
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, x, s, t, cond):
+        return x.new_zeros(len(x))
+
+
+@pytest.mark.parametrize("to_noise", [0.7, 0.2, 0.0, 1.0])
 @pytest.mark.parametrize("direction", ["both", "to_data", "to_noise"])
-def test_intervals(direction):
-    s, t = Intervals(direction, diagonal=0.25, grid=0.5, steps=(2, 4)).sample(20000)
+def test_intervals(direction, to_noise):
+    s, t = Intervals(direction, diagonal=0.25, grid=0.5, steps=(2, 4), to_noise=to_noise).sample(20000)
     assert float(torch.cat((s, t)).min()) >= 0
     assert float(torch.cat((s, t)).max()) <= 1
     assert abs(float((s == t).double().mean()) - 0.25) < 0.02
     low, high = torch.minimum(s, t), torch.maximum(s, t)
+    up = t > s
+    either = torch.zeros_like(up)
     for k in (2, 4):
         on_grid = ((high - low - 1 / k).abs() < 1e-6) & ((low * k - (low * k).round()).abs() < 1e-6)
+        either |= on_grid
         assert abs(float(on_grid.double().mean()) - 0.25) < 0.02
         cells = torch.bincount((low[on_grid] * k).round().long(), minlength=k).double() / on_grid.sum()
         assert (cells - 1 / k).abs().max() < 0.03
-    up = float((t > s).double().mean())
-    assert abs(up - {"both": 0.375, "to_data": 0.75, "to_noise": 0.0}[direction]) < 0.02
+        share = {"both": 1 - to_noise, "to_data": 1.0, "to_noise": 0.0}[direction]
+        assert abs(float(up[on_grid].double().mean()) - share) < 0.02
+    uniform = ~either & (s != t)
+    share = {"both": 0.5, "to_data": 1.0, "to_noise": 0.0}[direction]
+    assert abs(float(up[uniform].double().mean()) - share) < 0.03
     diagonal = s[s == t].double()
     assert abs(float(diagonal.mean()) - 0.5) < 0.02
     assert abs(float(diagonal.std()) - math.sqrt(1 / 12)) < 0.02
+
+
+def test_default_intervals():
+    """A tenth on the diagonal, six tenths on grids of 1, 2, 4 and 8 steps, of those seven in ten to noise."""
+    s, t = Intervals().sample(40000)
+    low, high = torch.minimum(s, t), torch.maximum(s, t)
+    span = high - low
+    on_grid = torch.zeros_like(s, dtype=torch.bool)
+    for k in (1, 2, 4, 8):
+        mine = ((span - 1 / k).abs() < 1e-6) & ((low * k - (low * k).round()).abs() < 1e-6)
+        assert abs(float(mine.double().mean()) - 0.15) < 0.01
+        on_grid |= mine
+    assert abs(float((s == t).double().mean()) - 0.1) < 0.01
+    assert abs(float((t < s)[on_grid].double().mean()) - 0.7) < 0.02
 
 
 def test_intervals_have_a_shortest_length():
@@ -304,6 +417,16 @@ def test_anchor_answers_on_the_diagonal(name):
     else:
         assert 4 < sum(asked) < 32
         close(float(terms.velocity_mse), sum(asked) / 64, rtol=0.05, atol=1e-9)
+
+
+def test_only_what_never_changes_is_stationary():
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    assert source_of(problem).stationary
+    assert not DiagonalSource(problem.field).stationary
+    assert not ConditionalSource(problem.field).stationary
+    assert source_of(problem).anywhere
+    assert DiagonalSource(problem.field).anywhere
+    assert not ConditionalSource(problem.field).anywhere
 
 
 def test_consistency_only_ever_asks_for_the_data():

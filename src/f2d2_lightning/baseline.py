@@ -10,6 +10,10 @@ flow map scales each axis by :math:`r_i = \sqrt{w_i(t) / w_i(s)}`:
 
 Both are evaluated through divided differences, with no division by ``t - s``, so that the diagonal is no
 special case. The pair obeys the semigroup, Lagrangian and Eulerian identities exactly.
+
+The fit also gives each axis its natural clock, the angle :math:`\theta_i(t) = \arctan(\alpha_t \sqrt{\lambda_i} /
+\sigma_t)` from 0 (noise) to :math:`\pi / 2` (data). In whitened coordinates :math:`z_i = (V^\top (x - \alpha_t \mu))_i
+/ \sqrt{w_i(t)}` the Gaussian flow stands still, and any other flow moves at a rate of order one per unit of angle.
 """
 
 from __future__ import annotations
@@ -123,6 +127,11 @@ class GaussianBaseline(nn.Module):
 
     def to_axes(self, x: Tensor) -> Tensor:
         """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"states have shape {tuple(x.shape)}, but the Gaussian fit is of states of shape {self.shape}; "
+                "set its shape to that of the data"
+            )
         flat = x.reshape(len(x), -1)
         return flat if self.axes is None else flat @ self.axes
 
@@ -146,15 +155,20 @@ class GaussianBaseline(nn.Module):
     def divergence(self, s: Tensor, t: Tensor) -> Tensor:
         """``D_0(s, t)``, ``(B,), (B,) -> (B,)``, nats per unit of time; the same for every state."""
         count, (s, t) = len(s), distinct(s, t)
-        slope = self._relative_slope(s, t)
-        rate = 0.5 * slope * _log1p_ratio((t - s)[:, None] * slope)
+        slope, elapsed = self._relative_slope(s, t), (t - s)[:, None]
+        near = (elapsed * slope).abs() < 0.1
+        small = torch.where(near, elapsed * slope, torch.zeros_like(slope))
+        # far from the diagonal 1 + (t - s) slope would cancel for narrow axes
+        safe = torch.where(near, torch.ones_like(slope), elapsed.expand_as(slope))
+        far = (self.marginal_variances(t) / self.marginal_variances(s)).log() / safe
+        rate = 0.5 * torch.where(near, slope * _log1p_ratio(small), far)
         return (rate.mean(-1) * self.dim).expand(count)
 
     def _rates(self, s: Tensor, t: Tensor) -> Tensor:
         """``(r - 1) / (t - s)`` along the axes: eigenvalues of the Jacobian of ``u_0``."""
         s, t = distinct(s, t)
-        slope = self._relative_slope(s, t)
-        return slope / (torch.sqrt(1 + (t - s)[:, None] * slope) + 1)
+        ratio = self.marginal_variances(t) / self.marginal_variances(s)
+        return self._relative_slope(s, t) / (ratio.sqrt() + 1)
 
     def jacobian_product(self, v: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """Jacobian of ``u_0(., s, t)`` times ``v``, shape of ``v``: a control variate for Hutchinson's estimator."""
@@ -165,6 +179,50 @@ class GaussianBaseline(nn.Module):
         mean = self.mean.reshape(1, *self.shape)
         drift = like(self.path.alpha_slope(s, t), x) * mean
         return drift + self.jacobian_product(x - like(self.path.alpha(s), x) * mean, s, t)
+
+    def angle(self, t: Tensor) -> Tensor:
+        """``theta(t)``, ``(B,) -> (B or 1, dim or 1)``, radians: 0 at noise, pi/2 at data."""
+        (t,) = distinct(t)
+        data, noise = self.path.alpha(t)[:, None] * self.variances.sqrt(), self.path.sigma(t)[:, None]
+        return torch.atan2(data, noise.expand_as(data))
+
+    def angle_rate(self, s: Tensor, t: Tensor) -> Tensor:
+        """``(theta(t) - theta(s)) / (t - s)``, ``(B or 1, dim or 1)``; the derivative where ``s = t``."""
+        s, t = distinct(s, t)
+        path, deviation = self.path, self.variances.sqrt()
+        elapsed = (t - s)[:, None]
+        # sin and cos of the difference of the angles, up to a common factor; the sine without its factor t - s
+        sine = deviation * (path.alpha_slope(s, t) * path.sigma(s) - path.alpha(s) * path.sigma_slope(s, t))[:, None]
+        cosine = (path.sigma(s) * path.sigma(t))[:, None] + (path.alpha(s) * path.alpha(t))[:, None] * self.variances
+        small = (elapsed * sine).abs() < 1e-2 * cosine
+        safe_cosine = torch.where(small, cosine, torch.ones_like(cosine))
+        y2 = torch.where(small, (elapsed * sine / safe_cosine).square(), torch.zeros_like(cosine))
+        series = sine / safe_cosine * (1 - y2 * (1 / 3 - y2 * (1 / 5 - y2 / 7)))
+        safe_elapsed = torch.where(small, torch.ones_like(cosine), elapsed.expand_as(cosine))
+        direct = torch.atan2(safe_elapsed * sine, torch.where(small, torch.ones_like(cosine), cosine)) / safe_elapsed
+        return torch.where(small, series, direct)
+
+    def clock(self, t: Tensor) -> Tensor:
+        """Mean angle over the axes as a share of its range, ``(N,) -> (N,)``, from 0 to 1."""
+        return self.angle(t).mean(-1) / (math.pi / 2)
+
+    def draw_times(self, count: int, uniform_share: float = 0.25) -> Tensor:
+        """Stratified random times whose density follows the clock, mixed with a share of uniform ones, ``(count,)``.
+
+        Training spread by the clock sees each stretch of the flow as much as something happens in it.
+        """
+        device = self.mean.device
+        level = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
+        t = torch.linspace(0, 1, 2001, device=device)
+        clock = (1 - uniform_share) * self.clock(t.to(self.mean.dtype)).to(t) + uniform_share * t
+        upper = torch.searchsorted(clock, level).clamp(1, len(t) - 1)
+        low, high = clock[upper - 1], clock[upper]
+        return (t[upper - 1] + (level - low) / (high - low) * (t[1] - t[0])).clamp(0, 1)
+
+    def unwhiten(self, z: Tensor, t: Tensor) -> Tensor:
+        """Inverse of :meth:`whiten`, ``(B, dim) -> (B, *shape)``."""
+        centred = self.from_axes(z * self.marginal_variances(t).sqrt())
+        return centred + like(self.path.alpha(t), centred) * self.mean.reshape(1, *self.shape)
 
     def whiten(self, x: Tensor, t: Tensor) -> Tensor:
         """State at time ``t`` as unit-variance coordinates along the axes, ``(B, *shape) -> (B, dim)``."""

@@ -9,7 +9,8 @@ works under DDP and FSDP. With gradients enabled the answers are differentiable.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -43,12 +44,29 @@ class Divergence(NamedTuple):
 
 
 def jacobian_product(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``(f(x), J_f(x) v)`` in one forward-mode pass, shapes of ``f(x)``."""
-    with forward_ad.dual_level():
-        value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(x, v)))
+    """``(f(x), J_f(x) v)`` in one forward-mode pass, shapes of ``f(x)``.
+
+    Lightning tests and predicts in inference mode, where tangents are dropped without a word; it is left for the pass.
+    """
+    with _derivatives_allowed(), forward_ad.dual_level():
+        value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(_usable(x), _usable(v))))
     if product is None:  # f does not depend on x
         product = torch.zeros_like(value)
     return value, product
+
+
+@contextmanager
+def _derivatives_allowed() -> Iterator[None]:
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _usable(x: Tensor) -> Tensor:
+    # a tensor made in inference mode takes no part in differentiation, its copy does
+    return x.clone() if x.is_inference() else x
 
 
 def _at(velocity: Callable[..., Tensor], t: Tensor, cond: Tensor | None, x: Tensor) -> Tensor:
@@ -184,16 +202,13 @@ class Hutchinson(DivergenceEstimator):
         count, batch = len(probes), len(x)
         eps = probes.reshape(count * batch, *x.shape[1:])
         if self.mode == "reverse":
-            with torch.enable_grad():
-                y = x if x.requires_grad else x.detach().requires_grad_(True)
-                value = velocity(y, t, cond)
-                rows = [
-                    torch.autograd.grad(
-                        value, y, e, retain_graph=True, create_graph=torch.is_grad_enabled() and x.requires_grad
-                    )[0]
-                    for e in probes
-                ]
-            v, product = value if x.requires_grad else value.detach(), torch.cat(rows)
+            wanted = torch.is_grad_enabled()
+            with _derivatives_allowed(), torch.enable_grad():
+                y = x if wanted and x.requires_grad else _usable(x.detach()).requires_grad_(True)
+                # what the graph keeps must not be made in inference mode either
+                value = velocity(y, _usable(t), None if cond is None else _usable(cond))
+                rows = [torch.autograd.grad(value, y, e, retain_graph=True, create_graph=wanted)[0] for e in probes]
+            v, product = value if wanted else value.detach(), torch.cat(rows)
         else:
             xs = x.repeat(count, *(1 for _ in x.shape[1:]))
             ts = repeat_time(t, count)

@@ -145,7 +145,7 @@ class FlowMap(nn.Module):
         """As :meth:`forward`, with the hidden features that a divergence head reads.
 
         Returns:
-            ``(u, h)``; ``h`` is ``(B, F)``, or ``(B, F, H, W)`` for a head that sums over pixels.
+            ``(u, h)``; ``h`` is ``(B, F)``, or ``(B, F, H, W)`` for a head that averages over pixels.
         """
         raise NotImplementedError(
             f"{type(self).__name__} gives no features; define forward_features(x, s, t, cond) -> (u, h), or give the "

@@ -26,10 +26,13 @@ class DivergenceHead(nn.Module):
 
     Args:
         features: Number of feature channels ``F`` that the backbone gives (``forward_features``). Vectors
-            ``(B, F)`` give one number; maps ``(B, F, H, W)`` give one number per pixel, summed, so that no
-            resolution is built in.
-        hidden: Width of the head's hidden layer.
-        layers: Hidden layers.
+            ``(B, F)`` give one number; maps ``(B, F, H, W)`` give one number per pixel, averaged, so that no
+            resolution is built in (``scale`` holds the size).
+        hidden: Width of the head's hidden layers.
+        layers: Hidden layers; with none the head is linear in the features and sees the times through them.
+        per_axis: Answer one number per principal axis of the baseline, each weighted with how far the Gaussian fit's
+            angle turns along that axis, so that an answer of order one is right at every time and axis. For features
+            ``(B, F)``; needs a baseline.
         network: Instead of ``features``: a module ``(x, s, t, cond) -> (B,)`` that needs no backbone.
         baseline: Closed form that is added; ``None`` for no baseline.
 
@@ -44,23 +47,27 @@ class DivergenceHead(nn.Module):
         features: int | None = None,
         hidden: int = 128,
         layers: int = 2,
+        per_axis: bool = False,
         network: nn.Module | None = None,
         baseline: GaussianBaseline | None = None,
     ) -> None:
         super().__init__()
         if (features is None) == (network is None):
             raise ValueError("give the head either features=F, to read the backbone, or network=..., its own")
-        if network is None and layers < 1:
-            raise ValueError(f"layers is {layers}; a head on features needs at least one hidden layer")
+        if layers < 0 or hidden < 1:
+            raise ValueError(f"layers={layers} is at least 0 and hidden={hidden} at least 1")
+        if per_axis and (baseline is None or network is not None):
+            raise ValueError("per_axis=True weights features by the baseline's axes; give features=F and a baseline")
         self.features = features
+        self.per_axis = per_axis
         self.network = network
         self.baseline = baseline
         self.register_buffer("scale", torch.ones(()))
         if features is not None:
-            self.embedding = IntervalEmbedding(hidden)
             widths = [features] + [hidden] * layers
+            self.embedding = IntervalEmbedding(hidden) if layers else None
             self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-            self.out = nn.Linear(hidden, 1)
+            self.out = nn.Linear(widths[-1], baseline.dim if per_axis and baseline is not None else 1)
             # starts as the baseline alone, which is already the right answer for Gaussian data
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -109,13 +116,19 @@ class DivergenceHead(nn.Module):
                 "set DivergenceHead(features=...) to what the backbone's forward_features gives"
             )
         h = features if features.ndim == 2 else features.flatten(2).transpose(1, 2)
-        h = self.layers[0](h)
-        time = self.embedding(s, t)
-        h = h + (time if h.ndim == 2 else time[:, None])
-        h = nn.functional.silu(h)
-        for layer in self.layers[1:]:
-            h = nn.functional.silu(layer(h))
-        out = self.out(h).squeeze(-1)
+        for index, layer in enumerate(self.layers):
+            h = layer(h)
+            if index == 0 and self.embedding is not None:
+                time = self.embedding(s, t)
+                h = h + (time if h.ndim == 2 else time[:, None])
+            h = nn.functional.silu(h)
+        out = self.out(h)
+        if self.per_axis:
+            assert self.baseline is not None
+            if out.ndim != 2:
+                raise ValueError(f"per_axis=True reads features (B, F), got {tuple(features.shape)}")
+            return (out * self.baseline.angle_rate(s, t)).sum(-1)
+        out = out.squeeze(-1)
         # a mean, not a sum, keeps the unit of `scale` the same at any resolution of the features
         return out if out.ndim == 1 else out.mean(-1)
 

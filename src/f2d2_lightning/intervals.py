@@ -19,6 +19,8 @@ class Intervals:
         directions: Orders of time to draw, ``"both"`` by default; ``"to_data"`` is what the official recipe does.
         diagonal: Share of intervals with ``s = t``.
         grid: Share of intervals that are a step of a uniform K-step grid, K drawn from ``steps``.
+        to_noise: Share of the grid's intervals that go to noise, as likelihoods do; the others go to data, as samples
+            do. Without effect where only one direction is trained.
         steps: The K of those grids: the step counts that likelihoods and samples will be asked for.
         length: Shortest of the other, uniform intervals.
 
@@ -29,11 +31,14 @@ class Intervals:
     def __init__(
         self,
         directions: Direction | str = "both",
-        diagonal: float = 0.25,
-        grid: float = 0.25,
+        diagonal: float = 0.1,
+        grid: float = 0.6,
         steps: Sequence[int] = (1, 2, 4, 8),
         length: float = 0.0,
+        to_noise: float = 0.7,
     ) -> None:
+        if not 0 <= to_noise <= 1:
+            raise ValueError(f"to_noise is {to_noise}; it is a share, in [0, 1]")
         if min(diagonal, grid) < 0 or diagonal + grid > 1:
             raise ValueError(f"diagonal={diagonal} and grid={grid} are shares: at least 0, together at most 1")
         if grid > 0 and (not steps or min(steps) < 1):
@@ -45,10 +50,11 @@ class Intervals:
         self.grid = grid
         self.steps = tuple(steps)
         self.length = length
+        self.to_noise = to_noise
 
     def sample(self, count: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """Draw ``count`` intervals: ``(s, t)``, each ``(count,)``, float32."""
-        uniform = torch.rand(count, 4, device=device)
+        uniform = torch.rand(count, 4, device=device, dtype=torch.float32)
         kind = uniform[:, 0]
         # ends of a uniform interval: a length and a position, so that no length is rare
         span = self.length + (1 - self.length) * uniform[:, 1]
@@ -61,6 +67,8 @@ class Intervals:
             on_grid = kind < self.grid
             low, high = torch.where(on_grid, step / k, low), torch.where(on_grid, (step + 1) / k, high)
         up = uniform[:, 3] < 0.5
+        if self.grid > 0:
+            up = torch.where(on_grid, uniform[:, 3] >= self.to_noise, up)
         if self.directions != Direction.BOTH:
             up = torch.full_like(up, Direction.TO_DATA in self.directions)
         s, t = torch.where(up, low, high), torch.where(up, high, low)

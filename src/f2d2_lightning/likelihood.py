@@ -69,6 +69,11 @@ def log_prob(
     tensor([-1.8379])
     """
     check_state(x, "x")
+    if not isinstance(joint_map, JointMap):
+        raise ValueError(
+            f"log_prob needs a joint map, and {type(joint_map).__name__} has no divergence; "
+            "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
+        )
     grid = time_grid(steps, to_noise=True)
     if inversion is not None:
         return _by_inversion(joint_map, x, grid, cond, inversion)

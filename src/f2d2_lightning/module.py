@@ -168,7 +168,11 @@ class FlowModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimiser over the trainable parameters, schedule per step."""
         parameters = [p for p in self.live.parameters() if p.requires_grad]
-        optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
+        # biases and gains are not decayed, whatever the optimiser's weight_decay
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim > 1]}]
+        if vectors := [p for p in parameters if p.ndim <= 1]:
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-3)
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:
@@ -280,6 +284,8 @@ class FlowMatchingModule(FlowModule):
         warmup: Steps of linear rise of the default schedule.
         ema_decay: Decay of the weight average that validates, samples and answers.
         reference: Solver of the likelihood that validation logs; ``validate_nll`` turns it on.
+        units: ``"natural"``: errors of the velocity are in standard deviations per radian of the backbone's Gaussian
+            baseline and times follow its clock, where it has one; ``"velocity"``: plain errors, uniform times.
         validate_nll: Log the reference likelihood in validation, not only in test.
     """
 
@@ -298,14 +304,18 @@ class FlowMatchingModule(FlowModule):
         warmup: int = 200,
         ema_decay: float = 0.999,
         reference: Reference | None = None,
+        units: str = "natural",
         validate_nll: bool = False,
     ) -> None:
+        if units not in ("natural", "velocity"):
+            raise ValueError(f"units is {units!r}; it is 'natural' or 'velocity'")
         super().__init__(shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference)
         objects = ("flow_map", "path", "optimizer", "lr_scheduler", "reference")
         self.save_hyperparameters(ignore=_objects(locals(), *objects))
         self.flow_map = flow_map
         self.average = _frozen_copy(flow_map)
         self.path = path or LinearPath()
+        self.units = units
         self.validate_nll = validate_nll
 
     @property
@@ -318,11 +328,19 @@ class FlowMatchingModule(FlowModule):
         return self.average.velocity(x, t, cond)
 
     def _loss(self, flow_map: FlowMap, x: Tensor, cond: Tensor | None) -> Tensor:
-        t = torch.rand(len(x), dtype=x.dtype, device=x.device)
+        found = getattr(flow_map, "baseline", None)
+        baseline = found if self.units == "natural" and isinstance(found, GaussianBaseline) else None
+        t = (
+            torch.rand(len(x), dtype=x.dtype, device=x.device)
+            if baseline is None
+            else baseline.draw_times(len(x)).to(x)
+        )
         noise = torch.randn_like(x)
-        target = self.path.conditional_velocity(x, noise, t)
-        v = flow_map.velocity(self.path.sample(x, noise, t), t, cond)
-        return (v - target).square().mean()
+        error = flow_map.velocity(self.path.sample(x, noise, t), t, cond)
+        error = error - self.path.conditional_velocity(x, noise, t)
+        if baseline is not None:
+            error = baseline.to_axes(error) / (baseline.marginal_variances(t).sqrt() * baseline.angle_rate(t, t))
+        return error.square().mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Conditional flow-matching loss."""
@@ -438,15 +456,20 @@ class F2D2Module(FlowModule):
         super().__init__(shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference)
         objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
         self.save_hyperparameters(ignore=_objects(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
-        self.objective = objective or TrajectoryRegression(intervals=None)
+        self.objective = objective or TrajectoryRegression()
         if self.objective.directions != flow_map.directions:
             raise ValueError(
                 f"the objective trains {self.objective.directions}, but the backbone declares {flow_map.directions}; a "
                 "map that answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
             )
+        if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
+            raise ValueError(
+                f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
+                f"{type(self.objective.path).__name__}; give both the same path"
+            )
         self.estimator = estimator or Hutchinson()
         if head is None:
-            head = DivergenceHead(_feature_channels(flow_map), baseline=GaussianBaseline(self.shape))
+            head = _default_head(flow_map, self.shape)
         self.joint = JointFlowMap(flow_map, head, frozen)
         shared = {id(flow_map): flow_map} if frozen else {}
         self.average = _frozen_copy(self.joint, shared)
@@ -516,7 +539,7 @@ class F2D2Module(FlowModule):
         self.joint.head.scale.fill_(self._divergence_scale())
 
     def _divergence_scale(self) -> float:
-        """Root mean square of the teacher's divergence about the baseline, nats per unit of time."""
+        """Root mean square of what the head has to add to the baseline, in the head's own units."""
         _, anchor = self.make_source()
         head, squares, count = self.joint.head, 0.0, 0
         for batch in self.training_batches():
@@ -526,6 +549,9 @@ class F2D2Module(FlowModule):
             divergence = anchor(state, t, cond, data=x, noise=noise).divergence
             if head.baseline is not None:
                 divergence = divergence - head.baseline.divergence(t, t)
+            if head.per_axis and head.baseline is not None:
+                # in units of what independent answers of order one would add up to
+                divergence = divergence / head.baseline.angle_rate(t, t).mean(-1) / math.sqrt(head.baseline.dim)
             squares, count = squares + float(divergence.square().sum()), count + len(x)
             if count >= 1024:
                 break
@@ -540,7 +566,8 @@ class F2D2Module(FlowModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The objective's loss; its parts are logged beside it."""
         x, cond = self.data_to_state(batch)
-        terms = self.objective(self.joint, self._source, x, cond, anchor=self._anchor)
+        progress = min(1.0, self.trainer.global_step / max(1.0, self.trainer.estimated_stepping_batches))
+        terms = self.objective(self.joint, self._source, x, cond, anchor=self._anchor, progress=progress)
         self.log("train/loss", terms.loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
         return terms.loss
@@ -685,6 +712,12 @@ def _frozen_copy(module: Any, shared: dict[int, Any] | None = None) -> Any:
 
 def _trainable_copy(module: Any) -> Any:
     return copy.deepcopy(module).requires_grad_(True).train()
+
+
+def _default_head(flow_map: FlowMap, shape: tuple[int, ...]) -> DivergenceHead:
+    own = getattr(flow_map, "baseline", None)
+    baseline = GaussianBaseline(shape, own.covariance) if isinstance(own, GaussianBaseline) else GaussianBaseline(shape)
+    return DivergenceHead(_feature_channels(flow_map), baseline=baseline)
 
 
 def _feature_channels(flow_map: FlowMap) -> int:

@@ -26,6 +26,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.flow_map import Direction, Joint, JointMap
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.paths import LinearPath, Path, like
@@ -80,44 +81,82 @@ def _concatenate(parts: list[Examples]) -> Examples:
     )
 
 
+def baseline_of(student: JointMap) -> GaussianBaseline | None:
+    """The Gaussian fit of a student's divergence head, if it has one."""
+    baseline = getattr(getattr(student, "head", None), "baseline", None)
+    return baseline if isinstance(baseline, GaussianBaseline) else None
+
+
 @dataclass(frozen=True)
 class Weighting:
     """How errors of ``u`` and ``D`` become one loss.
 
-    ``loss = |u - u*|^2 / d + divergence * (D - D*)^2 / d``, each sample optionally divided by its own detached
-    error to the power ``adaptive`` (Geng et al., 2024, https://arxiv.org/abs/2406.14548).
+    In units of ``"velocity"``, ``|u - u*|^2 / d + divergence * (D - D*)^2 / d``. In ``"natural"`` units, an error
+    counts as what it does to the log-likelihood: the error of the position where the jump lands, in standard
+    deviations of the Gaussian fit there (per axis, squared and summed), plus ``divergence`` times the squared error of
+    the log-density's change, in nats. On the diagonal, where a jump has no length, it is given ``diagonal`` radians of
+    the fit's mean angle (:mod:`f2d2_lightning.baseline`). Either is divided, per sample, by its own detached value to
+    the power ``adaptive`` (Geng et al., 2024, https://arxiv.org/abs/2406.14548).
 
     Args:
         divergence: Weight of the divergence error.
         adaptive: 0 for plain squared errors, up to 1 for the adaptive ones.
+        units: ``"natural"`` or ``"velocity"``.
+        diagonal: Length of a diagonal jump in natural units, radians.
 
     Raises:
-        ValueError: If a weight is negative.
+        ValueError: If a weight is negative or the units unknown.
     """
 
-    divergence: float = 1.0
+    divergence: float = 0.1
     adaptive: float = 0.0
+    units: str = "natural"
+    diagonal: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.divergence < 0 or not 0 <= self.adaptive <= 1:
+        if self.divergence < 0 or not 0 <= self.adaptive <= 1 or not self.diagonal > 0:
             raise ValueError(
-                f"divergence={self.divergence} must be at least 0 and adaptive={self.adaptive} lie in [0, 1]"
+                f"divergence={self.divergence} must be at least 0, adaptive={self.adaptive} lie in [0, 1] and "
+                f"diagonal={self.diagonal} be positive"
             )
+        if self.units not in ("natural", "velocity"):
+            raise ValueError(f"units is {self.units!r}; it is 'natural' or 'velocity'")
 
-    def __call__(self, predicted: Joint, target: Joint) -> Terms:
-        """Terms for a batch; ``target`` is detached here."""
-        velocity_error = (predicted.velocity - target.velocity.detach()).flatten(1).square().mean(-1)
-        dim = predicted.velocity[0].numel()
-        divergence_error = (predicted.divergence - target.divergence.detach()).square()
-        weighted_divergence = self.divergence * divergence_error / dim
-        velocity_loss, divergence_loss = self._adapt(velocity_error), self._adapt(weighted_divergence)
+    def __call__(self, predicted: Joint, examples: Examples, baseline: GaussianBaseline | None = None) -> Terms:
+        """Terms for a batch.
+
+        Args:
+            predicted: The student's answer at the examples.
+            examples: What it should have answered, detached here.
+            baseline: Gaussian fit that gives natural units; unit variance without one.
+        """
+        velocity_error = predicted.velocity - examples.target.velocity.detach()
+        divergence_error = predicted.divergence - examples.target.divergence.detach()
+        velocity_squared = velocity_error.flatten(1).square().mean(-1)
+        if self.units == "velocity":
+            weighted_velocity = velocity_squared
+            weighted_divergence = self.divergence * divergence_error.square() / velocity_error[0].numel()
+        else:
+            weighted_velocity, length = self._natural(velocity_error, examples, baseline)
+            weighted_divergence = self.divergence * (length * divergence_error).square()
+        velocity_loss, divergence_loss = self._adapt(weighted_velocity), self._adapt(weighted_divergence)
         return Terms(
             velocity_loss + divergence_loss,
             velocity_loss,
             divergence_loss,
-            velocity_error.detach().mean(),
-            divergence_error.detach().mean(),
+            velocity_squared.detach().mean(),
+            divergence_error.detach().square().mean(),
         )
+
+    def _natural(self, error: Tensor, examples: Examples, baseline: GaussianBaseline | None) -> tuple[Tensor, Tensor]:
+        """Squared position error in standard deviations, ``(B,)``, and the length of the jumps, ``(B,)``."""
+        if baseline is None:
+            baseline = GaussianBaseline(error.shape[1:], "isotropic").to(error)
+        s, t = examples.s, examples.t
+        rate = baseline.angle_rate(s, t).mean(-1).expand_as(t)
+        length = torch.where(s == t, self.diagonal / rate.clamp(min=1.0), t - s)
+        deviations = baseline.to_axes(error) / baseline.marginal_variances(t).sqrt()
+        return (length[:, None] * deviations).square().sum(-1), length
 
     def _adapt(self, error: Tensor) -> Tensor:
         if self.adaptive:
@@ -193,6 +232,7 @@ class Objective(ABC):
         cond: Tensor | None = None,
         *,
         anchor: VelocitySource | None = None,
+        progress: float = 0.0,
     ) -> Terms:
         """Loss on a batch.
 
@@ -203,6 +243,7 @@ class Objective(ABC):
             cond: Conditioning, ``(B, ...)`` or ``None``.
             anchor: Gives ``(v, div v)`` on the diagonal, ``source`` by default. Self-distillation takes the
                 student's own diagonal as source and the conditional velocity as anchor.
+            progress: Share of training that is done, in [0, 1], for objectives with phases.
         """
         times = self.intervals.sample(len(data), data.device)
         s, t = (time.to(data.dtype) for time in times)
@@ -216,8 +257,9 @@ class Objective(ABC):
         if len(off):
             cond_off = None if cond is None else cond[off]
             parts.append(self.examples(student, source, data[off], noise[off], s[off], t[off], cond_off))
-        x, s, t, cond, target = _concatenate(parts)
-        return self.weighting(student(x, s, t, cond), target)
+        examples = _concatenate(parts)
+        predicted = student(examples.x, examples.s, examples.t, examples.cond)
+        return self.weighting(predicted, examples, baseline_of(student))
 
     # trajectory regression has a state to keep; the others have none
     def state_dict(self) -> dict[str, Any]:

@@ -91,11 +91,12 @@ class Quantisation:
         uniform = torch.rand(k.shape, device=k.device) if uniform is None else uniform
         x = self.low + (k + uniform) * self.width
         # rounding can lift k + U to the next level; the bins are half open
-        return x.clamp(max=math.nextafter(self.high, self.low))
+        upper = (self.low + (k.double() + 1) * self.width).to(x.dtype)
+        return torch.minimum(x, torch.nextafter(upper, torch.full_like(upper, self.low)))
 
     def quantise(self, x: Tensor) -> Tensor:
         """Level that a state lies in, clipped to the range, ``int64``, shape of ``x``."""
-        return ((x - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
+        return ((x.double() - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
 
 
 def bits_per_dim(log_prob: Tensor, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:

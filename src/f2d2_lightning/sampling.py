@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,14 +49,18 @@ def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[floa
     >>> time_grid(2, to_noise=True)
     [1.0, 0.5, 0.0]
     """
-    if isinstance(steps, int):
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; at least one step is needed")
-        grid = [k / steps for k in range(steps + 1)]
-    else:
+    if isinstance(steps, Sequence) or hasattr(steps, "__iter__"):
         grid = sorted(float(t) for t in steps)
         if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or any(b <= a for a, b in itertools.pairwise(grid)):
             raise ValueError(f"the time grid is {list(steps)}; it needs distinct times that include 0 and 1")
+    else:
+        try:
+            steps = operator.index(steps)
+        except TypeError:
+            raise ValueError(f"steps is {steps!r}; a whole number of steps, or the times themselves") from None
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; at least one step is needed")
+        grid = [k / steps for k in range(steps + 1)]
     return grid[::-1] if to_noise else grid
 
 

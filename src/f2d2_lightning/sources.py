@@ -24,6 +24,9 @@ class VelocitySource(ABC):
     anywhere: bool = True
     """Whether it can answer off the data pair's own path, as trajectories and the Lagrangian objective need."""
 
+    stationary: bool = False
+    """Whether it answers the same throughout training, so that what it was integrated to can be made again."""
+
     @abstractmethod
     def __call__(
         self,
@@ -44,6 +47,8 @@ class TeacherSource(VelocitySource):
         velocity: ``(x, t, cond) -> v``, or a flow map, whose diagonal is used.
         estimator: Divergence estimator; Hutchinson's with one probe by default.
     """
+
+    stationary = True
 
     def __init__(self, velocity: Callable[..., Tensor], estimator: DivergenceEstimator | None = None) -> None:
         self.velocity = instantaneous(velocity)
@@ -93,7 +98,8 @@ class ConditionalSource(VelocitySource):
 
     Args:
         student: Joint map whose diagonal velocity the divergence is taken of.
-        estimator: Divergence estimator; :class:`~f2d2_lightning.Conditional` by default.
+        estimator: Divergence estimator; by default :class:`~f2d2_lightning.Conditional` on the linear path,
+            Hutchinson's on others.
         path: Probability path of the pair.
     """
 
@@ -103,8 +109,13 @@ class ConditionalSource(VelocitySource):
         self, student: JointMap, estimator: DivergenceEstimator | None = None, path: Path | None = None
     ) -> None:
         self.student = student
-        self.estimator = estimator or Conditional()
         self.path = path or LinearPath()
+        linear = isinstance(self.path, LinearPath)
+        if isinstance(estimator, Conditional) and not linear:
+            raise ValueError(
+                f"Conditional holds on the linear path only, and the path is {type(self.path).__name__}; use Hutchinson"
+            )
+        self.estimator = estimator or (Conditional() if linear else Hutchinson())
 
     @torch.no_grad()
     def __call__(

@@ -21,43 +21,113 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.flow_map import Joint, JointMap
+from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.flow_map import Direction, Joint, JointMap
 from f2d2_lightning.intervals import Intervals
-from f2d2_lightning.objectives import Examples, Objective, Terms, Weighting
-from f2d2_lightning.paths import Path, like
-from f2d2_lightning.sampling import sample
+from f2d2_lightning.objectives import Examples, Objective, Terms, Weighting, baseline_of
+from f2d2_lightning.paths import Path, expand_time, like
+from f2d2_lightning.quantisation import Quantisation
+from f2d2_lightning.sampling import normal_log_prob, sample, time_grid
 from f2d2_lightning.sources import VelocitySource
 
-__all__ = ["TrajectoryPool", "TrajectoryRegression", "integrate"]
+__all__ = ["TrajectoryPool", "TrajectoryRegression", "integrate", "trajectory_times"]
 
-STARTS = ("data", "perturbed", "noise", "student")
+STARTS = ("data", "perturbed", "mixed", "path", "noise", "student")
 
 
 @torch.no_grad()
 def integrate(
-    source: VelocitySource, x: Tensor, times: Sequence[float], cond: Tensor | None = None
+    source: VelocitySource,
+    x: Tensor,
+    times: Sequence[float],
+    cond: Tensor | None = None,
+    baseline: GaussianBaseline | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Heun's method along given times, with the log-density's change.
 
-    Every evaluation draws its own divergence probes, so that their errors are independent.
+    With a Gaussian fit the scheme is exponential: it integrates what the flow does beyond the fit's own, in whitened
+    coordinates against the fit's angles, and is exact for Gaussian data in one step. Every evaluation draws its own
+    divergence probes, so that their errors are independent.
 
     Args:
         source: Gives ``(v, div v)`` anywhere.
         x: State at ``times[0]``, ``(B, ...)``.
         times: Times, ascending or descending.
         cond: Conditioning, or ``None``.
+        baseline: Gaussian fit of the data, or ``None`` for the plain scheme.
 
     Returns:
         States ``(B, len(times), ...)`` and ``log p_t(x_t) - log p_{t_0}(x)``, ``(B, len(times))``, nats.
     """
     states, change = [x], [x.new_zeros(len(x))]
     for a, b in itertools.pairwise(times):
-        first = source(x, a, cond)
-        second = source(x + (b - a) * first.velocity, b, cond)
-        x = x + (b - a) / 2 * (first.velocity + second.velocity)
+        if baseline is None:
+            x, delta = _heun(source, x, a, b, cond)
+        else:
+            x, delta = _exponential_heun(source, x, a, b, cond, baseline)
         states.append(x)
-        change.append(change[-1] - (b - a) / 2 * (first.divergence + second.divergence))
+        change.append(change[-1] + delta)
     return torch.stack(states, 1), torch.stack(change, 1)
+
+
+def _heun(source: VelocitySource, x: Tensor, a: float, b: float, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    first = source(x, a, cond)
+    second = source(x + (b - a) * first.velocity, b, cond)
+    x = x + (b - a) / 2 * (first.velocity + second.velocity)
+    return x, -(b - a) / 2 * (first.divergence + second.divergence)
+
+
+def _exponential_heun(
+    source: VelocitySource, x: Tensor, a: float, b: float, cond: Tensor | None, baseline: GaussianBaseline
+) -> tuple[Tensor, Tensor]:
+    start, end = expand_time(a, x), expand_time(b, x)
+    turn = baseline.angle_rate(start, end) * (b - a)
+    clock = turn.mean(-1)
+
+    def excess(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        # velocity beyond the fit's, per radian and in standard deviations; divergence beyond the fit's, per radian
+        v, divergence = source(y, t, cond)
+        rate = baseline.angle_rate(t, t)
+        beyond = baseline.to_axes(v - baseline.average_velocity(y, t, t))
+        return (
+            beyond / (baseline.marginal_variances(t).sqrt() * rate),
+            (divergence - baseline.divergence(t, t)) / rate.mean(-1),
+        )
+
+    z = baseline.whiten(x, start)
+    first, first_divergence = excess(x, start)
+    second, second_divergence = excess(baseline.unwhiten(z + turn * first, end), end)
+    x = baseline.unwhiten(z + turn / 2 * (first + second), end)
+    change = (b - a) * baseline.divergence(start, end) + clock / 2 * (first_divergence + second_divergence)
+    return x, -change
+
+
+def trajectory_times(nodes: int, grids: Sequence[int], baseline: GaussianBaseline | None = None) -> list[float]:
+    """Times at which trajectories are kept: the likelihood grids' own, and others between them.
+
+    With a Gaussian fit the others are spread by the fit's mean angle, most of which is turned near the data where
+    narrow axes have their say; without, evenly.
+
+    Args:
+        nodes: About how many intervals.
+        grids: Step counts whose uniform grids must be among the times.
+        baseline: Gaussian fit of the data.
+    """
+    coarse = math.lcm(*grids) if grids else 1
+    if baseline is None:
+        fine = max(1, math.ceil(nodes / coarse)) * coarse
+        return [k / fine for k in range(fine + 1)]
+    # a share of plain time, so that wide axes are followed too
+    t = torch.linspace(0, 1, 400 * coarse + 1, dtype=torch.float64, device=baseline.mean.device)
+    clock = (baseline.clock(t.to(baseline.mean.dtype)).double() + 0.3 * t) / 1.3
+    t, clock = t.cpu(), clock.cpu()
+    times: list[float] = []
+    for k in range(coarse):
+        low, high = clock[400 * k], clock[400 * (k + 1)]
+        count = max(1, round(float(high - low) * nodes))
+        inner = low + (high - low) * torch.arange(1, count, dtype=torch.float64) / count
+        times += [k / coarse, *t[torch.searchsorted(clock, inner)].tolist()]
+    return [*times, 1.0]
 
 
 class TrajectoryPool:
@@ -69,14 +139,23 @@ class TrajectoryPool:
         times: Ascending times from 0 to 1 at which states are kept.
         max_mib: Memory for states, in MiB; what fits is kept, per process.
         capacity: Most trajectories to keep, whatever the memory.
+        baseline: Gaussian fit that the integrator uses, or ``None``.
     """
 
-    def __init__(self, times: Sequence[float], max_mib: float = 256.0, capacity: int = 8192) -> None:
+    def __init__(
+        self,
+        times: Sequence[float],
+        max_mib: float = 256.0,
+        capacity: int = 8192,
+        baseline: GaussianBaseline | None = None,
+    ) -> None:
         self.times = list(times)
+        self.baseline = baseline
         self.max_mib = max_mib
         self.max_capacity = capacity
         self._entries: list[dict[str, Any]] = []  # starting points, oldest first
         self._loaded: list[dict[str, Any]] = []  # from a checkpoint, to be integrated
+        self._kept: Mapping[str, Any] | None = None  # likewise, trajectories
         self._states: Tensor | None = None
         self._change: Tensor | None = None
         self._cond: Tensor | None = None
@@ -106,26 +185,27 @@ class TrajectoryPool:
         """Whether every place is taken."""
         return self._states is not None and self._count == len(self._states)
 
-    def add(self, source: VelocitySource, x: Tensor, from_data: bool, cond: Tensor | None = None) -> None:
-        """Integrate from ``x`` (at ``t = 1`` if ``from_data``, else at ``t = 0``) and keep the trajectories."""
+    def add(self, source: VelocitySource, x: Tensor, node: int, cond: Tensor | None = None) -> None:
+        """Integrate from ``x`` at ``times[node]`` to both ends and keep the trajectories."""
         seed = int(torch.randint(2**62, ()))
-        self._add(source, {"x": x.detach().clone(), "from_data": from_data, "cond": cond, "seed": seed})
+        node = node % len(self.times)
+        self._add(source, {"x": x.detach().clone(), "node": node, "cond": cond, "seed": seed})
 
     def _add(self, source: VelocitySource, entry: dict[str, Any]) -> None:
-        x, cond = entry["x"], entry["cond"]
-        times = self.times[::-1] if entry["from_data"] else self.times
+        x, node, cond = entry["x"], entry["node"], entry["cond"]
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(entry["seed"])
-            states, change = integrate(source, x, times, cond)
+            down, down_change = integrate(source, x, self.times[node::-1], cond, self.baseline)
+            up, up_change = integrate(source, x, self.times[node:], cond, self.baseline)
+        states = torch.cat((down.flip(1), up[:, 1:]), 1)
+        change = torch.cat((down_change.flip(1), up_change[:, 1:]), 1)
         finite = bool(states.isfinite().all() and change.isfinite().all())
         if not finite:
             raise FloatingPointError(
                 "a teacher trajectory became NaN or infinite; check the teacher (its own samples), or integrate with "
                 "more nodes"
             )
-        if entry["from_data"]:
-            states, change = states.flip(1), change.flip(1)
         if self._states is None or self._change is None:
             capacity = self.capacity_for(x)
             self._states = states.new_zeros(capacity, *states.shape[1:])
@@ -146,29 +226,61 @@ class TrajectoryPool:
     def restore(self, source: VelocitySource, device: torch.device | str | None = None) -> None:
         """Integrate, on ``device``, what a loaded checkpoint held; nothing to do otherwise."""
         loaded, self._loaded = self._loaded, []
-        if loaded:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            self._take_over(kept, loaded, device)
+        elif loaded:
             # the ring goes on writing where it was
             total = sum(len(e["x"]) for e in loaded)
             self._next = (self._next - total) % self.capacity_for(loaded[0]["x"])
-        for entry in loaded:
-            cond = None if entry["cond"] is None else entry["cond"].to(device)
-            self._add(source, {**entry, "x": entry["x"].to(device), "cond": cond})
+            for entry in loaded:
+                cond = None if entry["cond"] is None else entry["cond"].to(device)
+                self._add(source, {**entry, "x": entry["x"].to(device), "cond": cond})
+
+    def _take_over(self, kept: Mapping[str, Any], entries: list[dict[str, Any]], device: Any) -> None:
+        capacity = self.capacity_for(entries[0]["x"])
+
+        def padded(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            self._count = len(values)
+            ring = values.new_zeros(capacity, *values.shape[1:], device=device)
+            ring[: len(values)] = values.to(device)
+            return ring
+
+        self._states, self._change, self._cond = (padded(kept[name]) for name in ("states", "change", "cond"))
+        self._entries = entries
+
+    def draw_whole(self, count: int, times: Sequence[float]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Random trajectories at given kept times.
+
+        Returns:
+            States ``(count, len(times), ...)``, change of log-density since the first time ``(count, len(times))``,
+            and conditioning.
+        """
+        assert self._states is not None
+        assert self._change is not None
+        rows = torch.randint(self._count, (count,), device=self._states.device)
+        kept = torch.tensor(self.times, dtype=self._states.dtype, device=self._states.device)
+        columns = _nearest(kept, torch.tensor(times, dtype=kept.dtype, device=kept.device))
+        states, change = self._states[rows][:, columns], self._change[rows][:, columns]
+        return states, change - change[:, :1], None if self._cond is None else self._cond[rows]
 
     def draw(self, s: Tensor, t: Tensor) -> Examples:
         """Random trajectories at the kept times nearest to ``s`` and ``t``, ``(B,)`` each.
 
         Returns:
-            States at ``s``, the kept times, and the pair that leads to ``t``. Where both fall on one kept time,
-            ``t`` moves to the next.
+            States at ``s``, the kept times, and the pair that leads to ``t``. The order of ``s`` and ``t`` is kept.
         """
         assert self._states is not None
         assert self._change is not None
         kept = torch.tensor(self.times, dtype=self._states.dtype, device=self._states.device)
         i, j = _nearest(kept, s.to(kept)), _nearest(kept, t.to(kept))
-        last = len(kept) - 1
-        beside = torch.where(t.to(kept) >= s.to(kept), j + 1, j - 1)
-        beside = torch.where(beside > last, last - 1, torch.where(beside < 0, torch.ones_like(beside), beside))
-        j = torch.where(i == j, beside, j)
+        # where both fall on one kept time, they are set one apart in the order that was asked for
+        last, same, up = len(kept) - 1, i == j, t.to(kept) >= s.to(kept)
+        low = torch.where(up, i, i - 1).clamp(0, last - 1)
+        i = torch.where(same, torch.where(up, low, low + 1), i)
+        j = torch.where(same, torch.where(up, low + 1, low), j)
         rows = torch.randint(self._count, (len(i),), device=kept.device)
         s, t = kept[i], kept[j]
         x = self._states[rows, i]
@@ -176,17 +288,22 @@ class TrajectoryPool:
         divergence = -(self._change[rows, j] - self._change[rows, i]) / (t - s)
         return Examples(x, s, t, None if self._cond is None else self._cond[rows], Joint(u, divergence))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Starting points and seeds, on the CPU."""
+    def state_dict(self, whole: bool = False) -> dict[str, Any]:
+        """Starting points and seeds, on the CPU; with ``whole`` also the trajectories, for a source that changes."""
         entries = [
             {**e, "x": e["x"].cpu(), "cond": None if e["cond"] is None else e["cond"].cpu()}
             for e in (*self._entries, *self._loaded)
         ]
-        return {"entries": entries, "next": self._next}
+        state = {"entries": entries, "next": self._next}
+        if whole and self._states is not None and self._change is not None:
+            kept = {"states": self._states, "change": self._change, "cond": self._cond}
+            state["kept"] = {name: None if v is None else v[: self._count].cpu() for name, v in kept.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over starting points; they are integrated by :meth:`restore`."""
         self._loaded = list(state["entries"])
+        self._kept = state.get("kept")
         self._states = self._change = self._cond = None
         self._entries, self._count, self._next = [], 0, int(state["next"])
 
@@ -200,61 +317,84 @@ def _nearest(kept: Tensor, t: Tensor) -> Tensor:
 class TrajectoryRegression(Objective):
     """Regress ``(u, D)`` on pairs of points of the teacher's trajectories.
 
+    Towards the end of training, ``unroll``, every other step regresses the student's whole K-step path from data
+    instead, through all its jumps, on the teacher's states and log-likelihood: what drifts over several steps is seen
+    and corrected there. The student's Gaussian baseline, if it has one, makes integration and weighting sharper.
+
     Args:
-        nodes: Heun steps per trajectory; a multiple of every likelihood grid, so that its times are among them.
+        nodes: Heun steps per trajectory, about; the likelihood grids' times are always among the nodes.
         capacity: Most trajectories kept, per process.
         max_mib: Memory for them, in MiB, per process; the smaller of the two limits holds.
         refresh: New trajectories per training step once the pool is full, on average.
         chunk: Trajectories integrated at a time.
         starts: Shares of where trajectories begin: ``"data"`` (the batch), ``"perturbed"`` (the batch plus noise),
+            ``"mixed"`` (the batch mixed with itself), ``"path"`` (between noise and data, integrated both ways),
             ``"noise"`` (the prior) and ``"student"`` (samples of the student: where its own path leads).
-        perturbation: Standard deviation of the noise for ``"perturbed"``, uniform between 0 and this.
-        student_steps: Steps of the samples that ``"student"`` starts from, drawn at random.
+        perturbation: Smallest and largest standard deviation of the noise for ``"perturbed"``.
+        quantisation: Levels of discrete data: perturbed and mixed states are put back on levels and dequantised
+            afresh, so that they look like data. ``None`` for continuous data.
+        unroll: Last share of training in which whole paths are regressed, in [0, 1]; 0 for none.
         intervals: Distribution of ``(s, t)``; its diagonal share is regressed on the source at the batch's own
-            noised states.
+            noised states, its grids are those that are unrolled.
         weighting: How errors become a loss.
         path: Probability path.
 
     Raises:
-        ValueError: If a number is out of range, a start is unknown, or ``nodes`` misses the likelihood grids.
+        ValueError: If a number is out of range or a start is unknown.
     """
 
     def __init__(
         self,
-        nodes: int = 32,
-        capacity: int = 8192,
-        max_mib: float = 512.0,
-        refresh: float = 8.0,
-        chunk: int = 256,
+        nodes: int = 16,
+        capacity: int = 12_000,
+        max_mib: float = 1024.0,
+        refresh: float = 0.0,
+        chunk: int = 512,
         starts: Mapping[str, float] | None = None,
-        perturbation: float = 0.1,
-        student_steps: Sequence[int] = (1, 2, 4, 8),
+        perturbation: tuple[float, float] = (0.02, 0.3),
+        quantisation: Quantisation | None = None,
+        unroll: float = 0.25,
         intervals: Intervals | None = None,
         weighting: Weighting | None = None,
         path: Path | None = None,
     ) -> None:
         super().__init__(intervals, weighting, path)
-        starts = dict(starts or {"data": 0.4, "perturbed": 0.3, "noise": 0.3})
+        starts = dict(starts or {"data": 0.35, "perturbed": 0.25, "mixed": 0.15, "path": 0.15, "noise": 0.1})
         unknown = set(starts) - set(STARTS)
         if unknown or not starts or min(starts.values()) < 0 or sum(starts.values()) <= 0:
             raise ValueError(f"starts is {starts}; it maps some of {', '.join(STARTS)} to shares that are not negative")
-        if nodes < 1 or capacity < 1 or chunk < 1 or refresh < 0 or perturbation < 0:
+        if nodes < 1 or capacity < 1 or chunk < 1 or refresh < 0:
             raise ValueError(
-                f"nodes={nodes}, capacity={capacity} and chunk={chunk} are at least 1, refresh={refresh} and "
-                f"perturbation={perturbation} at least 0"
+                f"nodes={nodes}, capacity={capacity} and chunk={chunk} are at least 1, refresh={refresh} at least 0"
             )
-        if self.intervals.grid > 0 and any(nodes % k for k in self.intervals.steps):
-            raise ValueError(
-                f"nodes={nodes} is not a multiple of the likelihood grids {self.intervals.steps}; "
-                f"use a multiple of {math.lcm(*self.intervals.steps)}"
-            )
+        if not 0 < perturbation[0] <= perturbation[1]:
+            raise ValueError(f"perturbation is {perturbation}; two positive numbers, the smaller first")
+        if not 0 <= unroll <= 1:
+            raise ValueError(f"unroll is {unroll}; a share of training, in [0, 1]")
+        self.nodes, self.capacity, self.max_mib = nodes, capacity, max_mib
+        self.refresh, self.chunk = refresh, chunk
         self.starts = starts
-        self.refresh = refresh
-        self.chunk = chunk
-        self.perturbation = perturbation
-        self.student_steps = tuple(student_steps)
-        self.pool = TrajectoryPool([k / nodes for k in range(nodes + 1)], max_mib, capacity)
+        self.perturbation = tuple(perturbation)
+        self.quantisation = quantisation
+        self.unroll = unroll
+        self._pool: TrajectoryPool | None = None
+        self._saved_pool: Mapping[str, Any] | None = None
         self._due = 0.0
+        self._stationary = True
+
+    def pool(self, student: JointMap) -> TrajectoryPool:
+        """The pool, made on first use: its times depend on the student's baseline."""
+        if self._pool is None:
+            baseline = baseline_of(student)
+            if baseline is not None and not bool(baseline.fitted):
+                baseline = None
+            grids = self.intervals.steps if self.intervals.grid > 0 or self.unroll > 0 else ()
+            times = trajectory_times(self.nodes, grids, baseline)
+            self._pool = TrajectoryPool(times, self.max_mib, self.capacity, baseline)
+            if self._saved_pool is not None:
+                self._pool.load_state_dict(self._saved_pool)
+                self._saved_pool = None
+        return self._pool
 
     def target(
         self,
@@ -268,16 +408,16 @@ class TrajectoryRegression(Objective):
         noise: Tensor | None = None,
     ) -> Joint:
         """Target at arbitrary points: integrates the source from ``x``; for tests and inspection."""
+        baseline = baseline_of(student)
         answers = []
         for row in range(len(x)):
-            count = len(self.pool.times) - 1
             a, b = float(s[row]), float(t[row])
             one = None if cond is None else cond[row : row + 1]
             if a == b:
                 answers.append(source(x[row : row + 1], a, one))
                 continue
-            times = [a + (b - a) * k / count for k in range(count + 1)]
-            states, change = integrate(source, x[row : row + 1], times, one)
+            times = [a + (b - a) * k / self.nodes for k in range(self.nodes + 1)]
+            states, change = integrate(source, x[row : row + 1], times, one, baseline)
             answers.append(Joint((states[:, -1] - states[:, 0]) / (b - a), -change[:, -1] / (b - a)))
         return Joint(torch.cat([a.velocity for a in answers]), torch.cat([a.divergence for a in answers]))
 
@@ -289,6 +429,7 @@ class TrajectoryRegression(Objective):
         cond: Tensor | None = None,
         *,
         anchor: VelocitySource | None = None,
+        progress: float = 0.0,
     ) -> Terms:
         if not source.anywhere:
             raise ValueError(
@@ -296,7 +437,9 @@ class TrajectoryRegression(Objective):
                 "path only; use a teacher or the student's own diagonal"
             )
         self._refill(student, source, data, cond)
-        return super().__call__(student, source, data, cond, anchor=anchor)
+        if progress >= 1 - self.unroll and self.unroll > 0 and bool(torch.rand(()) < 0.5):
+            return self._unrolled(student, max(1, len(data) // 2))
+        return super().__call__(student, source, data, cond, anchor=anchor, progress=progress)
 
     def examples(
         self,
@@ -308,41 +451,104 @@ class TrajectoryRegression(Objective):
         t: Tensor,
         cond: Tensor | None,
     ) -> Examples:
-        return self.pool.draw(s, t)
+        return self.pool(student).draw(s, t)
+
+    def _unrolled(self, student: JointMap, count: int) -> Terms:
+        """Error of a whole K-step path, in natural units, for a random K."""
+        k = self.intervals.steps[int(torch.randint(len(self.intervals.steps), ()))]
+        to_noise = Direction.TO_NOISE in self.directions
+        grid = time_grid(k, to_noise)
+        states, change, cond = self.pool(student).draw_whole(count, grid)
+        baseline = baseline_of(student) or GaussianBaseline(states.shape[2:], "isotropic").to(states)
+        x, log_change = states[:, 0], states.new_zeros(count)
+        position_error, velocity_error = states.new_zeros(count), states.new_zeros(count)
+        for step, (s, t) in enumerate(itertools.pairwise(grid), start=1):
+            x, delta = student.jump(x, s, t, cond)
+            log_change = log_change + delta
+            error = x - states[:, step]
+            at = expand_time(t, x)
+            deviations = baseline.to_axes(error) / baseline.marginal_variances(at).sqrt()
+            position_error = position_error + deviations.square().sum(-1) / k
+            velocity_error = velocity_error + (error.detach() / (t - s)).flatten(1).square().mean(-1) / k
+        difference = log_change - change[:, -1]
+        if to_noise:
+            # the whole error of the log-likelihood, the prior's share included
+            difference = difference + normal_log_prob(states[:, -1]) - normal_log_prob(x)
+        velocity_loss = position_error.mean()
+        divergence_loss = self.weighting.divergence * difference.square().mean()
+        return Terms(
+            velocity_loss + divergence_loss,
+            velocity_loss,
+            divergence_loss,
+            velocity_error.mean(),
+            difference.detach().square().mean(),
+        )
 
     def _refill(self, student: JointMap, source: VelocitySource, data: Tensor, cond: Tensor | None) -> None:
-        self.pool.restore(source, data.device)
-        if self.pool.full:
-            self._due += self.refresh
-            if self._due < min(self.chunk, len(data)):
-                return
+        self._stationary = source.stationary
+        pool = self.pool(student)
+        pool.restore(source, data.device)
         rows = min(self.chunk, len(data))
-        self._due = max(0.0, self._due - rows)
         x, cond = data[:rows], None if cond is None else cond[:rows]
-        shares = torch.tensor(list(self.starts.values()))
-        kinds = torch.multinomial(shares, rows, replacement=True).to(data.device)
+        if not pool.full:
+            self._integrate_chunk(student, source, x, cond, pool)
+            return
+        self._due += self.refresh
+        while self._due >= rows:
+            self._due -= rows
+            self._integrate_chunk(student, source, x, cond, pool)
+
+    def _integrate_chunk(
+        self, student: JointMap, source: VelocitySource, x: Tensor, cond: Tensor | None, pool: TrajectoryPool
+    ) -> None:
+        shares = torch.tensor([float(share) for share in self.starts.values()])
+        kinds = torch.multinomial(shares, len(x), replacement=True).to(x.device)
+        # starts at the same time are integrated together
+        groups: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         for index, kind in enumerate(self.starts):
             mine = (kinds == index).nonzero().squeeze(-1)
             if len(mine):
-                start = self._start(kind, student, x[mine], None if cond is None else cond[mine])
-                self.pool.add(source, start, kind != "noise", None if cond is None else cond[mine])
+                cond_mine = None if cond is None else cond[mine]
+                start, node = self._start(kind, student, x[mine], cond_mine, pool)
+                groups.setdefault(node, []).append((start, cond_mine))
+        for node, parts in groups.items():
+            conds = [c for _, c in parts if c is not None]
+            pool.add(source, torch.cat([start for start, _ in parts]), node, torch.cat(conds) if conds else None)
 
     @torch.no_grad()
-    def _start(self, kind: str, student: JointMap, x: Tensor, cond: Tensor | None) -> Tensor:
+    def _start(
+        self, kind: str, student: JointMap, x: Tensor, cond: Tensor | None, pool: TrajectoryPool
+    ) -> tuple[Tensor, int]:
+        """States to start from, and the node at which."""
+        last = len(pool.times) - 1
         if kind == "data":
-            return x
+            return x, last
         if kind == "perturbed":
-            size = self.perturbation * torch.rand(len(x), dtype=x.dtype, device=x.device)
-            return x + like(size, x) * torch.randn_like(x)
+            low, high = (math.log(value) for value in self.perturbation)
+            size = (low + (high - low) * torch.rand(len(x), dtype=x.dtype, device=x.device)).exp()
+            return self._on_levels(x + like(size, x) * torch.randn_like(x)), last
+        if kind == "mixed":
+            share = like(0.5 * torch.rand(len(x), dtype=x.dtype, device=x.device), x)
+            other = x[torch.randperm(len(x), device=x.device)] if cond is None else x.flip(0)
+            return self._on_levels((1 - share) * x + share * other), last
         noise = torch.randn_like(x)
-        if kind == "noise":
-            return noise
-        steps = self.student_steps[int(torch.randint(len(self.student_steps), ()))]
-        return sample(student, noise, steps, cond).state
+        if kind == "path" and last > 1:
+            node = int(torch.randint(1, last, ()))
+            return self.path.sample(x, noise, expand_time(pool.times[node], x)), node
+        if kind == "student":
+            steps = self.intervals.steps[int(torch.randint(len(self.intervals.steps), ()))]
+            return sample(student, noise, steps, cond).state, last
+        return noise, 0
+
+    def _on_levels(self, x: Tensor) -> Tensor:
+        if self.quantisation is None:
+            return x
+        return self.quantisation.dequantise(self.quantisation.quantise(x)).to(x.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pool": self.pool.state_dict(), "due": self._due}
+        pool = self._saved_pool if self._pool is None else self._pool.state_dict(whole=not self._stationary)
+        return {"pool": pool, "due": self._due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.pool.load_state_dict(state["pool"])
+        self._pool, self._saved_pool = None, state["pool"]
         self._due = float(state["due"])

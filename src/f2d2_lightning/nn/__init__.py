@@ -2,7 +2,7 @@
 
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.nn.mlp import MLP
-from f2d2_lightning.nn.precondition import GaussianPreconditioned
+from f2d2_lightning.nn.precondition import AngleEmbedding, GaussianPreconditioned, PreconditionedMLP
 from f2d2_lightning.nn.resnet import ResNet
 
-__all__ = ["MLP", "GaussianPreconditioned", "IntervalEmbedding", "ResNet"]
+__all__ = ["MLP", "AngleEmbedding", "GaussianPreconditioned", "IntervalEmbedding", "PreconditionedMLP", "ResNet"]

@@ -29,8 +29,10 @@ class IntervalEmbedding(nn.Module):
         super().__init__()
         if features < 1 or frequencies < 1:
             raise ValueError(f"features and frequencies are {features} and {frequencies}; both are at least 1")
+        self.features = features
         self.register_buffer("rates", math.pi * torch.arange(1, frequencies + 1) / 2, persistent=False)
-        self.project = nn.Linear(4 * frequencies + 2, features)
+        self.start = nn.Linear(4 * frequencies + 2, features)
+        self.project = nn.Linear(features, features)
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """``(B,), (B,) -> (B, features)``, or ``(1, features)`` where all samples share both times."""
@@ -38,4 +40,4 @@ class IntervalEmbedding(nn.Module):
         times = torch.stack((s, t - s), -1)
         angles = times[..., None] * self.rates.to(times.dtype)
         waves = torch.cat((angles.sin(), angles.cos()), -1).flatten(1)
-        return self.project(torch.cat((times, waves), -1))
+        return self.project(nn.functional.silu(self.start(torch.cat((times, waves), -1))))

@@ -18,18 +18,20 @@ __all__ = ["MLP"]
 class _Block(nn.Module):
     def __init__(self, width: int, embedding: int, expansion: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.modulation = nn.Linear(embedding, 2 * width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(embedding, 3 * width)
         self.expand = nn.Linear(width, expansion * width)
         self.dropout = nn.Dropout(dropout)
         self.contract = nn.Linear(expansion * width, width)
-        nn.init.zeros_(self.contract.weight)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        nn.init.normal_(self.contract.weight, std=0.3 / (expansion * width) ** 0.5)
         nn.init.zeros_(self.contract.bias)
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.modulation(time).chunk(2, -1)
+        scale, shift, gate = self.modulation(time).chunk(3, -1)
         inner = nn.functional.silu(self.expand(self.norm(h) * (1 + scale) + shift))
-        return h + self.contract(self.dropout(inner))
+        return h + (1 + gate) * self.contract(self.dropout(inner))
 
 
 class MLP(FlowMap):
@@ -45,6 +47,8 @@ class MLP(FlowMap):
         dropout: Probability of dropping a hidden unit in training.
         classes: Number of class labels; 0 for none. ``cond`` is then ``(B,)`` integers.
         directions: Orders of time it is to be trained for.
+        embedding: Module ``(s, t) -> (B, E)`` with an attribute ``features`` ``= E``; an :class:`IntervalEmbedding` by
+            default.
 
     >>> MLP((2,))(torch.zeros(3, 2), 0.0, torch.ones(3)).shape
     torch.Size([3, 2])
@@ -59,16 +63,18 @@ class MLP(FlowMap):
         dropout: float = 0.0,
         classes: int = 0,
         directions: str = "both",
+        embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.features = width
         self.directions = Direction.parse(directions)
         dim = math.prod(self.shape)
-        self.embedding = IntervalEmbedding(width)
-        self.labels = nn.Embedding(classes, width) if classes else None
+        self.embedding = embedding or IntervalEmbedding(64)
+        size = int(self.embedding.features)  # type: ignore[arg-type]
+        self.labels = nn.Embedding(classes, size) if classes else None
         self.inlet = nn.Linear(dim, width)
-        self.blocks = nn.ModuleList(_Block(width, width, expansion, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(_Block(width, size, expansion, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.outlet = nn.Linear(width, dim)
         nn.init.zeros_(self.outlet.weight)

@@ -1,25 +1,32 @@
 r"""Gaussian preconditioning: the exact map of the data's Gaussian fit, plus a network for the rest.
 
 .. math::
-    u(x, s, t) = u_0(x, s, t) + V \sqrt{\lambda / w(s)}\; n\big(w(s)^{-1/2} V^\top (x - \alpha_s \mu), s, t\big)
+    u(x, s, t) = u_0(x, s, t)
+    + V \sqrt{w(t)}\; \frac{\theta(t) - \theta(s)}{t - s}\; n\big(w(s)^{-1/2} V^\top (x - \alpha_s \mu), s, t\big)
 
-The network ``n`` sees unit variances at every time and along every axis, and its answer is scaled by the standard
-deviation that the conditional velocity has given the state under the fit (on the linear path,
-``Var(x_1 - eps | x_t) = lambda / w(t)`` per axis). It is the idea of Karras et al., "Elucidating the Design Space of
-Diffusion-Based Generative Models", 2022, https://arxiv.org/abs/2206.00364, with the full covariance in place of one
-number and a pair of times in place of a noise level. Data whose axes differ in scale by orders of magnitude (pixels
-that hold only dequantisation noise beside pixels that hold the image) ask for it.
+In whitened coordinates this reads ``z_t = z_s + (theta(t) - theta(s)) n(z_s, s, t)``
+(:mod:`f2d2_lightning.baseline`): the network sees unit variances at every time and along every axis, and answers in
+numbers of order one. On the diagonal the factor is the standard deviation that the conditional velocity has given the
+state under the fit. It is the idea of Karras et al., "Elucidating the Design Space of Diffusion-Based Generative
+Models", 2022, https://arxiv.org/abs/2206.00364, with the covariance in place of one number and a pair of times in
+place of a noise level. Data whose axes differ in scale by orders of magnitude (pixels that hold only dequantisation
+noise beside pixels that hold the image) ask for it.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
 
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.flow_map import Direction, FlowMap
-from f2d2_lightning.paths import expand_time
+from f2d2_lightning.nn.mlp import MLP
+from f2d2_lightning.paths import distinct, expand_time
 
-__all__ = ["GaussianPreconditioned"]
+__all__ = ["AngleEmbedding", "GaussianPreconditioned", "PreconditionedMLP"]
 
 
 class GaussianPreconditioned(FlowMap):
@@ -49,8 +56,79 @@ class GaussianPreconditioned(FlowMap):
     ) -> tuple[Tensor, Tensor]:
         s, t = expand_time(s, x), expand_time(t, x)
         baseline = self.baseline
-        white = baseline.whiten(x, s).reshape(x.shape)
-        residual, features = self.network.forward_features(white, s, t, cond)
-        scale = (baseline.variances / baseline.marginal_variances(s)).sqrt()
+        residual, features = self.network.forward_features(baseline.whiten(x, s).reshape(x.shape), s, t, cond)
+        scale = baseline.marginal_variances(t).sqrt() * baseline.angle_rate(s, t)
         correction = baseline.from_axes(scale * residual.reshape(len(x), -1))
         return baseline.average_velocity(x, s, t) + correction, features
+
+
+class AngleEmbedding(nn.Module):
+    """Embedding of a pair of times by the angles of five axes, from the narrowest to the widest.
+
+    Along a narrow axis everything happens close to the data. Sinusoids of the angle resolve that without the fast
+    sinusoids of time that make derivatives large.
+
+    Args:
+        baseline: Gaussian fit that gives the angles; shared with the network it is for.
+        features: Width of the output.
+    """
+
+    def __init__(self, baseline: GaussianBaseline, features: int = 64) -> None:
+        super().__init__()
+        self.features = features
+        # in a list, so that the baseline stays a submodule of its owner alone
+        self._baseline = [baseline]
+        inputs = 5 * 4 + 2
+        self.start = nn.Linear(inputs, features)
+        self.difference = nn.Linear(inputs, features, bias=False)
+        self.project = nn.Linear(features, features)
+        # a teacher never sees a difference; a student that starts from it sees none at first either
+        nn.init.zeros_(self.difference.weight)
+
+    def _waves(self, t: Tensor) -> Tensor:
+        baseline = self._baseline[0]
+        angles = baseline.angle(t)
+        if angles.shape[-1] > 1:
+            order = baseline.variances.argsort()
+            picks = torch.linspace(0, len(order) - 1, 5, device=order.device).round().long()
+            angles = angles[:, order[picks]]
+        angles = angles.expand(len(t), 5)
+        time = t[:, None]
+        waves = (angles.cos(), angles.sin(), (2 * angles).cos(), (2 * angles).sin(), time, (math.pi * time).cos())
+        return torch.cat(waves, -1)
+
+    def forward(self, s: Tensor, t: Tensor) -> Tensor:
+        """``(B,), (B,) -> (B, features)``, or ``(1, features)`` where all samples share both times."""
+        s, t = distinct(s, t)
+        first = self._waves(s)
+        return self.project(nn.functional.silu(self.start(first) + self.difference(self._waves(t) - first)))
+
+
+class PreconditionedMLP(GaussianPreconditioned):
+    """A :class:`MLP` in whitened coordinates, its times embedded by angles: for vectors and small images.
+
+    Args:
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
+        covariance: Of the Gaussian fit: ``"diagonal"``, ``"full"`` or ``"isotropic"``.
+        width: Features of the residual stream.
+        blocks: Residual blocks.
+        expansion: Width of a block's hidden layer, in units of ``width``.
+        dropout: Probability of dropping a hidden unit in training.
+        classes: Number of class labels; 0 for none.
+        directions: Orders of time it is to be trained for.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        covariance: str = "diagonal",
+        width: int = 512,
+        blocks: int = 2,
+        expansion: int = 1,
+        dropout: float = 0.0,
+        classes: int = 0,
+        directions: str = "both",
+    ) -> None:
+        baseline = GaussianBaseline(shape, covariance)
+        network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding=AngleEmbedding(baseline))
+        super().__init__(network, baseline)

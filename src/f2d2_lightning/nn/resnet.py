@@ -40,7 +40,7 @@ class ResNet(FlowMap):
     """Average velocity of images at two resolutions: residual blocks, one halving, one skip.
 
     Smooth (SiLU, GroupNorm, average pooling, nearest upsampling), so that its derivatives exist in forward and in
-    reverse mode; any order of ``s, t``. Features are those of the full resolution, so the head sums over pixels.
+    reverse mode; any order of ``s, t``. Features are those of the full resolution, so the head averages over pixels.
 
     Args:
         shape: Shape of one image, ``(C, H, W)`` with even ``H`` and ``W``.

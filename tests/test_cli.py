@@ -1,0 +1,236 @@
+"""The command line: every configuration runs, an interrupted run goes on, commands answer and refuse clearly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import f2d2_lightning as f2
+from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.cli import main
+from lightning_parts import CONFIGS
+
+QUICK = [
+    "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.callbacks=[]",
+    "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1",
+]  # fmt: skip
+STUDENTS = sorted(p.name for p in CONFIGS.glob("*.yaml") if "teacher" not in p.name)
+
+
+@pytest.fixture(autouse=True)
+def single_precision(monkeypatch):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    yield
+    torch.set_default_dtype(before)
+
+
+def f2d2(*arguments):
+    """The command line as a user's shell would call it."""
+    before, sys.argv = sys.argv, ["f2d2", *map(str, arguments)]
+    try:
+        main()
+    finally:
+        sys.argv = before
+
+
+def small(name, *, teacher=None):
+    """Options that make a configuration's networks and pools tiny."""
+    options = ["--model.init_args.flow_map.init_args.width=16", "--model.init_args.flow_map.init_args.blocks=1"]
+    if "teacher" not in name:
+        options += ["--model.init_args.head.init_args.features=16", f"--model.init_args.teacher={teacher}"]
+        options += ["--model.init_args.reference=f2d2_lightning.Reference", "--model.init_args.reference.steps=4"]
+    if name.endswith("student.yaml"):
+        options += [
+            "--model.init_args.objective.init_args.capacity=64",
+            "--model.init_args.objective.init_args.nodes=8",
+        ]
+    if "digits" not in name:
+        options += ["--data.init_args.count=3000"]
+    return options
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a trained teacher and student for each data set."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("digits", "checkerboard", "mixture"):
+            config = CONFIGS / f"{name}_teacher.yaml"
+            f2d2("fit", "--config", config, *QUICK, *small(config.name), "--trainer.max_steps=2",
+                 "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+                 "--trainer.callbacks.save_last=true")  # fmt: skip
+        config = CONFIGS / "digits_student.yaml"
+        teacher = "runs/digits/teacher/checkpoints/last.ckpt"
+        f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher=teacher), "--trainer.max_steps=2",
+             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+             "--trainer.callbacks.save_last=true")  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def at_home(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return home
+
+
+STUDENT = "runs/digits/student/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_student_configuration_runs(at_home, name):
+    teacher = f"runs/{name.split('_')[0]}/teacher/checkpoints/last.ckpt"
+    f2d2("fit", "--config", CONFIGS / name, *QUICK, *small(name, teacher=teacher), "--trainer.fast_dev_run=2")
+
+
+def test_the_configuration_is_saved_beside_the_checkpoint(at_home):
+    run = at_home / "runs/digits/student"
+    assert {"config.yaml", "checkpoints", "metrics.csv"} <= {p.name for p in run.iterdir()}
+    assert "TrajectoryRegression" in (run / "config.yaml").read_text()
+
+
+def test_a_run_is_not_written_over(at_home):
+    config = CONFIGS / "digits_teacher.yaml"
+    with pytest.raises(FileExistsError, match="a run of that name exists"):
+        f2d2("fit", "--config", config, *QUICK, *small(config.name), "--trainer.max_steps=1")
+
+
+def test_fit_resumes_to_the_same_weights(at_home):
+    config, name = CONFIGS / "digits_student.yaml", "digits_student.yaml"
+    options = [*QUICK, *small(name, teacher="runs/digits/teacher/checkpoints/last.ckpt"),
+               "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+               "--trainer.callbacks.save_last=true", "--trainer.callbacks.every_n_train_steps=1"]  # fmt: skip
+    versions = {}
+    for version, stops in {"whole": [5], "parts": [3, 5]}.items():
+        run = at_home / "runs/digits" / version
+        for stop in stops:
+            ckpt = ["--ckpt_path", run / "checkpoints/last.ckpt"] if run.exists() else []
+            # the schedule's length is the whole run's, whenever it stops
+            f2d2("fit", "--config", config, *options, f"--trainer.max_steps={stop}", *ckpt,
+                 f"--trainer.logger.init_args.version={version}",
+                 "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.ConstantLR")  # fmt: skip
+        versions[version] = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    for key, value in versions["whole"]["state_dict"].items():
+        assert torch.equal(value, versions["parts"]["state_dict"][key]), key
+
+
+def test_test_writes_its_report(at_home, capsys):
+    config = CONFIGS / "digits_student.yaml"
+    f2d2("test", "--config", config, *QUICK[:2], *small(config.name, teacher="runs/digits/teacher/checkpoints/last.ckpt"),
+         "--trainer.callbacks=[]", "--trainer.callbacks+=f2d2_lightning.report.TestReport",
+         "--trainer.callbacks.samples=20", "--trainer.callbacks.teacher_steps=4", "--ckpt_path", STUDENT)  # fmt: skip
+    run = at_home / "runs/digits/student"
+    report = json.loads((run / "test_report.json").read_text())
+    assert [row["steps"] for row in report["rows"]] == [1, 2, 4, 8, None]
+    assert [row["evaluations"] for row in report["rows"]] == [1, 2, 4, 8, 8]
+    assert report["unit"] == "bits/dim"
+    assert all((run / name).stat().st_size > 5000 for name in ("samples.png", "calibration.png"))
+    assert "teacher" in capsys.readouterr().out
+    module, x = load_module(STUDENT, f2.F2D2Module), torch.cat(list(f2.Digits().test_dataloader()))
+    with torch.no_grad():
+        expected = f2.bits_per_dim(module.log_prob(x, 2).value, 64, 17).mean()
+    assert report["rows"][1]["nll"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_sample(at_home):
+    f2d2("sample", "--ckpt", STUDENT, "--steps", 2, "--num", 9, "--out", "made/grid.png", "--device", "cpu")
+    f2d2(
+        "sample",
+        "--ckpt",
+        STUDENT,
+        "--steps",
+        2,
+        "--num",
+        9,
+        "--out",
+        "made/x.npz",
+        "--device",
+        "cpu",
+        "--batch_size",
+        4,
+    )
+    assert (at_home / "made/grid.png").stat().st_size > 2000
+    made = np.load(at_home / "made/x.npz")
+    module = load_module(STUDENT, f2.F2D2Module)
+    with torch.no_grad():
+        again = module.sample(torch.from_numpy(made["noise"]), 2, with_log_prob=True)
+    assert torch.allclose(again.state, torch.from_numpy(made["x"]), atol=1e-5)
+    assert torch.allclose(again.log_prob, torch.from_numpy(made["log_prob"]), atol=1e-3)
+    with pytest.raises(SystemExit):
+        f2d2("sample", "--ckpt", STUDENT, "--out", "made/grid.png")
+
+
+@pytest.mark.parametrize("kind", ["digits", "integers", "states"])
+def test_nll(at_home, kind, capsys):
+    data = f2.Digits().dataset("test")
+    if kind == "integers":
+        np.savez(at_home / "data.npz", x=data.values.numpy())
+    if kind == "states":
+        np.save(at_home / "data.npy", data.__getitems__(list(range(300))).numpy())
+    source = {"digits": "digits", "integers": "data.npz", "states": "data.npy"}[kind]
+    f2d2("nll", "--ckpt", STUDENT, "--data", source, "--steps", 4, "--out", f"{kind}.csv", "--device", "cpu",
+         "--batch_size", 77)  # fmt: skip
+    with (at_home / f"{kind}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(300))
+    value = torch.tensor([float(row["log_prob"]) for row in rows])
+    bits = torch.tensor([float(row["bits_per_dim"]) for row in rows])
+    assert torch.allclose(bits, f2.bits_per_dim(value, 64, 17), rtol=1e-4)
+    if kind != "integers":  # the same dequantised points
+        with torch.no_grad():
+            x = data.__getitems__(list(range(300)))
+            assert torch.allclose(value, load_module(STUDENT, f2.F2D2Module).log_prob(x, 4).value, rtol=1e-4)
+    assert "300 samples, 4 evaluations each (an upper bound" in capsys.readouterr().out
+
+
+BAD = {
+    "no checkpoint": (["--ckpt", "none.ckpt", "--data", "digits"], "there is no checkpoint at none.ckpt"),
+    "teacher's checkpoint": (
+        ["--ckpt", "runs/digits/teacher/checkpoints/last.ckpt", "--data", "digits"], "an? F2D2Module is needed here"),
+    "not a checkpoint": (["--ckpt", "bad.ckpt", "--data", "digits"], "cannot be read as a checkpoint"),
+    "cut short": (["--ckpt", "short.ckpt", "--data", "digits"], "cannot be read as a checkpoint"),
+    "no data": (["--ckpt", STUDENT, "--data", "nothing.npy"], "neither one of digits, .* nor a file that exists"),
+    "other data": (["--ckpt", STUDENT, "--data", "mixture"], "the checkpoint is of a model for shape"),
+    "other split": (["--ckpt", STUDENT, "--data", "digits:all"], "Digits has train, val, test"),
+    "other shape": (["--ckpt", STUDENT, "--data", "shape.npy"], r"has shape \(3, 5\)"),
+    "too many levels": (["--ckpt", STUDENT, "--data", "levels.npy"], "the data hold the values 0 to 255"),
+    "out of range": (["--ckpt", STUDENT, "--data", "range.npy"], r"states lie in \[0, 255\]"),
+    "NaN": (["--ckpt", STUDENT, "--data", "nan.npy"], "holds NaN or infinity in 1 of 3"),
+    "pickled": (["--ckpt", STUDENT, "--data", "pickle.npy"], "cannot be read as a NumPy file of plain numbers"),
+    "no steps": (["--ckpt", STUDENT, "--data", "digits", "--steps", "0"], "at least one step"),
+    "device": (["--ckpt", STUDENT, "--data", "digits", "--device", "warp"], "device 'warp' cannot be used"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_nll_refuses(at_home, case, capsys):
+    (at_home / "bad.ckpt").write_bytes(b"nothing of the kind")
+    (at_home / "short.ckpt").write_bytes((at_home / STUDENT).read_bytes()[:2000])
+    np.save(at_home / "shape.npy", np.zeros((3, 5), np.float32))
+    np.save(at_home / "levels.npy", np.arange(256, dtype=np.uint8).reshape(4, 1, 8, 8))
+    np.save(at_home / "range.npy", np.linspace(0, 255, 256, dtype=np.float32).reshape(4, 1, 8, 8))
+    broken = np.zeros((3, 1, 8, 8), np.float32)
+    broken[1, 0, 0, 0] = np.nan
+    np.save(at_home / "nan.npy", broken)
+    np.save(at_home / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    arguments, message = BAD[case]
+    with pytest.raises(SystemExit) as stop:
+        f2d2("nll", "--out", f"{case}.csv", *(["--device", "cpu"] if case != "device" else []), *arguments)
+    assert stop.value.code == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err), case
+    assert not (at_home / f"{case}.csv").exists()
+
+
+def test_help(capsys):
+    f2d2("--help")
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("fit", "validate", "test", "sample", "nll"))
