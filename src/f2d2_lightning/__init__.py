@@ -1,18 +1,23 @@
 """Few-step samples and log-likelihoods for flow models, for PyTorch Lightning.
 
 Time runs from ``t = 0`` (noise) to ``t = 1`` (data) throughout; log-densities are in nats, per sample.
+
+The core needs no Lightning and does not import it; data and LightningModules are imported when first asked for.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from f2d2_lightning.analytic import MixtureFlow
 from f2d2_lightning.baseline import GaussianBaseline, GaussianFlow
-from f2d2_lightning.data import Checkerboard, Digits, FlowDataModule, GaussianMixture
 from f2d2_lightning.divergence import Conditional, Divergence, DivergenceEstimator, Exact, Hutchinson
 from f2d2_lightning.flow_map import Direction, FlowMap, Joint, JointMap, Jump, as_flow_map
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
-from f2d2_lightning.module import F2D2Module, FlowMatchingModule, FlowModule
 from f2d2_lightning.objectives import Consistency, Eulerian, Lagrangian, Objective, Semigroup, Terms, Weighting
 from f2d2_lightning.paths import LinearPath, Path, TrigonometricPath
 from f2d2_lightning.quantisation import Quantisation, bits_per_dim
@@ -20,6 +25,31 @@ from f2d2_lightning.reference import Reference, reference_log_prob, reference_sa
 from f2d2_lightning.sampling import Samples, sample
 from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
 from f2d2_lightning.trajectory import TrajectoryPool, TrajectoryRegression
+
+if TYPE_CHECKING:
+    from f2d2_lightning.data import Checkerboard, Digits, FlowDataModule, GaussianMixture
+    from f2d2_lightning.module import F2D2Module, FlowMatchingModule, FlowModule
+
+_LIGHTNING = {
+    "Checkerboard": "f2d2_lightning.data",
+    "Digits": "f2d2_lightning.data",
+    "F2D2Module": "f2d2_lightning.module",
+    "FlowDataModule": "f2d2_lightning.data",
+    "FlowMatchingModule": "f2d2_lightning.module",
+    "FlowModule": "f2d2_lightning.module",
+    "GaussianMixture": "f2d2_lightning.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LIGHTNING:
+        return getattr(importlib.import_module(_LIGHTNING[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LIGHTNING})
+
 
 __all__ = [
     "Checkerboard",
