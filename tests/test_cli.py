@@ -111,7 +111,8 @@ def test_fit_resumes_to_the_same_weights(at_home):
     for version, stops in {"whole": [5], "parts": [3, 5]}.items():
         run = at_home / "runs/digits" / version
         for stop in stops:
-            ckpt = ["--ckpt_path", run / "checkpoints/last.ckpt"] if run.exists() else []
+            last = run / "checkpoints/last.ckpt"
+            ckpt = [f"--ckpt_path={last}"] if last.exists() else []
             # the schedule's length is the whole run's, whenever it stops
             f2d2("fit", "--config", config, *options, f"--trainer.max_steps={stop}", *ckpt,
                  f"--trainer.logger.init_args.version={version}",

@@ -36,7 +36,7 @@ class _SaveConfig(SaveConfigCallback):
         if trainer.log_dir is None or stage != "fit":
             return
         path = Path(trainer.log_dir) / self.config_filename
-        resuming = trainer.ckpt_path is not None
+        resuming = self.config.get("ckpt_path") is not None
         if path.exists() and not resuming and not getattr(trainer, "fast_dev_run", False):
             raise FileExistsError(
                 f"{path} is there already: a run of that name exists. Go on with it (--ckpt_path .../last.ckpt), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
@@ -22,7 +23,10 @@ class RunLogger(CSVLogger):
     def experiment(self) -> ExperimentWriter:
         """The writer, on a file of its own."""
         fresh = self._experiment is None
-        writer = super().experiment
+        with warnings.catch_warnings():
+            # true of Lightning's logger, not of this one
+            warnings.filterwarnings("ignore", ".*Previous log files in this directory will be deleted.*")
+            writer = super().experiment
         if fresh and isinstance(writer, ExperimentWriter):
             folder, number = Path(writer.log_dir), 0
             path = folder / "metrics.csv"

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as FilePath
@@ -120,6 +121,8 @@ class FlowModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compare the module's data settings with the data module's."""
+        # the average evaluates on purpose, and Lightning takes that for a mistake
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
         data = getattr(self.trainer, "datamodule", None)
         for name in ("levels", "shape"):
             theirs, mine = getattr(data, name, None), getattr(self, name)
