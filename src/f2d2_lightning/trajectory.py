@@ -43,11 +43,13 @@ def integrate(
     cond: Tensor | None = None,
     baseline: GaussianBaseline | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Heun's method along given times, with the log-density's change.
+    """A second-order predictor-corrector along given times, one evaluation each, with the log-density's change.
 
-    With a Gaussian fit the scheme is exponential: it integrates what the flow does beyond the fit's own, in whitened
-    coordinates against the fit's angles, and is exact for Gaussian data in one step. Every evaluation draws its own
-    divergence probes, so that their errors are independent.
+    Each step predicts with the two-step Adams-Bashforth rule, evaluates once, and corrects with the trapezoidal rule
+    (Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993, chapter III.1); twice as many, half
+    as long steps for the cost of Heun's method. With a Gaussian fit the scheme is exponential: it integrates what the
+    flow does beyond the fit's own, in whitened coordinates against the fit's angles, and is exact for Gaussian data in
+    one step. Every evaluation draws its own divergence probes, so that their errors are independent.
 
     Args:
         source: Gives ``(v, div v)`` anywhere.
@@ -59,47 +61,84 @@ def integrate(
     Returns:
         States ``(B, len(times), ...)`` and ``log p_t(x_t) - log p_{t_0}(x)``, ``(B, len(times))``, nats.
     """
+    chart = _Plain(x) if baseline is None else _Whitened(baseline)
     states, change = [x], [x.new_zeros(len(x))]
+    if len(times) < 2:
+        return torch.stack(states, 1), torch.stack(change, 1)
+
+    def evaluate(state: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        at = expand_time(t, state)
+        return chart.beyond(state, at, *source(state, at, cond))
+
+    z = chart.to_chart(x, times[0])
+    slope, divergence = evaluate(x, times[0])
+    before: tuple[Tensor, Tensor] | None = None  # the last step's slope and length
     for a, b in itertools.pairwise(times):
-        if baseline is None:
-            x, delta = _heun(source, x, a, b, cond)
-        else:
-            x, delta = _exponential_heun(source, x, a, b, cond, baseline)
-        states.append(x)
-        change.append(change[-1] + delta)
+        start, end = expand_time(a, x), expand_time(b, x)
+        turn, clock = chart.elapsed(start, end)
+        predicted = slope
+        if before is not None:
+            predicted = slope + turn / before[1] / 2 * (slope - before[0])
+        before = slope, turn
+        next_slope, next_divergence = evaluate(chart.from_chart(z + turn * predicted, b), b)
+        z = z + turn / 2 * (slope + next_slope)
+        gained = chart.own_change(start, end) - clock / 2 * (divergence + next_divergence)
+        slope, divergence = next_slope, next_divergence
+        states.append(chart.from_chart(z, b))
+        change.append(change[-1] + gained)
     return torch.stack(states, 1), torch.stack(change, 1)
 
 
-def _heun(source: VelocitySource, x: Tensor, a: float, b: float, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-    first = source(x, a, cond)
-    second = source(x + (b - a) * first.velocity, b, cond)
-    x = x + (b - a) / 2 * (first.velocity + second.velocity)
-    return x, -(b - a) / 2 * (first.divergence + second.divergence)
+class _Plain:
+    """Coordinates that are the state's own, against time."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape = x.shape
+
+    def to_chart(self, x: Tensor, t: float) -> Tensor:
+        return x.flatten(1)
+
+    def from_chart(self, z: Tensor, t: float) -> Tensor:
+        return z.reshape(self.shape)
+
+    def elapsed(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each coordinate's clock and the mean one go, ``(B or 1, d or 1)`` and ``(B or 1,)``."""
+        return (t - s)[:, None], t - s
+
+    def own_change(self, s: Tensor, t: Tensor) -> Tensor | float:
+        """Change of log-density that the coordinates account for, nats."""
+        return 0.0
+
+    def beyond(self, x: Tensor, t: Tensor, velocity: Tensor, divergence: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and divergence in these coordinates, per unit of the clocks."""
+        return velocity.flatten(1), divergence
 
 
-def _exponential_heun(
-    source: VelocitySource, x: Tensor, a: float, b: float, cond: Tensor | None, baseline: GaussianBaseline
-) -> tuple[Tensor, Tensor]:
-    start, end = expand_time(a, x), expand_time(b, x)
-    turn = baseline.angle_rate(start, end) * (b - a)
-    clock = turn.mean(-1)
+class _Whitened(_Plain):
+    """Whitened coordinates of a Gaussian fit, against its angles; its own flow stands still in them."""
 
-    def excess(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        # velocity beyond the fit's, per radian and in standard deviations; divergence beyond the fit's, per radian
-        v, divergence = source(y, t, cond)
+    def __init__(self, baseline: GaussianBaseline) -> None:
+        self.baseline = baseline
+
+    def to_chart(self, x: Tensor, t: float) -> Tensor:
+        return self.baseline.whiten(x, expand_time(t, x))
+
+    def from_chart(self, z: Tensor, t: float) -> Tensor:
+        return self.baseline.unwhiten(z, expand_time(t, z))
+
+    def elapsed(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        turn = self.baseline.angle_rate(s, t) * (t - s)[:1, None]
+        return turn, turn.mean(-1)
+
+    def own_change(self, s: Tensor, t: Tensor) -> Tensor:
+        return -(t - s) * self.baseline.divergence(s, t)
+
+    def beyond(self, x: Tensor, t: Tensor, velocity: Tensor, divergence: Tensor) -> tuple[Tensor, Tensor]:
+        baseline = self.baseline
         rate = baseline.angle_rate(t, t)
-        beyond = baseline.to_axes(v - baseline.average_velocity(y, t, t))
-        return (
-            beyond / (baseline.marginal_variances(t).sqrt() * rate),
-            (divergence - baseline.divergence(t, t)) / rate.mean(-1),
-        )
-
-    z = baseline.whiten(x, start)
-    first, first_divergence = excess(x, start)
-    second, second_divergence = excess(baseline.unwhiten(z + turn * first, end), end)
-    x = baseline.unwhiten(z + turn / 2 * (first + second), end)
-    change = (b - a) * baseline.divergence(start, end) + clock / 2 * (first_divergence + second_divergence)
-    return x, -change
+        excess = baseline.to_axes(velocity - baseline.average_velocity(x, t, t))
+        slope = excess / (baseline.marginal_variances(t).sqrt() * rate)
+        return slope, (divergence - baseline.divergence(t, t)) / rate.mean(-1)
 
 
 def trajectory_times(nodes: int, grids: Sequence[int], baseline: GaussianBaseline | None = None) -> list[float]:
@@ -308,6 +347,22 @@ class TrajectoryPool:
         self._entries, self._count, self._next = [], 0, int(state["next"])
 
 
+def _mix_neighbours(x: Tensor, neighbours: int = 5) -> Tensor:
+    """Points between each sample and one of its nearest neighbours, shape of ``x``.
+
+    Chawla et al., "SMOTE: Synthetic Minority Over-sampling Technique", 2002, https://doi.org/10.1613/jair.953
+    """
+    if len(x) < 2:
+        return x
+    flat = x.flatten(1)
+    distance = torch.cdist(flat, flat)
+    distance.fill_diagonal_(math.inf)
+    nearest = distance.topk(min(neighbours, len(x) - 1), largest=False).indices
+    other = x[nearest.gather(1, torch.randint(nearest.shape[1], (len(x), 1), device=x.device)).squeeze(1)]
+    share = like(torch.rand(len(x), dtype=x.dtype, device=x.device), x)
+    return (1 - share) * x + share * other
+
+
 def _nearest(kept: Tensor, t: Tensor) -> Tensor:
     upper = torch.searchsorted(kept, t.contiguous()).clamp(1, len(kept) - 1)
     lower = upper - 1
@@ -328,8 +383,9 @@ class TrajectoryRegression(Objective):
         refresh: New trajectories per training step once the pool is full, on average.
         chunk: Trajectories integrated at a time.
         starts: Shares of where trajectories begin: ``"data"`` (the batch), ``"perturbed"`` (the batch plus noise),
-            ``"mixed"`` (the batch mixed with itself), ``"path"`` (between noise and data, integrated both ways),
-            ``"noise"`` (the prior) and ``"student"`` (samples of the student: where its own path leads).
+            ``"mixed"`` (between a sample and one of its nearest neighbours in the batch: new samples that look like
+            data, as test samples do), ``"path"`` (between noise and data, integrated both ways), ``"noise"`` (the
+            prior) and ``"student"`` (samples of the student: where its own path leads).
         perturbation: Smallest and largest standard deviation of the noise for ``"perturbed"``.
         quantisation: Levels of discrete data: perturbed and mixed states are put back on levels and dequantised
             afresh, so that they look like data. ``None`` for continuous data.
@@ -528,9 +584,7 @@ class TrajectoryRegression(Objective):
             size = (low + (high - low) * torch.rand(len(x), dtype=x.dtype, device=x.device)).exp()
             return self._on_levels(x + like(size, x) * torch.randn_like(x)), last
         if kind == "mixed":
-            share = like(0.5 * torch.rand(len(x), dtype=x.dtype, device=x.device), x)
-            other = x[torch.randperm(len(x), device=x.device)] if cond is None else x.flip(0)
-            return self._on_levels((1 - share) * x + share * other), last
+            return self._on_levels(_mix_neighbours(x)), last
         noise = torch.randn_like(x)
         if kind == "path" and last > 1:
             node = int(torch.randint(1, last, ()))

@@ -1,0 +1,57 @@
+"""A student of an exact velocity, trained briefly, against the exact density: the whole path from data to log p."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+import f2d2_lightning as f2
+from f2d2_lightning.nn import PreconditionedMLP
+from lightning_parts import trainer
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.slow
+def test_a_student_of_the_exact_velocity_knows_the_density(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    L.seed_everything(0, verbose=False)
+    data = f2.GaussianMixture(count=20_000, batch_size=512)
+    student = f2.F2D2Module(
+        PreconditionedMLP((2,), covariance="full", width=96, blocks=2, expansion=2),
+        (2,),
+        data.flow,
+        objective=f2.TrajectoryRegression(nodes=32, capacity=6_000, chunk=512, starts={"data": 0.6, "noise": 0.4}),
+        estimator=f2.Exact(),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99)),
+        warmup=50,
+    )
+    trainer(tmp_path, max_epochs=None, max_steps=1500, gradient_clip_val=1.0, limit_val_batches=0).fit(
+        student, datamodule=data
+    )
+    x = data.dataset("test").values
+    truth = data.log_prob(x)
+    for steps, tolerance in {8: 0.05, 4: 0.05, 2: 0.06, 1: 0.08}.items():
+        with torch.no_grad():
+            value = student.log_prob(x, steps).value
+            made = student.sample(2000, steps, with_log_prob=True)
+        assert abs(float((value - truth).mean())) < tolerance, steps
+        assert float(torch.corrcoef(torch.stack((value, truth)))[0, 1]) > 0.97, steps
+        # samples lie where the density is, and their own log p says so
+        own = data.log_prob(made.state)
+        assert abs(float((made.log_prob - own).mean())) < 0.25, steps
+        assert abs(float(own.mean() - truth.mean())) < 0.25, steps
+
+
+@pytest.mark.parametrize("name", ["subclass.py"])
+def test_examples_run(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, "--steps", "3"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 steps: log p" in done.stdout
