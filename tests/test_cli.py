@@ -124,7 +124,8 @@ def test_fit_resumes_to_the_same_weights(at_home):
 
 def test_test_writes_its_report(at_home, capsys):
     config = CONFIGS / "digits_student.yaml"
-    f2d2("test", "--config", config, *QUICK[:2], *small(config.name, teacher="runs/digits/teacher/checkpoints/last.ckpt"),
+    teacher = "runs/digits/teacher/checkpoints/last.ckpt"
+    f2d2("test", "--config", config, *QUICK[:2], *small(config.name, teacher=teacher),
          "--trainer.callbacks=[]", "--trainer.callbacks+=f2d2_lightning.report.TestReport",
          "--trainer.callbacks.samples=20", "--trainer.callbacks.teacher_steps=4", "--ckpt_path", STUDENT)  # fmt: skip
     run = at_home / "runs/digits/student"

@@ -252,3 +252,13 @@ def test_times_in_every_form(problem, form):
     h = 1e-6
     difference = joint_map(x, 0.2, 0.9 + h).divergence.sum() - joint_map(x, 0.2, 0.9 - h).divergence.sum()
     close(slope, difference.detach() / (2 * h), rtol=1e-6, atol=1e-6)
+
+
+def test_steps_may_be_any_whole_number(gaussian):
+    import numpy as np
+
+    x = gaussian.states(3, 1.0)
+    flow = gaussian.field
+    expected = log_prob(flow, x, 2).value
+    for steps in (np.int64(2), torch.tensor(2), torch.tensor([0.0, 0.5, 1.0]), (0, 0.5, 1)):
+        assert torch.equal(log_prob(flow, x, steps).value, expected)

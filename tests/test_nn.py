@@ -26,7 +26,9 @@ def by_angles(shape=(3,), covariance="full", **options):
     """A preconditioned MLP whose times are embedded by angles, fitted to data of very different widths."""
     network = PreconditionedMLP(shape, covariance, width=16, **{"blocks": 1, **options})
     dim = torch.Size(shape).numel()
-    widths = torch.logspace(-1.5, 0.3, dim) if covariance != "full" else rotation(dim, 3) * torch.logspace(-1.5, 0.3, dim)
+    widths = (
+        torch.logspace(-1.5, 0.3, dim) if covariance != "full" else rotation(dim, 3) * torch.logspace(-1.5, 0.3, dim)
+    )
     data = 1 + torch.randn(200, dim) @ widths.T if widths.ndim == 2 else 1 + torch.randn(200, dim) * widths
     network.baseline.fit([data.reshape(-1, *shape)])
     return network

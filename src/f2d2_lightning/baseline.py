@@ -125,13 +125,16 @@ class GaussianBaseline(nn.Module):
         self.variances.copy_(variances.clamp(min=floor))
         self.fitted.fill_(True)
 
-    def to_axes(self, x: Tensor) -> Tensor:
-        """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""
+    def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"states have shape {tuple(x.shape)}, but the Gaussian fit is of states of shape {self.shape}; "
                 "set its shape to that of the data"
             )
+
+    def to_axes(self, x: Tensor) -> Tensor:
+        """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""
+        self._check(x)
         flat = x.reshape(len(x), -1)
         return flat if self.axes is None else flat @ self.axes
 
@@ -176,6 +179,7 @@ class GaussianBaseline(nn.Module):
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """``u_0(x, s, t)``, shape of ``x``."""
+        self._check(x)
         mean = self.mean.reshape(1, *self.shape)
         drift = like(self.path.alpha_slope(s, t), x) * mean
         return drift + self.jacobian_product(x - like(self.path.alpha(s), x) * mean, s, t)
@@ -226,6 +230,7 @@ class GaussianBaseline(nn.Module):
 
     def whiten(self, x: Tensor, t: Tensor) -> Tensor:
         """State at time ``t`` as unit-variance coordinates along the axes, ``(B, *shape) -> (B, dim)``."""
+        self._check(x)
         centred = x - like(self.path.alpha(t), x) * self.mean.reshape(1, *self.shape)
         return self.to_axes(centred) / self.marginal_variances(t).sqrt()
 

@@ -292,7 +292,8 @@ class Semigroup(Objective):
         weighting: Weighting | None = None,
         path: Path | None = None,
     ) -> None:
-        super().__init__(intervals, weighting, path)
+        # the rule only spreads what the diagonal learns, which therefore needs a large share
+        super().__init__(intervals or Intervals(diagonal=0.5, grid=0.25), weighting, path)
         if split not in ("midpoint", "random"):
             raise ValueError(f"split is {split!r}; it is 'midpoint' or 'random'")
         if self.intervals.diagonal == 0:

@@ -91,8 +91,9 @@ class Quantisation:
         uniform = torch.rand(k.shape, device=k.device) if uniform is None else uniform
         x = self.low + (k + uniform) * self.width
         # rounding can lift k + U to the next level; the bins are half open
-        upper = (self.low + (k.double() + 1) * self.width).to(x.dtype)
-        return torch.minimum(x, torch.nextafter(upper, torch.full_like(upper, self.low)))
+        edge = (self.low + (k.double() + 1) * self.width).to(x.dtype)
+        inside = (self.low + (k.double() + 1 - 2.0**-14) * self.width).to(x.dtype)
+        return torch.minimum(x, torch.minimum(inside, torch.nextafter(edge, torch.full_like(edge, self.low))))
 
     def quantise(self, x: Tensor) -> Tensor:
         """Level that a state lies in, clipped to the range, ``int64``, shape of ``x``."""

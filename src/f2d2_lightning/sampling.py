@@ -49,6 +49,10 @@ def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[floa
     >>> time_grid(2, to_noise=True)
     [1.0, 0.5, 0.0]
     """
+    if isinstance(steps, Tensor):
+        steps = steps.tolist()
+    if isinstance(steps, str):
+        raise ValueError(f"steps is {steps!r}; a whole number of steps, or the times themselves")
     if isinstance(steps, Sequence) or hasattr(steps, "__iter__"):
         grid = sorted(float(t) for t in steps)
         if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or any(b <= a for a, b in itertools.pairwise(grid)):

@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,16 +157,21 @@ def trajectory_times(nodes: int, grids: Sequence[int], baseline: GaussianBaselin
     if baseline is None:
         fine = max(1, math.ceil(nodes / coarse)) * coarse
         return [k / fine for k in range(fine + 1)]
+    # narrow axes turn within their own width of the data, so the table is finer towards t = 1
+    near_data = 1 - torch.logspace(-7, -1, 600, dtype=torch.float64)
+    t = torch.cat((torch.linspace(0, 1, 400 * coarse + 1, dtype=torch.float64), near_data)).unique()
+    fit = baseline.clock(t.to(baseline.mean)).double().cpu()
     # a share of plain time, so that wide axes are followed too
-    t = torch.linspace(0, 1, 400 * coarse + 1, dtype=torch.float64, device=baseline.mean.device)
-    clock = (baseline.clock(t.to(baseline.mean.dtype)).double() + 0.3 * t) / 1.3
-    t, clock = t.cpu(), clock.cpu()
+    clock = ((fit + 0.3 * t) / 1.3).numpy()
     times: list[float] = []
     for k in range(coarse):
-        low, high = clock[400 * k], clock[400 * (k + 1)]
-        count = max(1, round(float(high - low) * nodes))
-        inner = low + (high - low) * torch.arange(1, count, dtype=torch.float64) / count
-        times += [k / coarse, *t[torch.searchsorted(clock, inner)].tolist()]
+        low, high = np.interp([k / coarse, (k + 1) / coarse], t.numpy(), clock)
+        count = max(1, round((high - low) * nodes))
+        inner = np.interp(low + (high - low) * np.arange(1, count) / count, clock, t.numpy())
+        times.append(k / coarse)
+        for value in inner.tolist():
+            if value - times[-1] > 1e-6 and (k + 1) / coarse - value > 1e-6:
+                times.append(value)
     return [*times, 1.0]
 
 
@@ -334,7 +340,9 @@ class TrajectoryPool:
             for e in (*self._entries, *self._loaded)
         ]
         state = {"entries": entries, "next": self._next}
-        if whole and self._states is not None and self._change is not None:
+        if self._kept is not None:
+            state["kept"] = self._kept
+        elif whole and self._states is not None and self._change is not None:
             kept = {"states": self._states, "change": self._change, "cond": self._cond}
             state["kept"] = {name: None if v is None else v[: self._count].cpu() for name, v in kept.items()}
         return state
