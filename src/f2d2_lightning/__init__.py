@@ -28,15 +28,15 @@ from f2d2_lightning.trajectory import TrajectoryPool, TrajectoryRegression
 
 if TYPE_CHECKING:
     from f2d2_lightning.data import Checkerboard, Digits, FlowDataModule, GaussianMixture
-    from f2d2_lightning.module import F2D2Module, FlowMatchingModule, FlowModule
+    from f2d2_lightning.modules import F2D2Module, FlowMatchingModule, FlowModule
 
 _LIGHTNING = {
     "Checkerboard": "f2d2_lightning.data",
     "Digits": "f2d2_lightning.data",
-    "F2D2Module": "f2d2_lightning.module",
+    "F2D2Module": "f2d2_lightning.modules",
     "FlowDataModule": "f2d2_lightning.data",
-    "FlowMatchingModule": "f2d2_lightning.module",
-    "FlowModule": "f2d2_lightning.module",
+    "FlowMatchingModule": "f2d2_lightning.modules",
+    "FlowModule": "f2d2_lightning.modules",
     "GaussianMixture": "f2d2_lightning.data",
 }
 

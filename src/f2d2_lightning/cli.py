@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from f2d2_lightning.data import FlowDataModule
-from f2d2_lightning.module import FlowModule
+from f2d2_lightning.modules import FlowModule
 
 __all__ = ["F2D2CLI", "main"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.data import Checkerboard, DequantisedDataset, Digits, FlowDataModule, GaussianMixture
-from f2d2_lightning.module import F2D2Module
+from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.quantisation import Quantisation, bits_per_dim
 

@@ -18,7 +18,7 @@ from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.heads import JointFlowMap
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.likelihood import LogProb
-from f2d2_lightning.module import F2D2Module
+from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.paths import like
 from f2d2_lightning.sampling import check_state, normal_log_prob, time_grid
 

@@ -68,10 +68,10 @@ def sample_figure(samples: Mapping[str, Tensor], low: float = -1.0, high: float 
 def calibration_figure(
     values: Mapping[int, Tensor], reference: Tensor, unit: str, reference_name: str = "teacher"
 ) -> Figure:
-    """Few-step log-likelihood against the reference's, one panel per step count.
+    """Few-step negative log-likelihood against the reference's, one panel per step count.
 
     Args:
-        values: Step count to log-likelihoods ``(N,)``, in the unit named.
+        values: Step count to negative log-likelihoods ``(N,)``, in the unit named.
         reference: The reference's on the same points, ``(N,)``.
         unit: Name of the unit, for the labels.
         reference_name: Whose the reference is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from f2d2_lightning.module import F2D2Module, FlowMatchingModule
+from f2d2_lightning.modules import F2D2Module, FlowMatchingModule
 from f2d2_lightning.plots import calibration_figure, sample_figure, save_figure
 from f2d2_lightning.reference import reference_sample
 from f2d2_lightning.sampling import sample
@@ -25,13 +26,13 @@ class TestReport(L.Callback):
 
     Args:
         folder: Where to write; ``None`` for the logger's folder.
-        samples: Samples per step count in the picture.
+        samples: Samples per step count in the picture (twenty times as many points in the plane).
         teacher_steps: Heun steps of the teacher's samples in the picture.
     """
 
     __test__ = False  # pytest collects classes by this name
 
-    def __init__(self, folder: str | None = None, samples: int = 100, teacher_steps: int = 100) -> None:
+    def __init__(self, folder: str | None = None, samples: int = 49, teacher_steps: int = 100) -> None:
         if samples < 1 or teacher_steps < 1:
             raise ValueError(f"samples={samples} and teacher_steps={teacher_steps} are at least 1")
         self.folder, self.samples, self.teacher_steps = folder, samples, teacher_steps
@@ -55,7 +56,7 @@ class TestReport(L.Callback):
         (folder / "test_report.json").write_text(json.dumps({"unit": module.unit, "rows": rows}, indent=2) + "\n")
         values, reference = module.agreement_values()
         written = [
-            save_figure(calibration_figure(values, reference, f"log p, {module.unit}"), folder / "calibration.png")
+            save_figure(calibration_figure(values, reference, f"NLL, {module.unit}"), folder / "calibration.png")
         ]
         if len(module.shape) == 3 or module.shape == (2,):
             count = self.samples if len(module.shape) == 3 else 20 * self.samples
@@ -66,7 +67,7 @@ class TestReport(L.Callback):
             if isinstance(module.teacher, FlowMatchingModule):
                 made = reference_sample(module.teacher_velocity(), noise, steps=self.teacher_steps)
                 pictures[f"teacher, {made.evaluations} evaluations"] = made.state
-            figure = sample_figure(pictures, module.low, module.high)
+            figure = sample_figure(pictures, module.low, module.high, math.ceil(math.sqrt(self.samples)))
             written.append(save_figure(figure, folder / "samples.png"))
         for path in written:
             Console().print(f"wrote {path}", soft_wrap=True)

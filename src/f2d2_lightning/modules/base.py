@@ -1,0 +1,274 @@
+"""What the LightningModules share: optimisation, weight average, reproducible steps, data, likelihood metrics."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import time
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+
+from f2d2_lightning.average import update_average
+from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.counter_noise import mix_seed
+from f2d2_lightning.metrics import LikelihoodAgreement
+from f2d2_lightning.reference import Reference
+
+__all__ = ["FlowModule", "clock", "frozen_copy", "object_names", "warmup_cosine"]
+
+
+class FlowModule(L.LightningModule):
+    """What teacher and student share: optimisation, weight average, reproducible steps, data, likelihood metrics.
+
+    Each training step seeds the random state from (seed, epoch, batch, process), so that a resumed run draws what the
+    uninterrupted one would have drawn.
+
+    Args:
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
+        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        optimizer: Makes the optimiser from the trainable parameters; AdamW at 1e-3 by default.
+        lr_scheduler: Makes a schedule stepped every optimiser step; by default ``warmup`` steps of linear rise, then a
+            cosine to zero at the end of training.
+        warmup: Steps of linear rise of the default schedule.
+        ema_decay: Decay of the weight average that validates, samples and answers; 0 for none.
+        reference: Solver of reference likelihoods.
+    """
+
+    average: nn.Module
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        levels: int | None,
+        low: float,
+        high: float,
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+        warmup: int,
+        ema_decay: float,
+        reference: Reference | None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ema_decay < 1 or warmup < 0:
+            raise ValueError(f"ema_decay={ema_decay} lies in [0, 1) and warmup={warmup} is at least 0")
+        self.shape = tuple(shape)
+        self.dim = math.prod(self.shape)
+        self.levels, self.low, self.high = levels, low, high
+        self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
+        self.ema_decay = ema_decay
+        self.reference = reference or Reference()
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+        self._averaged_steps = 0
+        self._references: dict[str, Tensor] = {}
+        self._reference_cost = (0.0, 0)  # seconds, evaluations per sample
+
+    # --- what a subclass may override ---
+
+    def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """State at ``t = 1`` and conditioning from a batch; override for batches of another form.
+
+        A batch is states ``(B, *shape)`` or a sequence whose first items are states and conditioning.
+
+        Raises:
+            ValueError: If the states have another shape than the module's.
+        """
+        x, cond = batch, None
+        if isinstance(batch, (tuple, list)):
+            x, cond = batch[0], batch[1] if len(batch) > 1 else None
+        if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape:
+            came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"a batch of states has {came}, but the module was made for (B, {', '.join(map(str, self.shape))}); "
+                "set shape to that of the data, or override data_to_state"
+            )
+        return x, cond if self.conditional else None
+
+    @property
+    @abstractmethod
+    def live(self) -> nn.Module:
+        """The model in training, which ``average`` follows."""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the backbone takes ``cond``; labels of the data are ignored otherwise."""
+        return any(getattr(m, "labels", None) is not None for m in self.live.modules())
+
+    # --- set-up ---
+
+    def setup(self, stage: str) -> None:
+        """Compare the module's data settings with the data module's."""
+        # the average evaluates on purpose, and Lightning takes that for a mistake
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
+        data = getattr(self.trainer, "datamodule", None)
+        for name in ("levels", "shape"):
+            theirs, mine = getattr(data, name, None), getattr(self, name)
+            if data is not None and theirs is not None and theirs != mine:
+                raise ValueError(
+                    f"the module has {name}={mine}, but {type(data).__name__} has {name}={theirs}; make them agree "
+                    f"(in a configuration: model.init_args.{name})"
+                )
+
+    @torch.no_grad()
+    def fit_baselines(self) -> None:
+        """Fit every Gaussian baseline that is not fitted yet, in one pass over the training data."""
+        missing = [m for m in self.live.modules() if isinstance(m, GaussianBaseline) and not m.fitted]
+        if missing:
+            states = [self.data_to_state(batch)[0].cpu() for batch in self.training_batches()]
+            for baseline in missing:
+                baseline.fit(states)
+
+    def training_batches(self) -> Iterable[Any]:
+        """One pass over the trainer's training data, as batches."""
+        loader = self.trainer.train_dataloader
+        if loader is None:
+            raise RuntimeError("there are no training data yet; call this from on_train_start or later")
+        return loader
+
+    def _copy_to_average(self) -> None:
+        update_average(self.average, self.live, 0.0)
+
+    def on_train_start(self) -> None:
+        """First start only: fit baselines to the training data, start the average at the weights."""
+        if self.trainer.global_step == 0:
+            self.fit_baselines()
+            self.prepare()
+            self._copy_to_average()
+
+    def prepare(self) -> None:
+        """Anything else that is set from data or teacher once, before the first step."""
+
+    def train(self, mode: bool = True) -> FlowModule:
+        """Training mode; the average always evaluates."""
+        super().train(mode)
+        if "average" in self._modules:
+            self.average.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser over the trainable parameters, schedule per step."""
+        parameters = [p for p in self.live.parameters() if p.requires_grad]
+        # biases and gains are not decayed, whatever the optimiser's weight_decay
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim > 1]}]
+        if vectors := [p for p in parameters if p.ndim <= 1]:
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-3)
+        if self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(optimizer)
+        else:
+            factor = warmup_cosine(self.warmup, lambda: self.trainer.estimated_stepping_batches)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- training ---
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step."""
+        torch.manual_seed(mix_seed(self._seed, self.trainer.current_epoch, batch_idx, self.global_rank))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, then the average's: before any checkpoint of this step is written."""
+        super().optimizer_step(*args, **kwargs)
+        self._averaged_steps += 1
+        # a young average forgets faster, so that the initial weights do not linger
+        decay = min(self.ema_decay, (1 + self._averaged_steps) / (10 + self._averaged_steps))
+        update_average(self.average, self.live, decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what a resumed run needs besides weights."""
+        checkpoint["f2d2"] = {"seed": self._seed, "averaged_steps": self._averaged_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Inverse of :meth:`on_save_checkpoint`."""
+        state = checkpoint.get("f2d2", {})
+        self._seed = state.get("seed", self._seed)
+        self._averaged_steps = state.get("averaged_steps", 0)
+        mine = self.state_dict()
+        wrong = [
+            f"{name}: checkpoint {tuple(value.shape)}, module {tuple(mine[name].shape)}"
+            for name, value in checkpoint["state_dict"].items()
+            if name in mine and value.shape != mine[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint is of another model ({len(wrong)} tensors differ in shape; first: {wrong[0]}); "
+                "use the configuration that was saved beside the checkpoint"
+            )
+
+    # --- likelihood metrics ---
+
+    @property
+    def unit(self) -> str:
+        """Unit of logged likelihoods."""
+        return "nats" if self.levels is None else "bits/dim"
+
+    def _agreement_metric(self) -> LikelihoodAgreement:
+        return LikelihoodAgreement(self.dim, self.levels, self.low, self.high).to(self.device)
+
+    def reference_log_prob(self, x: Tensor, cond: Tensor | None, velocity: Any) -> Tensor:
+        """Reference log-likelihood of a batch, ``(B,)``, nats; computed once per batch of points and kept."""
+        content = (x, cond) if cond is not None else (x,)
+        key = hashlib.sha1(b"".join(v.detach().cpu().contiguous().numpy().tobytes() for v in content)).hexdigest()
+        if key not in self._references:
+            start = clock(self.device)
+            answer = self.reference(velocity, x, cond)
+            self._references[key] = answer.value.cpu()
+            seconds, _ = self._reference_cost
+            self._reference_cost = (seconds + clock(self.device) - start, answer.evaluations)
+        return self._references[key].to(x.device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear rise, then a cosine to zero.
+
+    The number of steps is asked for only once training runs. Asking earlier makes Lightning set up the training data
+    before a checkpoint's loop state is restored, and a resumed epoch then starts from its beginning.
+
+    Args:
+        warmup: Steps of linear rise.
+        total: Gives the number of optimiser steps of the whole run.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if step == 0:
+            return 1.0
+        progress = (step - warmup) / max(1.0, total() - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def object_names(arguments: dict[str, Any], *names: str) -> list[str]:
+    """Names of arguments that hold objects: those are not hyper-parameters.
+
+    A LightningCLI keeps their classes and arguments instead, so under one nothing is left out.
+    """
+    if _given_hyperparameters.get() is not None:
+        return []
+    return [name for name in names if arguments[name] is not None and not isinstance(arguments[name], (str, Path))]
+
+
+def frozen_copy(module: Any, shared: dict[int, Any] | None = None) -> Any:
+    """A copy in evaluation mode whose parameters are not trained; objects in ``shared``, by ``id``, are not copied."""
+    return copy.deepcopy(module, shared or {}).requires_grad_(False).eval()

@@ -1,0 +1,353 @@
+"""The student: few-step samples and log-likelihoods."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
+from f2d2_lightning.flow_map import Direction, FlowMap
+from f2d2_lightning.heads import DivergenceHead, JointFlowMap
+from f2d2_lightning.inversion import Inversion
+from f2d2_lightning.likelihood import LogProb, log_prob
+from f2d2_lightning.modules.base import FlowModule, clock, frozen_copy, object_names
+from f2d2_lightning.modules.flow_matching import FlowMatchingModule
+from f2d2_lightning.objectives import Objective
+from f2d2_lightning.reference import Reference
+from f2d2_lightning.sampling import Samples, sample
+from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
+from f2d2_lightning.trajectory import TrajectoryRegression
+
+__all__ = ["F2D2Module"]
+
+
+class F2D2Module(FlowModule):
+    """Joint distillation of sampling and likelihood: a few-step student with a divergence head.
+
+    Ai et al., "Joint Distillation for Fast Likelihood Evaluation and Sampling in Flow-based Models", 2025,
+    https://arxiv.org/abs/2512.02636
+
+    Override :meth:`data_to_state`, :meth:`make_source` or :meth:`prepare` to change where data, targets and starting
+    values come from.
+
+    Args:
+        flow_map: Backbone of the student; ``None`` takes a copy of the teacher's.
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the teacher's.
+        teacher: A trained :class:`FlowMatchingModule`, a flow map or velocity ``(x, t, cond) -> v``, or the path of a
+            checkpoint of the first. It is not part of this module's checkpoint and is needed only to train and to
+            compare. ``None`` distils the student's own diagonal, trained by flow matching.
+        head: Divergence head; by default on the backbone's features, with a full-covariance baseline.
+        objective: Training objective; trajectory regression in both directions by default.
+        estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
+        frozen: Train the head only; backbone and samples stay bit for bit as they were.
+        warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`.
+        steps: Step counts that validation reports.
+        inversion: For maps that only go to data: how validation and :meth:`log_prob` invert them.
+        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        optimizer: Makes the optimiser; AdamW at 1e-3 by default.
+        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
+        warmup: Steps of linear rise of the default schedule.
+        ema_decay: Decay of the weight average that validates, samples and answers.
+        reference: Solver of the teacher's likelihood that validation compares with.
+
+    Raises:
+        ValueError: If the objective trains other directions than the backbone declares, or parts are missing.
+    """
+
+    average: JointFlowMap
+
+    def __init__(
+        self,
+        flow_map: FlowMap | None = None,
+        shape: Sequence[int] | None = None,
+        teacher: str | FlowMatchingModule | None = None,
+        head: DivergenceHead | None = None,
+        objective: Objective | None = None,
+        estimator: DivergenceEstimator | None = None,
+        frozen: bool = False,
+        warm_start: bool = True,
+        steps: Sequence[int] = (1, 2, 4, 8),
+        inversion: Inversion | None = None,
+        levels: int | None = None,
+        low: float = -1.0,
+        high: float = 1.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup: int = 200,
+        ema_decay: float = 0.999,
+        reference: Reference | None = None,
+    ) -> None:
+        if isinstance(teacher, FlowMatchingModule):
+            shape = shape or teacher.shape
+            levels = teacher.levels if levels is None else levels
+            flow_map = flow_map or _trainable_copy(teacher.average)
+        if flow_map is None or shape is None:
+            raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
+        super().__init__(shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference)
+        objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
+        self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
+        self.objective = objective or TrajectoryRegression()
+        if self.objective.directions != flow_map.directions:
+            raise ValueError(
+                f"the objective trains {self.objective.directions}, but the backbone declares {flow_map.directions}; a "
+                "map that answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
+            )
+        if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
+            raise ValueError(
+                f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
+                f"{type(self.objective.path).__name__}; give both the same path"
+            )
+        self.estimator = estimator or Hutchinson()
+        if head is None:
+            head = _default_head(flow_map, self.shape)
+        self.joint = JointFlowMap(flow_map, head, frozen)
+        shared = {id(flow_map): flow_map} if frozen else {}
+        self.average = frozen_copy(self.joint, shared)
+        self.steps = tuple(steps)
+        self.inversion = inversion
+        self.warm_start = warm_start
+        self._teacher_path = teacher if isinstance(teacher, str) else None
+        # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
+        self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, str) else [teacher]
+
+    @property
+    def live(self) -> JointFlowMap:
+        """The joint map in training."""
+        return self.joint
+
+    # --- teacher and targets ---
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher, loaded on first use and moved to this module's device; ``None`` in self-distillation."""
+        if not self._teacher and self._teacher_path is not None:
+            self._teacher.append(load_module(self._teacher_path, FlowMatchingModule))
+        if not self._teacher:
+            return None
+        teacher = self._teacher[0].to(self.device).eval()
+        return teacher.requires_grad_(False)
+
+    def teacher_velocity(self) -> Any:
+        """``(x, t, cond) -> v`` that likelihoods are compared with; the student's own diagonal without a teacher."""
+        teacher = self.teacher
+        if teacher is None:
+            return self.average.velocity
+        return teacher.average.velocity if isinstance(teacher, FlowMatchingModule) else teacher
+
+    def make_source(self) -> tuple[VelocitySource, VelocitySource]:
+        """Where targets come from: ``(source, anchor)``, see :meth:`Objective.__call__`."""
+        if self.teacher is not None:
+            source = TeacherSource(self.teacher_velocity(), self.estimator)
+            return source, source
+        anchor = ConditionalSource(self.joint, self.estimator, self.objective.path)
+        return DiagonalSource(self.joint), anchor
+
+    def setup(self, stage: str) -> None:
+        """Load the teacher where it is needed, and compare shapes."""
+        super().setup(stage)
+        if stage == "predict":
+            return
+        teacher = self.teacher
+        if isinstance(teacher, FlowMatchingModule) and teacher.shape != self.shape:
+            raise ValueError(
+                f"the teacher was trained on states of shape {teacher.shape}, the student is for {self.shape}; "
+                "use the teacher of these data"
+            )
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Warm start from the teacher, and the head's scale from the data."""
+        teacher = self.teacher
+        if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
+            try:
+                self.joint.flow_map.load_state_dict(teacher.average.state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    "the student's backbone cannot start from the teacher's weights, they are of different networks; "
+                    f"use the same flow_map for both, or warm_start=False ({error})"
+                ) from error
+        self.joint.head.scale.fill_(self._divergence_scale())
+
+    def _divergence_scale(self) -> float:
+        """Root mean square of what the head has to add to the baseline, in the head's own units."""
+        _, anchor = self.make_source()
+        head, squares, count = self.joint.head, 0.0, 0
+        for batch in self.training_batches():
+            x, cond = self.data_to_state(self.transfer_batch_to_device(batch, self.device, 0))
+            noise, t = torch.randn_like(x), torch.rand(len(x), dtype=x.dtype, device=x.device)
+            state = self.objective.path.sample(x, noise, t)
+            divergence = anchor(state, t, cond, data=x, noise=noise).divergence
+            if head.baseline is not None:
+                divergence = divergence - head.baseline.divergence(t, t)
+            if head.per_axis and head.baseline is not None:
+                # in units of what independent answers of order one would add up to
+                divergence = divergence / head.baseline.angle_rate(t, t).mean(-1) / math.sqrt(head.baseline.dim)
+            squares, count = squares + float(divergence.square().sum()), count + len(x)
+            if count >= 1024:
+                break
+        return max(1e-3, math.sqrt(squares / count))
+
+    # --- training ---
+
+    def on_fit_start(self) -> None:
+        """Make the targets' source."""
+        self._source, self._anchor = self.make_source()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The objective's loss; its parts are logged beside it."""
+        x, cond = self.data_to_state(batch)
+        progress = min(1.0, self.trainer.global_step / max(1.0, self.trainer.estimated_stepping_batches))
+        terms = self.objective(self.joint, self._source, x, cond, anchor=self._anchor, progress=progress)
+        self.log("train/loss", terms.loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
+        return terms.loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["f2d2"]["objective"] = self.objective.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("f2d2", {}).get("objective")
+        if state:
+            self.objective.load_state_dict(state)
+
+    # --- evaluation ---
+
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        self._agreements = {k: self._agreement_metric() for k in self.steps}
+        self._seconds = dict.fromkeys(self.steps, 0.0)
+        self._evaluations = dict.fromkeys(self.steps, 0)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def _evaluate(self, batch: Any) -> None:
+        x, cond = self.data_to_state(batch)
+        reference = self.reference_log_prob(x, cond, self.teacher_velocity())
+        for k, metric in self._agreements.items():
+            start = clock(self.device)
+            answer = self.log_prob(x, k, cond)
+            self._seconds[k] += clock(self.device) - start
+            self._evaluations[k] = answer.evaluations
+            metric.update(answer.value, reference)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Few-step likelihoods beside the teacher's on the same points."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As validation."""
+        self._evaluate(batch)
+
+    def _log_agreements(self, stage: str) -> None:
+        for k, metric in self._agreements.items():
+            result = metric.compute()
+            named = {
+                f"{stage}/nll_{k}": result.nll,
+                f"{stage}/nll_standard_error_{k}": result.nll_standard_error,
+                f"{stage}/gap_{k}": result.gap,
+                f"{stage}/absolute_error_{k}": result.absolute_error,
+                f"{stage}/correlation_{k}": result.correlation,
+                f"{stage}/rank_correlation_{k}": result.rank_correlation,
+            }
+            self.log_dict({name: value.float() for name, value in named.items()})
+            self.log(f"{stage}/reference_nll", result.reference_nll.float())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was gathered."""
+        self._log_agreements("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was gathered."""
+        self._log_agreements("test")
+
+    def agreement_values(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Negative log-likelihoods of the last evaluation by step count, and the reference's, each ``(N,)``."""
+        values, reference = {}, torch.empty(0)
+        for k, metric in self._agreements.items():
+            metric.compute()  # gathers across processes
+            own, other = (torch.cat(v) if isinstance(v, list) else v for v in (metric.log_prob, metric.reference))
+            values[k] = metric.offset - own / metric.unit
+            reference = metric.offset - other / metric.unit
+        return values, reference
+
+    def agreement_table(self) -> list[dict[str, Any]]:
+        """Rows of the last evaluation: one per step count, and one (``steps`` is ``None``) of the reference."""
+        rows: list[dict[str, Any]] = []
+        count = 1
+        for k, metric in self._agreements.items():
+            result = metric.compute()
+            count = sum(len(v) for v in metric.log_prob) if isinstance(metric.log_prob, list) else len(metric.log_prob)
+            row = {name: float(value) for name, value in result._asdict().items()}
+            row |= {"steps": k, "evaluations": self._evaluations[k]}
+            rows.append(row | {"milliseconds": 1e3 * self._seconds[k] / count})
+        seconds, evaluations = self._reference_cost
+        same = {"nll": rows[-1]["reference_nll"], "reference_nll": rows[-1]["reference_nll"], "steps": None}
+        reference = self.agreement_values()[1]
+        error = float(reference.std()) / math.sqrt(len(reference)) if len(reference) > 1 else math.nan
+        rows.append(
+            same | {"nll_standard_error": error, "evaluations": evaluations, "milliseconds": 1e3 * seconds / count}
+        )
+        return rows
+
+    # --- inference: the weight average, in evaluation mode ---
+
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Any:
+        """``(u, D)`` of the weight average."""
+        return self.average(x, s, t, cond)
+
+    def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
+        """Log-likelihood of states at ``t = 1``; see :func:`f2d2_lightning.log_prob`."""
+        inversion = None if Direction.TO_NOISE in self.average.directions else self.inversion
+        return log_prob(self.average, x, steps, cond, inversion=inversion)
+
+    def sample(
+        self,
+        noise: int | Tensor,
+        steps: int | Sequence[float] = 4,
+        cond: Tensor | None = None,
+        *,
+        with_log_prob: bool = False,
+    ) -> Samples:
+        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`."""
+        if isinstance(noise, int):
+            if noise < 1:
+                raise ValueError(f"asked for {noise} samples; at least one is needed")
+            noise = torch.randn(noise, *self.shape, device=self.device)
+        return sample(self.average, noise, steps, cond, log_prob=with_log_prob)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[int, Tensor]:
+        """Log-likelihood of a batch at each of ``steps``, nats."""
+        x, cond = self.data_to_state(batch)
+        return {k: self.log_prob(x, k, cond).value for k in self.steps}
+
+
+def _trainable_copy(module: Any) -> Any:
+    return copy.deepcopy(module).requires_grad_(True).train()
+
+
+def _default_head(flow_map: FlowMap, shape: tuple[int, ...]) -> DivergenceHead:
+    own = getattr(flow_map, "baseline", None)
+    baseline = GaussianBaseline(shape, own.covariance) if isinstance(own, GaussianBaseline) else GaussianBaseline(shape)
+    return DivergenceHead(_feature_channels(flow_map), baseline=baseline)
+
+
+def _feature_channels(flow_map: FlowMap) -> int:
+    channels = getattr(flow_map, "features", None)
+    if not isinstance(channels, int):
+        raise ValueError(
+            f"{type(flow_map).__name__} does not say how many feature channels it gives; pass "
+            "head=DivergenceHead(features=...) or head=DivergenceHead(network=...)"
+        )
+    return channels
