@@ -23,15 +23,15 @@ def test_a_student_of_the_exact_velocity_knows_the_density(tmp_path):
     L.seed_everything(0, verbose=False)
     data = f2.GaussianMixture(count=20_000, batch_size=512)
     student = f2.F2D2Module(
-        PreconditionedMLP((2,), covariance="full", width=96, blocks=2, expansion=2),
+        PreconditionedMLP((2,), covariance="full", width=64, blocks=2, expansion=2),
         (2,),
         data.flow,
-        objective=f2.TrajectoryRegression(nodes=32, capacity=6_000, chunk=512, starts={"data": 0.6, "noise": 0.4}),
+        objective=f2.TrajectoryRegression(nodes=24, capacity=4_000, chunk=512, starts={"data": 0.6, "noise": 0.4}),
         estimator=f2.Exact(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99)),
         warmup=50,
     )
-    trainer(tmp_path, max_epochs=None, max_steps=1500, gradient_clip_val=1.0, limit_val_batches=0).fit(
+    trainer(tmp_path, max_epochs=None, max_steps=1000, gradient_clip_val=1.0, limit_val_batches=0).fit(
         student, datamodule=data
     )
     x = data.dataset("test").values
@@ -42,10 +42,11 @@ def test_a_student_of_the_exact_velocity_knows_the_density(tmp_path):
             made = student.sample(2000, steps, with_log_prob=True)
         assert abs(float((value - truth).mean())) < tolerance, steps
         assert float(torch.corrcoef(torch.stack((value, truth)))[0, 1]) > 0.97, steps
-        # samples lie where the density is, and their own log p says so
+        # samples lie where the density is, and their own log p says so; the few that land between the components
+        # are so unlikely that means would be about them alone
         own = data.log_prob(made.state)
-        assert abs(float((made.log_prob - own).mean())) < 0.25, steps
-        assert abs(float(own.mean() - truth.mean())) < 0.25, steps
+        assert float((made.log_prob - own).abs().median()) < 0.15, steps
+        assert abs(float(own.median() - truth.median())) < 0.15, steps
 
 
 @pytest.mark.parametrize("name", ["subclass.py"])
