@@ -246,7 +246,8 @@ class TrajectoryRegression(Objective):
     and corrected there. The student's Gaussian baseline, if it has one, makes integration and weighting sharper.
 
     Args:
-        nodes: Steps per trajectory, about, one teacher evaluation each; the likelihood grids' times are always among the nodes.
+        nodes: Steps per trajectory, about, one teacher evaluation each; the likelihood grids' times are always among
+            them.
         capacity: Most trajectories kept, per process.
         max_mib: Memory for them, in MiB, per process; the smaller of the two limits holds.
         refresh: New trajectories per training step once the pool is full, on average.
