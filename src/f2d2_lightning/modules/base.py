@@ -123,12 +123,19 @@ class FlowModule(L.LightningModule):
 
     @torch.no_grad()
     def fit_baselines(self) -> None:
-        """Fit every Gaussian baseline that is not fitted yet, in one pass over the training data."""
-        missing = [m for m in self.live.modules() if isinstance(m, GaussianBaseline) and not m.fitted]
-        if missing:
-            states = [self.data_to_state(batch)[0].cpu() for batch in self.training_batches()]
-            for baseline in missing:
-                baseline.fit(states)
+        """Fit every Gaussian baseline that is not fitted yet to the training data."""
+        baselines = [m for m in self.live.modules() if isinstance(m, GaussianBaseline)]
+        for baseline in baselines:
+            if baseline.fitted:
+                continue
+            # the head's and the backbone's are often alike; one pass then serves both
+            twins = [
+                b for b in baselines if b.fitted and (b.shape, b.covariance) == (baseline.shape, baseline.covariance)
+            ]
+            if twins:
+                baseline.load_state_dict(twins[0].state_dict())
+            else:
+                baseline.fit(self.data_to_state(batch)[0] for batch in self.training_batches())
 
     def training_batches(self) -> Iterable[Any]:
         """One pass over the trainer's training data, as batches."""
