@@ -232,7 +232,11 @@ class GaussianBaseline(nn.Module):
         """State at time ``t`` as unit-variance coordinates along the axes, ``(B, *shape) -> (B, dim)``."""
         self._check(x)
         centred = x - like(self.path.alpha(t), x) * self.mean.reshape(1, *self.shape)
-        return self.to_axes(centred) / self.marginal_variances(t).sqrt()
+        return self.deviations(centred, t)
+
+    def deviations(self, difference: Tensor, t: Tensor) -> Tensor:
+        """A difference of states at time ``t`` in standard deviations along the axes, ``(B, *shape) -> (B, dim)``."""
+        return self.to_axes(difference) / self.marginal_variances(t).sqrt()
 
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """Log-density of the fit at time ``t``, ``(B,)``, nats."""

@@ -101,5 +101,9 @@ class LikelihoodAgreement(Metric):
 
     def compute(self) -> Agreement:
         """Over everything added."""
-        stacked = [torch.cat(v) if isinstance(v, list) else v for v in (self.log_prob, self.reference)]
-        return agreement(stacked[0], stacked[1], self.unit, self.offset)
+        return agreement(*self.gathered(), self.unit, self.offset)
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods and the reference's, ``(N,)`` each, nats: this process's, or all while synchronised."""
+        log_prob, reference = (torch.cat(v) if isinstance(v, list) else v for v in (self.log_prob, self.reference))
+        return log_prob, reference

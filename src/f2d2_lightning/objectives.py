@@ -87,6 +87,11 @@ def baseline_of(student: JointMap) -> GaussianBaseline | None:
     return baseline if isinstance(baseline, GaussianBaseline) else None
 
 
+def unit_baseline(x: Tensor) -> GaussianBaseline:
+    """The fit that stands in where there is none: zero mean, unit variance, for states like ``x``, ``(B, ...)``."""
+    return GaussianBaseline(x.shape[1:], "isotropic").to(x)
+
+
 @dataclass(frozen=True)
 class Weighting:
     """How errors of ``u`` and ``D`` become one loss.
@@ -150,13 +155,11 @@ class Weighting:
 
     def _natural(self, error: Tensor, examples: Examples, baseline: GaussianBaseline | None) -> tuple[Tensor, Tensor]:
         """Squared position error in standard deviations, ``(B,)``, and the length of the jumps, ``(B,)``."""
-        if baseline is None:
-            baseline = GaussianBaseline(error.shape[1:], "isotropic").to(error)
+        baseline = baseline or unit_baseline(error)
         s, t = examples.s, examples.t
         rate = baseline.angle_rate(s, t).mean(-1).expand_as(t)
         length = torch.where(s == t, self.diagonal / rate.clamp(min=1.0), t - s)
-        deviations = baseline.to_axes(error) / baseline.marginal_variances(t).sqrt()
-        return (length[:, None] * deviations).square().sum(-1), length
+        return (length[:, None] * baseline.deviations(error, t)).square().sum(-1), length
 
     def _adapt(self, error: Tensor) -> Tensor:
         if self.adaptive:

@@ -25,7 +25,7 @@ from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.flow_map import Direction, Joint, JointMap
 from f2d2_lightning.integrator import integrate, trajectory_times
 from f2d2_lightning.intervals import Intervals
-from f2d2_lightning.objectives import Examples, Objective, Terms, Weighting, baseline_of
+from f2d2_lightning.objectives import Examples, Objective, Terms, Weighting, baseline_of, unit_baseline
 from f2d2_lightning.paths import Path, expand_time, like
 from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.sampling import normal_log_prob, sample, time_grid
@@ -385,16 +385,14 @@ class TrajectoryRegression(Objective):
         to_noise = Direction.TO_NOISE in self.directions
         grid = time_grid(k, to_noise)
         states, change, cond = self.pool(student).draw_whole(count, grid)
-        baseline = baseline_of(student) or GaussianBaseline(states.shape[2:], "isotropic").to(states)
         x, log_change = states[:, 0], states.new_zeros(count)
+        baseline = baseline_of(student) or unit_baseline(x)
         position_error, velocity_error = states.new_zeros(count), states.new_zeros(count)
         for step, (s, t) in enumerate(itertools.pairwise(grid), start=1):
             x, delta = student.jump(x, s, t, cond)
             log_change = log_change + delta
             error = x - states[:, step]
-            at = expand_time(t, x)
-            deviations = baseline.to_axes(error) / baseline.marginal_variances(at).sqrt()
-            position_error = position_error + deviations.square().sum(-1) / k
+            position_error = position_error + baseline.deviations(error, expand_time(t, x)).square().sum(-1) / k
             velocity_error = velocity_error + (error.detach() / (t - s)).flatten(1).square().mean(-1) / k
         difference = log_change - change[:, -1]
         if to_noise:

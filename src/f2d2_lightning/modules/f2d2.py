@@ -180,13 +180,12 @@ class F2D2Module(FlowModule):
 
     def _divergence_scale(self) -> float:
         """Root mean square of what the head has to add to the baseline, in the head's own units."""
-        _, anchor = self.make_source()
         head, squares, count = self.joint.head, 0.0, 0
         for batch in self.training_batches():
             x, cond = self.data_to_state(self.transfer_batch_to_device(batch, self.device, 0))
             noise, t = torch.randn_like(x), torch.rand(len(x), dtype=x.dtype, device=x.device)
             state = self.objective.path.sample(x, noise, t)
-            divergence = anchor(state, t, cond, data=x, noise=noise).divergence
+            divergence = self._anchor(state, t, cond, data=x, noise=noise).divergence
             if head.baseline is not None:
                 divergence = divergence - head.baseline.divergence(t, t)
             if head.per_axis and head.baseline is not None:
@@ -273,11 +272,13 @@ class F2D2Module(FlowModule):
         self._log_agreements("test")
 
     def agreement_values(self) -> tuple[dict[int, Tensor], Tensor]:
-        """Negative log-likelihoods of the last evaluation by step count, and the reference's, each ``(N,)``."""
+        """Negative log-likelihoods of the last evaluation by step count, and the reference's, each ``(N,)``.
+
+        Those that this process evaluated.
+        """
         values, reference = {}, torch.empty(0)
         for k, metric in self._agreements.items():
-            metric.compute()  # gathers across processes
-            own, other = (torch.cat(v) if isinstance(v, list) else v for v in (metric.log_prob, metric.reference))
+            own, other = metric.gathered()
             values[k] = metric.offset - own / metric.unit
             reference = metric.offset - other / metric.unit
         return values, reference
@@ -288,7 +289,7 @@ class F2D2Module(FlowModule):
         count = 1
         for k, metric in self._agreements.items():
             result = metric.compute()
-            count = sum(len(v) for v in metric.log_prob) if isinstance(metric.log_prob, list) else len(metric.log_prob)
+            count = len(metric.gathered()[0])
             row = {name: float(value) for name, value in result._asdict().items()}
             row |= {"steps": k, "evaluations": self._evaluations[k]}
             rows.append(row | {"milliseconds": 1e3 * self._seconds[k] / count})

@@ -87,11 +87,7 @@ class MLP(FlowMap):
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         check_state(x, self.shape)
-        s, t = expand_time(s, x), expand_time(t, x)
-        time = self.embedding(s, t)
-        if self.labels is not None:
-            time = time + self.labels(check_labels(cond, self.labels.num_embeddings))
-        time = nn.functional.silu(time)
+        time = embed_times(self.embedding, self.labels, x, s, t, cond)
         h = self.inlet(x.reshape(len(x), -1))
         for block in self.blocks:
             h = block(h, time)
@@ -110,6 +106,21 @@ def check_state(x: Tensor, shape: tuple[int, ...]) -> None:
             f"states have shape {tuple(x.shape)}, but the network takes (B, {', '.join(map(str, shape))}); "
             "set shape= to that of the data"
         )
+
+
+def embed_times(
+    embedding: nn.Module,
+    labels: nn.Embedding | None,
+    x: Tensor,
+    s: Tensor | float,
+    t: Tensor | float,
+    cond: Tensor | None,
+) -> Tensor:
+    """What every block is modulated with, ``(B or 1, E)``: both times, and the label where there are classes."""
+    time = embedding(expand_time(s, x), expand_time(t, x))
+    if labels is not None:
+        time = time + labels(check_labels(cond, labels.num_embeddings))
+    return nn.functional.silu(time)
 
 
 def check_labels(cond: Tensor | None, classes: int) -> Tensor:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flow_map import Direction, FlowMap
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.mlp import check_labels, check_state
-from f2d2_lightning.paths import expand_time
+from f2d2_lightning.nn.mlp import check_state, embed_times
 
 __all__ = ["ResNet"]
 
@@ -91,11 +90,7 @@ class ResNet(FlowMap):
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         check_state(x, self.shape)
-        s, t = expand_time(s, x), expand_time(t, x)
-        time = self.embedding(s, t)
-        if self.labels is not None:
-            time = time + self.labels(check_labels(cond, self.labels.num_embeddings))
-        time = nn.functional.silu(time)
+        time = embed_times(self.embedding, self.labels, x, s, t, cond)
         h = self.inlet(x)
         for block in self.fine_in:
             h = block(h, time)
