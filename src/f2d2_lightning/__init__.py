@@ -27,10 +27,12 @@ from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSou
 from f2d2_lightning.trajectory import TrajectoryPool, TrajectoryRegression
 
 if TYPE_CHECKING:
+    from f2d2_lightning.callback import F2D2Callback
     from f2d2_lightning.data import Checkerboard, Digits, FlowDataModule, GaussianMixture
     from f2d2_lightning.modules import F2D2Module, FlowMatchingModule, FlowModule
 
 _LIGHTNING = {
+    "F2D2Callback": "f2d2_lightning.callback",
     "Checkerboard": "f2d2_lightning.data",
     "Digits": "f2d2_lightning.data",
     "F2D2Module": "f2d2_lightning.modules",
@@ -38,6 +40,7 @@ _LIGHTNING = {
     "FlowMatchingModule": "f2d2_lightning.modules",
     "FlowModule": "f2d2_lightning.modules",
     "GaussianMixture": "f2d2_lightning.data",
+    "load_joint": "f2d2_lightning.export",
 }
 
 
@@ -64,6 +67,7 @@ __all__ = [
     "DivergenceHead",
     "Eulerian",
     "Exact",
+    "F2D2Callback",
     "F2D2Module",
     "FlowDataModule",
     "FlowMap",
@@ -98,6 +102,7 @@ __all__ = [
     "Weighting",
     "as_flow_map",
     "bits_per_dim",
+    "load_joint",
     "log_prob",
     "reference_log_prob",
     "reference_sample",

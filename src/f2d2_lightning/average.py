@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["update_average"]
+__all__ = ["copy_frozen", "update_average", "warmed_decay"]
+
+
+def copy_frozen(module: Any, shared: dict[int, Any] | None = None) -> Any:
+    """A copy in evaluation mode whose parameters are not trained; objects in ``shared``, by ``id``, are not copied."""
+    return copy.deepcopy(module, shared or {}).requires_grad_(False).eval()
+
+
+def warmed_decay(decay: float, steps: int) -> float:
+    """Decay after a number of steps: a young average forgets faster, so that the initial weights do not linger."""
+    return min(decay, (1 + steps) / (10 + steps))
 
 
 @torch.no_grad()

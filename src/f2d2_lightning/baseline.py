@@ -19,13 +19,14 @@ The fit also gives each axis its natural clock, the angle :math:`\theta_i(t) = \
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.flow_map import Joint, JointMap
-from f2d2_lightning.paths import LinearPath, Path, distinct, like
+from f2d2_lightning.paths import LinearPath, Path, TrigonometricPath, distinct, like
 
 __all__ = ["GaussianBaseline", "GaussianFlow"]
 
@@ -83,12 +84,18 @@ class GaussianBaseline(nn.Module):
         return baseline
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor], floor: float = 1e-6) -> GaussianBaseline:
+    def fit(
+        self,
+        batches: Iterable[Tensor],
+        floor: float = 1e-6,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> GaussianBaseline:
         """Set mean and covariance from data, in one pass with float64 sums.
 
         Args:
             batches: States ``(B, *shape)``, dequantised as in training.
             floor: Smallest variance, in units of the data squared.
+            reduce: Sums a tensor over processes, where each of them sees a part of the data.
 
         Raises:
             ValueError: If there are fewer than two samples, another shape, or values that are not finite.
@@ -105,6 +112,9 @@ class GaussianBaseline(nn.Module):
             count += len(flat)
             total += flat.sum(0)
             moment += flat.T @ flat if full else flat.square().sum(0)
+        if reduce is not None:
+            total, moment = reduce(total), reduce(moment)
+            count = int(reduce(torch.tensor(float(count), dtype=torch.float64)))
         if count < 2:
             raise ValueError(f"a Gaussian fit needs at least two samples, got {count}")
         mean = total / count
@@ -124,6 +134,22 @@ class GaussianBaseline(nn.Module):
         self.mean.copy_(mean)
         self.variances.copy_(variances.clamp(min=floor))
         self.fitted.fill_(True)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as plain values, for :meth:`from_config`; the fit itself is in the buffers."""
+        return {"shape": list(self.shape), "covariance": self.covariance, "path": type(self.path).__name__}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GaussianBaseline:
+        """Inverse of :meth:`config`.
+
+        Raises:
+            ValueError: If the path is none of this package's.
+        """
+        paths = {"LinearPath": LinearPath, "TrigonometricPath": TrigonometricPath}
+        if config["path"] not in paths:
+            raise ValueError(f"the Gaussian fit is on a path {config['path']!r}; known are {', '.join(paths)}")
+        return cls(config["shape"], config["covariance"], paths[config["path"]]())
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.shape:

@@ -14,7 +14,8 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from f2d2_lightning.analytic import MixtureFlow
 from f2d2_lightning.counter_noise import counter_uniform, mix_seed
@@ -61,20 +62,28 @@ class DequantisedDataset(Dataset):
         return tuple(part[0] for part in batch) if isinstance(batch, tuple) else batch[0]
 
 
-class _EpochSampler(Sampler[int]):
-    """A permutation of the data for each epoch, a function of seed and epoch, that can start part of the way in."""
+class _EpochSampler(DistributedSampler):
+    """A permutation of the data for each epoch, a function of seed and epoch, that can start part of the way in.
 
-    def __init__(self, count: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.count, self.seed, self.epoch, self.skip = count, seed, epoch, 0
+    It is a distributed sampler, so that Lightning leaves it as it is: processes take every n-th sample of one
+    permutation, as many each, and the few that are then left over wait for another epoch.
+    """
+
+    def __init__(self, count: int, seed: int, current_epoch: Callable[[], int], replicas: int = 1, rank: int = 0) -> None:
+        self.count, self.seed, self.current_epoch = count, seed, current_epoch
+        self.replicas, self.rank, self.skip = replicas, rank, 0
 
     def __len__(self) -> int:
-        return self.count
+        return self.count // self.replicas
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning's way; the epoch is asked for instead."""
 
     def __iter__(self) -> Iterator[int]:
-        epoch, skip, self.skip = self.epoch(), self.skip, 0
+        epoch, skip, self.skip = self.current_epoch(), self.skip, 0
         generator = torch.Generator().manual_seed(mix_seed(self.seed, "order", epoch))
-        order = torch.randperm(self.count, generator=generator)[skip:]
-        return iter((order + epoch * self.count).tolist())
+        order = torch.randperm(self.count, generator=generator) + epoch * self.count
+        return iter(order[self.rank :: self.replicas][: len(self)][skip:].tolist())
 
 
 class _ResumableLoader(DataLoader):
@@ -163,11 +172,14 @@ class FlowDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled, the last incomplete batch dropped where there are several."""
         dataset = self.dataset("train")
+        kwargs = (None if self.trainer is None else self.trainer.distributed_sampler_kwargs) or {}
+        replicas, rank = int(kwargs.get("num_replicas", 1)), int(kwargs.get("rank", 0))
+        sampler = _EpochSampler(len(dataset), self.seed, self._epoch, replicas, rank)
         loader = _ResumableLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=_EpochSampler(len(dataset), self.seed, self._epoch),
-            drop_last=len(dataset) > self.batch_size,
+            sampler=sampler,
+            drop_last=len(sampler) > self.batch_size,
             num_workers=self.num_workers,
             collate_fn=_as_is,
         )

@@ -43,16 +43,23 @@ class Direction(enum.Flag):
     TO_NOISE = enum.auto()
     """``s >= t``: data to noise, what the likelihood of data needs."""
     BOTH = TO_DATA | TO_NOISE
+    NONE = 0
+    """No jumps at all: an instantaneous velocity, which can be integrated or distilled."""
 
     @classmethod
     def parse(cls, direction: Direction | str) -> Direction:
-        """A direction by name (``"to_data"``, ``"to_noise"``, ``"both"``), or unchanged."""
+        """A direction by name (``"to_data"``, ``"to_noise"``, ``"both"``, ``"none"``), or unchanged."""
         if isinstance(direction, Direction):
             return direction
-        names = {"to_data": cls.TO_DATA, "to_noise": cls.TO_NOISE, "both": cls.BOTH}
+        names = {"to_data": cls.TO_DATA, "to_noise": cls.TO_NOISE, "both": cls.BOTH, "none": cls.NONE}
         if direction not in names:
             raise ValueError(f"direction is {direction!r}; it is one of {', '.join(map(repr, names))}")
         return names[direction]
+
+    @property
+    def label(self) -> str:
+        """The name that :meth:`parse` takes."""
+        return str(self.name).lower()
 
 
 class Joint(NamedTuple):
@@ -104,6 +111,11 @@ def check_interval(s: Tensor | float, t: Tensor | float, directions: Direction, 
     if directions == Direction.BOTH or bounds_s is None or bounds_t is None:
         return
     gap = torch.as_tensor(t, dtype=torch.float64, device="cpu") - torch.as_tensor(s, dtype=torch.float64, device="cpu")
+    if directions == Direction.NONE and bool((gap != 0).any()):
+        raise ValueError(
+            f"asked for a jump, but {what} is an instantaneous velocity; integrate it (reference_sample, "
+            "reference_log_prob), or distil it (F2D2Module(teacher=...))"
+        )
     if Direction.TO_NOISE not in directions and bool((gap < 0).any()):
         raise ValueError(
             f"asked for s > t (data to noise), but {what} only goes to data; train it in both directions "

@@ -9,6 +9,8 @@ the checkpoint; there are no magic constants.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,7 @@ class DivergenceHead(nn.Module):
         if per_axis and (baseline is None or network is not None):
             raise ValueError("per_axis=True weights features by the baseline's axes; give features=F and a baseline")
         self.features = features
+        self.hidden = hidden
         self.per_axis = per_axis
         self.network = network
         self.baseline = baseline
@@ -71,6 +74,40 @@ class DivergenceHead(nn.Module):
             # starts as the baseline alone, which is already the right answer for Gaussian data
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments as plain values, for :meth:`from_config`. A network of its own is not among them."""
+        own = self.network is not None
+        return {
+            "features": self.features,
+            "hidden": self.hidden,
+            "layers": 0 if own else len(self.layers),
+            "per_axis": self.per_axis,
+            "network": type(self.network).__name__ if own else None,
+            "baseline": None if self.baseline is None else self.baseline.config(),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], network: nn.Module | None = None) -> DivergenceHead:
+        """Inverse of :meth:`config`; weights and buffers come by ``load_state_dict``.
+
+        Raises:
+            ValueError: If the head had a network of its own and none is given, or the other way round.
+        """
+        if (config["network"] is None) != (network is None):
+            raise ValueError(
+                f"the head was made with network={config['network']}, and network={type(network).__name__} came; give "
+                "an object of the same class"
+            )
+        fit = config["baseline"]
+        return cls(
+            features=config["features"],
+            hidden=config["hidden"],
+            layers=config["layers"],
+            per_axis=config["per_axis"],
+            network=network,
+            baseline=None if fit is None else GaussianBaseline.from_config(fit),
+        )
 
     @property
     def reads_features(self) -> bool:
@@ -101,12 +138,14 @@ class DivergenceHead(nn.Module):
             ValueError: If features are missing or have another number of channels.
         """
         s, t = expand_time(s, x), expand_time(t, x)
-        if self.network is not None:
-            residual = self.network(x, s, t, cond).reshape(len(x))
-        else:
-            residual = self._from_features(features, s, t)
-        divergence = self.scale * residual
-        return divergence if self.baseline is None else divergence + self.baseline.divergence(s, t)
+        # thousands of nats do not fit into half precision, and the head is small
+        with torch.autocast(x.device.type, enabled=False):
+            if self.network is not None:
+                residual = self.network(x, s, t, cond).reshape(len(x))
+            else:
+                residual = self._from_features(None if features is None else features.to(self.scale.dtype), s, t)
+            divergence = self.scale * residual
+            return divergence if self.baseline is None else divergence + self.baseline.divergence(s, t)
 
     def _from_features(self, features: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         if features is None or features.ndim < 2 or features.shape[1] != self.features:

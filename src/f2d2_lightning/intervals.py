@@ -52,10 +52,20 @@ class Intervals:
         self.length = length
         self.to_noise = to_noise
 
-    def sample(self, count: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Draw ``count`` intervals: ``(s, t)``, each ``(count,)``, float32."""
+    def sample(
+        self, count: int, device: torch.device | str | None = None, structure: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``count`` intervals: ``(s, t)``, each ``(count,)``, float32.
+
+        Args:
+            count: Number of intervals.
+            device: Device of the answer.
+            structure: CPU generator that decides which of them lie on the diagonal; the global one by default.
+        """
         uniform = torch.rand(count, 4, device=device, dtype=torch.float32)
         kind = uniform[:, 0]
+        if structure is not None:
+            kind = torch.rand(count, generator=structure, dtype=torch.float32).to(kind.device)
         # ends of a uniform interval: a length and a position, so that no length is rare
         span = self.length + (1 - self.length) * uniform[:, 1]
         low = uniform[:, 2] * (1 - span)

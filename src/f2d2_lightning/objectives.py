@@ -182,6 +182,11 @@ class Objective(ABC):
         self.intervals = intervals or Intervals()
         self.weighting = weighting or Weighting()
         self.path = path or LinearPath()
+        self.structure: torch.Generator | None = None
+        """Where choices that decide how often the network is called are drawn from; ``None`` for the global generator.
+
+        Processes that share a sharded network must call it equally often: give all of them the same CPU generator.
+        """
 
     @property
     def directions(self) -> Direction:
@@ -248,7 +253,7 @@ class Objective(ABC):
                 student's own diagonal as source and the conditional velocity as anchor.
             progress: Share of training that is done, in [0, 1], for objectives with phases.
         """
-        times = self.intervals.sample(len(data), data.device)
+        times = self.intervals.sample(len(data), data.device, self.structure)
         s, t = (time.to(data.dtype) for time in times)
         noise = torch.randn_like(data)
         parts = []

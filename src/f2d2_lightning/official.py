@@ -35,7 +35,9 @@ class DyadicIntervals(Intervals):
     def __init__(self, finest: int = 6) -> None:
         super().__init__(Direction.TO_DATA, diagonal=0.5, grid=0.5, steps=[2**i for i in range(finest + 1)])
 
-    def sample(self, count: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, count: int, device: torch.device | str | None = None, structure: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         # exactly half and half, as the official loss has both terms on every image
         on_diagonal = torch.arange(count, device=device) < count // 2
         uniform = (torch.rand(count, device=device) * 1024).floor() / 1024

@@ -46,13 +46,19 @@ class TeacherSource(VelocitySource):
     Args:
         velocity: ``(x, t, cond) -> v``, or a flow map, whose diagonal is used.
         estimator: Divergence estimator; Hutchinson's with one probe by default.
+        stationary: Whether the teacher stays as it is throughout training; a model in training that teaches its own
+            head does not.
     """
 
-    stationary = True
-
-    def __init__(self, velocity: Callable[..., Tensor], estimator: DivergenceEstimator | None = None) -> None:
+    def __init__(
+        self,
+        velocity: Callable[..., Tensor],
+        estimator: DivergenceEstimator | None = None,
+        stationary: bool = True,
+    ) -> None:
         self.velocity = instantaneous(velocity)
         self.estimator = estimator or Hutchinson()
+        self.stationary = stationary
 
     @torch.no_grad()
     def __call__(

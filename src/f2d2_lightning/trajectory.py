@@ -363,7 +363,7 @@ class TrajectoryRegression(Objective):
                 "path only; use a teacher or the student's own diagonal"
             )
         self._refill(student, source, data, cond)
-        if progress >= 1 - self.unroll and self.unroll > 0 and bool(torch.rand(()) < 0.5):
+        if progress >= 1 - self.unroll and self.unroll > 0 and bool(torch.rand((), generator=self.structure) < 0.5):
             return self._unrolled(student, max(1, len(data) // 2))
         return super().__call__(student, source, data, cond, anchor=anchor, progress=progress)
 
@@ -381,7 +381,7 @@ class TrajectoryRegression(Objective):
 
     def _unrolled(self, student: JointMap, count: int) -> Terms:
         """Error of a whole K-step path, in natural units, for a random K."""
-        k = self.intervals.steps[int(torch.randint(len(self.intervals.steps), ()))]
+        k = self._pick(self.intervals.steps)
         to_noise = Direction.TO_NOISE in self.directions
         grid = time_grid(k, to_noise)
         states, change, cond = self.pool(student).draw_whole(count, grid)
@@ -426,7 +426,7 @@ class TrajectoryRegression(Objective):
         self, student: JointMap, source: VelocitySource, x: Tensor, cond: Tensor | None, pool: TrajectoryPool
     ) -> None:
         shares = torch.tensor([float(share) for share in self.starts.values()])
-        kinds = torch.multinomial(shares, len(x), replacement=True).to(x.device)
+        kinds = torch.multinomial(shares, len(x), replacement=True, generator=self.structure).to(x.device)
         # starts at the same time are integrated together
         groups: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         for index, kind in enumerate(self.starts):
@@ -455,12 +455,15 @@ class TrajectoryRegression(Objective):
             return self._on_levels(_mix_neighbours(x)), last
         noise = torch.randn_like(x)
         if kind == "path" and last > 1:
-            node = int(torch.randint(1, last, ()))
+            node = self._pick(range(1, last))
             return self.path.sample(x, noise, expand_time(pool.times[node], x)), node
         if kind == "student":
-            steps = self.intervals.steps[int(torch.randint(len(self.intervals.steps), ()))]
+            steps = self._pick(self.intervals.steps)
             return sample(student, noise, steps, cond).state, last
         return noise, 0
+
+    def _pick(self, choices: Sequence[int]) -> int:
+        return choices[int(torch.randint(len(choices), (), generator=self.structure))]
 
     def _on_levels(self, x: Tensor) -> Tensor:
         if self.quantisation is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import os
@@ -17,15 +16,17 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from f2d2_lightning.average import update_average
+from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.metrics import LikelihoodAgreement
 from f2d2_lightning.reference import Reference
+from f2d2_lightning.sharding import shard
 
-__all__ = ["FlowModule", "clock", "frozen_copy", "object_names", "warmup_cosine"]
+__all__ = ["FlowModule", "clock", "object_names", "warmup_cosine"]
 
 
 class FlowModule(L.LightningModule):
@@ -135,7 +136,14 @@ class FlowModule(L.LightningModule):
             if twins:
                 baseline.load_state_dict(twins[0].state_dict())
             else:
-                baseline.fit(self.data_to_state(batch)[0] for batch in self.training_batches())
+                states = (self.data_to_state(batch)[0] for batch in self.training_batches())
+                baseline.fit(states, reduce=self.sum_over_processes)
+
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over all processes, each of which sees a part of the training data."""
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
 
     def training_batches(self) -> Iterable[Any]:
         """One pass over the trainer's training data, as batches."""
@@ -143,6 +151,16 @@ class FlowModule(L.LightningModule):
         if loader is None:
             raise RuntimeError("there are no training data yet; call this from on_train_start or later")
         return loader
+
+    def configure_model(self) -> None:
+        """Shard model and average over processes under ``ModelParallelStrategy`` (FSDP2); nothing otherwise."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for module in self.to_shard():
+                shard(module, self.device_mesh["data_parallel"])  # type: ignore[index]
+
+    def to_shard(self) -> list[nn.Module]:
+        """Networks that are sharded, each on its own; override it with a network's own layers."""
+        return [self.live, self.average]
 
     def _copy_to_average(self) -> None:
         update_average(self.average, self.live, 0.0)
@@ -189,9 +207,7 @@ class FlowModule(L.LightningModule):
         """The optimiser's step, then the average's: before any checkpoint of this step is written."""
         super().optimizer_step(*args, **kwargs)
         self._averaged_steps += 1
-        # a young average forgets faster, so that the initial weights do not linger
-        decay = min(self.ema_decay, (1 + self._averaged_steps) / (10 + self._averaged_steps))
-        update_average(self.average, self.live, decay)
+        update_average(self.average, self.live, warmed_decay(self.ema_decay, self._averaged_steps))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed run needs besides weights."""
@@ -205,7 +221,8 @@ class FlowModule(L.LightningModule):
         mine = self.state_dict()
         wrong = [
             f"{name}: checkpoint {tuple(value.shape)}, module {tuple(mine[name].shape)}"
-            for name, value in checkpoint["state_dict"].items()
+            # a sharded checkpoint's weights are read later, into place
+            for name, value in checkpoint.get("state_dict", {}).items()
             if name in mine and value.shape != mine[name].shape
         ]
         if wrong:
@@ -275,7 +292,3 @@ def object_names(arguments: dict[str, Any], *names: str) -> list[str]:
         return []
     return [name for name in names if arguments[name] is not None and not isinstance(arguments[name], (str, Path))]
 
-
-def frozen_copy(module: Any, shared: dict[int, Any] | None = None) -> Any:
-    """A copy in evaluation mode whose parameters are not trained; objects in ``shared``, by ``id``, are not copied."""
-    return copy.deepcopy(module, shared or {}).requires_grad_(False).eval()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from f2d2_lightning.average import copy_frozen
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
@@ -18,11 +19,13 @@ from f2d2_lightning.flow_map import Direction, FlowMap
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
 from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
-from f2d2_lightning.modules.base import FlowModule, clock, frozen_copy, object_names
+from f2d2_lightning.modules.base import FlowModule, clock, object_names
 from f2d2_lightning.modules.flow_matching import FlowMatchingModule
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.reference import Reference
+from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sampling import Samples, sample
+from f2d2_lightning.sharding import load_whole
 from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
 from f2d2_lightning.trajectory import TrajectoryRegression
 
@@ -112,7 +115,7 @@ class F2D2Module(FlowModule):
             head = _default_head(flow_map, self.shape)
         self.joint = JointFlowMap(flow_map, head, frozen)
         shared = {id(flow_map): flow_map} if frozen else {}
-        self.average = frozen_copy(self.joint, shared)
+        self.average = copy_frozen(self.joint, shared)
         self.steps = tuple(steps)
         self.inversion = inversion
         self.warm_start = warm_start
@@ -124,6 +127,11 @@ class F2D2Module(FlowModule):
     def live(self) -> JointFlowMap:
         """The joint map in training."""
         return self.joint
+
+    def to_shard(self) -> list[nn.Module]:
+        """Backbone and head, in training and averaged; a frozen backbone that both share once."""
+        parts = [self.joint.flow_map, self.joint.head, self.average.flow_map, self.average.head]
+        return list(dict.fromkeys(parts))
 
     # --- teacher and targets ---
 
@@ -170,31 +178,19 @@ class F2D2Module(FlowModule):
         teacher = self.teacher
         if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
             try:
-                self.joint.flow_map.load_state_dict(teacher.average.state_dict())
+                load_whole(self.joint.flow_map, teacher.average.state_dict())
             except RuntimeError as error:
                 raise ValueError(
                     "the student's backbone cannot start from the teacher's weights, they are of different networks; "
                     f"use the same flow_map for both, or warm_start=False ({error})"
                 ) from error
-        self.joint.head.scale.fill_(self._divergence_scale())
+        head = self.joint.head
+        scale = measure_scale(head, self._anchor, self._states(), self.objective.path, reduce=self.sum_over_processes)
+        head.scale.fill_(scale)
 
-    def _divergence_scale(self) -> float:
-        """Root mean square of what the head has to add to the baseline, in the head's own units."""
-        head, squares, count = self.joint.head, 0.0, 0
+    def _states(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in self.training_batches():
-            x, cond = self.data_to_state(self.transfer_batch_to_device(batch, self.device, 0))
-            noise, t = torch.randn_like(x), torch.rand(len(x), dtype=x.dtype, device=x.device)
-            state = self.objective.path.sample(x, noise, t)
-            divergence = self._anchor(state, t, cond, data=x, noise=noise).divergence
-            if head.baseline is not None:
-                divergence = divergence - head.baseline.divergence(t, t)
-            if head.per_axis and head.baseline is not None:
-                # in units of what independent answers of order one would add up to
-                divergence = divergence / head.baseline.angle_rate(t, t).mean(-1) / math.sqrt(head.baseline.dim)
-            squares, count = squares + float(divergence.square().sum()), count + len(x)
-            if count >= 1024:
-                break
-        return max(1e-3, math.sqrt(squares / count))
+            yield self.data_to_state(self.transfer_batch_to_device(batch, self.device, 0))
 
     # --- training ---
 

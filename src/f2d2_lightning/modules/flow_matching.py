@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from f2d2_lightning.average import copy_frozen
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.flow_map import FlowMap
-from f2d2_lightning.modules.base import FlowModule, frozen_copy, object_names
+from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.paths import LinearPath, Path
 from f2d2_lightning.reference import Reference
 
@@ -65,7 +66,7 @@ class FlowMatchingModule(FlowModule):
         objects = ("flow_map", "path", "optimizer", "lr_scheduler", "reference")
         self.save_hyperparameters(ignore=object_names(locals(), *objects))
         self.flow_map = flow_map
-        self.average = frozen_copy(flow_map)
+        self.average = copy_frozen(flow_map)
         self.path = path or LinearPath()
         self.units = units
         self.validate_nll = validate_nll

@@ -1,0 +1,280 @@
+r"""Conventions of other people's networks, converted to this package's.
+
+An :class:`Adapter` says how a family of networks is called; called with a network, it gives a flow map. Foreign time
+runs linearly from ``noise_time`` to ``data_time``, so with :math:`\tau = \tau_0 + (\tau_1 - \tau_0)\,t` a foreign
+average velocity :math:`\Delta x / \Delta\tau` is ours after multiplication with :math:`\tau_1 - \tau_0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.adapters.call import Call, ConventionError
+from f2d2_lightning.flow_map import Direction
+from f2d2_lightning.paths import like
+
+if TYPE_CHECKING:
+    from f2d2_lightning.adapters.adapted import AdaptedFlowMap
+
+__all__ = ["Adapter", "adapter_from_config"]
+
+ANSWERS = ("velocity", "state")
+
+
+class Adapter:
+    """How a network is called and what it answers.
+
+    The families of :mod:`f2d2_lightning.adapters` are this with other defaults; an unlisted model needs one line:
+
+    >>> shrink = lambda x, times: -x * times[1][:, None]  # time runs down, the second time is the interval
+    >>> adapter = Adapter("net(x, (s, s - t))", noise_time=1.0, data_time=0.0, directions="to_data")
+    >>> flow_map = adapter(shrink)
+    >>> flow_map(torch.ones(1, 2), 0.0, 0.5)
+    tensor([[0.5000, 0.5000]])
+
+    Args:
+        call: The call as the other author writes it; ``net`` is the network, ``x`` the state, ``s`` and ``t`` the
+            times of start and end in the other author's time, ``cond`` the conditioning. Order, keywords, the form of
+            the second time (``t``, ``t - s``, ``s - t``), scales (``1000 * s``), guidance inputs (``w=1.0``) are said
+            here. A call without ``t`` is of a network that takes no second time.
+        noise_time: Foreign time of noise.
+        data_time: Foreign time of data: ``0.0, 1.0`` for flow matching and shortcut models, ``1.0, 0.0`` for MeanFlow.
+        directions: Orders of time that the network was, or will be, trained for: ``"to_data"``, ``"to_noise"``,
+            ``"both"``, or ``"none"`` for an instantaneous velocity, which can be a teacher.
+        answer: ``"velocity"``, the average velocity in foreign time, or ``"state"``, the state at the end.
+        velocity_scale: Factor from the answered velocity to ours; by default ``data_time - noise_time``. For networks
+            whose velocity does not point along their own time.
+        output: Which part of the answer counts, if it is a tuple (an index), a dictionary or an object (a name).
+        channels_last: Whether the network takes and gives images ``(B, H, W, C)``.
+        null_label: Class label that stands for "no class", used where ``cond`` is ``None``.
+        classes: Number of classes, if the network takes labels as one-hot vectors; ``cond`` stays integers, ``(B,)``.
+        time_axes: Axes of the times that the network takes: 1 for ``(B,)``, 2 for ``(B, 1)``, and so on.
+        prior_std: Standard deviation of the foreign prior. Our states are the foreign ones divided by it, and so must
+            the data be; log-densities then are those of the divided data.
+        shortest: Shortest interval, in our time, that a ``"state"`` answer is divided by; the diagonal is the limit.
+
+    Raises:
+        ValueError: If an argument is none of the above.
+    """
+
+    endpoint_only: ClassVar[bool] = False
+    """Whether such networks answer the jump to data and nothing else."""
+
+    _arguments: ClassVar[tuple[str, ...]] = (
+        *("call", "noise_time", "data_time", "directions", "answer", "velocity_scale", "output"),
+        *("channels_last", "null_label", "classes", "time_axes", "prior_std", "shortest"),
+    )
+
+    def __init__(
+        self,
+        call: str = "net(x, s, t, cond)",
+        noise_time: float = 0.0,
+        data_time: float = 1.0,
+        directions: Direction | str = "both",
+        answer: str = "velocity",
+        velocity_scale: float | None = None,
+        output: int | str | None = None,
+        channels_last: bool = False,
+        null_label: int | None = None,
+        classes: int | None = None,
+        time_axes: int = 1,
+        prior_std: float = 1.0,
+        shortest: float = 1e-3,
+    ) -> None:
+        if noise_time == data_time:
+            raise ValueError(f"noise_time and data_time are both {noise_time}; time must run between them")
+        if answer not in ANSWERS:
+            raise ValueError(f"answer is {answer!r}; it is one of {', '.join(map(repr, ANSWERS))}")
+        if time_axes < 1 or not prior_std > 0 or not 0 < shortest < 1:
+            raise ValueError(
+                f"time_axes={time_axes} is at least 1, prior_std={prior_std} positive, shortest={shortest} in (0, 1)"
+            )
+        self.call = Call(call)
+        self.directions = Direction.parse(directions)
+        self.sees_end = "t" in self.call.names
+        if answer == "state" and not self.sees_end:
+            raise ValueError(f"{call!r} passes no end time t, so the network cannot answer a state at the end")
+        self.noise_time, self.data_time = noise_time, data_time
+        self.answer = answer
+        self.velocity_scale = data_time - noise_time if velocity_scale is None else velocity_scale
+        self.output = output
+        self.channels_last = channels_last
+        self.null_label, self.classes = null_label, classes
+        self.time_axes = time_axes
+        self.prior_std = prior_std
+        self.shortest = shortest
+
+    def __call__(
+        self,
+        network: Callable[..., Any],
+        features: str | None = None,
+        interval: str | None = None,
+        directions: Direction | str | None = None,
+    ) -> AdaptedFlowMap:
+        """A flow map of ``network``; arguments as :class:`~f2d2_lightning.adapters.AdaptedFlowMap`."""
+        from f2d2_lightning.adapters.adapted import AdaptedFlowMap
+
+        return AdaptedFlowMap(network, self, features=features, interval=interval, directions=directions)
+
+    # --- what a family may override ---
+
+    def average_velocity(
+        self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None
+    ) -> Tensor:
+        """``u(x, s, t)`` in this package's convention.
+
+        Args:
+            network: Whatever :attr:`call` calls.
+            x: State at time ``s``, ``(B, ...)``.
+            s: Start, ``(B,)``, in our time.
+            t: End, ``(B,)``, in our time.
+            cond: Conditioning.
+
+        Returns:
+            ``u``, shape of ``x``.
+        """
+        if self.answer == "velocity":
+            return self.velocity_scale / self.prior_std * self.ask(network, self.prior_std * x, s, t, cond)
+        # a state that had no time to move says nothing about the velocity: the shortest interval is taken there, and
+        # one that would leave [0, 1] starts a little off
+        h, short = self.shortest, (t - s).abs() < self.shortest
+        up = (t > s) | ((t == s) & (Direction.TO_DATA in self.directions))
+        start = torch.where(short, torch.where(up, s.clamp(max=1 - h), s.clamp(min=h)), s)
+        end = torch.where(short, torch.where(up, start + h, start - h), t)
+        state = self.ask(network, self.prior_std * x, start, end, cond) / self.prior_std
+        return (state - x) / like(end - start, x)
+
+    def ask(self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        """Call the network at foreign state ``x`` and our times ``s``, ``t``; its answer, shape of ``x``."""
+        return self._ask(network, x, self.foreign_time(s), self.foreign_time(t), cond)
+
+    def foreign_time(self, t: Tensor) -> Tensor:
+        """Our time, ``(B,)``, as the network's."""
+        return self.noise_time + (self.data_time - self.noise_time) * t
+
+    # --- the call itself ---
+
+    def _ask(self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        axes = (len(x), *(1 for _ in range(self.time_axes - 1)))
+        dtype = _dtype(network, x)
+        state = x.movedim(1, -1) if self.channels_last else x
+        names: Mapping[str, Any] = {
+            "x": state.to(dtype),
+            "s": s.reshape(axes).to(dtype),
+            "t": t.reshape(axes).to(dtype),
+            "cond": self._labels(x, cond, dtype),
+        }
+        answer = self._part(self.call(network, names))
+        if answer.shape != state.shape:
+            raise ConventionError(
+                f"{self.describe(network)} was called as {self.call.text!r} with a state of shape "
+                f"{tuple(state.shape)} and answered shape {tuple(answer.shape)}; the answer must have the "
+                "state's shape: check the call, output= and channels_last= of the adapter"
+            )
+        # autocast, and networks of lower precision, do not lower the precision of the state
+        return (answer.movedim(-1, 1) if self.channels_last else answer).to(x.dtype)
+
+    def _labels(self, x: Tensor, cond: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if "cond" not in self.call.names:
+            return None
+        if cond is None:
+            if self.null_label is None:
+                return None
+            cond = torch.full((len(x),), self.null_label, device=x.device)
+        if self.classes is not None:
+            if torch.is_floating_point(cond) or cond.ndim != 1:
+                raise ValueError(
+                    f"cond has dtype {cond.dtype} and shape {tuple(cond.shape)}; with classes={self.classes} it is "
+                    "integer labels (B,), which the adapter makes one-hot"
+                )
+            cond = nn.functional.one_hot(cond.long(), self.classes).to(dtype)
+        return cond.to(dtype) if torch.is_floating_point(cond) else cond
+
+    def _part(self, answer: Any) -> Tensor:
+        output = self.output
+        if isinstance(output, int) and isinstance(answer, (tuple, list)) and -len(answer) <= output < len(answer):
+            answer = answer[output]
+        elif isinstance(output, str) and (output in answer if isinstance(answer, Mapping) else hasattr(answer, output)):
+            answer = answer[output] if isinstance(answer, Mapping) else getattr(answer, output)
+        elif output is not None:
+            raise ConventionError(f"the network answered {_kind(answer)}, which has no part output={output!r}")
+        if not isinstance(answer, Tensor):
+            raise ConventionError(
+                f"the network answered {_kind(answer)}, not a tensor; say which part is the velocity: output=0, or "
+                "output='name'"
+            )
+        return answer
+
+    # --- a description for checkpoints ---
+
+    def config(self) -> dict[str, Any]:
+        """Class and arguments in plain values, from which :func:`adapter_from_config` makes an equal adapter.
+
+        An adapter of your own class names that class; it is not made again from here, give the object instead.
+        """
+        cls = type(self)
+        ours = cls.__module__.startswith(__name__.rpartition(".")[0] + ".")
+        values = {name: getattr(self, name) for name in self._arguments}
+        return {
+            "class": cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}",
+            **values,
+            "call": self.call.text,
+            "directions": self.directions.label,
+        }
+
+    @staticmethod
+    def describe(network: Callable[..., Any]) -> str:
+        """Name of a network for messages."""
+        return type(network).__name__ if isinstance(network, nn.Module) else getattr(network, "__name__", "a function")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.call.text!r}, directions={self.directions.name})"
+
+
+def _dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
+    """What a network computes in: the type of its first floating weights, else that of the state."""
+    if isinstance(network, nn.Module):
+        for parameter in network.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return x.dtype
+
+
+def _kind(answer: Any) -> str:
+    if isinstance(answer, (tuple, list)):
+        return f"a {type(answer).__name__} of {len(answer)} ({', '.join(type(item).__name__ for item in answer)})"
+    if isinstance(answer, Mapping):
+        return f"a mapping with {', '.join(map(repr, answer))}"
+    return f"a {type(answer).__name__}"
+
+
+def adapter_from_config(config: Mapping[str, Any]) -> Adapter:
+    """An adapter from what :meth:`Adapter.config` gave.
+
+    Args:
+        config: ``"class"``, a name in :mod:`f2d2_lightning.adapters`, and its arguments.
+
+    Raises:
+        ValueError: If the class is none of this package's, or the arguments are not its own.
+
+    >>> adapter_from_config({"class": "MeanFlow", "output": 0})
+    MeanFlow('net(x, (s, s - t), None)', directions=TO_DATA)
+    """
+    import f2d2_lightning.adapters as package
+
+    arguments = dict(config)
+    name = arguments.pop("class", None)
+    cls = getattr(package, name, None) if isinstance(name, str) and name in package.__all__ else None
+    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+        raise ValueError(
+            f"the adapter's class is {name!r}, which is none of f2d2_lightning.adapters, and no other code is run from "
+            "a file; make the adapter yourself and pass the object"
+        )
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these arguments: {error}; give what {name}.config() gave") from error

@@ -1,0 +1,144 @@
+"""A call written as text, such as ``"net(x, (s, s - t), extra={'label': cond})"``, read without running any code in it.
+
+Text, because a convention then fits into a configuration file and into a checkpoint, and because it is how the call
+stands in the other author's code.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Call", "ConventionError"]
+
+NAMES = ("x", "s", "t", "cond")
+
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+
+def _clamp(value: Tensor, low: float, high: float) -> Tensor:
+    return value.clamp(low, high)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "abs": torch.abs,
+    "clamp": _clamp,
+    "exp": torch.exp,
+    "full": lambda value, like: torch.full_like(like, value),
+    "log": torch.log,
+    "log2": torch.log2,
+    "round": torch.round,
+    "sqrt": torch.sqrt,
+}
+
+_GRAMMAR = (
+    "write the call as in the other author's code: net(...) or net.method(...), with the names x (state), s (start), "
+    "t (end), cond, numbers, strings, None, tuples, lists, dictionaries, + - * /, and the functions "
+    + ", ".join(_FUNCTIONS)
+    + " (full(1.0, s) is a time-shaped tensor of ones)"
+)
+
+Value = Callable[[Mapping[str, Any]], Any]
+
+
+class ConventionError(ValueError):
+    """A network is not what its adapter says: how it is called, what it answers, where its time runs."""
+
+
+class Call:
+    """A parsed call.
+
+    Args:
+        text: ``"net(x, s, t, cond)"`` and the like.
+
+    Raises:
+        ValueError: If the text is no call of ``net``, or holds anything but names, literals and arithmetic.
+
+    >>> Call("net(x, 1000 * s)")(lambda x, s: (x, s), {"x": 1, "s": 0.5, "t": 0.0, "cond": None})
+    (1, 500.0)
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        try:
+            node = ast.parse(text.strip(), mode="eval").body
+        except SyntaxError as error:
+            raise ValueError(f"the call {text!r} cannot be read ({error.msg}); {_GRAMMAR}") from error
+        if not isinstance(node, ast.Call):
+            raise ValueError(f"{text!r} is no call; {_GRAMMAR}")
+        self.method = self._method(node.func)
+        self._arguments = [self._value(argument) for argument in node.args]
+        self._keywords: dict[str, Value] = {}
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                raise ValueError(f"the call {text!r} has a ** argument; {_GRAMMAR}")
+            self._keywords[keyword.arg] = self._value(keyword.value)
+        self.names = frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name)) & frozenset(NAMES)
+        if "x" not in self.names:
+            raise ValueError(f"the call {text!r} does not pass the state x; {_GRAMMAR}")
+
+    def __call__(self, network: Callable[..., Any], names: Mapping[str, Any]) -> Any:
+        """What ``network`` answers, called with the values of ``x``, ``s``, ``t`` and ``cond``."""
+        function = network if self.method is None else getattr(network, self.method)
+        arguments = [value(names) for value in self._arguments]
+        return function(*arguments, **{name: value(names) for name, value in self._keywords.items()})
+
+    def check(self, network: nn.Module) -> None:
+        """Refuse a network that has no such method.
+
+        Raises:
+            ValueError: Says what was looked for.
+        """
+        if self.method is not None and not callable(getattr(network, self.method, None)):
+            raise ValueError(f"{type(network).__name__} has no method {self.method!r}, which {self.text!r} calls")
+
+    def _method(self, function: ast.expr) -> str | None:
+        if isinstance(function, ast.Name) and function.id == "net":
+            return None
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "net":
+            return function.attr
+        raise ValueError(f"{self.text!r} does not call net; {_GRAMMAR}")
+
+    def _value(self, node: ast.expr) -> Value:
+        """The expression as a function of the names' values."""
+        if isinstance(node, ast.Constant):
+            constant = node.value
+            return lambda names: constant
+        if isinstance(node, ast.Name) and node.id in NAMES:
+            name = node.id
+            return lambda names: names[name]
+        if isinstance(node, (ast.Tuple, ast.List)):
+            items, kind = [self._value(item) for item in node.elts], tuple if isinstance(node, ast.Tuple) else list
+            return lambda names: kind(item(names) for item in items)
+        if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            values = [self._value(value) for value in node.values]
+            return lambda names: {key: value(names) for key, value in zip(keys, values, strict=True)}
+        if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+            unary, operand = _OPERATORS[type(node.op)], self._value(node.operand)
+            return lambda names: unary(operand(names))
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            binary, left, right = _OPERATORS[type(node.op)], self._value(node.left), self._value(node.right)
+            return lambda names: binary(left(names), right(names))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
+            function, arguments = _FUNCTIONS[node.func.id], [self._value(argument) for argument in node.args]
+            return lambda names: function(*(argument(names) for argument in arguments))
+        raise ValueError(f"the call {self.text!r} holds {ast.unparse(node)!r}, which is not understood; {_GRAMMAR}")
+
+    def __repr__(self) -> str:
+        return f"Call({self.text!r})"
+
+    def __reduce__(self) -> tuple[type[Call], tuple[str]]:
+        return Call, (self.text,)

@@ -1,0 +1,148 @@
+"""Hidden features of a network that was not written to give any."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["FeatureTap", "find_submodule"]
+
+
+def find_submodule(network: nn.Module, name: str, what: str = "submodule") -> nn.Module:
+    """A submodule by its dotted name.
+
+    Raises:
+        ValueError: If there is none; lists names that are close, or those at the top.
+    """
+    modules = dict(network.named_modules())
+    if name in modules and name:
+        return modules[name]
+    close = difflib.get_close_matches(name, [n for n in modules if n], n=5, cutoff=0.4)
+    some = close or [n for n, _ in network.named_children()][:12]
+    raise ValueError(
+        f"{type(network).__name__} has no {what} {name!r}; "
+        + (f"it has {', '.join(map(repr, some))}" if some else "it has no submodules at all")
+        + " (names as in named_modules())"
+    )
+
+
+def _weighted(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution of some kind: it has a weight matrix of its own."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim >= 2 and not isinstance(module, nn.Embedding)
+
+
+class FeatureTap:
+    """Reads what flows through a network: a named submodule's output, or the input of its last layer.
+
+    Features are given as ``(B, F)``, or with positions last, ``(B, F, ...)``: tokens ``(B, N, F)`` are turned. Where
+    the channels are follows from the layer: a convolution has them second, a linear layer last.
+
+    Args:
+        network: The network.
+        name: Submodule whose output is read. By default the last layer with a weight matrix that runs, whose input is
+            read; it is found in the first call.
+        channels_last: Whether the network keeps images as ``(B, H, W, C)``.
+    """
+
+    def __init__(self, network: nn.Module, name: str | None = None, channels_last: bool = False) -> None:
+        self._network = [network]  # in a list, so that nothing registers it a second time
+        self.name = name
+        self.channels_last = channels_last
+        self._last: str | None = None
+        if name is not None:
+            find_submodule(network, name)
+
+    @property
+    def layer(self) -> str | None:
+        """Name of what is read: the submodule, or the last layer once a call has shown it."""
+        return self.name or self._last
+
+    def call(self, function: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """Run ``function``, which calls the network once on ``count`` states.
+
+        Returns:
+            What it answers, and the features ``(count, F, ...)``.
+
+        Raises:
+            ValueError: If no features came by, or none that have one row per state.
+        """
+        seen: dict[str, Any] = {}
+        with self._listening(seen):
+            answer = function()
+        if self.layer is None:
+            if not seen:
+                raise ValueError(
+                    f"{type(self._network[0]).__name__} ran no linear layer or convolution to read features from; name "
+                    "a submodule: features='...', or give the head its own network: DivergenceHead(network=...)"
+                )
+            self._last = next(reversed(seen))
+        if self.layer not in seen:
+            raise ValueError(
+                f"{type(self._network[0]).__name__} did not run {self.layer!r}, whose features the head reads; name a "
+                "submodule that runs in every call: features='...'"
+            )
+        return answer, self._arranged(seen[self.layer], count)
+
+    @contextmanager
+    def _listening(self, seen: dict[str, Any]) -> Iterator[None]:
+        """Note what flows through the layer, or through every layer with weights until the last one is known."""
+
+        network, layer = self._network[0], self.layer
+        names = [layer] if layer is not None else [n for n, m in network.named_modules() if n and _weighted(m)]
+        handles = []
+        try:
+            for name in names:
+
+                def note(value: Any, name: str = name) -> None:
+                    seen.pop(name, None)  # what runs again is entered anew, so the last entry ran last
+                    seen[name] = value
+
+                def before(
+                    module: nn.Module, arguments: Any, keywords: Any, note: Callable[[Any], None] = note
+                ) -> None:
+                    note(next((a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)), None))
+
+                def after(module: nn.Module, arguments: Any, output: Any, note: Callable[[Any], None] = note) -> None:
+                    note(output[0] if isinstance(output, (tuple, list)) and output else output)
+
+                module = find_submodule(network, name)
+                if self.name is None:
+                    handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _arranged(self, features: Any, count: int) -> Tensor:
+        if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != count:
+            came = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise ValueError(
+                f"features come from {self.layer!r}, and they are {came}, but there are {count} states; name a "
+                "submodule whose output is (B, F), (B, F, H, W) or (B, N, F)"
+            )
+        if features.ndim > 2 and self._channels_are_last(features):
+            features = features.movedim(-1, 1)
+        return features
+
+    def _channels_are_last(self, features: Tensor) -> bool:
+        layer = find_submodule(self._network[0], str(self.layer))
+        if isinstance(layer, (nn.Linear, nn.LayerNorm)):
+            return True
+        if _convolves(layer) or isinstance(layer, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)):
+            return False
+        weighted = [module for module in layer.modules() if _weighted(module)]
+        if weighted and not any(_convolves(module) for module in weighted):
+            return True
+        return self.channels_last or (not weighted and features.ndim == 3)
+
+
+def _convolves(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim > 2

@@ -1,0 +1,723 @@
+"""Likelihoods for somebody else's LightningModule: one callback, its code untouched.
+
+The callback owns what it adds (head, its optimiser and average): nothing becomes a submodule of the model, so the
+model's own optimisers, schedulers and checkpoints stay as they are. While it trains, the model's ``training_step`` is
+wrapped, so that the added loss is computed inside the strategy's forward pass and its share of the backbone's gradient
+is synchronised like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
+
+from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention
+from f2d2_lightning.added_weights import AddedWeights
+from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.counter_noise import mix_seed
+from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
+from f2d2_lightning.export import CHECKPOINT_KEY, describe_joint, save_joint
+from f2d2_lightning.flow_map import Direction, FlowMap
+from f2d2_lightning.heads import DivergenceHead, JointFlowMap
+from f2d2_lightning.intervals import Intervals
+from f2d2_lightning.inversion import Inversion
+from f2d2_lightning.likelihood import LogProb, log_prob
+from f2d2_lightning.metrics import LikelihoodAgreement
+from f2d2_lightning.objectives import Objective
+from f2d2_lightning.reference import Reference
+from f2d2_lightning.sampling import Samples, check_state, sample
+from f2d2_lightning.scale import measure_scale
+from f2d2_lightning.sharding import whole_state
+from f2d2_lightning.sources import TeacherSource, VelocitySource
+from f2d2_lightning.trajectory import TrajectoryRegression
+
+__all__ = ["F2D2Callback"]
+
+WRAPPED = ("training_step", "manual_backward", "on_save_checkpoint")
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, whatever mode each submodule is in."""
+    training = [m for module in modules for m in module.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Held(FlowMap):
+    """A flow map as it is: evaluation mode, and no gradient reaches it."""
+
+    def __init__(self, flow_map: FlowMap) -> None:
+        super().__init__()
+        self.flow_map = flow_map
+        self.directions = flow_map.directions
+
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        with evaluating(self.flow_map), torch.no_grad():
+            return self.flow_map(x, s, t, cond)
+
+    def forward_features(
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        with evaluating(self.flow_map), torch.no_grad():
+            return self.flow_map.forward_features(x, s, t, cond)
+
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        with evaluating(self.flow_map), torch.no_grad():
+            return self.flow_map.velocity(x, t, cond)
+
+
+class F2D2Callback(L.Callback):
+    """Adds a divergence head and the F2D2 loss to a LightningModule that holds a few-step network.
+
+    ``Trainer(callbacks=[F2D2Callback(flow_map="net", adapter=MeanFlow(directions="both"))])`` trains the module's own
+    loss and the head's beside it, logs likelihoods in validation, and answers :meth:`log_prob` and :meth:`sample`.
+    Ai et al., "Joint Distillation for Fast Likelihood Evaluation and Sampling in Flow-based Models", 2025,
+    https://arxiv.org/abs/2512.02636
+
+    Works with automatic and manual optimisation, accumulation, clipping, any scheduler, mixed precision, compiled
+    networks, DDP and FSDP2. Random numbers are drawn apart from the module's own: with ``frozen=True`` its training is
+    the same, bit for bit, as without the callback.
+
+    Args:
+        flow_map: Name of the network in the LightningModule, as in ``named_modules()``: ``"net"``, ``"model.unet"``.
+        adapter: How the network is called (:mod:`f2d2_lightning.adapters`). Its ``directions`` are those that are
+            trained: ``"both"`` gives likelihoods of data in K evaluations, ``"to_data"`` by inversion.
+        features: Submodule of the network whose output the head reads; by default the input of its last layer.
+        interval: Submodule that embeds the network's time, to which a pair of times is added
+            (:class:`~f2d2_lightning.adapters.AddedInterval`), for networks whose second time cannot say a direction.
+        teacher: Velocity ``(x, t, cond) -> v``, flow map or module to learn from; by default the model's own diagonal
+            as it trains.
+        head: Divergence head; by default one on the network's features with a diagonal Gaussian baseline.
+        objective: What relates ``(u, D)`` to the velocity; trajectory regression by default.
+        estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
+        frozen: The added loss trains the head alone and leaves the network to the module's own loss.
+        weight: Of the added loss per dimension, beside the module's own.
+        optimizer: Makes the head's optimiser from its parameters; AdamW at 1e-3 by default.
+        follow_schedule: Scale the head's learning rate as the module's first optimiser scales its own.
+        gradient_clip: Largest norm of the head's gradient; ``None`` for no clipping.
+        ema_decay: Decay of the average of the added weights, which validates and answers.
+        data_to_state: ``batch -> (x, cond)``, states ``(B, ...)`` at ``t = 1`` as the network sees them in training,
+            or the name of a method of the module that does so; by default a tensor, or the first two items of a
+            sequence.
+        levels: Levels of discrete data: likelihoods are logged in bits per dimension; ``None``: in nats.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        steps: Step counts that validation and test report.
+        inversion: How maps that only go to data are inverted.
+        reference: Solver of the likelihood of the network's own velocity, for comparison.
+        reference_samples: Samples per evaluation and process that are compared with it; 0 for none.
+        fit_samples: Samples that the baseline and the head's scale are set from, once.
+        backward: Which ``manual_backward`` of a training step carries the added loss, from 0, in manual optimisation;
+            by default the first one while the network's parameters require gradients (a GAN's generator).
+        check: Compare the adapter with the network and a batch before the first step.
+
+    Raises:
+        ValueError: If numbers are out of range; at the start of a run, before its first step, if the network is not
+            there, does not fit the adapter, or two callbacks are on one network.
+    """
+
+    def __init__(
+        self,
+        flow_map: str,
+        adapter: Adapter | None = None,
+        features: str | None = None,
+        interval: str | None = None,
+        teacher: Callable[..., Tensor] | None = None,
+        head: DivergenceHead | None = None,
+        objective: Objective | None = None,
+        estimator: DivergenceEstimator | None = None,
+        frozen: bool = False,
+        weight: float = 1.0,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        follow_schedule: bool = True,
+        gradient_clip: float | None = 1.0,
+        ema_decay: float = 0.999,
+        data_to_state: Callable[[Any], tuple[Tensor, Tensor | None]] | str | None = None,
+        levels: int | None = None,
+        low: float = -1.0,
+        high: float = 1.0,
+        steps: Sequence[int] = (1, 2, 4, 8),
+        inversion: Inversion | None = None,
+        reference: Reference | None = None,
+        reference_samples: int = 128,
+        fit_samples: int = 2048,
+        backward: int | None = None,
+        check: bool = True,
+    ) -> None:
+        if not 0 <= ema_decay < 1 or not weight > 0 or fit_samples < 2 or reference_samples < 0:
+            raise ValueError(
+                f"ema_decay={ema_decay} lies in [0, 1), weight={weight} is positive, fit_samples={fit_samples} at least "
+                f"2, reference_samples={reference_samples} at least 0"
+            )
+        if frozen and interval is not None:
+            raise ValueError("interval= adds a direction by training the network, and frozen=True does not train it")
+        self.flow_map = flow_map
+        self.adapter = adapter or Adapter()
+        self.features, self.interval = features, interval
+        self.teacher, self.head = teacher, head
+        directions = Direction.BOTH if interval is not None else self.adapter.directions
+        if directions == Direction.NONE:
+            raise ValueError(
+                f"{self.adapter!r} is of an instantaneous velocity, which makes no jumps; distil it with "
+                "F2D2Module(teacher=...), or give interval= to train it into a flow map here"
+            )
+        self.objective = objective or TrajectoryRegression(
+            capacity=2048,
+            max_mib=64.0,
+            refresh=8.0,
+            chunk=256,
+            starts={"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4},
+            intervals=Intervals(directions),
+        )
+        if self.objective.directions != directions:
+            raise ValueError(
+                f"the objective trains {self.objective.directions}, but the adapter declares {directions}; a map that "
+                "answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
+            )
+        self.estimator = estimator or Hutchinson()
+        self.frozen, self.weight = frozen, weight
+        self.optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99)))
+        self.follow_schedule, self.gradient_clip, self.ema_decay = follow_schedule, gradient_clip, ema_decay
+        self.data_to_state = data_to_state
+        self.levels, self.low, self.high = levels, low, high
+        self.steps = tuple(steps)
+        self.inversion = inversion or Inversion()
+        self.reference = reference or Reference(steps=50)
+        self.reference_samples, self.fit_samples = reference_samples, fit_samples
+        self.backward, self.check = backward, check
+        self.shape: tuple[int, ...] | None = None
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+        self._added: AddedWeights | None = None
+        self._pending: Mapping[str, Any] | None = None
+        self._own: dict[str, Any] = {}
+        self._forget_step()
+
+    # --- the maps ---
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(flow_map=self.flow_map)
+
+    @property
+    def added(self) -> AddedWeights:
+        """Head and added embedding, their optimiser and average.
+
+        Raises:
+            RuntimeError: Before training, or before a checkpoint was restored.
+        """
+        if self._added is None:
+            raise RuntimeError(
+                "there is no divergence head yet: it is made when training starts (Trainer.fit), or restored from a "
+                "checkpoint that was saved with this callback (ckpt_path=...)"
+            )
+        return self._added
+
+    @property
+    def joint(self) -> JointFlowMap:
+        """The network with the average of the added weights: what validates and answers."""
+        average = self.added.average
+        return JointFlowMap(self._mapped(average["interval"] if "interval" in average else None), average["head"])
+
+    def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
+        """Log-likelihood of states at ``t = 1``, nats; see :func:`f2d2_lightning.log_prob`."""
+        joint = self.joint
+        inversion = None if Direction.TO_NOISE in joint.directions else self.inversion
+        with evaluating(self._network):
+            return log_prob(joint, x, steps, cond, inversion=inversion)
+
+    def sample(
+        self,
+        noise: int | Tensor,
+        steps: int | Sequence[float] = 4,
+        cond: Tensor | None = None,
+        *,
+        with_log_prob: bool = False,
+    ) -> Samples:
+        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`."""
+        joint = self.joint
+        if isinstance(noise, int):
+            if noise < 1:
+                raise ValueError(f"asked for {noise} samples; at least one is needed")
+            assert self.shape is not None
+            noise = torch.randn(noise, *self.shape, device=next(self._network.parameters()).device)
+        with evaluating(self._network):
+            return sample(joint, noise, steps, cond, log_prob=with_log_prob)
+
+    def export(self, path: str | Path) -> None:
+        """Write network, head and conventions to one file, for :func:`f2d2_lightning.load_joint`.
+
+        Under FSDP every process must call it; the first one writes.
+        """
+        state = whole_state(self._network)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            assert self.shape is not None
+            save_joint(self.joint, path, self.shape, state)
+
+    def _mapped(self, interval: nn.Module | None) -> AdaptedFlowMap:
+        # made anew for each set of added weights, the network is the same object
+        directions = None if interval is None else Direction.BOTH
+        mapped = self.adapter(self._network, features=self.features, directions=directions)
+        if interval is not None:
+            mapped.interval_name, mapped.interval = self.interval, interval  # type: ignore[assignment]
+        return mapped
+
+    # --- finding the network, wrapping the module ---
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and wrap the module's methods."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, F2D2Callback) and other is not self and other.flow_map == self.flow_map:
+                raise ValueError(
+                    f"two F2D2Callbacks are on one network, {self.flow_map!r}; keep one of them, or name another network"
+                )
+        if not is_overridden("configure_model", pl_module):
+            self._find(pl_module)
+        self._trainer, self._module = trainer, pl_module
+        self._wrap("on_save_checkpoint", self._saving)
+        if stage == "fit":
+            self._check_signature(pl_module)
+            self._wrap("training_step", self._stepping)
+            self._wrap("manual_backward", self._backward)
+
+    def _find(self, pl_module: L.LightningModule) -> None:
+        modules = dict(pl_module.named_modules())
+        network = modules.get(self.flow_map) if self.flow_map else None
+        if network is None:
+            import difflib
+
+            names = [name for name in modules if name]
+            close = difflib.get_close_matches(self.flow_map, names, n=5, cutoff=0.4)
+            some = close or [n for n, _ in pl_module.named_children()]
+            raise ValueError(
+                f"{type(pl_module).__name__} has no submodule {self.flow_map!r}; it has "
+                f"{', '.join(map(repr, some)) or 'none at all'} (names as in named_modules())"
+            )
+        self._network = getattr(network, "_orig_mod", network)
+
+    def _check_signature(self, pl_module: L.LightningModule) -> None:
+        import inspect
+
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise ValueError(
+                f"{type(pl_module).__name__}.training_step takes dataloader_iter, so its batches are not seen; write "
+                "training_step(batch, batch_idx), or compute the loss by hand (f2d2_lightning.JointFlowMap)"
+            )
+
+    def _wrap(self, name: str, around: Callable[..., Any]) -> None:
+        before = vars(self._module).get(name)
+        original = getattr(self._module, name)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        self._own[name] = before
+        setattr(self._module, name, wrapped)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the module its own methods back."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """As teardown, which does not come then."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for name, before in self._own.items():
+            if before is None:
+                vars(self._module).pop(name, None)
+            else:
+                setattr(self._module, name, before)
+        self._own = {}
+
+    # --- making the head ---
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The network exists by now, also where ``configure_model`` makes it."""
+        self._find(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make or restore the head, check the adapter, set baseline and scale from data, and share them."""
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.random.fork_rng([]):
+            torch.manual_seed(mix_seed(self._seed, "start"))
+            x, cond = self._state(next(self._batches(trainer)))
+            self.shape = self.shape or tuple(x.shape[1:])
+            if self._added is None:
+                self._make(x, cond, pl_module.device)
+            if self.check:
+                check_convention(self._mapped(None), x, cond)
+            self._prepare_training()
+            if self._pending is not None:
+                self._restore_pending()
+            elif self.added.steps == 0:
+                self._fit(trainer)
+        self._evaluations_started = False
+
+    def _make(self, x: Tensor, cond: Tensor | None, device: torch.device) -> None:
+        flow_map = self.adapter(self._network, features=self.features, interval=self.interval).to(device)
+        head = self.head
+        if head is None:
+            # one row tells the shape; under no_grad and in evaluation mode
+            channels = flow_map.probe(x, cond)
+            head = self._default_head(flow_map, channels, x, cond)
+        elif head.reads_features and head.features != flow_map.probe(x, cond):
+            raise ValueError(
+                f"the head reads {head.features} feature channels, and {self.flow_map!r} gives {flow_map.features} "
+                f"(from {flow_map.tap.layer if flow_map.tap else None!r}); set DivergenceHead(features="
+                f"{flow_map.features})"
+            )
+        self._assemble(head, flow_map.interval, device)
+
+    def _default_head(
+        self, flow_map: AdaptedFlowMap, channels: int, x: Tensor, cond: Tensor | None
+    ) -> DivergenceHead:
+        with evaluating(self._network), torch.no_grad():
+            low, high = (0.25, 0.75) if Direction.TO_DATA in flow_map.directions else (0.75, 0.25)
+            features = flow_map.forward_features(x, low, high, cond)[1]
+        baseline = GaussianBaseline(x.shape[1:], "diagonal")
+        return DivergenceHead(channels, per_axis=features.ndim == 2, baseline=baseline)
+
+    def _assemble(self, head: DivergenceHead, interval: nn.Module | None, device: torch.device) -> None:
+        live = nn.ModuleDict({"head": head} | ({} if interval is None else {"interval": interval})).to(device).train()
+        self._added = AddedWeights(live, self.optimizer, self.ema_decay, self.gradient_clip)
+
+    def _prepare_training(self) -> None:
+        live = self.added.live
+        mapped: FlowMap = self._mapped(live["interval"] if "interval" in live else None)
+        held = _Held(mapped)
+        head = live["head"]
+        assert isinstance(head, DivergenceHead)
+        self._student = JointFlowMap(held if self.frozen else mapped, head)
+        self._source: VelocitySource
+        if self.teacher is None:
+            self._source = TeacherSource(held.velocity, self.estimator, stationary=False)
+        else:
+            if isinstance(self.teacher, nn.Module):
+                self.teacher.requires_grad_(False).eval().to(self._module.device)
+            self._source = TeacherSource(self.teacher, self.estimator)
+
+    @torch.no_grad()
+    def _fit(self, trainer: L.Trainer) -> None:
+        head = self.added.live["head"]
+        assert isinstance(head, DivergenceHead)
+        states = [self._state(batch) for batch in self._batches(trainer)]
+        if head.baseline is not None and not bool(head.baseline.fitted):
+            head.baseline.fit(x for x, _ in states)
+        head.scale.fill_(measure_scale(head, self._source, states, self.objective.path))
+        # every process saw the same samples; broadcast all the same, for data that differ between machines
+        self.added.broadcast()
+
+    def _batches(self, trainer: L.Trainer) -> Iterator[Any]:
+        """Some of the training data, on the device, without touching the trainer's own iterators."""
+        loader = trainer.train_dataloader
+        if loader is None:
+            raise RuntimeError("there are no training data")
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            seen = 0
+            for batch in loader:
+                batch = trainer.strategy.batch_to_device(batch)
+                yield batch
+                seen += len(self._state(batch)[0])
+                if seen >= self.fit_samples:
+                    return
+            return
+        count = len(loader.dataset)  # type: ignore[arg-type]
+        rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: self.fit_samples].tolist()
+        collate = loader.collate_fn if loader.batch_size is not None else default_collate
+        # another loader: a second iterator of one with persistent workers would reset the first; and batches of a fixed
+        # size, so that what is set from them does not depend on the number of processes
+        for batch in DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=collate):
+            yield trainer.strategy.batch_to_device(batch)
+
+    def _state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        convert = self.data_to_state
+        if isinstance(convert, str):
+            if not callable(getattr(self._module, convert, None)):
+                raise ValueError(f"data_to_state={convert!r}, and {type(self._module).__name__} has no such method")
+            convert = getattr(self._module, convert)
+        if convert is not None:
+            x, cond = convert(batch)  # type: ignore[operator]
+        elif isinstance(batch, Tensor):
+            x, cond = batch, None
+        elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+            x, cond = batch[0], batch[1] if len(batch) > 1 else None
+        else:
+            keys = f" with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
+            raise ValueError(
+                f"a batch is a {type(batch).__name__}{keys}; say where its states are: "
+                "F2D2Callback(data_to_state=lambda batch: (batch['image'], None))"
+            )
+        check_state(x, "the batch of states")
+        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"states have shape {tuple(x.shape[1:])}, and the head was made for {self.shape}")
+        return x, cond if "cond" in self.adapter.call.names else None
+
+    # --- training ---
+
+    def _forget_step(self) -> None:
+        self._due: tuple[Any, int] | None = None
+        self._backwards = 0
+        self._stepped = False
+        self._gradient_scale = 1.0
+
+    def _stepping(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batch = args[0] if args else kwargs["batch"]
+        index = int(kwargs.get("batch_idx", args[1] if len(args) > 1 else 0))
+        self._forget_step()
+        if self._module.automatic_optimization:
+            output = original(*args, **kwargs)
+            if output is None:  # the module leaves this batch out
+                return None
+            own = output["loss"] if isinstance(output, Mapping) else output
+            total = own + self._loss(batch, index).to(own)
+            return {**output, "loss": total} if isinstance(output, Mapping) else total
+        self._due = batch, index
+        output = original(*args, **kwargs)
+        if self._due is not None and (self._backwards > 0 or self._stepped):
+            raise RuntimeError(
+                f"{type(self._module).__name__}.training_step called manual_backward {self._backwards} times, none of "
+                f"which the added loss could go with (backward={self.backward}; the parameters of {self.flow_map!r} "
+                "must require gradients then); use self.manual_backward(loss) instead of loss.backward(), and say "
+                "which call: F2D2Callback(backward=0)"
+            )
+        return output
+
+    def _backward(self, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        index, self._backwards = self._backwards, self._backwards + 1
+        if self._due is not None and self._carries(index):
+            (batch, batch_index), self._due = self._due, None
+            loss = loss + self._loss(batch, batch_index).to(loss)
+        original(loss, *args, **kwargs)
+
+    def _carries(self, index: int) -> bool:
+        if self.backward is not None:
+            return index == self.backward
+        return self.frozen or any(p.requires_grad for p in self._network.parameters())
+
+    def _loss(self, batch: Any, batch_index: int) -> Tensor:
+        trainer, module = self._trainer, self._module
+        x, cond = self._state(batch)
+        devices = [x.device] if x.device.type == "cuda" else []
+        parts = (self._seed, trainer.current_epoch, batch_index)
+        total = trainer.estimated_stepping_batches
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(mix_seed(*parts, trainer.global_rank))
+            if trainer.world_size > 1:
+                # processes may share a sharded network, and must call it equally often
+                self.objective.structure = torch.Generator().manual_seed(mix_seed(*parts, "structure"))
+            progress = min(1.0, trainer.global_step / max(1.0, total))
+            terms = self.objective(self._student, self._source, x, cond, progress=progress)
+        self.log_terms(module, terms._asdict(), len(x))
+        return self.weight / x[0].numel() * terms.loss
+
+    @staticmethod
+    def log_terms(module: L.LightningModule, terms: Mapping[str, Tensor], count: int) -> None:
+        """Log the parts of the added loss."""
+        named = {f"train/f2d2_{name}": value.detach() for name, value in terms.items()}
+        module.log_dict(named, batch_size=count)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """The head's gradients are there as well now; in manual optimisation they may still grow within the batch."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._gradient_scale = 1.0 if scaler is None else float(scaler.get_scale())
+        if pl_module.automatic_optimization:
+            self._step(trainer)
+        else:
+            self._stepped = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """In manual optimisation the head steps once in a batch in which an optimiser of the module did."""
+        if self._stepped:
+            self._stepped = False
+            self._step(trainer)
+
+    def _step(self, trainer: L.Trainer) -> None:
+        factor = 1.0
+        if self.follow_schedule and trainer.optimizers:
+            group = trainer.optimizers[0].param_groups[0]
+            peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+            factor = float(group["lr"]) / float(peak) if peak else 1.0
+        self.added.step(self._gradient_scale, factor)
+
+    # --- evaluation ---
+
+    def _start_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._evaluations_started = False
+        if trainer.sanity_checking:
+            return
+        self._find(pl_module)
+        self._module = pl_module
+        if self._added is None and self._pending is not None:
+            self._make_from(self._pending, pl_module.device)
+            self._restore_pending()
+        if self._added is None:
+            warnings.warn(
+                "F2D2Callback has no trained head to evaluate; pass a checkpoint that was saved with it "
+                "(ckpt_path=...), or fit first",
+                stacklevel=2,
+            )
+            return
+        self.added.to(pl_module.device)
+        assert self.shape is not None
+        dim = int(torch.tensor(self.shape).prod())
+        make = lambda: LikelihoodAgreement(dim, self.levels, self.low, self.high).to(pl_module.device)  # noqa: E731
+        self._nll = {k: make() for k in self.steps}
+        self._agreement = {k: make() for k in self.steps}
+        self._compared, self._unconverged, self._seen = 0, dict.fromkeys(self.steps, 0), 0
+        self._evaluations_started = True
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start afresh."""
+        self._start_evaluation(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start afresh."""
+        self._start_evaluation(trainer, pl_module)
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Any) -> None:
+        if not self._evaluations_started:
+            return
+        x, cond = self._state(batch)
+        compared = min(len(x), self.reference_samples - self._compared)
+        reference = None
+        if compared > 0 and self._has_reference():
+            self._compared += compared
+            cond_compared = None if cond is None else cond[:compared]
+            with evaluating(self._network):
+                reference = self.reference(self._reference_velocity(), x[:compared], cond_compared).value
+        self._seen += len(x)
+        for k in self.steps:
+            answer = self.log_prob(x, k, cond)
+            good = answer.value.isfinite()
+            self._unconverged[k] += int((~good).sum())
+            self._nll[k].update(answer.value[good], answer.value[good])
+            if reference is not None:
+                kept = good[:compared]
+                self._agreement[k].update(answer.value[:compared][kept], reference[kept])
+
+    def _has_reference(self) -> bool:
+        return self.teacher is not None or self._mapped(None).has_velocity
+
+    def _reference_velocity(self) -> Callable[..., Tensor]:
+        return self.teacher or self._mapped(None).velocity
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Few-step likelihoods of the batch."""
+        self._evaluate(batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Few-step likelihoods of the batch."""
+        self._evaluate(batch)
+
+    def _log(self, pl_module: L.LightningModule, stage: str) -> None:
+        if not self._evaluations_started:
+            return
+        for k in self.steps:
+            named: dict[str, Tensor | float] = {}
+            if self._nll[k].log_prob:
+                result = self._nll[k].compute()
+                named |= {"nll": result.nll, "nll_standard_error": result.nll_standard_error}
+            if self._agreement[k].log_prob:
+                result = self._agreement[k].compute()
+                named |= {
+                    "gap": result.gap,
+                    "absolute_error": result.absolute_error,
+                    "correlation": result.correlation,
+                    "reference_nll": result.reference_nll,
+                }
+            if Direction.TO_NOISE not in self.joint.directions:
+                named["unconverged"] = self._unconverged[k] / max(1, self._seen)
+            for name, value in named.items():
+                value = torch.as_tensor(value, dtype=torch.float32, device=pl_module.device)
+                pl_module.log(f"{stage}/f2d2_{name}_{k}", value, sync_dist=name == "unconverged")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what was gathered."""
+        self._log(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what was gathered."""
+        self._log(pl_module, "test")
+
+    # --- checkpoints ---
+
+    def _saving(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        original(checkpoint)
+        # through the module's hook, since weights-only checkpoints leave out the state of callbacks
+        if self._added is not None and self.shape is not None:
+            checkpoint.setdefault(CHECKPOINT_KEY, {})[self.flow_map] = describe_joint(self.joint, self.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run or an evaluation needs."""
+        if self._added is None:
+            return dict(self._pending or {})
+        head = self._added.live["head"]
+        assert isinstance(head, DivergenceHead)
+        return {
+            "seed": self._seed,
+            "shape": list(self.shape or ()),
+            "head": head.config(),
+            "added": self._added.state_dict(),
+            "objective": self.objective.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Taken over once network and data are there."""
+        self._pending = state_dict or None
+
+    def _make_from(self, state: Mapping[str, Any], device: torch.device) -> None:
+        head = self.head or DivergenceHead.from_config(state["head"])
+        self.shape = tuple(state["shape"])
+        interval = self.adapter(self._network, interval=self.interval).interval
+        self._assemble(head, interval, device)
+
+    def _restore_pending(self) -> None:
+        state, self._pending = self._pending, None
+        assert state is not None
+        if tuple(state["shape"]) != self.shape:
+            raise ValueError(
+                f"the checkpoint's head is for states of shape {tuple(state['shape'])}, the data have {self.shape}"
+            )
+        self._seed = state["seed"]
+        self.added.load_state_dict(state["added"])
+        self.objective.load_state_dict(state["objective"])
+

@@ -1,0 +1,66 @@
+"""Networks whose weights are spread over processes (FSDP2), without more of it than this package needs.
+
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+
+__all__ = ["is_sharded", "load_whole", "shard", "whole_state"]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's parameters are spread over processes."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def shard(module: nn.Module, mesh: Any) -> None:
+    """Spread a module's parameters over processes: each block of its ``nn.ModuleList``s, then what is left.
+
+    Nothing is done to a module without parameters, or one that is sharded already.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    if is_sharded(module) or not any(True for _ in module.parameters()):
+        return
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    for block in [child for children in lists for child in children]:
+        # a block inside of a block would be a unit of its own for no gain, and a lone layer is not worth a message
+        if any(True for _ in block.children()):
+            fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    if hasattr(module, "forward_features"):
+        register_fsdp_forward_method(module, "forward_features")
+
+
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """A module's ``state_dict`` on the CPU, gathered where it is sharded; every process must call it then."""
+    if not is_sharded(module):
+        return module.state_dict()
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Inverse of :func:`whole_state`, into a module that may be sharded.
+
+    Raises:
+        RuntimeError: If names or shapes differ.
+    """
+    if not is_sharded(module):
+        module.load_state_dict(state)
+        return
+    set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
