@@ -74,7 +74,7 @@ class Foreign(MeanFlowModule):
             shard(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.net.parameters(), 0.05)
+        return torch.optim.SGD(self.net.parameters(), 0.05, momentum=0.5)
 
 
 class ForeignManual(Foreign, ManualModule):
@@ -83,7 +83,7 @@ class ForeignManual(Foreign, ManualModule):
     training_step = ManualModule.training_step
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.critic.parameters(), 1e-3), torch.optim.SGD(self.net.parameters(), 0.05)
+        return torch.optim.SGD(self.critic.parameters(), 1e-3, momentum=0.5), torch.optim.SGD(self.net.parameters(), 0.05, momentum=0.5)
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -99,13 +99,21 @@ class Gradients(L.Callback):
         self.gradients = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
 
 
+class Stop(L.Callback):
+    """An interruption after some steps of a run that was to be longer."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step >= 2:
+            trainer.should_stop = True
+
+
 def whole(value: torch.Tensor) -> torch.Tensor:
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.02)
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.5)
 
 
 def constant(optimizer: Any) -> Any:
@@ -144,8 +152,10 @@ def f2d2(**kwargs: Any) -> f2.F2D2Callback:
 
 
 def strategy(name: str) -> Any:
-    if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
+    if name.startswith("ddp"):
+        # two backward passes a step, as in a GAN, need it with or without this package
+        unused = name == "ddp-unused"
+        return DDPStrategy(process_group_backend="gloo", find_unused_parameters=unused)
     if name == "fsdp":
         return ModelParallelStrategy(
             process_group_backend="gloo", save_distributed_checkpoint=False, data_parallel_size=2, tensor_parallel_size=1
@@ -173,7 +183,7 @@ def outcome(module: L.LightningModule, made: L.Trainer, callback: f2.F2D2Callbac
         for kind in ("live", "average"):
             modules: nn.Module = getattr(callback.added, kind)
             state |= {f"{kind}.{name}": value.clone() for name, value in modules.state_dict().items()}
-    metrics = {name: float(v) for name, v in made.callback_metrics.items() if name.startswith("val/")}
+    metrics = {name: float(v) for name, v in made.callback_metrics.items() if name.startswith("val/") and name != "val/loss"}
     gradients = next(c for c in made.callbacks if isinstance(c, Gradients)).gradients
     return {"state": state, "metrics": metrics, "gradients": gradients}
 
@@ -187,7 +197,8 @@ def train_callback(
     folder: Path, name: str, replicas: int, kind: type[Foreign] = Foreign, trainer_options: Any = None, **kwargs: Any
 ) -> dict[str, Any]:
     module, callback = kind(), f2d2(**kwargs)
-    made = fit(folder, name, module, [callback, Gradients()], replicas, **(trainer_options or {}))
+    used = "ddp-unused" if name == "ddp" and kind is ForeignManual else name
+    made = fit(folder, used, module, [callback, Gradients()], replicas, **(trainer_options or {}))
     answer = outcome(module, made, callback)
     export = folder / f"{name}-{kwargs.get('frozen')}-{kind.__name__}.pt"
     callback.export(export)
@@ -210,11 +221,13 @@ def resume(folder: Path, name: str, replicas: int, which: str) -> dict[str, Any]
     uninterrupted = outcome(module, fit(folder, name, module, callbacks, replicas), callback)
     module, callbacks, _ = make()
     saved = ModelCheckpoint(folder / f"{name}-{which}", filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    fit(folder, name, module, [*callbacks, saved], replicas, max_steps=2, enable_checkpointing=True)
+    fit(folder, name, module, [*callbacks, saved, Stop()], replicas, enable_checkpointing=True)
     module, callbacks, callback = make()
     ckpt = folder / f"{name}-{which}" / "step=2.ckpt"
     made = fit(folder, name, module, callbacks, replicas, ckpt_path=ckpt)
-    return {"uninterrupted": uninterrupted, "resumed": outcome(module, made, callback), "is_folder": ckpt.is_dir()}
+    objective: Any = module.objective if isinstance(module, Student) else callback.objective  # type: ignore[union-attr]
+    answer = {"uninterrupted": uninterrupted, "resumed": outcome(module, made, callback), "is_folder": ckpt.is_dir()}
+    return answer | {"first_trajectory": objective.state_dict()["pool"]["entries"][0]["x"]}
 
 
 def cases(replicas: int) -> dict[str, Any]:

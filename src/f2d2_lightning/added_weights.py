@@ -10,12 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from f2d2_lightning.average import copy_frozen, update_average, warmed_decay
+from f2d2_lightning.processes import process_count
 
 __all__ = ["AddedWeights"]
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class AddedWeights:
@@ -50,7 +47,7 @@ class AddedWeights:
     @torch.no_grad()
     def broadcast(self) -> None:
         """Take over the first process's weights and buffers, and start the average there."""
-        if _distributed():
+        if process_count() > 1:
             for tensor in (*self.live.parameters(), *self.live.buffers()):
                 # booleans are no arithmetic type for every backend
                 value = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.detach().clone()
@@ -68,11 +65,11 @@ class AddedWeights:
             rate_factor: Factor of the optimiser's learning rates.
         """
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
-        if not _distributed() and all(p.grad is None for p in self.parameters):
+        if process_count() == 1 and all(p.grad is None for p in self.parameters):
             return
-        if _distributed():
+        if process_count() > 1:
             dist.all_reduce(flat)
-            flat = flat / dist.get_world_size()
+            flat = flat / process_count()
         flat = flat / gradient_scale
         norm = torch.linalg.vector_norm(flat)
         if not bool(norm.isfinite()):

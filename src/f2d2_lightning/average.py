@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.sharding import reshard
+
 __all__ = ["copy_frozen", "update_average", "warmed_decay"]
 
 
@@ -32,6 +34,8 @@ def update_average(average: nn.Module, live: nn.Module, decay: float) -> None:
         live: The model in training, of the same structure.
         decay: Share of the old average, in [0, 1).
     """
+    for module in (average, live):
+        reshard(module)
     moved: list[Tensor] = []
     towards: list[Tensor] = []
     for mine, theirs in zip(average.parameters(), live.parameters(), strict=True):

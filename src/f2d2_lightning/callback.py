@@ -36,6 +36,7 @@ from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
 from f2d2_lightning.metrics import LikelihoodAgreement
 from f2d2_lightning.objectives import Objective
+from f2d2_lightning.processes import gather_states, own_state
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.sampling import Samples, check_state, sample
 from f2d2_lightning.scale import measure_scale
@@ -408,6 +409,11 @@ class F2D2Callback(L.Callback):
         self._student = JointFlowMap(held if self.frozen else mapped, head)
         self._source: VelocitySource
         if self.teacher is None:
+            if mapped.endpoint_only:
+                raise ValueError(
+                    f"{self.flow_map!r} maps to data only and has no instantaneous velocity to learn divergences from; "
+                    "give F2D2Callback the teacher that it was distilled from, or interval='name of the time embedding'"
+                )
             self._source = TeacherSource(held.velocity, self.estimator, stationary=False)
         else:
             if isinstance(self.teacher, nn.Module):
@@ -619,10 +625,10 @@ class F2D2Callback(L.Callback):
                 self._agreement[k].update(answer.value[:compared][kept], reference[kept])
 
     def _has_reference(self) -> bool:
-        return self.teacher is not None or self._mapped(None).has_velocity
+        return self.teacher is not None or not self.joint.flow_map.endpoint_only
 
     def _reference_velocity(self) -> Callable[..., Tensor]:
-        return self.teacher or self._mapped(None).velocity
+        return self.teacher or self.joint.flow_map.velocity
 
     def on_validation_batch_end(
         self,
@@ -697,7 +703,7 @@ class F2D2Callback(L.Callback):
             "shape": list(self.shape or ()),
             "head": head.config(),
             "added": self._added.state_dict(),
-            "objective": self.objective.state_dict(),
+            "objective": gather_states(self.objective.state_dict()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -719,5 +725,5 @@ class F2D2Callback(L.Callback):
             )
         self._seed = state["seed"]
         self.added.load_state_dict(state["added"])
-        self.objective.load_state_dict(state["objective"])
+        self.objective.load_state_dict(own_state(state["objective"]))
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-__all__ = ["is_sharded", "load_whole", "shard", "whole_state"]
+__all__ = ["is_sharded", "load_whole", "reshard", "shard", "whole_state"]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -41,10 +41,21 @@ def shard(module: nn.Module, mesh: Any) -> None:
     for block in [child for children in lists for child in children]:
         # a block inside of a block would be a unit of its own for no gain, and a lone layer is not worth a message
         if any(True for _ in block.children()):
-            fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if hasattr(module, "forward_features"):
         register_fsdp_forward_method(module, "forward_features")
+
+
+def reshard(module: nn.Module) -> None:
+    """Give up what a forward pass gathered, so that parameters are this process's share again; else nothing."""
+    if not is_sharded(module):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:

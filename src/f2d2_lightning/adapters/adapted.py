@@ -202,7 +202,7 @@ class AdaptedFlowMap(FlowMap):
             )
         u, features = self.tap.call(lambda: self(x, s, t, cond), len(x))
         self._features = features.shape[1]
-        return u, features
+        return u, features.to(x.dtype)
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from f2d2_lightning.average import copy_frozen
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
 from f2d2_lightning.flow_map import Direction, FlowMap
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
@@ -22,6 +23,7 @@ from f2d2_lightning.likelihood import LogProb, log_prob
 from f2d2_lightning.modules.base import FlowModule, clock, object_names
 from f2d2_lightning.modules.flow_matching import FlowMatchingModule
 from f2d2_lightning.objectives import Objective
+from f2d2_lightning.processes import gather_states, own_state
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sampling import Samples, sample
@@ -202,6 +204,10 @@ class F2D2Module(FlowModule):
         """The objective's loss; its parts are logged beside it."""
         x, cond = self.data_to_state(batch)
         progress = min(1.0, self.trainer.global_step / max(1.0, self.trainer.estimated_stepping_batches))
+        if self.trainer.world_size > 1:
+            # processes may share a sharded network, and must call it equally often
+            seed = mix_seed(self._seed, self.trainer.current_epoch, batch_idx, "structure")
+            self.objective.structure = torch.Generator().manual_seed(seed)
         terms = self.objective(self.joint, self._source, x, cond, anchor=self._anchor, progress=progress)
         self.log("train/loss", terms.loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
@@ -209,13 +215,13 @@ class F2D2Module(FlowModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["f2d2"]["objective"] = self.objective.state_dict()
+        checkpoint["f2d2"]["objective"] = gather_states(self.objective.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint.get("f2d2", {}).get("objective")
-        if state:
-            self.objective.load_state_dict(state)
+        states = checkpoint.get("f2d2", {}).get("objective")
+        if states:
+            self.objective.load_state_dict(own_state(states))
 
     # --- evaluation ---
 

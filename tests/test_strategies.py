@@ -1,0 +1,116 @@
+"""DDP and FSDP2 in two processes: ranks equal, and equal to one process; resume and checkpoints, whole and sharded."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+COMPARED = ("module", "module frozen", "callback", "callback frozen", "callback manual", "callback accumulating")
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def launch(folder, count):
+    """Start ``count`` processes that form one group."""
+    port, processes = free_port(), []
+    for rank in range(count):
+        environment = os.environ | {"PYTHONPATH": str(WORKER.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment.pop("PL_GLOBAL_SEED", None)
+        if count > 1:
+            names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank}
+            names |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
+            environment |= {name: str(value) for name, value in names.items()}
+        log = (folder / f"{count}-{rank}.log").open("w")
+        command = [sys.executable, str(WORKER), str(folder)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return processes
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results of one process, and of each of two."""
+    folder = tmp_path_factory.mktemp("strategies")
+    processes = launch(folder, 2)
+    try:
+        alone = launch(folder, 1)
+        for process in (*alone, *processes):
+            process.wait(timeout=400)
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
+    names = ("1-0", "2-0", "2-1")
+    missing = [name for name in names if not (folder / f"{name}.pt").exists()]
+    assert not missing, logs
+    loaded = {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in names}
+    return loaded
+
+
+def difference(one, other, path=""):
+    """Largest absolute difference of two nested results with the same names."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), f"{path}: {one.keys() ^ other.keys()}"
+        return max((difference(one[name], other[name], f"{path}/{name}") for name in one), default=0.0)
+    if isinstance(one, torch.Tensor):
+        assert one.shape == other.shape, path
+        value = float((one.double() - other.double()).abs().max())
+        assert value == value, f"{path} is NaN"
+        return value
+    return abs(one - other)
+
+
+def get(results, process, case):
+    answer = results[process][case]
+    assert "error" not in answer, answer.get("error")
+    return answer
+
+
+@pytest.mark.parametrize("case", COMPARED)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_agree_with_each_other_and_with_one(results, strategy, case):
+    first, second = (get(results, f"2-{rank}", f"{strategy} {case}") for rank in (0, 1))
+    assert difference(first, second) == 0
+    assert difference(first, get(results, "1-0", f"one {case}")) < 1e-12
+    assert any(name.endswith("_2") or "nll" in name for name in first["metrics"])
+
+
+@pytest.mark.parametrize("case", ["module", "callback"])
+def test_the_comparison_sees_what_it_should(results, case):
+    """Joint and frozen differ in the backbone, and both train the head."""
+    joint, frozen = (get(results, "1-0", f"one {name}") for name in (case, f"{case} frozen"))
+    backbone = [name for name in joint["state"] if name.startswith(("net.", "joint.flow_map."))]
+    assert difference(*({n: r["state"][n] for n in backbone} for r in (joint, frozen))) > 1e-4
+    # the head starts at zero and moves away, and its average follows at a distance
+    for result in (joint, frozen):
+        live, average = (
+            next(v for n, v in result["state"].items() if n.startswith(starts) and n.endswith("head.out.weight"))
+            for starts in (("live.", "joint."), "average.")
+        )
+        assert min(float(v.abs().max()) for v in (live, average, live - average)) > 1e-6
+
+
+@pytest.mark.parametrize("which", ["module", "callback"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp-sharded"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(results, strategy, which):
+    """In the middle of an epoch, with a pool of trajectories that differs between the processes."""
+    for rank in (0, 1):
+        answer = get(results, f"2-{rank}", f"{strategy} resume {which}")
+        assert difference(answer["uninterrupted"], answer["resumed"]) == 0
+        assert answer["is_folder"] is (strategy == "fsdp-sharded")
+
+
+def test_processes_draw_different_numbers(results):
+    """Their pools would otherwise hold the same trajectories."""
+    states = [get(results, f"2-{rank}", "ddp resume module")["first_trajectory"] for rank in (0, 1)]
+    assert float((states[0] - states[1]).abs().max()) > 1e-3
