@@ -284,11 +284,6 @@ class F2D2Callback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and wrap the module's methods."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, F2D2Callback) and other is not self and other.flow_map == self.flow_map:
-                raise ValueError(
-                    f"two F2D2Callbacks are on one network, {self.flow_map!r}; keep one of them, or name another network"
-                )
         if not is_overridden("configure_model", pl_module):
             self._find(pl_module)
         self._trainer, self._module = trainer, pl_module
@@ -299,7 +294,7 @@ class F2D2Callback(L.Callback):
             self._wrap("manual_backward", self._backward)
 
     def _find(self, pl_module: L.LightningModule) -> None:
-        modules = dict(pl_module.named_modules())
+        modules = dict(pl_module.named_modules(remove_duplicate=False))
         network = modules.get(self.flow_map) if self.flow_map else None
         if network is None:
             import difflib
@@ -354,6 +349,11 @@ class F2D2Callback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The network exists by now, also where ``configure_model`` makes it."""
         self._find(pl_module)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, F2D2Callback) and other is not self and vars(other).get("_network") is self._network:
+                raise ValueError(
+                    f"two F2D2Callbacks are on one network, {self.flow_map!r} and {other.flow_map!r}; keep one of them"
+                )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make or restore the head, check the adapter, set baseline and scale from data, and share them."""
@@ -361,10 +361,11 @@ class F2D2Callback(L.Callback):
             torch.manual_seed(mix_seed(self._seed, "start"))
             x, cond = self._state(next(self._batches(trainer)))
             self.shape = self.shape or tuple(x.shape[1:])
-            if self._added is None:
-                self._make(x, cond, pl_module.device)
+            flow_map = self.adapter(self._network, features=self.features, interval=self.interval).to(pl_module.device)
             if self.check:
-                check_convention(self._mapped(None), x, cond)
+                check_convention(flow_map, x, cond)
+            if self._added is None:
+                self._assemble(self._make_head(flow_map, x, cond), flow_map.interval, pl_module.device)
             self._prepare_training()
             if self._pending is not None:
                 self._restore_pending()
@@ -372,29 +373,23 @@ class F2D2Callback(L.Callback):
                 self._fit(trainer)
         self._evaluations_started = False
 
-    def _make(self, x: Tensor, cond: Tensor | None, device: torch.device) -> None:
-        flow_map = self.adapter(self._network, features=self.features, interval=self.interval).to(device)
-        head = self.head
-        if head is None:
-            # one row tells the shape; under no_grad and in evaluation mode
-            channels = flow_map.probe(x, cond)
-            head = self._default_head(flow_map, channels, x, cond)
-        elif head.reads_features and head.features != flow_map.probe(x, cond):
-            raise ValueError(
-                f"the head reads {head.features} feature channels, and {self.flow_map!r} gives {flow_map.features} "
-                f"(from {flow_map.tap.layer if flow_map.tap else None!r}); set DivergenceHead(features="
-                f"{flow_map.features})"
-            )
-        self._assemble(head, flow_map.interval, device)
-
-    def _default_head(
-        self, flow_map: AdaptedFlowMap, channels: int, x: Tensor, cond: Tensor | None
-    ) -> DivergenceHead:
+    def _make_head(self, flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None) -> DivergenceHead:
+        if self.head is not None and not self.head.reads_features:
+            return self.head
         with evaluating(self._network), torch.no_grad():
             low, high = (0.25, 0.75) if Direction.TO_DATA in flow_map.directions else (0.75, 0.25)
             features = flow_map.forward_features(x, low, high, cond)[1]
-        baseline = GaussianBaseline(x.shape[1:], "diagonal")
-        return DivergenceHead(channels, per_axis=features.ndim == 2, baseline=baseline)
+        channels = features.shape[1]
+        if self.head is None:
+            return DivergenceHead(
+                channels, per_axis=features.ndim == 2, baseline=GaussianBaseline(x.shape[1:], "diagonal")
+            )
+        if self.head.features != channels:
+            raise ValueError(
+                f"the head reads {self.head.features} feature channels, and {self.flow_map!r} gives {channels} (from "
+                f"{flow_map.tap.layer if flow_map.tap else None!r}); set DivergenceHead(features={channels})"
+            )
+        return self.head
 
     def _assemble(self, head: DivergenceHead, interval: nn.Module | None, device: torch.device) -> None:
         live = nn.ModuleDict({"head": head} | ({} if interval is None else {"interval": interval})).to(device).train()
@@ -688,7 +683,16 @@ class F2D2Callback(L.Callback):
 
     def _saving(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         original(checkpoint)
-        # through the module's hook, since weights-only checkpoints leave out the state of callbacks
+        # through the module's hook as well: weights-only checkpoints leave out everything of callbacks
+        self._describe(checkpoint)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """What :func:`f2d2_lightning.load_joint` needs, beside the state that a resumed run needs."""
+        self._describe(checkpoint)
+
+    def _describe(self, checkpoint: dict[str, Any]) -> None:
         if self._added is not None and self.shape is not None:
             checkpoint.setdefault(CHECKPOINT_KEY, {})[self.flow_map] = describe_joint(self.joint, self.shape)
 

@@ -133,7 +133,13 @@ class Call:
             binary, left, right = _OPERATORS[type(node.op)], self._value(node.left), self._value(node.right)
             return lambda names: binary(left(names), right(names))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
-            function, arguments = _FUNCTIONS[node.func.id], [self._value(argument) for argument in node.args]
+            name, takes = node.func.id, {"clamp": 3, "full": 2}.get(node.func.id, 1)
+            if node.keywords or len(node.args) != takes:
+                raise ValueError(
+                    f"in the call {self.text!r}, {name} takes {takes} argument{'s' * (takes > 1)} and no keyword, and "
+                    f"got {ast.unparse(node)!r}; {_GRAMMAR}"
+                )
+            function, arguments = _FUNCTIONS[name], [self._value(argument) for argument in node.args]
             return lambda names: function(*(argument(names) for argument in arguments))
         raise ValueError(f"the call {self.text!r} holds {ast.unparse(node)!r}, which is not understood; {_GRAMMAR}")
 

@@ -147,6 +147,7 @@ def _check_second_time(flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None)
     # an added interval sees both times, whatever the network does
     if not adapter.sees_end or flow_map.interval is not None or flow_map.answerable == Direction.NONE:
         return
+    x, cond = x[:FEWEST_SAMPLES], None if cond is None else cond[:FEWEST_SAMPLES]
     ends = []
     if Direction.TO_DATA in flow_map.directions:
         # far apart, for indices of the interval's octave
@@ -182,11 +183,12 @@ def _check_second_time(flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None)
 def _connected(function: Callable[[Tensor], Tensor], end: float, x: Tensor) -> bool:
     """Whether the answer is a function of the end time as far as autograd sees."""
     with torch.enable_grad():
-        t = x.new_full((len(x),), end).requires_grad_(True)
-        value = function(t)
-        if not value.requires_grad:
-            return False
-        return torch.autograd.grad(value.sum(), t, allow_unused=True)[0] is not None
+        leaf = x.new_full((len(x),), end).requires_grad_(True)
+        try:
+            value = function(leaf.clone())  # a network may change its times in place, which a leaf does not bear
+            return value.requires_grad and torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] is not None
+        except (ConventionError, RuntimeError):
+            return True  # it ran without gradients, so this says nothing about the call
 
 
 @contextlib.contextmanager

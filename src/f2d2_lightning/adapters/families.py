@@ -57,7 +57,8 @@ class MeanFlow(Adapter):
     Our ``s``, start, is their ``t``; our ``t``, end, is their ``r``. The default is Gsunshine/py-meanflow's
     ``net(x, (t, h), aug_cond)``. Others: ``call="net(x, 1000 * s, 1000 * t, cond)", output=0`` (haidog-yaqub/MeanFlow
     with ``return_v``), ``call="net(x, t, s, cond)"`` (zhuyu-cs/MeanFlow, r first), ``call="net(x, s, s - t, full(1.0,
-    s), full(0.0, s), full(1.0, s), cond)", output=0`` (Lyy-iiis/imeanflow: guidance scale and interval are inputs).
+    s), full(0.0, s), full(1.0, s), cond)", output=0`` (Lyy-iiis/imeanflow: guidance scale and interval are inputs),
+    ``call="net(x, s, cond, r=t, fwd_pred_type='flow')", classes=...`` (NVlabs/FastGen with time running down).
 
     Args:
         call: The call, with ``s`` and ``t`` in their time.
