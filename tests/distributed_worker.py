@@ -83,7 +83,9 @@ class ForeignManual(Foreign, ManualModule):
     training_step = ManualModule.training_step
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.critic.parameters(), 1e-3, momentum=0.5), torch.optim.SGD(self.net.parameters(), 0.05, momentum=0.5)
+        return torch.optim.SGD(self.critic.parameters(), 1e-3, momentum=0.5), torch.optim.SGD(
+            self.net.parameters(), 0.05, momentum=0.5
+        )
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -158,7 +160,10 @@ def strategy(name: str) -> Any:
         return DDPStrategy(process_group_backend="gloo", find_unused_parameters=unused)
     if name == "fsdp":
         return ModelParallelStrategy(
-            process_group_backend="gloo", save_distributed_checkpoint=False, data_parallel_size=2, tensor_parallel_size=1
+            process_group_backend="gloo",
+            save_distributed_checkpoint=False,
+            data_parallel_size=2,
+            tensor_parallel_size=1,
         )
     if name == "fsdp-sharded":
         return ModelParallelStrategy(process_group_backend="gloo", data_parallel_size=2, tensor_parallel_size=1)
@@ -183,7 +188,9 @@ def outcome(module: L.LightningModule, made: L.Trainer, callback: f2.F2D2Callbac
         for kind in ("live", "average"):
             modules: nn.Module = getattr(callback.added, kind)
             state |= {f"{kind}.{name}": value.clone() for name, value in modules.state_dict().items()}
-    metrics = {name: float(v) for name, v in made.callback_metrics.items() if name.startswith("val/") and name != "val/loss"}
+    metrics = {
+        name: float(v) for name, v in made.callback_metrics.items() if name.startswith("val/") and name != "val/loss"
+    }
     gradients = next(c for c in made.callbacks if isinstance(c, Gradients)).gradients
     return {"state": state, "metrics": metrics, "gradients": gradients}
 
@@ -234,13 +241,13 @@ def cases(replicas: int) -> dict[str, Any]:
     """Name to function of a folder. One process does those that two are compared with."""
     names = ("ddp", "fsdp") if replicas == 2 else ("one",)
     made: dict[str, Any] = {}
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     for name in names:
         made[f"{name} module"] = lambda folder, n=name: train_module(folder, n, replicas)
         made[f"{name} module frozen"] = lambda folder, n=name: train_module(folder, n, replicas, frozen=True)
         made[f"{name} callback"] = lambda folder, n=name: train_callback(folder, n, replicas)
         made[f"{name} callback frozen"] = lambda folder, n=name: train_callback(folder, n, replicas, frozen=True)
         made[f"{name} callback manual"] = lambda folder, n=name: train_callback(folder, n, replicas, ForeignManual)
-        options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
         made[f"{name} callback accumulating"] = lambda folder, n=name: train_callback(
             folder, n, replicas, trainer_options=options
         )

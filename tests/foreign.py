@@ -66,7 +66,7 @@ class MeanFlowModule(L.LightningModule):
         if self.schedule == "lambda":
             return [optimizer], [schedulers.LambdaLR(optimizer, [lambda step: 0.9**step])]
         if self.schedule == "onecycle":
-            scheduler: Any = schedulers.OneCycleLR(optimizer, 1e-2, total_steps=100)
+            scheduler: Any = schedulers.OneCycleLR(optimizer, 1e-2, total_steps=self.hparams.get("total", 100))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         if self.schedule == "cosine":
             return [optimizer], [schedulers.CosineAnnealingLR(optimizer, 10)]

@@ -154,14 +154,13 @@ def test_gradients_are_those_of_the_sum_of_both_losses(tmp_path, make, frozen, a
     joint = f2.JointFlowMap(MeanFlow(directions="both")(net), head)
     twin = MeanFlowModule()
     twin.net = net
-    total = 0.0
+    total, total_own = 0.0, 0.0
     for batch, state in zip(batches, draws, strict=True):
         torch.set_rng_state(state)
         own = twin.loss(batch)
         terms = Known()(joint, None, batch)
         total = total + (own + 0.7 / 2 * terms.loss) / accumulate
-        if frozen:
-            total_own = own / accumulate if batch is batches[0] else total_own + own / accumulate
+        total_own = total_own + own / accumulate
     gradients = torch.autograd.grad(total, list(head.parameters()), retain_graph=True, allow_unused=True)
     for mine, theirs in zip(head_gradients[0], gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -388,24 +387,26 @@ def test_a_map_to_data_only_is_inverted(tmp_path):
 
 
 def test_likelihoods_of_a_trained_toy_are_right(tmp_path):
-    """End to end: Gaussian data, whose density is known."""
-    module = MeanFlowModule()
-    f2d2 = callback(
-        reference_samples=0,
-        objective=f2.TrajectoryRegression(nodes=12, capacity=512, refresh=32.0, chunk=128, intervals=f2.Intervals()),
-    )
-    made = trainer(tmp_path, callbacks=[f2d2], max_epochs=70, limit_val_batches=0)
+    """End to end: Gaussian data, whose density is known, and the network's own reference likelihood."""
+    module = MeanFlowModule(schedule="onecycle")
+    objective = f2.TrajectoryRegression(nodes=12, capacity=512, refresh=32.0, chunk=128, intervals=f2.Intervals())
+    f2d2 = callback(objective=objective, reference=f2.Reference(steps=20, probes=0), steps=(1, 4))
+    made = trainer(tmp_path, callbacks=[f2d2], max_epochs=40, check_val_every_n_epoch=40)
     torch.manual_seed(0)
     data = Pair(count=1024)
     data.batch_size = 128
+    module.hparams["total"] = 40 * 8
     made.fit(module, datamodule=data)
     mix = torch.tensor([[1.0, 0.0], [0.8, 0.3]])
     truth = torch.distributions.MultivariateNormal(torch.tensor([0.5, -1.0]), mix @ mix.T)
     x = truth.sample((400,))
     for steps in (1, 4):
+        # a flipped sign of the divergence costs twice the 2.4 nats that the flow contracts volume by
+        assert abs(float(made.callback_metrics[f"val/f2d2_gap_{steps}"])) < 0.2
+        assert float(made.callback_metrics[f"val/f2d2_correlation_{steps}"]) > 0.95
         with torch.no_grad():
             value = f2d2.log_prob(x, steps).value
-        assert float((value - truth.log_prob(x)).mean().abs()) < 0.2
+        assert float((value - truth.log_prob(x)).mean().abs()) < 0.4
         assert float(torch.corrcoef(torch.stack((value, truth.log_prob(x))))[0, 1]) > 0.9
 
 
@@ -435,7 +436,9 @@ def test_two_callbacks_on_one_model(tmp_path):
 
 
 def test_a_call_that_does_not_fit(tmp_path):
-    refused(tmp_path, MeanFlowModule(), callback(adapter=Adapter("net(x, s, t, cond)")), match=r"was called as 'net\(x, s, t, cond\)' and raised TypeError.*It takes MeanNet.forward\(x")
+    wrong = callback(adapter=Adapter("net(x, s, t, cond)"))
+    match = r"was called as 'net\(x, s, t, cond\)' and raised TypeError.*It takes MeanNet.forward\(x"
+    refused(tmp_path, MeanFlowModule(), wrong, match=match)
 
 
 def test_an_answer_of_another_shape(tmp_path):

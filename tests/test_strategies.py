@@ -25,7 +25,11 @@ def launch(folder, count):
     """Start ``count`` processes that form one group."""
     port, processes = free_port(), []
     for rank in range(count):
-        environment = os.environ | {"PYTHONPATH": str(WORKER.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {
+            "PYTHONPATH": str(WORKER.parent),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         environment.pop("PL_GLOBAL_SEED", None)
         if count > 1:
             names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank}

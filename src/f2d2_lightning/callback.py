@@ -9,10 +9,10 @@ is synchronised like any other.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,68 +21,33 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention
 from f2d2_lightning.added_weights import AddedWeights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
+from f2d2_lightning.evaluation import LikelihoodEvaluation
 from f2d2_lightning.export import CHECKPOINT_KEY, describe_joint, save_joint
-from f2d2_lightning.flow_map import Direction, FlowMap
+from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
+from f2d2_lightning.held import HeldFlowMap, evaluating
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
-from f2d2_lightning.metrics import LikelihoodAgreement
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.processes import gather_states, own_state
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.sampling import Samples, check_state, sample
+from f2d2_lightning.sampling import Samples, sample
 from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import whole_state
 from f2d2_lightning.sources import TeacherSource, VelocitySource
+from f2d2_lightning.states import BatchStates, training_batches
 from f2d2_lightning.trajectory import TrajectoryRegression
 
 __all__ = ["F2D2Callback"]
 
 WRAPPED = ("training_step", "manual_backward", "on_save_checkpoint")
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, whatever mode each submodule is in."""
-    training = [m for module in modules for m in module.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-class _Held(FlowMap):
-    """A flow map as it is: evaluation mode, and no gradient reaches it."""
-
-    def __init__(self, flow_map: FlowMap) -> None:
-        super().__init__()
-        self.flow_map = flow_map
-        self.directions = flow_map.directions
-
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        with evaluating(self.flow_map), torch.no_grad():
-            return self.flow_map(x, s, t, cond)
-
-    def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        with evaluating(self.flow_map), torch.no_grad():
-            return self.flow_map.forward_features(x, s, t, cond)
-
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        with evaluating(self.flow_map), torch.no_grad():
-            return self.flow_map.velocity(x, t, cond)
 
 
 class F2D2Callback(L.Callback):
@@ -165,8 +130,8 @@ class F2D2Callback(L.Callback):
     ) -> None:
         if not 0 <= ema_decay < 1 or not weight > 0 or fit_samples < 2 or reference_samples < 0:
             raise ValueError(
-                f"ema_decay={ema_decay} lies in [0, 1), weight={weight} is positive, fit_samples={fit_samples} at least "
-                f"2, reference_samples={reference_samples} at least 0"
+                f"ema_decay={ema_decay} lies in [0, 1), weight={weight} is positive, fit_samples={fit_samples} is at "
+                f"least 2, reference_samples={reference_samples} at least 0"
             )
         if frozen and interval is not None:
             raise ValueError("interval= adds a direction by training the network, and frozen=True does not train it")
@@ -197,18 +162,19 @@ class F2D2Callback(L.Callback):
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99)))
         self.follow_schedule, self.gradient_clip, self.ema_decay = follow_schedule, gradient_clip, ema_decay
-        self.data_to_state = data_to_state
+        self.states = BatchStates(data_to_state, conditional=self.adapter.conditional)
         self.levels, self.low, self.high = levels, low, high
         self.steps = tuple(steps)
         self.inversion = inversion or Inversion()
         self.reference = reference or Reference(steps=50)
         self.reference_samples, self.fit_samples = reference_samples, fit_samples
         self.backward, self.check = backward, check
-        self.shape: tuple[int, ...] | None = None
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
         self._added: AddedWeights | None = None
         self._pending: Mapping[str, Any] | None = None
         self._own: dict[str, Any] = {}
+        self._network: nn.Module
+        self._evaluation: LikelihoodEvaluation | None = None
         self._forget_step()
 
     # --- the maps ---
@@ -232,10 +198,20 @@ class F2D2Callback(L.Callback):
         return self._added
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one state, known once data or a checkpoint have shown it.
+
+        Raises:
+            RuntimeError: Before that.
+        """
+        if self.states.shape is None:
+            raise RuntimeError("the shape of the states is not known before training starts, or a checkpoint is read")
+        return self.states.shape
+
+    @property
     def joint(self) -> JointFlowMap:
         """The network with the average of the added weights: what validates and answers."""
-        average = self.added.average
-        return JointFlowMap(self._mapped(average["interval"] if "interval" in average else None), average["head"])
+        return JointFlowMap(self._mapped("average"), self._head("average"))
 
     def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
         """Log-likelihood of states at ``t = 1``, nats; see :func:`f2d2_lightning.log_prob`."""
@@ -257,7 +233,6 @@ class F2D2Callback(L.Callback):
         if isinstance(noise, int):
             if noise < 1:
                 raise ValueError(f"asked for {noise} samples; at least one is needed")
-            assert self.shape is not None
             noise = torch.randn(noise, *self.shape, device=next(self._network.parameters()).device)
         with evaluating(self._network):
             return sample(joint, noise, steps, cond, log_prob=with_log_prob)
@@ -269,15 +244,21 @@ class F2D2Callback(L.Callback):
         """
         state = whole_state(self._network)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            assert self.shape is not None
             save_joint(self.joint, path, self.shape, state)
 
-    def _mapped(self, interval: nn.Module | None) -> AdaptedFlowMap:
-        # made anew for each set of added weights, the network is the same object
-        directions = None if interval is None else Direction.BOTH
-        mapped = self.adapter(self._network, features=self.features, directions=directions)
-        if interval is not None:
-            mapped.interval_name, mapped.interval = self.interval, interval  # type: ignore[assignment]
+    def _head(self, kind: str) -> DivergenceHead:
+        """The head in training (``"live"``) or its average (``"average"``)."""
+        head = getattr(self.added, kind)["head"]
+        assert isinstance(head, DivergenceHead)
+        return head
+
+    def _mapped(self, kind: str) -> AdaptedFlowMap:
+        """The network through its adapter, with the added interval, if any, in training or averaged."""
+        modules = getattr(self.added, kind)
+        if "interval" not in modules:
+            return self.adapter(self._network, features=self.features)
+        mapped = self.adapter(self._network, features=self.features, directions=Direction.BOTH)
+        mapped.interval_name, mapped.interval = self.interval, modules["interval"]
         return mapped
 
     # --- finding the network, wrapping the module ---
@@ -306,7 +287,10 @@ class F2D2Callback(L.Callback):
                 f"{type(pl_module).__name__} has no submodule {self.flow_map!r}; it has "
                 f"{', '.join(map(repr, some)) or 'none at all'} (names as in named_modules())"
             )
-        self._network = getattr(network, "_orig_mod", network)
+        # compiled code is left to the module's own training: features and derivatives come from the code behind it
+        original = getattr(network, "_orig_mod", network)
+        assert isinstance(original, nn.Module)
+        self._network = original
 
     def _check_signature(self, pl_module: L.LightningModule) -> None:
         import inspect
@@ -359,8 +343,7 @@ class F2D2Callback(L.Callback):
         """Make or restore the head, check the adapter, set baseline and scale from data, and share them."""
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.random.fork_rng([]):
             torch.manual_seed(mix_seed(self._seed, "start"))
-            x, cond = self._state(next(self._batches(trainer)))
-            self.shape = self.shape or tuple(x.shape[1:])
+            x, cond = self._state(next(training_batches(trainer, self.fit_samples)))
             flow_map = self.adapter(self._network, features=self.features, interval=self.interval).to(pl_module.device)
             if self.check:
                 check_convention(flow_map, x, cond)
@@ -371,7 +354,6 @@ class F2D2Callback(L.Callback):
                 self._restore_pending()
             elif self.added.steps == 0:
                 self._fit(trainer)
-        self._evaluations_started = False
 
     def _make_head(self, flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None) -> DivergenceHead:
         if self.head is not None and not self.head.reads_features:
@@ -396,12 +378,9 @@ class F2D2Callback(L.Callback):
         self._added = AddedWeights(live, self.optimizer, self.ema_decay, self.gradient_clip)
 
     def _prepare_training(self) -> None:
-        live = self.added.live
-        mapped: FlowMap = self._mapped(live["interval"] if "interval" in live else None)
-        held = _Held(mapped)
-        head = live["head"]
-        assert isinstance(head, DivergenceHead)
-        self._student = JointFlowMap(held if self.frozen else mapped, head)
+        mapped = self._mapped("live")
+        held = HeldFlowMap(mapped)
+        self._student = JointFlowMap(held if self.frozen else mapped, self._head("live"))
         self._source: VelocitySource
         if self.teacher is None:
             if mapped.endpoint_only:
@@ -417,59 +396,16 @@ class F2D2Callback(L.Callback):
 
     @torch.no_grad()
     def _fit(self, trainer: L.Trainer) -> None:
-        head = self.added.live["head"]
-        assert isinstance(head, DivergenceHead)
-        states = [self._state(batch) for batch in self._batches(trainer)]
+        head = self._head("live")
+        states = [self._state(batch) for batch in training_batches(trainer, self.fit_samples)]
         if head.baseline is not None and not bool(head.baseline.fitted):
             head.baseline.fit(x for x, _ in states)
         head.scale.fill_(measure_scale(head, self._source, states, self.objective.path))
         # every process saw the same samples; broadcast all the same, for data that differ between machines
         self.added.broadcast()
 
-    def _batches(self, trainer: L.Trainer) -> Iterator[Any]:
-        """Some of the training data, on the device, without touching the trainer's own iterators."""
-        loader = trainer.train_dataloader
-        if loader is None:
-            raise RuntimeError("there are no training data")
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            seen = 0
-            for batch in loader:
-                batch = trainer.strategy.batch_to_device(batch)
-                yield batch
-                seen += len(self._state(batch)[0])
-                if seen >= self.fit_samples:
-                    return
-            return
-        count = len(loader.dataset)  # type: ignore[arg-type]
-        rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: self.fit_samples].tolist()
-        collate = loader.collate_fn if loader.batch_size is not None else default_collate
-        # another loader: a second iterator of one with persistent workers would reset the first; and batches of a fixed
-        # size, so that what is set from them does not depend on the number of processes
-        for batch in DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=collate):
-            yield trainer.strategy.batch_to_device(batch)
-
     def _state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        convert = self.data_to_state
-        if isinstance(convert, str):
-            if not callable(getattr(self._module, convert, None)):
-                raise ValueError(f"data_to_state={convert!r}, and {type(self._module).__name__} has no such method")
-            convert = getattr(self._module, convert)
-        if convert is not None:
-            x, cond = convert(batch)  # type: ignore[operator]
-        elif isinstance(batch, Tensor):
-            x, cond = batch, None
-        elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-            x, cond = batch[0], batch[1] if len(batch) > 1 else None
-        else:
-            keys = f" with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
-            raise ValueError(
-                f"a batch is a {type(batch).__name__}{keys}; say where its states are: "
-                "F2D2Callback(data_to_state=lambda batch: (batch['image'], None))"
-            )
-        check_state(x, "the batch of states")
-        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"states have shape {tuple(x.shape[1:])}, and the head was made for {self.shape}")
-        return x, cond if "cond" in self.adapter.call.names else None
+        return self.states(batch, self._module)
 
     # --- training ---
 
@@ -526,14 +462,9 @@ class F2D2Callback(L.Callback):
                 self.objective.structure = torch.Generator().manual_seed(mix_seed(*parts, "structure"))
             progress = min(1.0, trainer.global_step / max(1.0, total))
             terms = self.objective(self._student, self._source, x, cond, progress=progress)
-        self.log_terms(module, terms._asdict(), len(x))
+        named = {f"train/f2d2_{name}": value.detach() for name, value in terms._asdict().items()}
+        module.log_dict(named, batch_size=len(x))
         return self.weight / x[0].numel() * terms.loss
-
-    @staticmethod
-    def log_terms(module: L.LightningModule, terms: Mapping[str, Tensor], count: int) -> None:
-        """Log the parts of the added loss."""
-        named = {f"train/f2d2_{name}": value.detach() for name, value in terms.items()}
-        module.log_dict(named, batch_size=count)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -565,7 +496,7 @@ class F2D2Callback(L.Callback):
     # --- evaluation ---
 
     def _start_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._evaluations_started = False
+        self._evaluation = None
         if trainer.sanity_checking:
             return
         self._find(pl_module)
@@ -581,13 +512,8 @@ class F2D2Callback(L.Callback):
             )
             return
         self.added.to(pl_module.device)
-        assert self.shape is not None
-        dim = int(torch.tensor(self.shape).prod())
-        make = lambda: LikelihoodAgreement(dim, self.levels, self.low, self.high).to(pl_module.device)  # noqa: E731
-        self._nll = {k: make() for k in self.steps}
-        self._agreement = {k: make() for k in self.steps}
-        self._compared, self._unconverged, self._seen = 0, dict.fromkeys(self.steps, 0), 0
-        self._evaluations_started = True
+        dim = math.prod(self.shape)
+        self._evaluation = LikelihoodEvaluation(self.steps, dim, self.levels, self.low, self.high, pl_module.device)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start afresh."""
@@ -599,31 +525,21 @@ class F2D2Callback(L.Callback):
 
     @torch.no_grad()
     def _evaluate(self, batch: Any) -> None:
-        if not self._evaluations_started:
+        evaluation = self._evaluation
+        if evaluation is None:
             return
         x, cond = self._state(batch)
-        compared = min(len(x), self.reference_samples - self._compared)
+        compared = min(len(x), self.reference_samples - evaluation.compared)
+        velocity = self._reference_velocity()
         reference = None
-        if compared > 0 and self._has_reference():
-            self._compared += compared
-            cond_compared = None if cond is None else cond[:compared]
+        if compared > 0 and velocity is not None:
             with evaluating(self._network):
-                reference = self.reference(self._reference_velocity(), x[:compared], cond_compared).value
-        self._seen += len(x)
-        for k in self.steps:
-            answer = self.log_prob(x, k, cond)
-            good = answer.value.isfinite()
-            self._unconverged[k] += int((~good).sum())
-            self._nll[k].update(answer.value[good], answer.value[good])
-            if reference is not None:
-                kept = good[:compared]
-                self._agreement[k].update(answer.value[:compared][kept], reference[kept])
+                reference = self.reference(velocity, x[:compared], None if cond is None else cond[:compared]).value
+        evaluation.update({k: self.log_prob(x, k, cond).value for k in self.steps}, reference)
 
-    def _has_reference(self) -> bool:
-        return self.teacher is not None or not self.joint.flow_map.endpoint_only
-
-    def _reference_velocity(self) -> Callable[..., Tensor]:
-        return self.teacher or self.joint.flow_map.velocity
+    def _reference_velocity(self) -> Callable[..., Tensor] | None:
+        flow_map = self._mapped("average")
+        return self.teacher or (None if flow_map.endpoint_only else flow_map.velocity)
 
     def on_validation_batch_end(
         self,
@@ -650,26 +566,13 @@ class F2D2Callback(L.Callback):
         self._evaluate(batch)
 
     def _log(self, pl_module: L.LightningModule, stage: str) -> None:
-        if not self._evaluations_started:
+        if self._evaluation is None:
             return
-        for k in self.steps:
-            named: dict[str, Tensor | float] = {}
-            if self._nll[k].log_prob:
-                result = self._nll[k].compute()
-                named |= {"nll": result.nll, "nll_standard_error": result.nll_standard_error}
-            if self._agreement[k].log_prob:
-                result = self._agreement[k].compute()
-                named |= {
-                    "gap": result.gap,
-                    "absolute_error": result.absolute_error,
-                    "correlation": result.correlation,
-                    "reference_nll": result.reference_nll,
-                }
-            if Direction.TO_NOISE not in self.joint.directions:
-                named["unconverged"] = self._unconverged[k] / max(1, self._seen)
-            for name, value in named.items():
-                value = torch.as_tensor(value, dtype=torch.float32, device=pl_module.device)
-                pl_module.log(f"{stage}/f2d2_{name}_{k}", value, sync_dist=name == "unconverged")
+        inverted = Direction.TO_NOISE not in self.joint.directions
+        for name, value in self._evaluation.results().items():
+            failed = name.startswith("unconverged")
+            if inverted or not failed:
+                pl_module.log(f"{stage}/f2d2_{name}", value, sync_dist=failed)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what was gathered."""
@@ -686,26 +589,22 @@ class F2D2Callback(L.Callback):
         # through the module's hook as well: weights-only checkpoints leave out everything of callbacks
         self._describe(checkpoint)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """What :func:`f2d2_lightning.load_joint` needs, beside the state that a resumed run needs."""
         self._describe(checkpoint)
 
     def _describe(self, checkpoint: dict[str, Any]) -> None:
-        if self._added is not None and self.shape is not None:
+        if self._added is not None:
             checkpoint.setdefault(CHECKPOINT_KEY, {})[self.flow_map] = describe_joint(self.joint, self.shape)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run or an evaluation needs."""
         if self._added is None:
             return dict(self._pending or {})
-        head = self._added.live["head"]
-        assert isinstance(head, DivergenceHead)
         return {
             "seed": self._seed,
-            "shape": list(self.shape or ()),
-            "head": head.config(),
+            "shape": list(self.shape),
+            "head": self._head("live").config(),
             "added": self._added.state_dict(),
             "objective": gather_states(self.objective.state_dict()),
         }
@@ -716,7 +615,7 @@ class F2D2Callback(L.Callback):
 
     def _make_from(self, state: Mapping[str, Any], device: torch.device) -> None:
         head = self.head or DivergenceHead.from_config(state["head"])
-        self.shape = tuple(state["shape"])
+        self.states.shape = tuple(state["shape"])
         interval = self.adapter(self._network, interval=self.interval).interval
         self._assemble(head, interval, device)
 
@@ -730,4 +629,3 @@ class F2D2Callback(L.Callback):
         self._seed = state["seed"]
         self.added.load_state_dict(state["added"])
         self.objective.load_state_dict(own_state(state["objective"]))
-

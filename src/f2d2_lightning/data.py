@@ -69,7 +69,9 @@ class _EpochSampler(DistributedSampler):
     permutation, as many each, and the few that are then left over wait for another epoch.
     """
 
-    def __init__(self, count: int, seed: int, current_epoch: Callable[[], int], replicas: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self, count: int, seed: int, current_epoch: Callable[[], int], replicas: int = 1, rank: int = 0
+    ) -> None:
         self.count, self.seed, self.current_epoch = count, seed, current_epoch
         self.replicas, self.rank, self.skip = replicas, rank, 0
 

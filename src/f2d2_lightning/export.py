@@ -65,10 +65,10 @@ def save_joint(
         ValueError: If the backbone is no adapted network.
     """
     content = describe_joint(joint, shape)
-    network = joint.flow_map.network
     if network_state is None:
+        network = joint.flow_map.network
         if not isinstance(network, nn.Module):
-            raise ValueError(f"{Adapter.describe(network)} is a function and has no weights to export")
+            raise ValueError("the network is a plain function and has no weights to export; keep the head's state_dict")
         network_state = network.state_dict()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def _read(path: Path, name: str | None) -> dict[str, Any]:
     if name not in joints:
         raise ValueError(f"{path} holds joint maps of {', '.join(map(repr, joints))}; name= is {name!r}")
     states = _plain_names(content["state_dict"])
-    prefix = name + "."
+    prefix = f"{name}."
     mine = {key[len(prefix) :]: value for key, value in states.items() if key.startswith(prefix)}
     return joints[name] | {"network_state": mine}
 

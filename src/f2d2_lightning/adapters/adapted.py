@@ -136,6 +136,11 @@ class AdaptedFlowMap(FlowMap):
         return self.adapter.endpoint_only and self.interval is None
 
     @property
+    def conditional(self) -> bool:
+        """Whether the network is told conditioning."""
+        return self.adapter.conditional
+
+    @property
     def features(self) -> int:
         """Channels of the features, known once :meth:`probe` or a call of :meth:`forward_features` has shown them.
 

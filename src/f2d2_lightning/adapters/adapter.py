@@ -120,6 +120,11 @@ class Adapter:
 
         return AdaptedFlowMap(network, self, features=features, interval=interval, directions=directions)
 
+    @property
+    def conditional(self) -> bool:
+        """Whether the call passes conditioning."""
+        return "cond" in self.call.names
+
     # --- what a family may override ---
 
     def average_velocity(

@@ -19,6 +19,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
@@ -105,6 +106,9 @@ class FlowModule(L.LightningModule):
     @property
     def conditional(self) -> bool:
         """Whether the backbone takes ``cond``; labels of the data are ignored otherwise."""
+        adapted = [m for m in self.live.modules() if isinstance(m, AdaptedFlowMap)]
+        if adapted:
+            return any(m.conditional for m in adapted)
         return any(getattr(m, "labels", None) is not None for m in self.live.modules())
 
     # --- set-up ---
@@ -143,7 +147,7 @@ class FlowModule(L.LightningModule):
         """Sum of a tensor over all processes, each of which sees a part of the training data."""
         if self.trainer.world_size == 1:
             return value
-        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
+        return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()
 
     def training_batches(self) -> Iterable[Any]:
         """One pass over the trainer's training data, as batches."""
@@ -154,7 +158,8 @@ class FlowModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Shard model and average over processes under ``ModelParallelStrategy`` (FSDP2); nothing otherwise."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        # load_from_checkpoint asks for this without a trainer
+        if isinstance(getattr(self._trainer, "strategy", None), ModelParallelStrategy):
             for module in self.to_shard():
                 shard(module, self.device_mesh["data_parallel"])  # type: ignore[index]
 
@@ -291,4 +296,3 @@ def object_names(arguments: dict[str, Any], *names: str) -> list[str]:
     if _given_hyperparameters.get() is not None:
         return []
     return [name for name in names if arguments[name] is not None and not isinstance(arguments[name], (str, Path))]
-

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from f2d2_lightning.adapters import AdaptedFlowMap, check_convention
 from f2d2_lightning.average import copy_frozen
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
@@ -25,8 +26,8 @@ from f2d2_lightning.modules.flow_matching import FlowMatchingModule
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.processes import gather_states, own_state
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sampling import Samples, sample
+from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import load_whole
 from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
 from f2d2_lightning.trajectory import TrajectoryRegression
@@ -176,7 +177,9 @@ class F2D2Module(FlowModule):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Warm start from the teacher, and the head's scale from the data."""
+        """Check a foreign backbone's convention, start from the teacher, and set the head's scale from the data."""
+        if isinstance(self.joint.flow_map, AdaptedFlowMap):
+            check_convention(self.joint.flow_map, *next(self._states()))
         teacher = self.teacher
         if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
             try:
