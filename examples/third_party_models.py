@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConsistencyNet", "FlowMapNet", "MeanFlowNet", "ShortcutNet"]
+__all__ = ["ConsistencyNet", "FlowMapNet", "MeanFlowNet", "ShortcutNet", "meanflow_loss"]
 
 Draw = Callable[[], Tensor]
 
@@ -246,20 +246,21 @@ def train_shortcut(draw: Draw, mean: Tensor, std: Tensor, steps: int, finest: in
     return fit(ShortcutNet(mean, std, **sizes), loss, steps)
 
 
-def train_meanflow(draw: Draw, mean: Tensor, std: Tensor, steps: int, **sizes: float) -> nn.Module:
+def meanflow_loss(network: nn.Module, data: Tensor) -> Tensor:
     """The MeanFlow identity ``u = v - h du/dt``, with the derivative from a Jacobian-vector product."""
+    share, x, v, _ = linear_path(lambda: data)
+    t, v = 1 - share, -v
+    far = torch.rand(len(t)) < 0.5
+    h = torch.where(far, t * torch.rand(len(t)), 0.0)
+    one = torch.ones_like(t)
+    u, slope = torch.func.jvp(lambda z, a, b: network(z, (a, b)), (x, t, h), (v, one, one))
+    error = squared(u - (v - along(h, x) * slope).detach(), network.scale(1 - t))
+    return (error / (error.detach() + 0.1)).mean()
 
-    def loss(network: nn.Module, average: nn.Module) -> Tensor:
-        share, x, v, _ = linear_path(draw)
-        t, v = 1 - share, -v
-        far = torch.rand(len(t)) < 0.5
-        h = torch.where(far, t * torch.rand(len(t)), 0.0)
-        one = torch.ones_like(t)
-        u, slope = torch.func.jvp(lambda z, a, b: network(z, (a, b)), (x, t, h), (v, one, one))
-        error = squared(u - (v - along(h, x) * slope).detach(), network.scale(1 - t))
-        return (error / (error.detach() + 0.1)).mean()
 
-    return fit(MeanFlowNet(mean, std, **sizes), loss, steps)
+def train_meanflow(draw: Draw, mean: Tensor, std: Tensor, steps: int, **sizes: float) -> nn.Module:
+    """MeanFlow with :func:`meanflow_loss`."""
+    return fit(MeanFlowNet(mean, std, **sizes), lambda network, average: meanflow_loss(network, draw()), steps)
 
 
 def train_flow_map(draw: Draw, mean: Tensor, std: Tensor, steps: int, **sizes: float) -> nn.Module:
