@@ -190,6 +190,19 @@ def test_any_scheduler_and_compiled_networks(tmp_path, schedule, compiled):
         assert rate == pytest.approx(group["lr"] / group.get("max_lr", group["initial_lr"]), rel=0.2)
 
 
+def test_modules_and_networks_compiled_in_place(tmp_path):
+    """The whole LightningModule compiled, and a network by its own ``compile()``: the same numbers as plain."""
+    answers = []
+    for how in ("plain", "module", "in place"):
+        module, f2d2 = MeanFlowModule(), callback()
+        if how == "in place":
+            module.net.compile(backend="eager")
+        fit(tmp_path, torch.compile(module, backend="eager") if how == "module" else module, f2d2)
+        answers.append(f2d2.log_prob(torch.ones(2, 2), 2).value.detach())
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0])
+
+
 @pytest.mark.parametrize("make", [MeanFlowModule, ManualModule])
 def test_accumulation_and_head_steps(tmp_path, make):
     if make is MeanFlowModule:

@@ -570,9 +570,8 @@ class F2D2Callback(L.Callback):
             return
         inverted = Direction.TO_NOISE not in self.joint.directions
         for name, value in self._evaluation.results().items():
-            failed = name.startswith("unconverged")
-            if inverted or not failed:
-                pl_module.log(f"{stage}/f2d2_{name}", value, sync_dist=failed)
+            if inverted or not name.startswith("unconverged"):
+                pl_module.log(f"{stage}/f2d2_{name}", value)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what was gathered."""

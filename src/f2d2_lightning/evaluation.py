@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric, SumMetric
 
 from f2d2_lightning.metrics import LikelihoodAgreement
 
@@ -28,10 +29,15 @@ class LikelihoodEvaluation:
         self, steps: Sequence[int], dim: int, levels: int | None, low: float, high: float, device: torch.device
     ) -> None:
         self.steps = tuple(steps)
-        make = lambda: {k: LikelihoodAgreement(dim, levels, low, high).to(device) for k in self.steps}  # noqa: E731
-        self._all, self._compared = make(), make()
-        self._failed = {k: torch.zeros((), device=device) for k in self.steps}
-        self.seen, self.compared = 0, 0
+        agreement = lambda: LikelihoodAgreement(dim, levels, low, high)  # noqa: E731
+        self._all = {k: agreement().to(device) for k in self.steps}
+        self._compared = {k: agreement().to(device) for k in self.steps}
+        self._failed = {k: MeanMetric().to(device) for k in self.steps}
+        self._counts = {k: (SumMetric().to(device), SumMetric().to(device)) for k in self.steps}
+        for metric in (*self._all.values(), *self._compared.values()):
+            # a process without samples takes part in gathering all the same, or the others would wait for it
+            metric.update(torch.zeros(0, device=device), torch.zeros(0, device=device))
+        self.compared = 0
 
     def update(self, values: Mapping[int, Tensor], reference: Tensor | None) -> None:
         """Add a batch.
@@ -42,24 +48,29 @@ class LikelihoodEvaluation:
         """
         for k, value in values.items():
             good = value.isfinite()
-            self._failed[k] += (~good).sum()
+            self._failed[k].update((~good).float())
             self._all[k].update(value[good], value[good])
+            kept = good[:0] if reference is None else good[: len(reference)]
             if reference is not None:
-                kept = good[: len(reference)]
                 self._compared[k].update(value[: len(reference)][kept], reference[kept])
-        self.seen += len(next(iter(values.values())))
+            for count, chosen in zip(self._counts[k], (good, kept), strict=True):
+                count.update(chosen.float().sum())
         self.compared += 0 if reference is None else len(reference)
 
     def results(self) -> dict[str, Tensor]:
-        """Metrics by name, over all processes; ``unconverged_k`` is a share of this process's samples."""
+        """Metrics by name, over all processes; ``unconverged_k`` is the share of samples without a likelihood.
+
+        What no sample has is left out.
+        """
         named: dict[str, Tensor] = {}
         for k in self.steps:
-            if self._all[k].log_prob:
+            found, compared = (float(count.compute()) for count in self._counts[k])
+            if found:
                 result = self._all[k].compute()
                 named |= {f"nll_{k}": result.nll, f"nll_standard_error_{k}": result.nll_standard_error}
-            if self._compared[k].log_prob:
+            if compared:
                 result = self._compared[k].compute()
                 for name in ("gap", "absolute_error", "correlation", "reference_nll"):
                     named[f"{name}_{k}"] = getattr(result, name)
-            named[f"unconverged_{k}"] = self._failed[k] / max(1, self.seen)
+            named[f"unconverged_{k}"] = self._failed[k].compute()
         return {name: value.float() for name, value in named.items()}
