@@ -25,6 +25,7 @@ from f2d2_lightning.reference import Reference, reference_log_prob, reference_sa
 from f2d2_lightning.sampling import Samples, sample
 from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
 from f2d2_lightning.trajectory import TrajectoryPool, TrajectoryRegression
+from f2d2_lightning.volume import VolumeRegression
 
 if TYPE_CHECKING:
     from f2d2_lightning.callback import F2D2Callback
@@ -99,6 +100,7 @@ __all__ = [
     "TrajectoryRegression",
     "TrigonometricPath",
     "VelocitySource",
+    "VolumeRegression",
     "Weighting",
     "as_flow_map",
     "bits_per_dim",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from f2d2_lightning.divergence import jacobian_product
 
-__all__ = ["Inversion", "Solution"]
+__all__ = ["Inversion", "Solution", "map_jacobian"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ class Inversion:
         y, damping = x.clone(), x.new_ones(len(x))
         direction = torch.zeros_like(x).reshape(len(x), -1)
         for _ in range(self.max_iterations):
-            residual_vector, jacobian = _residual_and_jacobian(displacement, x, y)
+            moved, jacobian = map_jacobian(lambda v: v + displacement(v), y)
+            residual_vector = (moved - x).reshape(len(x), -1)
             evaluations += 1 + dim
             residual = residual_vector.square().mean(-1).sqrt()
             better = residual < best_residual
@@ -166,14 +167,12 @@ class Inversion:
         return attached
 
 
-def _residual_and_jacobian(displacement: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """``F(y)``, ``(B, d)``, and its Jacobian, ``(B, d, d)``."""
-    dim = x[0].numel()
-    columns = []
-    value = y
-    for i in range(dim):
-        tangent = torch.zeros_like(y).reshape(len(y), -1)
+def map_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(x)``, shape of ``x``, and the Jacobian, ``(B, d, d)``: one directional derivative per dimension."""
+    columns, value = [], x
+    for i in range(x[0].numel()):
+        tangent = torch.zeros_like(x).reshape(len(x), -1)
         tangent[:, i] = 1
-        value, column = jacobian_product(lambda v: v + displacement(v), y, tangent.reshape(y.shape))
-        columns.append(column.reshape(len(y), -1))
-    return (value - x).reshape(len(y), -1), torch.stack(columns, -1)
+        value, column = jacobian_product(function, x, tangent.reshape(x.shape))
+        columns.append(column.reshape(len(x), -1))
+    return value, torch.stack(columns, -1)

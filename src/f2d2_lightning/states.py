@@ -38,6 +38,8 @@ class BatchStates:
         """
         x, cond = self._convert(batch, module)
         check_state(x, "the batch of states")
+        # half precision is for networks: differences of states and log-densities need more
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         self.shape = self.shape or tuple(x.shape[1:])
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
