@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import lightning as L
 import pytest
 import torch
@@ -11,8 +9,6 @@ import torch
 import f2d2_lightning as f2
 from f2d2_lightning.nn import PreconditionedMLP
 from lightning_parts import trainer
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.mark.slow
