@@ -171,3 +171,9 @@ def test_what_the_check_takes():
     with pytest.raises(ValueError, match="floating"):
         check_convention(flow_map, torch.ones(8, 3, dtype=torch.long))
     check_convention(flow_map, torch.randn(1, 3))  # too few to judge signs
+
+
+def test_a_preconditioning_that_cannot_leave_the_data():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="precondition='edm'"):
+        Consistency("net(x, 250 * log(s))", precondition="consistency")(network, interval="0")

@@ -215,9 +215,10 @@ def test_accumulation_and_head_steps(tmp_path, make):
         assert f2d2.added.steps == 6  # one in each batch, though two optimisers stepped
 
 
-def test_bf16_mixed_keeps_the_head_in_single_precision(tmp_path):
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_keeps_the_head_in_single_precision(tmp_path, precision):
     f2d2 = callback()
-    made = fit(tmp_path, MeanFlowModule(), f2d2, precision="bf16-mixed")
+    made = fit(tmp_path, MeanFlowModule(), f2d2, precision=precision)
     assert {p.dtype for p in f2d2.added.live.parameters()} == {torch.float32}
     assert all(torch.isfinite(v) for v in made.callback_metrics.values())
     assert f2d2.log_prob(torch.randn(3, 2)).value.dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 
 import numpy as np
@@ -88,6 +89,31 @@ STUDENT = "runs/digits/student/checkpoints/last.ckpt"
 def test_every_student_configuration_runs(at_home, name):
     teacher = f"runs/{name.split('_')[0]}/teacher/checkpoints/last.ckpt"
     f2d2("fit", "--config", CONFIGS / name, *QUICK, *small(name, teacher=teacher), "--trainer.fast_dev_run=2")
+
+
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml", "fsdp1.yaml", "multi_node.yaml"])
+def test_every_strategy_configuration_is_understood(name, capsys):
+    strategy = CONFIGS / "strategies" / name
+    with pytest.raises(SystemExit) as stop:
+        f2d2("fit", "--config", CONFIGS / "mixture_teacher.yaml", "--config", strategy, "--print_config")
+    assert stop.value.code == 0
+    assert "class_path: lightning.pytorch.strategies." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
+def test_strategies_run_in_one_process(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    config, environment = CONFIGS / "mixture_teacher.yaml", dict(os.environ)
+    try:
+        f2d2("fit", "--config", config, "--config", CONFIGS / "strategies" / name, *QUICK, *small(config.name),
+             "--trainer.devices=1", "--trainer.strategy.init_args.process_group_backend=gloo",
+             "--trainer.fast_dev_run=2")  # fmt: skip
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        # the launcher leaves ranks and ports behind, for the processes that it would start
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def test_the_configuration_is_saved_beside_the_checkpoint(at_home):

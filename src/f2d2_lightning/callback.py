@@ -74,7 +74,9 @@ class F2D2Callback(L.Callback):
         head: Divergence head; by default one on the network's features with a diagonal Gaussian baseline.
         objective: What relates ``(u, D)`` to the velocity; trajectory regression by default.
         estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
-        frozen: The added loss trains the head alone and leaves the network to the module's own loss.
+        frozen: The added loss trains the head alone and leaves the network to the module's own loss. Declare no
+            direction then that this loss does not train. For the density of a few-step sampler's own jumps give
+            ``objective=VolumeRegression(refresh=8.0)``.
         weight: Of the added loss per dimension, beside the module's own.
         optimizer: Makes the head's optimiser from its parameters; AdamW at 1e-3 by default.
         follow_schedule: Scale the head's learning rate as the module's first optimiser scales its own.

@@ -12,7 +12,7 @@ Kim et al., 2023, https://arxiv.org/abs/2310.02279
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch import Tensor
 from f2d2_lightning.adapters.adapter import Adapter
 from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.paths import like
+
+if TYPE_CHECKING:
+    from f2d2_lightning.adapters.adapted import AdaptedFlowMap
 
 __all__ = ["CTM", "Consistency", "Denoiser", "VarianceExploding"]
 
@@ -84,6 +87,25 @@ class VarianceExploding(Adapter):
         self.answer = answer
         self.precondition = precondition
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+
+    def __call__(
+        self,
+        network: Callable[..., Any],
+        features: str | None = None,
+        interval: str | None = None,
+        directions: Direction | str | None = None,
+    ) -> AdaptedFlowMap:
+        """As :meth:`Adapter.__call__`.
+
+        Raises:
+            ValueError: If a way from data is to be added to a preconditioning that leaves the data as they are.
+        """
+        if interval is not None and self.precondition == "consistency":
+            raise ValueError(
+                "precondition='consistency' multiplies the network's answer with zero at sigma_min, so it cannot learn "
+                "to leave the data; fine-tune with precondition='edm', which differs near sigma_min only"
+            )
+        return super().__call__(network, features, interval, directions)
 
     def foreign_time(self, t: Tensor) -> Tensor:
         """Noise level of our time, within what the network knows, ``(B,)``."""
