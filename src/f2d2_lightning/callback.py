@@ -162,7 +162,7 @@ class F2D2Callback(L.Callback):
             )
         self.estimator = estimator or Hutchinson()
         self.frozen, self.weight = frozen, weight
-        self.optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99)))
+        self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
         self.follow_schedule, self.gradient_clip, self.ema_decay = follow_schedule, gradient_clip, ema_decay
         self.states = BatchStates(data_to_state, conditional=self.adapter.conditional)
         self.levels, self.low, self.high = levels, low, high
@@ -521,9 +521,7 @@ class F2D2Callback(L.Callback):
         """Start afresh."""
         self._start_evaluation(trainer, pl_module)
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start afresh."""
-        self._start_evaluation(trainer, pl_module)
+    on_test_epoch_start = on_validation_epoch_start
 
     @torch.no_grad()
     def _evaluate(self, batch: Any) -> None:
@@ -555,17 +553,7 @@ class F2D2Callback(L.Callback):
         """Few-step likelihoods of the batch."""
         self._evaluate(batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Few-step likelihoods of the batch."""
-        self._evaluate(batch)
+    on_test_batch_end = on_validation_batch_end
 
     def _log(self, pl_module: L.LightningModule, stage: str) -> None:
         if self._evaluation is None:
