@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from f2d2_lightning.analytic import MixtureFlow
 from f2d2_lightning.baseline import GaussianBaseline, GaussianFlow
 from f2d2_lightning.divergence import Conditional, Divergence, DivergenceEstimator, Exact, Hutchinson
+from f2d2_lightning.export import load_joint
 from f2d2_lightning.flow_map import Direction, FlowMap, Joint, JointMap, Jump, as_flow_map
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
 from f2d2_lightning.intervals import Intervals
@@ -41,7 +42,6 @@ _LIGHTNING = {
     "FlowMatchingModule": "f2d2_lightning.modules",
     "FlowModule": "f2d2_lightning.modules",
     "GaussianMixture": "f2d2_lightning.data",
-    "load_joint": "f2d2_lightning.export",
 }
 
 

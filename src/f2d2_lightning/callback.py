@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention
+from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.added_weights import AddedWeights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
@@ -38,7 +39,7 @@ from f2d2_lightning.likelihood import LogProb, log_prob
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.processes import gather_states, own_state
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.sampling import Samples, sample
+from f2d2_lightning.sampling import Samples, draw_noise, sample
 from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import whole_state
 from f2d2_lightning.sources import TeacherSource, VelocitySource
@@ -233,9 +234,7 @@ class F2D2Callback(L.Callback):
         """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`."""
         joint = self.joint
         if isinstance(noise, int):
-            if noise < 1:
-                raise ValueError(f"asked for {noise} samples; at least one is needed")
-            noise = torch.randn(noise, *self.shape, device=next(self._network.parameters()).device)
+            noise = draw_noise(noise, self.shape, next(self._network.parameters()).device)
         with evaluating(self._network):
             return sample(joint, noise, steps, cond, log_prob=with_log_prob)
 
@@ -277,18 +276,7 @@ class F2D2Callback(L.Callback):
             self._wrap("manual_backward", self._backward)
 
     def _find(self, pl_module: L.LightningModule) -> None:
-        modules = dict(pl_module.named_modules(remove_duplicate=False))
-        network = modules.get(self.flow_map) if self.flow_map else None
-        if network is None:
-            import difflib
-
-            names = [name for name in modules if name]
-            close = difflib.get_close_matches(self.flow_map, names, n=5, cutoff=0.4)
-            some = close or [n for n, _ in pl_module.named_children()]
-            raise ValueError(
-                f"{type(pl_module).__name__} has no submodule {self.flow_map!r}; it has "
-                f"{', '.join(map(repr, some)) or 'none at all'} (names as in named_modules())"
-            )
+        network = find_submodule(pl_module, self.flow_map)
         # compiled code is left to the module's own training: features and derivatives come from the code behind it
         original = getattr(network, "_orig_mod", network)
         assert isinstance(original, nn.Module)

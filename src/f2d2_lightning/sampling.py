@@ -14,7 +14,7 @@ from torch import Tensor
 from f2d2_lightning.flow_map import FlowMap, JointMap
 from f2d2_lightning.paths import expand_time
 
-__all__ = ["Samples", "normal_log_prob", "sample", "time_grid"]
+__all__ = ["Samples", "draw_noise", "normal_log_prob", "sample", "time_grid"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,17 @@ def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[floa
             raise ValueError(f"steps is {steps}; at least one step is needed")
         grid = [k / steps for k in range(steps + 1)]
     return grid[::-1] if to_noise else grid
+
+
+def draw_noise(count: int, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Draws of ``N(0, I)``, ``(count, *shape)``.
+
+    Raises:
+        ValueError: If none are asked for.
+    """
+    if count < 1:
+        raise ValueError(f"asked for {count} samples; at least one is needed")
+    return torch.randn(count, *shape, device=device)
 
 
 def check_state(x: Tensor, what: str) -> None:

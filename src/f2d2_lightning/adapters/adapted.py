@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters.adapter import Adapter
 from f2d2_lightning.adapters.features import FeatureTap, find_submodule
 from f2d2_lightning.flow_map import Direction, FlowMap, check_interval
+from f2d2_lightning.held import evaluating
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.paths import expand_time
 
@@ -164,15 +165,9 @@ class AdaptedFlowMap(FlowMap):
         Returns:
             Channels ``F`` for ``DivergenceHead(features=F)``.
         """
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with torch.no_grad():
-                low, high = (0.25, 0.75) if self.directions != Direction.TO_NOISE else (0.75, 0.25)
-                self.forward_features(x, low, low if self.answerable == Direction.NONE else high, cond)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with evaluating(self), torch.no_grad():
+            low, high = (0.25, 0.75) if self.directions != Direction.TO_NOISE else (0.75, 0.25)
+            self.forward_features(x, low, low if self.answerable == Direction.NONE else high, cond)
         return self.features
 
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:

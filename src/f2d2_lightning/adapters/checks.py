@@ -15,6 +15,7 @@ from f2d2_lightning.adapters.adapter import Adapter
 from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.adapters.variance_exploding import VarianceExploding
 from f2d2_lightning.flow_map import Direction
+from f2d2_lightning.held import evaluating
 from f2d2_lightning.paths import LinearPath, expand_time
 from f2d2_lightning.sampling import check_state
 
@@ -73,15 +74,9 @@ def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None
 def _undisturbed(flow_map: nn.Module, data: Tensor) -> Iterator[torch.device]:
     """Evaluation mode and forked random state; gives the device that the network is on."""
     tensor = next(iter(flow_map.parameters()), next(iter(flow_map.buffers()), data))
-    modes = {module: module.training for module in flow_map.modules()}
     devices = [tensor.device] if tensor.device.type == "cuda" else []
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
-        flow_map.eval()
-        try:
-            yield tensor.device
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), evaluating(flow_map):
+        yield tensor.device
 
 
 def _seed(device: torch.device) -> None:

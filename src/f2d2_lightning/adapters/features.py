@@ -18,7 +18,7 @@ def find_submodule(network: nn.Module, name: str, what: str = "submodule") -> nn
     Raises:
         ValueError: If there is none; lists names that are close, or those at the top.
     """
-    modules = dict(network.named_modules())
+    modules = dict(network.named_modules(remove_duplicate=False))
     if name in modules and name:
         return modules[name]
     close = difflib.get_close_matches(name, [n for n in modules if n], n=5, cutoff=0.4)

@@ -26,7 +26,7 @@ from f2d2_lightning.modules.flow_matching import FlowMatchingModule
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.processes import gather_states, own_state
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.sampling import Samples, sample
+from f2d2_lightning.sampling import Samples, draw_noise, sample
 from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import load_whole
 from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
@@ -328,9 +328,7 @@ class F2D2Module(FlowModule):
     ) -> Samples:
         """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`."""
         if isinstance(noise, int):
-            if noise < 1:
-                raise ValueError(f"asked for {noise} samples; at least one is needed")
-            noise = torch.randn(noise, *self.shape, device=self.device)
+            noise = draw_noise(noise, self.shape, self.device)
         return sample(self.average, noise, steps, cond, log_prob=with_log_prob)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[int, Tensor]:
