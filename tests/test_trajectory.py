@@ -161,6 +161,27 @@ def test_more_at_once_than_fit():
     pool.add(source, torch.arange(8.0)[:, None], 0)
     assert len(pool) == 3
     assert sorted(pool._states[:, 0, 0].tolist()) == [5.0, 6.0, 7.0]
+    # what is written over at once is neither integrated nor saved: two writes of one place race between threads
+    assert sum(len(e["x"]) for e in pool.state_dict()["entries"]) == 3
+
+
+def test_an_objective_integrates_no_more_than_its_pool_holds(problem):
+    rows = []
+
+    def velocity(x, t, cond):
+        rows.append(len(x))
+        return problem.field.velocity(x, t)
+
+    class Student(JointMap):
+        directions = Direction.BOTH
+
+        def joint(self, x, s, t, cond):
+            return problem.field(x, s, t)
+
+    objective = TrajectoryRegression(4, capacity=10, intervals=Intervals(diagonal=0.0))
+    objective(Student(), TeacherSource(velocity), problem.states(64, 1.0))
+    assert objective.pool(Student()).full
+    assert max(rows) <= 10
 
 
 @pytest.mark.parametrize("batches", [1, 3, 5, 9])

@@ -92,9 +92,12 @@ class TrajectoryPool:
         return self._states is not None and self._count == len(self._states)
 
     def add(self, source: VelocitySource, x: Tensor, node: int, cond: Tensor | None = None) -> None:
-        """Integrate from ``x`` at ``times[node]`` to both ends and keep the trajectories."""
+        """Integrate from ``x`` at ``times[node]`` to both ends and keep the trajectories, the last that fit."""
         seed = int(torch.randint(2**62, ()))
         node = node % len(self.times)
+        # more than the ring holds would write one place twice, in an order that threads decide
+        fits = self.capacity_for(x)
+        x, cond = x[-fits:], None if cond is None else cond[-fits:]
         self._add(source, {"x": x.detach().clone(), "node": node, "cond": cond, "seed": seed})
 
     def _add(self, source: VelocitySource, entry: dict[str, Any]) -> None:
@@ -412,7 +415,7 @@ class TrajectoryRegression(Objective):
         self._stationary = source.stationary
         pool = self.pool(student)
         pool.restore(source, data.device)
-        rows = min(self.chunk, len(data))
+        rows = min(self.chunk, len(data), pool.capacity_for(data))
         x, cond = data[:rows], None if cond is None else cond[:rows]
         if not pool.full:
             self._integrate_chunk(student, source, x, cond, pool)
