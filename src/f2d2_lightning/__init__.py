@@ -31,12 +31,14 @@ from f2d2_lightning.volume import VolumeRegression
 if TYPE_CHECKING:
     from f2d2_lightning.callback import F2D2Callback
     from f2d2_lightning.data import Checkerboard, Digits, FlowDataModule, GaussianMixture
+    from f2d2_lightning.fashion import FashionMNIST
     from f2d2_lightning.modules import F2D2Module, FlowMatchingModule, FlowModule
 
 _LIGHTNING = {
     "F2D2Callback": "f2d2_lightning.callback",
     "Checkerboard": "f2d2_lightning.data",
     "Digits": "f2d2_lightning.data",
+    "FashionMNIST": "f2d2_lightning.fashion",
     "F2D2Module": "f2d2_lightning.modules",
     "FlowDataModule": "f2d2_lightning.data",
     "FlowMatchingModule": "f2d2_lightning.modules",
@@ -70,6 +72,7 @@ __all__ = [
     "Exact",
     "F2D2Callback",
     "F2D2Module",
+    "FashionMNIST",
     "FlowDataModule",
     "FlowMap",
     "FlowMatchingModule",
