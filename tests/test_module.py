@@ -193,6 +193,35 @@ def test_the_reference_is_computed_once(tmp_path):
     assert len(calls) == 2  # two validation batches, three epochs
 
 
+def test_without_a_teacher_the_reference_follows_the_student(tmp_path):
+    module = f2.F2D2Module(
+        MLP((2,), width=16, blocks=1), (2,), objective=f2.Semigroup(), reference=f2.Reference(steps=8, probes=0)
+    )
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(module, datamodule=Pair())
+    x = Pair().dataset("val").values
+    with torch.no_grad():
+        last = -float(f2.reference_log_prob(module.average.velocity, x, steps=8).value.mean())
+    assert float(fit.callback_metrics["val/reference_nll"]) == pytest.approx(last, rel=1e-5)
+
+
+def test_a_fixed_subset_is_compared(tmp_path):
+    module = student(reference_samples=5)
+    calls = []
+    original = module.reference
+    module.reference = lambda velocity, x, cond: calls.append(len(x)) or original(velocity, x, cond)
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(module, datamodule=Pair())
+    assert calls == [5]
+    x = Pair().dataset("val").values
+    with torch.no_grad():
+        value = module.log_prob(x, 2).value
+        reference = original(module.teacher_velocity(), x[:5], None).value
+    assert float(fit.callback_metrics["val/nll_2"]) == pytest.approx(-float(value.mean()), rel=1e-4)
+    assert float(fit.callback_metrics["val/gap_2"]) == pytest.approx(float((reference - value[:5]).mean()), abs=1e-4)
+    assert len(module.agreement_values()[1]) == 5
+
+
 def test_average_follows_and_shares():
     live = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     average = copy.deepcopy(live)

@@ -15,6 +15,7 @@ from f2d2_lightning.baseline import GaussianBaseline, GaussianFlow
 from f2d2_lightning.divergence import Conditional, Divergence, DivergenceEstimator, Exact, Hutchinson
 from f2d2_lightning.export import load_joint
 from f2d2_lightning.flow_map import Direction, FlowMap, Joint, JointMap, Jump, as_flow_map
+from f2d2_lightning.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.inversion import Inversion
@@ -80,6 +81,7 @@ __all__ = [
     "GaussianBaseline",
     "GaussianFlow",
     "GaussianMixture",
+    "GuidedSamples",
     "Hutchinson",
     "Intervals",
     "Inversion",
@@ -96,6 +98,7 @@ __all__ = [
     "Quantisation",
     "Reference",
     "Samples",
+    "SelfGuidance",
     "Semigroup",
     "TeacherSource",
     "Terms",

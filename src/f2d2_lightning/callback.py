@@ -31,6 +31,7 @@ from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
 from f2d2_lightning.evaluation import LikelihoodEvaluation
 from f2d2_lightning.export import CHECKPOINT_KEY, describe_joint, save_joint
 from f2d2_lightning.flow_map import Direction
+from f2d2_lightning.guidance import SelfGuidance
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
 from f2d2_lightning.held import HeldFlowMap, evaluating
 from f2d2_lightning.intervals import Intervals
@@ -90,6 +91,7 @@ class F2D2Callback(L.Callback):
         low: Lower edge of the range that the levels fill.
         high: Upper edge.
         steps: Step counts that validation and test report.
+        draws: Dequantisation draws per sample that validation averages few-step likelihoods over.
         inversion: How maps that only go to data are inverted.
         reference: Solver of the likelihood of the network's own velocity, for comparison.
         reference_samples: Samples per evaluation and process that are compared with it; 0 for none.
@@ -124,6 +126,7 @@ class F2D2Callback(L.Callback):
         low: float = -1.0,
         high: float = 1.0,
         steps: Sequence[int] = (1, 2, 4, 8),
+        draws: int = 1,
         inversion: Inversion | None = None,
         reference: Reference | None = None,
         reference_samples: int = 128,
@@ -168,6 +171,9 @@ class F2D2Callback(L.Callback):
         self.states = BatchStates(data_to_state, conditional=self.adapter.conditional)
         self.levels, self.low, self.high = levels, low, high
         self.steps = tuple(steps)
+        if draws < 1 or (draws > 1 and levels is None):
+            raise ValueError(f"draws={draws} is at least 1, and several draws need levels (levels={levels})")
+        self.draws = draws
         self.inversion = inversion or Inversion()
         self.reference = reference or Reference(steps=50)
         self.reference_samples, self.fit_samples = reference_samples, fit_samples
@@ -230,12 +236,18 @@ class F2D2Callback(L.Callback):
         cond: Tensor | None = None,
         *,
         with_log_prob: bool = False,
+        guidance: SelfGuidance | None = None,
     ) -> Samples:
-        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`."""
+        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`.
+
+        With ``guidance`` towards higher likelihood, see :class:`f2d2_lightning.SelfGuidance`.
+        """
         joint = self.joint
         if isinstance(noise, int):
             noise = draw_noise(noise, self.shape, next(self._network.parameters()).device)
         with evaluating(self._network):
+            if guidance is not None:
+                return guidance(joint, noise, steps, cond, log_prob=with_log_prob)
             return sample(joint, noise, steps, cond, log_prob=with_log_prob)
 
     def export(self, path: str | Path) -> None:
@@ -503,7 +515,9 @@ class F2D2Callback(L.Callback):
             return
         self.added.to(pl_module.device)
         dim = math.prod(self.shape)
-        self._evaluation = LikelihoodEvaluation(self.steps, dim, self.levels, self.low, self.high, pl_module.device)
+        self._evaluation = LikelihoodEvaluation(
+            self.steps, dim, self.levels, self.low, self.high, pl_module.device, self.draws
+        )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start afresh."""
@@ -523,7 +537,8 @@ class F2D2Callback(L.Callback):
         if compared > 0 and velocity is not None:
             with evaluating(self._network):
                 reference = self.reference(velocity, x[:compared], None if cond is None else cond[:compared]).value
-        evaluation.update({k: self.log_prob(x, k, cond).value for k in self.steps}, reference)
+        goes_back = Direction.TO_DATA in self.joint.directions
+        evaluation.evaluate(self.log_prob, self.sample if goes_back else None, x, cond, reference)
 
     def _reference_velocity(self) -> Callable[..., Tensor] | None:
         flow_map = self._mapped("average")

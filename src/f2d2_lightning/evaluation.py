@@ -1,16 +1,22 @@
-"""Few-step likelihoods over a data set, and beside a reference on a part of it."""
+"""Few-step likelihoods over a data set: their mean, beside a reference on a part of it, and the way there and back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 
-from f2d2_lightning.metrics import LikelihoodAgreement
+from f2d2_lightning.counter_noise import counter_uniform, mix_seed
+from f2d2_lightning.likelihood import LogProb
+from f2d2_lightning.metrics import Agreement, LikelihoodAgreement, RoundTripError
+from f2d2_lightning.quantisation import Quantisation
+from f2d2_lightning.sampling import Samples
 
-__all__ = ["LikelihoodEvaluation"]
+__all__ = ["LikelihoodEvaluation", "clock", "draw_again"]
 
 
 class LikelihoodEvaluation:
@@ -23,44 +29,115 @@ class LikelihoodEvaluation:
         low: Lower edge of the range that the levels fill.
         high: Upper edge.
         device: Where the likelihoods are.
+        draws: Dequantisation draws per sample whose log-likelihoods are averaged, the data's own first; the bound on
+            the discrete code length is then less noisy, not tighter.
+
+    Raises:
+        ValueError: If ``draws`` is below 1, or above 1 for continuous data.
     """
 
     def __init__(
-        self, steps: Sequence[int], dim: int, levels: int | None, low: float, high: float, device: torch.device
+        self,
+        steps: Sequence[int],
+        dim: int,
+        levels: int | None,
+        low: float,
+        high: float,
+        device: torch.device,
+        draws: int = 1,
     ) -> None:
+        if draws < 1 or (draws > 1 and levels is None):
+            raise ValueError(
+                f"draws={draws} and levels={levels}; draws is at least 1, and more need the levels of discrete data"
+            )
         self.steps = tuple(steps)
+        self.draws = draws
+        self.quantisation = None if levels is None else Quantisation(levels, low, high)
         agreement = lambda: LikelihoodAgreement(dim, levels, low, high)  # noqa: E731
         self._all = {k: agreement().to(device) for k in self.steps}
         self._compared = {k: agreement().to(device) for k in self.steps}
         self._failed = {k: MeanMetric().to(device) for k in self.steps}
         self._counts = {k: (SumMetric().to(device), SumMetric().to(device)) for k in self.steps}
+        self._round_trips = {k: RoundTripError().to(device) for k in self.steps}
         for metric in (*self._all.values(), *self._compared.values()):
             # a process without samples takes part in gathering all the same, or the others would wait for it
             metric.update(torch.zeros(0, device=device), torch.zeros(0, device=device))
+        for trip in self._round_trips.values():
+            trip.update(torch.zeros(0, device=device))
         self.compared = 0
+        self.seconds = dict.fromkeys(self.steps, 0.0)
+        """Spent on few-step likelihoods by this process."""
+        self.evaluations = dict.fromkeys(self.steps, 0)
+        """Network evaluations per likelihood."""
 
-    def update(self, values: Mapping[int, Tensor], reference: Tensor | None) -> None:
+    def evaluate(
+        self,
+        log_prob: Callable[[Tensor, int, Tensor | None], LogProb],
+        sample: Callable[[Tensor, int, Tensor | None], Samples] | None,
+        x: Tensor,
+        cond: Tensor | None,
+        reference: Tensor | None,
+    ) -> None:
+        """Likelihoods of a batch at every step count, and its way to noise and back.
+
+        Args:
+            log_prob: ``(x, steps, cond)`` to the few-step likelihood.
+            sample: ``(noise, steps, cond)`` to samples; ``None`` for a map that does not go to data.
+            x: Data at ``t = 1``, ``(B, ...)``, dequantised if they were discrete.
+            cond: Conditioning, first axis ``B``, or ``None``.
+            reference: The reference's log-likelihoods of the first samples, ``(C,)``, nats, ``C <= B``.
+        """
+        values, errors = {}, {}
+        for k in self.steps:
+            start = clock(x.device)
+            answer = log_prob(x, k, cond)
+            self.seconds[k] += clock(x.device) - start
+            self.evaluations[k] = answer.evaluations
+            values[k] = answer.value[None]
+            if sample is not None:
+                returned = sample(answer.noise, k, cond).state
+                errors[k] = (returned - x).flatten(1).double().square().mean(1)
+        for draw in range(1, self.draws):
+            assert self.quantisation is not None
+            again = draw_again(x, self.quantisation, draw)
+            for k in self.steps:
+                values[k] = torch.cat((values[k], log_prob(again, k, cond).value[None]))
+        self.update(values, reference, errors)
+
+    def update(
+        self, values: Mapping[int, Tensor], reference: Tensor | None, errors: Mapping[int, Tensor] | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
-            values: Log-likelihoods by step count, ``(B,)``, nats; those that are not finite count as failed.
-            reference: The reference's for the first samples of the batch, ``(C,)``, nats, ``C <= B``.
+            values: Log-likelihoods by step count, ``(B,)`` or ``(draws, B)``, nats; samples with one that is not
+                finite count as failed.
+            reference: The reference's for the first samples of the batch and the first draw, ``(C,)``, nats,
+                ``C <= B``.
+            errors: Mean squared error per dimension of each sample's way to noise and back, ``(B,)``, by step count.
         """
         for k, value in values.items():
-            good = value.isfinite()
+            value = value.reshape(-1, value.shape[-1])
+            good = value.isfinite().all(0)
             self._failed[k].update((~good).float())
-            self._all[k].update(value[good], value[good])
+            mean = value.mean(0)[good]
+            self._all[k].update(mean, mean)
             kept = good[:0] if reference is None else good[: len(reference)]
             if reference is not None:
-                self._compared[k].update(value[: len(reference)][kept], reference[kept])
+                self._compared[k].update(value[0, : len(reference)][kept], reference[kept])
             for count, chosen in zip(self._counts[k], (good, kept), strict=True):
                 count.update(chosen.float().sum())
+            if errors is not None and k in errors:
+                self._round_trips[k].update(errors[k][good])
         self.compared += 0 if reference is None else len(reference)
 
     def results(self) -> dict[str, Tensor]:
-        """Metrics by name, over all processes; ``unconverged_k`` is the share of samples without a likelihood.
+        """Metrics by name, over all processes.
 
-        What no sample has is left out.
+        ``nll_k`` and its standard error are over all samples; ``gap_k``, ``absolute_error_k``, ``correlation_k``,
+        ``rank_correlation_k`` and ``reference_nll_k`` over those that were compared; ``round_trip_k`` is the root mean
+        square per dimension, in units of the state, of data to noise to data in k steps each way; ``unconverged_k``
+        is the share of samples without a likelihood. What no sample has is left out.
         """
         named: dict[str, Tensor] = {}
         for k in self.steps:
@@ -70,7 +147,62 @@ class LikelihoodEvaluation:
                 named |= {f"nll_{k}": result.nll, f"nll_standard_error_{k}": result.nll_standard_error}
             if compared:
                 result = self._compared[k].compute()
-                for name in ("gap", "absolute_error", "correlation", "reference_nll"):
+                for name in ("gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"):
                     named[f"{name}_{k}"] = getattr(result, name)
+            round_trip = self._round_trips[k].compute()
+            if bool(round_trip.isfinite()):
+                named[f"round_trip_{k}"] = round_trip
             named[f"unconverged_{k}"] = self._failed[k].compute()
         return {name: value.float() for name, value in named.items()}
+
+    def rows(self) -> list[dict[str, float]]:
+        """One row per step count, over all processes: every field of :class:`~f2d2_lightning.metrics.Agreement`.
+
+        NaN where no sample has it. ``milliseconds`` are this process's, per sample.
+        """
+        rows = []
+        for k in self.steps:
+            row = dict.fromkeys(Agreement._fields, math.nan)
+            found, compared = (float(count.compute()) for count in self._counts[k])
+            if compared:
+                row |= {name: float(value) for name, value in self._compared[k].compute()._asdict().items()}
+            if found:
+                whole = self._all[k].compute()
+                row |= {"nll": float(whole.nll), "nll_standard_error": float(whole.nll_standard_error)}
+            row |= {"round_trip": float(self._round_trips[k].compute())}
+            row |= {"unconverged": float(self._failed[k].compute())}
+            count = max(1, len(self._all[k].gathered()[0]))
+            row |= {"steps": k, "evaluations": self.evaluations[k], "milliseconds": 1e3 * self.seconds[k] / count}
+            rows.append(row)
+        return rows
+
+    def compared_values(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, in the metrics' unit.
+
+        Of the samples that this process compared.
+        """
+        values, reference = {}, torch.empty(0)
+        for k, metric in self._compared.items():
+            own, other = metric.gathered()
+            values[k] = metric.offset - own / metric.unit
+            reference = metric.offset - other / metric.unit
+        return values, reference
+
+
+def draw_again(x: Tensor, quantisation: Quantisation, draw: int) -> Tensor:
+    """Another dequantisation of dequantised data, shape of ``x``.
+
+    The noise is a function of each sample's own numbers and of ``draw``: the same in every epoch, whatever the batches
+    and processes.
+    """
+    bits = x.float().contiguous().view(torch.int32).long().flatten(1)
+    place = torch.arange(bits.shape[1], device=x.device)
+    uniform = counter_uniform(bits + (place << 32), mix_seed("another draw", draw)).reshape(x.shape)
+    return quantisation.dequantise(quantisation.quantise(x), uniform).to(x.dtype)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
-__all__ = ["Agreement", "LikelihoodAgreement", "agreement"]
+__all__ = ["Agreement", "LikelihoodAgreement", "RoundTripError", "agreement"]
 
 
 class Agreement(NamedTuple):
@@ -107,3 +107,29 @@ class LikelihoodAgreement(Metric):
         """Log-likelihoods and the reference's, ``(N,)`` each, nats: this process's, or all while synchronised."""
         log_prob, reference = (torch.cat(v) if isinstance(v, list) else v for v in (self.log_prob, self.reference))
         return log_prob, reference
+
+
+class RoundTripError(Metric):
+    """Root mean square per dimension of data to noise to data, over a data set and all processes.
+
+    In units of the state. A map whose way back misses the data has no valid likelihood, whatever its mean.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("squares", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, squared_error: Tensor) -> None:
+        """Add a batch: mean squared error per dimension of each sample, ``(B,)``."""
+        self.squares += squared_error.detach().double().sum()
+        self.count += len(squared_error)
+
+    def compute(self) -> Tensor:
+        """Over everything added; NaN if nothing was."""
+        return (self.squares / self.count).sqrt()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -23,11 +22,12 @@ from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
+from f2d2_lightning.evaluation import clock
 from f2d2_lightning.metrics import LikelihoodAgreement
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.sharding import shard
 
-__all__ = ["FlowModule", "clock", "object_names", "warmup_cosine"]
+__all__ = ["FlowModule", "object_names", "warmup_cosine"]
 
 
 class FlowModule(L.LightningModule):
@@ -257,13 +257,6 @@ class FlowModule(L.LightningModule):
             seconds, _ = self._reference_cost
             self._reference_cost = (seconds + clock(self.device) - start, answer.evaluations)
         return self._references[key].to(x.device)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:

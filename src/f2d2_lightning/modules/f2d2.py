@@ -17,11 +17,13 @@ from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
+from f2d2_lightning.evaluation import LikelihoodEvaluation
 from f2d2_lightning.flow_map import Direction, FlowMap
+from f2d2_lightning.guidance import SelfGuidance
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
 from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
-from f2d2_lightning.modules.base import FlowModule, clock, object_names
+from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.flow_matching import FlowMatchingModule
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.processes import gather_states, own_state
@@ -56,6 +58,9 @@ class F2D2Module(FlowModule):
         frozen: Train the head only; backbone and samples stay bit for bit as they were.
         warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`.
         steps: Step counts that validation reports.
+        draws: Dequantisation draws per sample that validation averages few-step likelihoods over.
+        reference_samples: Samples per evaluation and process that are compared with the reference, the first ones;
+            ``None`` for all.
         inversion: For maps that only go to data: how validation and :meth:`log_prob` invert them.
         levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
         low: Lower edge of the range that the levels fill.
@@ -83,6 +88,8 @@ class F2D2Module(FlowModule):
         frozen: bool = False,
         warm_start: bool = True,
         steps: Sequence[int] = (1, 2, 4, 8),
+        draws: int = 1,
+        reference_samples: int | None = None,
         inversion: Inversion | None = None,
         levels: int | None = None,
         low: float = -1.0,
@@ -120,6 +127,13 @@ class F2D2Module(FlowModule):
         shared = {id(flow_map): flow_map} if frozen else {}
         self.average = copy_frozen(self.joint, shared)
         self.steps = tuple(steps)
+        fewest = min(draws, 1 if reference_samples is None else reference_samples)
+        if fewest < 1 or (draws > 1 and self.levels is None):
+            raise ValueError(
+                f"draws={draws} and reference_samples={reference_samples} are at least 1, and several draws need the "
+                f"levels of discrete data (levels={self.levels})"
+            )
+        self.draws, self.reference_samples = draws, reference_samples
         self.inversion = inversion
         self.warm_start = warm_start
         self._teacher_path = teacher if isinstance(teacher, str) else None
@@ -230,21 +244,24 @@ class F2D2Module(FlowModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
-        self._agreements = {k: self._agreement_metric() for k in self.steps}
-        self._seconds = dict.fromkeys(self.steps, 0.0)
-        self._evaluations = dict.fromkeys(self.steps, 0)
+        self._evaluation = LikelihoodEvaluation(
+            self.steps, self.dim, self.levels, self.low, self.high, self.device, self.draws
+        )
+        if self.teacher is None:
+            # the student's own diagonal has changed since
+            self._references.clear()
 
     on_test_epoch_start = on_validation_epoch_start
 
     def _evaluate(self, batch: Any) -> None:
         x, cond = self.data_to_state(batch)
-        reference = self.reference_log_prob(x, cond, self.teacher_velocity())
-        for k, metric in self._agreements.items():
-            start = clock(self.device)
-            answer = self.log_prob(x, k, cond)
-            self._seconds[k] += clock(self.device) - start
-            self._evaluations[k] = answer.evaluations
-            metric.update(answer.value, reference)
+        left = len(x) if self.reference_samples is None else self.reference_samples - self._evaluation.compared
+        reference = None
+        if left > 0:
+            some = None if cond is None else cond[:left]
+            reference = self.reference_log_prob(x[:left], some, self.teacher_velocity())
+        goes_back = Direction.TO_DATA in self.average.directions
+        self._evaluation.evaluate(self.log_prob, self.sample if goes_back else None, x, cond, reference)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Few-step likelihoods beside the teacher's on the same points."""
@@ -254,57 +271,40 @@ class F2D2Module(FlowModule):
         """As validation."""
         self._evaluate(batch)
 
-    def _log_agreements(self, stage: str) -> None:
-        for k, metric in self._agreements.items():
-            result = metric.compute()
-            named = {
-                f"{stage}/nll_{k}": result.nll,
-                f"{stage}/nll_standard_error_{k}": result.nll_standard_error,
-                f"{stage}/gap_{k}": result.gap,
-                f"{stage}/absolute_error_{k}": result.absolute_error,
-                f"{stage}/correlation_{k}": result.correlation,
-                f"{stage}/rank_correlation_{k}": result.rank_correlation,
-            }
-            self.log_dict({name: value.float() for name, value in named.items()})
-            self.log(f"{stage}/reference_nll", result.reference_nll.float())
+    def _log_evaluation(self, stage: str) -> None:
+        results = self._evaluation.results()
+        if Direction.TO_NOISE in self.average.directions:
+            results = {name: value for name, value in results.items() if not name.startswith("unconverged")}
+        # the reference's samples are the same for every step count
+        references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
+        self.log_dict({f"{stage}/{name}": value for name, value in results.items()})
+        if references:
+            self.log(f"{stage}/reference_nll", references[-1])
 
     def on_validation_epoch_end(self) -> None:
         """Log what was gathered."""
-        self._log_agreements("val")
+        self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
         """Log what was gathered."""
-        self._log_agreements("test")
+        self._log_evaluation("test")
 
     def agreement_values(self) -> tuple[dict[int, Tensor], Tensor]:
         """Negative log-likelihoods of the last evaluation by step count, and the reference's, each ``(N,)``.
 
-        Those that this process evaluated.
+        Those that this process compared.
         """
-        values, reference = {}, torch.empty(0)
-        for k, metric in self._agreements.items():
-            own, other = metric.gathered()
-            values[k] = metric.offset - own / metric.unit
-            reference = metric.offset - other / metric.unit
-        return values, reference
+        return self._evaluation.compared_values()
 
     def agreement_table(self) -> list[dict[str, Any]]:
         """Rows of the last evaluation: one per step count, and one (``steps`` is ``None``) of the reference."""
-        rows: list[dict[str, Any]] = []
-        count = 1
-        for k, metric in self._agreements.items():
-            result = metric.compute()
-            count = len(metric.gathered()[0])
-            row = {name: float(value) for name, value in result._asdict().items()}
-            row |= {"steps": k, "evaluations": self._evaluations[k]}
-            rows.append(row | {"milliseconds": 1e3 * self._seconds[k] / count})
+        rows: list[dict[str, Any]] = list(self._evaluation.rows())
         seconds, evaluations = self._reference_cost
         same = {"nll": rows[-1]["reference_nll"], "reference_nll": rows[-1]["reference_nll"], "steps": None}
         reference = self.agreement_values()[1]
         error = float(reference.std()) / math.sqrt(len(reference)) if len(reference) > 1 else math.nan
-        rows.append(
-            same | {"nll_standard_error": error, "evaluations": evaluations, "milliseconds": 1e3 * seconds / count}
-        )
+        spent = 1e3 * seconds / max(1, len(reference))
+        rows.append(same | {"nll_standard_error": error, "evaluations": evaluations, "milliseconds": spent})
         return rows
 
     # --- inference: the weight average, in evaluation mode ---
@@ -325,10 +325,16 @@ class F2D2Module(FlowModule):
         cond: Tensor | None = None,
         *,
         with_log_prob: bool = False,
+        guidance: SelfGuidance | None = None,
     ) -> Samples:
-        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`."""
+        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`.
+
+        With ``guidance`` towards higher likelihood, see :class:`f2d2_lightning.SelfGuidance`.
+        """
         if isinstance(noise, int):
             noise = draw_noise(noise, self.shape, self.device)
+        if guidance is not None:
+            return guidance(self.average, noise, steps, cond, log_prob=with_log_prob)
         return sample(self.average, noise, steps, cond, log_prob=with_log_prob)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[int, Tensor]:
