@@ -195,6 +195,27 @@ def test_sample(at_home):
         f2d2("sample", "--ckpt", STUDENT, "--out", "made/grid.png")
 
 
+@pytest.mark.parametrize("batch_size", [4, 256])
+def test_guided_samples(at_home, capsys, batch_size):
+    options = ["--ckpt", STUDENT, "--steps", 2, "--num", 9, "--device", "cpu", "--batch_size", batch_size]
+    f2d2("sample", *options, "--out", f"guided{batch_size}.npz", "--guidance-scale", 0.05, "--guidance-steps", 3)
+    printed = capsys.readouterr().out
+    # three gradients, two steps, and one evaluation that measures
+    assert "9 samples, 6 evaluations and 3 backward each" in printed
+    made = np.load(at_home / f"guided{batch_size}.npz")
+    module = load_module(STUDENT, f2.F2D2Module)
+    noise = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = f2.SelfGuidance(0.05, 3, measure=True)(module.average, noise, 2, log_prob=True)
+    assert np.allclose(made["x"], expected.state.detach(), atol=1e-4)
+    assert np.allclose(made["noise"], expected.noise, atol=1e-4)
+    before, after = (float(v.detach().mean()) for v in (expected.log_prob_before, expected.log_prob_after))
+    assert after > before
+    assert f"log p {before:.3f} before, {after:.3f} nats after" in printed
+    with pytest.raises(SystemExit):
+        f2d2("sample", *options, "--out", "labelled.npz", "--label", 3)
+    assert "has no classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["digits", "integers", "states"])
 def test_nll(at_home, kind, capsys):
     data = f2.Digits().dataset("test")

@@ -1,10 +1,9 @@
-"""``f2d2 sample`` and ``f2d2 nll``: what a trained student is for."""
+"""``f2d2 nll``: the log-likelihood of every sample of a data set."""
 
 from __future__ import annotations
 
 import csv
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,85 +16,18 @@ from rich.progress import track
 from torch import Tensor
 
 from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.commands.common import find_device, refuse_to_overwrite, run
 from f2d2_lightning.data import Checkerboard, DequantisedDataset, Digits, FlowDataModule, GaussianMixture
 from f2d2_lightning.modules import F2D2Module
-from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.quantisation import Quantisation, bits_per_dim
 
-__all__ = ["nll_command", "sample_command"]
+__all__ = ["nll_command"]
 
 DATA: dict[str, Callable[..., FlowDataModule]] = {
     "digits": Digits,
     "checkerboard": Checkerboard,
     "mixture": GaussianMixture,
 }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
-
-
-def _refuse_to_overwrite(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} is there already; choose another --out, or say --overwrite true")
-
-
-def _run(command: Callable[[], None]) -> None:
-    """A user's mistake ends with its message, not with a traceback."""
-    try:
-        command()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-
-
-def sample_command(arguments: list[str]) -> None:
-    """``f2d2 sample``: draw samples, as a picture or as an array with their log-likelihoods."""
-    parser = ArgumentParser(prog="f2d2 sample", description="Draw samples from a student's checkpoint.")
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
-    parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
-    parser.add_argument("--num", type=int, default=64, help="samples")
-    parser.add_argument("--out", type=str, default="samples.png", help=".png: picture; .npz: arrays x, noise, log_prob")
-    parser.add_argument("--batch_size", type=int, default=256, help="samples at a time")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
-    options = parser.parse_args(arguments)
-    _run(lambda: _sample(options))
-
-
-@torch.no_grad()
-def _sample(options: Any) -> None:
-    out = Path(options.out)
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out is {out}; .png (a picture) and .npz (arrays) can be written")
-    if options.num < 1 or options.batch_size < 1:
-        raise ValueError(f"--num {options.num} and --batch_size {options.batch_size} are at least 1")
-    _refuse_to_overwrite(out, options.overwrite)
-    module = load_module(options.ckpt, F2D2Module).to(_device(options.device))
-    # drawn on the CPU, so that a seed gives the same samples on any device
-    noise = torch.randn(options.num, *module.shape, generator=torch.Generator().manual_seed(options.seed))
-    states, log_probs = [], []
-    for chunk in track(noise.split(options.batch_size), description="sampling", transient=True):
-        made = module.sample(chunk.to(module.device), options.steps, with_log_prob=True)
-        assert made.log_prob is not None
-        states.append(made.state.cpu())
-        log_probs.append(made.log_prob.cpu())
-    state, log_prob = torch.cat(states), torch.cat(log_probs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".npz":
-        np.savez(out, x=state.numpy(), noise=noise.numpy(), log_prob=log_prob.numpy())
-    else:
-        title = f"{options.steps} step{'s' if options.steps > 1 else ''}"
-        columns = math.ceil(math.sqrt(options.num))
-        save_figure(sample_figure({title: state}, module.low, module.high, columns), out)
-    Console().print(f"{options.num} samples, {options.steps} evaluations each, mean log p {float(log_prob.mean()):.3f} "
-                    f"nats; wrote {out}", soft_wrap=True)  # fmt: skip
 
 
 def nll_command(arguments: list[str]) -> None:
@@ -117,7 +49,7 @@ def nll_command(arguments: list[str]) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
     options = parser.parse_args(arguments)
-    _run(lambda: _nll(options))
+    run(lambda: _nll(options))
 
 
 def _load_data(name: str, module: F2D2Module, seed: int) -> DequantisedDataset:
@@ -167,8 +99,8 @@ def _check_range(values: Tensor, module: F2D2Module) -> None:
 @torch.no_grad()
 def _nll(options: Any) -> None:
     out = Path(options.out)
-    _refuse_to_overwrite(out, options.overwrite)
-    module = load_module(options.ckpt, F2D2Module).to(_device(options.device))
+    refuse_to_overwrite(out, options.overwrite)
+    module = load_module(options.ckpt, F2D2Module).to(find_device(options.device))
     data = _load_data(options.data, module, options.seed)
     starts: Iterable[int] = range(0, len(data), options.batch_size)
     rows: list[tuple[float, ...]] = []

@@ -1,0 +1,41 @@
+"""What the commands share: the device, files that are there already, and how a mistake ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+__all__ = ["find_device", "refuse_to_overwrite", "run"]
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+
+
+def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
+    """Raise :class:`FileExistsError` if a file is there and was not given up."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already; choose another --out, or say --overwrite true")
+
+
+def run(command: Callable[[], None]) -> None:
+    """A user's mistake ends with its message, not with a traceback."""
+    try:
+        command()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
