@@ -15,6 +15,7 @@ import f2d2_lightning as f2
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.cli import main
 from lightning_parts import CONFIGS
+from made_data import make_fashion
 
 QUICK = [
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.callbacks=[]",
@@ -52,7 +53,9 @@ def small(name, *, teacher=None):
             "--model.init_args.objective.init_args.capacity=64",
             "--model.init_args.objective.init_args.nodes=8",
         ]
-    if "digits" not in name:
+    if "fashion" in name:
+        options += ["--data.init_args.val=40", "--data.init_args.test=30"]
+    elif "digits" not in name:
         options += ["--data.init_args.count=3000"]
     return options
 
@@ -63,7 +66,9 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in ("digits", "checkerboard", "mixture"):
+        make_fashion(folder / "fashion")
+        patch.setenv("FASHION_MNIST", str(folder / "fashion"))
+        for name in ("digits", "checkerboard", "mixture", "fashion"):
             config = CONFIGS / f"{name}_teacher.yaml"
             f2d2("fit", "--config", config, *QUICK, *small(config.name), "--trainer.max_steps=2",
                  "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
@@ -79,6 +84,7 @@ def home(tmp_path_factory):
 @pytest.fixture
 def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
+    monkeypatch.setenv("FASHION_MNIST", str(home / "fashion"))
     return home
 
 

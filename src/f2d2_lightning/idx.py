@@ -36,10 +36,12 @@ def read_idx(path: str | Path) -> Tensor:
     if kind != UNSIGNED_BYTE:
         raise ValueError(f"{path} holds numbers of IDX type 0x{kind:02x}; unsigned bytes (0x08) are expected")
     start = 4 + 4 * axes
+    if len(content) < start:
+        raise ValueError(f"{path} ends within its head ({len(content)} bytes); it is truncated, get it again")
     shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
-    if len(shape) != axes or len(content) - start != math.prod(shape):
+    if len(content) - start != math.prod(shape):
         raise ValueError(
-            f"{path} says that it holds {' x '.join(map(str, shape))} bytes, and holds {max(0, len(content) - start)}; "
+            f"{path} says that it holds {' x '.join(map(str, shape))} bytes, and holds {len(content) - start}; "
             "it is truncated or corrupt, get it again"
         )
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
