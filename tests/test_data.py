@@ -112,3 +112,10 @@ def test_mixture_density_integrates_to_one_and_fits_its_draws():
 def test_errors(make, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         make()
+
+
+def test_a_loop_over_a_data_set_ends():
+    data = f2.Digits().dataset("val")
+    samples = list(data)
+    assert len(samples) == 200
+    assert torch.equal(torch.stack(samples), data.__getitems__(list(range(200))))

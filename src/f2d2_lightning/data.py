@@ -57,6 +57,10 @@ class DequantisedDataset(Dataset):
             values = self.quantisation.dequantise(values, counter_uniform(counters, self.seed).reshape(values.shape))
         return values if self.labels is None else (values, self.labels[position])
 
+    def __iter__(self) -> Iterator[Any]:
+        """One epoch: indices themselves have no end, and a loop over them had none either."""
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Any:
         batch = self.__getitems__([index])
         return tuple(part[0] for part in batch) if isinstance(batch, tuple) else batch[0]
