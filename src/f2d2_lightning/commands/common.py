@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 __all__ = ["find_device", "refuse_to_overwrite", "run"]
 
@@ -36,6 +37,7 @@ def run(command: Callable[[], None]) -> None:
     """A user's mistake ends with its message, not with a traceback."""
     try:
         command()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        # names of files may look like markup
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)

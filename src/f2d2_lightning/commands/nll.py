@@ -2,134 +2,208 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
+from f2d2_lightning.bounds import dequantisation_bounds
 from f2d2_lightning.checkpoints import load_module
-from f2d2_lightning.commands.common import find_device, refuse_to_overwrite, run
-from f2d2_lightning.data import Checkerboard, DequantisedDataset, Digits, FlowDataModule, GaussianMixture
+from f2d2_lightning.commands.common import find_device, run
+from f2d2_lightning.commands.points import DATA, Points, Reading, load_points
+from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.modules import F2D2Module
-from f2d2_lightning.quantisation import Quantisation, bits_per_dim
+from f2d2_lightning.quantisation import bits_per_dim
+from f2d2_lightning.ranks import percentile_rank
+from f2d2_lightning.tables import Column, check_table_path, write_table
 
 __all__ = ["nll_command"]
 
-DATA: dict[str, Callable[..., FlowDataModule]] = {
-    "digits": Digits,
-    "checkerboard": Checkerboard,
-    "mixture": GaussianMixture,
-}
+DATA_HELP = (
+    f"{', '.join(DATA)}, or the class path of a data module (test split; digits:train, my.Data:val for others); "
+    ".npy or .npz: integers (dequantised here) or states as x, labels as y; an image, or a folder of images (PNG, "
+    "JPEG, BMP, WebP, PPM, TIFF; recursive, in the order of their paths)"
+)
 
 
 def nll_command(arguments: list[str]) -> None:
     """``f2d2 nll``: one row a sample, and a summary with standard errors."""
     parser = ArgumentParser(prog="f2d2 nll", description="Log-likelihood of every sample of a data set.")
     parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
-    parser.add_argument(
-        "--data",
-        type=str,
-        required=True,
-        help=f"{', '.join(DATA)} (its test split; digits:train, digits:val for others), or a .npy or .npz file of "
-        "integers (dequantised here) or of states",
-    )
+    parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
+    parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
-    parser.add_argument("--out", type=str, default="nll.csv", help="CSV, one row a sample")
-    parser.add_argument("--batch_size", type=int, default=512, help="samples at a time")
+    parser.add_argument("--out", type=str, default="nll.csv", help=".csv or .parquet, one row a sample")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=1,
+        help="dequantisation draws per sample: log_prob is their mean (the bound), log_prob_sd their standard "
+        "deviation, log_prob_iw the logarithm of their mean density (the tighter, importance-weighted bound)",
+    )
     parser.add_argument("--reference", type=bool, default=False, help="add the reference likelihood of the diagonal")
-    parser.add_argument("--seed", type=int, default=0, help="of the dequantisation of a file")
+    parser.add_argument(
+        "--compare",
+        type=str,
+        default=None,
+        help="another data set, as --data: adds each sample's percentile among its log-likelihoods. One that the model "
+        "has not seen (digits:val) says more than the training data",
+    )
+    parser.add_argument("--compare_args", type=dict, default=None, help="arguments of that data module, as JSON")
+    parser.add_argument("--convert", type=bool, default=False, help="convert images to the model's channels")
+    parser.add_argument("--resize", type=bool, default=False, help="resize images, before dequantisation")
+    parser.add_argument(
+        "--requantise", type=bool, default=False, help="bring 8-bit values to the model's levels: floor(v levels / 256)"
+    )
+    parser.add_argument("--batch_size", type=int, default=512, help="samples at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the dequantisation of files")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
     options = parser.parse_args(arguments)
     run(lambda: _nll(options))
 
 
-def _load_data(name: str, module: F2D2Module, seed: int) -> DequantisedDataset:
-    kind, _, split = name.partition(":")
-    if kind in DATA:
-        data = DATA[kind]()
-        if data.shape != module.shape or data.levels != module.levels:
-            raise ValueError(
-                f"--data {name} has shape {data.shape} and levels {data.levels}, but the checkpoint is of a model for "
-                f"shape {module.shape} and levels {module.levels}"
-            )
-        return data.dataset(split or "test")
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"--data is {name}: neither one of {', '.join(DATA)} nor a file that exists")
-    if path.suffix not in (".npy", ".npz"):
-        raise ValueError(f"--data is {name}; .npy and .npz files can be read (an .npz holds its data as 'x')")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy file of plain numbers: {error}") from error
-    if not isinstance(loaded, np.ndarray):
-        if "x" not in loaded:
-            raise ValueError(f"{path} holds {', '.join(loaded.files)}; the data must be called 'x'")
-        loaded = loaded["x"]
-    values = torch.from_numpy(loaded)
-    if tuple(values.shape[1:]) != module.shape or len(values) == 0:
-        raise ValueError(f"{path} has shape {tuple(values.shape)}; (N, {', '.join(map(str, module.shape))}) is needed")
-    if torch.is_floating_point(values):
-        _check_range(values, module)
-        return DequantisedDataset(values.float())
-    if module.levels is None:
-        raise ValueError(f"{path} holds integers, but the model is for continuous data")
-    quantisation = Quantisation(module.levels, module.low, module.high)
-    quantisation.check_range_of(values)
-    return DequantisedDataset(values, quantisation=quantisation, seed=seed)
+@dataclass(frozen=True)
+class _Likelihoods:
+    """Of every draw of every sample, ``(D, N)``, float64, nats."""
 
-
-def _check_range(values: Tensor, module: F2D2Module) -> None:
-    if module.levels is not None and (float(values.min()) < module.low or float(values.max()) > module.high):
-        raise ValueError(
-            f"states lie in [{float(values.min()):.4g}, {float(values.max()):.4g}], but the model is for "
-            f"[{module.low}, {module.high}]; give integers 0 to {module.levels - 1}, or rescale"
-        )
+    log_prob: Tensor
+    reference: Tensor | None
+    evaluations: int
 
 
 @torch.no_grad()
 def _nll(options: Any) -> None:
     out = Path(options.out)
-    refuse_to_overwrite(out, options.overwrite)
+    check_table_path(out, options.overwrite)
+    if options.draws < 1 or options.batch_size < 1:
+        raise ValueError(f"--draws {options.draws} and --batch_size {options.batch_size} are at least 1")
+    if options.compare is None and options.compare_args:
+        raise ValueError("--compare_args are arguments of the data module that --compare names, and it names none")
     module = load_module(options.ckpt, F2D2Module).to(find_device(options.device))
-    data = _load_data(options.data, module, options.seed)
-    starts: Iterable[int] = range(0, len(data), options.batch_size)
-    rows: list[tuple[float, ...]] = []
-    for start in track(list(starts), description="log-likelihood", transient=True):
-        x, cond = module.data_to_state(
-            data.__getitems__(list(range(start, min(start + options.batch_size, len(data)))))
-        )
-        x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
-        columns = [module.log_prob(x, options.steps, cond).value]
-        if options.reference:
-            columns.append(module.reference(module.average.velocity, x, cond).value)
-        for column in list(columns):
-            columns.append(bits_per_dim(column, module.dim, module.levels, module.low, module.high))
-        rows += torch.stack(columns, -1).cpu().tolist()
-    names = ["log_prob", "reference_log_prob"] if options.reference else ["log_prob"]
-    names += [name.replace("log_prob", "bits_per_dim") for name in names]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # beside its place first: an interrupted run leaves no half-written table
-    partial = out.with_name(out.name + ".part")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", *names])
-        writer.writerows([index, *row] for index, row in enumerate(rows))
-    partial.replace(out)
-    table = torch.tensor(rows, dtype=torch.float64)
-    console = Console()
-    for name, column in zip(names, table.T, strict=True):
-        error = float(column.std()) / math.sqrt(len(column)) if len(column) > 1 else math.nan
-        unit = "nats" if name.endswith("log_prob") else "bits/dim"
-        console.print(f"{name}: {float(column.mean()):.4f} ± {error:.4f} {unit}", highlight=False)
+    files = {"convert": options.convert, "resize": options.resize, "requantise": options.requantise}
+    points = load_points(options.data, options.data_args, module, Reading(options.seed, **files))
+    others = None
+    if options.compare is not None:
+        reading = Reading(mix_seed(options.seed, "compare"), **files)
+        others = load_points(options.compare, options.compare_args, module, reading)
+    for given in (points, others):
+        if given is not None and options.draws > 1 and not given.dequantised:
+            raise ValueError(
+                f"--draws {options.draws} needs data that are dequantised here, and {given.source} gives states; give "
+                "integers, or leave --draws out"
+            )
+    # the one that is compared with first: what is wrong with it is then known before the longer wait
+    among = None if others is None else _evaluate(module, others, options, reference=False)
+    if among is not None and bool(among.log_prob.mean(0).isnan().all()):
+        raise ValueError(f"no sample of {options.compare} has a likelihood, no inversion converged; take more --steps")
+    found = _evaluate(module, points, options, reference=options.reference)
+    columns = _columns(module, points, found, among)
+    metadata = {
+        "checkpoint": options.ckpt,
+        "data": options.data,
+        "steps": str(options.steps),
+        "draws": str(options.draws),
+        "levels": str(module.levels),
+        "range": f"[{module.low}, {module.high}]",
+        "unit": "log_prob: nats per sample; bits_per_dim: bits per dimension",
+    } | ({} if options.compare is None else {"compare": options.compare})
+    write_table(out, columns, metadata, options.overwrite)
+    _summarise(columns, options)
     bound = " (an upper bound: uniform dequantisation)" if module.levels is not None else ""
-    console.print(f"{len(table)} samples, {options.steps} evaluations each{bound}; wrote {out}", soft_wrap=True)
+    draws = f", {options.draws} draws" if options.draws > 1 else ""
+    Console().print(
+        f"{found.log_prob.shape[1]} samples, {found.evaluations} evaluations each{draws}{bound}; wrote {out}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+def _evaluate(module: F2D2Module, points: Points, options: Any, reference: bool) -> _Likelihoods:
+    values: list[Tensor] = []
+    references: list[Tensor] = []
+    evaluations = 0
+
+    def batches() -> Iterator[Any]:
+        for draw in range(options.draws):
+            yield from points.batches(options.batch_size, draw)
+
+    total = None if points.count is None else options.draws * math.ceil(points.count / options.batch_size)
+    for batch in track(batches(), description=f"log-likelihood of {points.source}", total=total, transient=True):
+        x, cond = module.data_to_state(batch)
+        _check_labels(module, points, cond)
+        x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
+        answer = module.log_prob(x, options.steps, cond)
+        values.append(answer.value.cpu().double())
+        evaluations = max(evaluations, answer.evaluations)
+        if reference:
+            references.append(module.reference(module.average.velocity, x, cond).value.cpu().double())
+    if not values:
+        raise ValueError(f"{points.source} gives no samples")
+    by_draw = lambda parts: torch.cat(parts).reshape(options.draws, -1)  # noqa: E731
+    return _Likelihoods(by_draw(values), by_draw(references) if reference else None, evaluations)
+
+
+def _check_labels(module: F2D2Module, points: Points, cond: Tensor | None) -> None:
+    if not module.conditional:
+        return
+    if cond is None:
+        raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
+    tables = [getattr(m, "labels", None) for m in module.average.modules()]
+    classes = next((table.num_embeddings for table in tables if isinstance(table, nn.Embedding)), None)
+    if classes is not None and (int(cond.min()) < 0 or int(cond.max()) >= classes):
+        raise ValueError(
+            f"{points.source} has labels {int(cond.min())} to {int(cond.max())}, but the model is for {classes} "
+            f"classes, 0 to {classes - 1}"
+        )
+
+
+def _columns(module: F2D2Module, points: Points, found: _Likelihoods, among: _Likelihoods | None) -> list[Column]:
+    def both(name: str, value: Tensor) -> list[Column]:
+        bits = bits_per_dim(value, module.dim, module.levels, module.low, module.high)
+        renamed = name.replace("log_prob", "bits_per_dim")
+        return [Column(name, value.tolist(), "nats"), Column(renamed, bits.tolist(), "bits/dim")]
+
+    bounds = dequantisation_bounds(found.log_prob)
+    columns = [Column("index", list(range(len(bounds.mean))))]
+    if points.names is not None:
+        columns.append(Column("name", points.names))
+    columns += both("log_prob", bounds.mean)
+    if len(found.log_prob) > 1:
+        columns.append(Column("log_prob_sd", bounds.deviation.tolist(), "nats"))
+        columns += both("log_prob_iw", bounds.importance_weighted)
+    if found.reference is not None:
+        columns += both("reference_log_prob", found.reference.mean(0))
+    if among is not None:
+        rank = percentile_rank(bounds.mean, among.log_prob.mean(0))
+        columns.append(Column("percentile", rank.tolist(), "percent"))
+    return columns
+
+
+def _summarise(columns: list[Column], options: Any) -> None:
+    say = Console(highlight=False, markup=False, soft_wrap=True).print
+    for name, values, unit in columns:
+        if unit is None:
+            continue
+        value = torch.tensor(values, dtype=torch.float64)
+        known = value[~value.isnan()]
+        if len(known) < len(value):
+            say(f"{name}: {len(value) - len(known)} of {len(value)} samples have none (an inversion did not converge)")
+        if len(known) == 0:
+            continue
+        if name == "percentile":
+            low = int((known < 1).sum())
+            say(
+                f"percentile among {options.compare}: median {float(known.median()):.1f}; {low} of {len(known)} below 1"
+            )
+            continue
+        error = float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+        say(f"{name}: {float(known.mean()):.4f} ± {error:.4f} {unit}")
