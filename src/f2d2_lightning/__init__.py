@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from f2d2_lightning.data import Checkerboard, Digits, FlowDataModule, GaussianMixture
     from f2d2_lightning.fashion import FashionMNIST
     from f2d2_lightning.modules import F2D2Module, FlowMatchingModule, FlowModule
+    from f2d2_lightning.pictures import Pictures
+    from f2d2_lightning.sample_quality import SampleQuality
 
 _LIGHTNING = {
     "F2D2Callback": "f2d2_lightning.callback",
@@ -45,6 +47,8 @@ _LIGHTNING = {
     "FlowMatchingModule": "f2d2_lightning.modules",
     "FlowModule": "f2d2_lightning.modules",
     "GaussianMixture": "f2d2_lightning.data",
+    "Pictures": "f2d2_lightning.pictures",
+    "SampleQuality": "f2d2_lightning.sample_quality",
 }
 
 
@@ -95,8 +99,10 @@ __all__ = [
     "MixtureFlow",
     "Objective",
     "Path",
+    "Pictures",
     "Quantisation",
     "Reference",
+    "SampleQuality",
     "Samples",
     "SelfGuidance",
     "Semigroup",

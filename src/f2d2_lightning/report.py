@@ -1,88 +1,188 @@
-"""What ``f2d2 test`` leaves behind for a student: a table, its figures, and the numbers as JSON."""
+"""What ``f2d2 test`` leaves behind for a student: a table, figures, the numbers as JSON, and a report of them all."""
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.table import Table
 
-from f2d2_lightning.modules import F2D2Module, FlowMatchingModule
-from f2d2_lightning.plots import calibration_figure, sample_figure, save_figure
-from f2d2_lightning.reference import reference_sample
-from f2d2_lightning.sampling import sample
+from f2d2_lightning.gallery import Gallery, Points
+from f2d2_lightning.modules import F2D2Module
+from f2d2_lightning.plots import save_figure, training_figure
+from f2d2_lightning.plots.figure import settle
+from f2d2_lightning.report_text import Report, other_metrics, read_curves, to_json
+from f2d2_lightning.run_folder import run_folder, unused
+from f2d2_lightning.subject import StudentSubject
+from f2d2_lightning.summary import model_parts
 
-__all__ = ["TestReport"]
+__all__ = ["TestReport", "print_table"]
 
 
 class TestReport(L.Callback):
-    """After ``test`` of an :class:`~f2d2_lightning.F2D2Module`: table, ``samples.png``, ``calibration.png``, JSON.
+    """After ``test`` of an :class:`~f2d2_lightning.F2D2Module`: a printed table, ``report.md``, figures, JSON.
+
+    The report names the model's parts, versions and command, and shows likelihoods, whatever else was logged as
+    ``test/...`` (sample quality, for one), the training curve of a CSV logger, and the pictures that the data allow:
+    samples, calibration, NLL against steps, most and least likely images, densities in the plane. It refers to its
+    pictures by name, so that the folder can be moved.
+
+    Files that are there are not written over: the report of a second test goes to the folder ``test-2``, the next one
+    to ``test-3``.
 
     Args:
         folder: Where to write; ``None`` for the logger's folder.
         samples: Samples per step count in the picture (twenty times as many points in the plane).
         teacher_steps: Heun steps of the teacher's samples in the picture.
+        images: Test samples, the first ones, for calibration and ranked images.
+        grid: Cells of a density map along each axis.
+        overwrite: Write over the files of an earlier report.
+
+    Raises:
+        ValueError: If numbers are below 1; before the test, if the module is none that it can report on.
     """
 
     __test__ = False  # pytest collects classes by this name
 
-    def __init__(self, folder: str | None = None, samples: int = 49, teacher_steps: int = 100) -> None:
-        if samples < 1 or teacher_steps < 1:
-            raise ValueError(f"samples={samples} and teacher_steps={teacher_steps} are at least 1")
+    def __init__(
+        self,
+        folder: str | None = None,
+        samples: int = 49,
+        teacher_steps: int = 100,
+        images: int = 2048,
+        grid: int = 64,
+        overwrite: bool = False,
+    ) -> None:
+        if min(samples, teacher_steps, images, grid) < 1:
+            raise ValueError(
+                f"samples={samples}, teacher_steps={teacher_steps}, images={images} and grid={grid} are at least 1"
+            )
         self.folder, self.samples, self.teacher_steps = folder, samples, teacher_steps
+        self.images, self.grid, self.overwrite = images, grid, overwrite
+        self._points = Points(images)
+        self._count = 0
 
-    def _folder(self, trainer: L.Trainer) -> Path:
-        return Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse other modules before the test."""
+        if stage == "test" and not isinstance(pl_module, F2D2Module):
+            raise ValueError(f"TestReport is for F2D2Module, not {type(pl_module).__name__}; take it out of callbacks")
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start afresh."""
+        self._points, self._count = Points(self.images), 0
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first samples."""
+        if dataloader_idx == 0:
+            with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+                x, cond = StudentSubject(pl_module, pl_module).state(batch)
+            self._points.add(x, cond)
+            self._count += len(x)
 
     @torch.no_grad()
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gather on all processes, write on the first."""
-        if not isinstance(pl_module, F2D2Module):
-            raise ValueError(f"TestReport is for F2D2Module, not {type(pl_module).__name__}; take it out of callbacks")
-        rows = pl_module.agreement_table()
-        if trainer.is_global_zero:
-            self._write(trainer, pl_module, rows)
-
-    def _write(self, trainer: L.Trainer, module: F2D2Module, rows: list[dict[str, Any]]) -> None:
-        folder = self._folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        print_table(rows, module.unit)
-        (folder / "test_report.json").write_text(json.dumps({"unit": module.unit, "rows": rows}, indent=2) + "\n")
-        values, reference = module.agreement_values()
-        written = [
-            save_figure(calibration_figure(values, reference, f"NLL, {module.unit}"), folder / "calibration.png")
-        ]
-        if len(module.shape) == 3 or module.shape == (2,):
-            count = self.samples if len(module.shape) == 3 else 20 * self.samples
-            noise = torch.randn(count, *module.shape, generator=torch.Generator().manual_seed(0)).to(module.device)
-            pictures = {
-                f"{k} step{'s' if k > 1 else ''}": sample(module.average.flow_map, noise, k).state for k in module.steps
-            }
-            if isinstance(module.teacher, FlowMatchingModule):
-                made = reference_sample(module.teacher_velocity(), noise, steps=self.teacher_steps)
-                pictures[f"teacher, {made.evaluations} evaluations"] = made.state
-            figure = sample_figure(pictures, module.low, module.high, math.ceil(math.sqrt(self.samples)))
-            written.append(save_figure(figure, folder / "samples.png"))
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure on all processes, write on the first. All metrics have been logged by now."""
+        assert isinstance(pl_module, F2D2Module)
+        run = run_folder(trainer)
+        count = trainer.strategy.reduce(torch.tensor(float(self._count), device=pl_module.device), reduce_op="sum")
+        log_prob = getattr(getattr(trainer, "datamodule", None), "log_prob", None)
+        gallery = Gallery(
+            StudentSubject(pl_module, pl_module),
+            self.samples,
+            self.teacher_steps,
+            self.grid,
+            log_prob if callable(log_prob) else None,
+            trainer.strategy.broadcast,
+        )
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+            measured = gallery.measure(trainer.strategy.broadcast(self._points))
+        rows = pl_module.agreement_table() if measured.rows is None else measured.rows
+        if not trainer.is_global_zero:
+            return
+        print_table(rows, pl_module.unit, gallery.subject.reference_name)
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        figures = gallery.figures(measured)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger) and (curves := read_curves(Path(logger.log_dir))):
+                figures["training"] = settle(training_figure(curves))
+        report = self._report(trainer, gallery, rows, tuple(figures), run, int(count))
+        numbers = {"unit": pl_module.unit, "rows": rows, "metrics": report.metrics}
+        texts = {"test_report.json": to_json(numbers), "report.md": report.markdown()}
+        pictures = {f"{name}.png": figure for name, figure in figures.items()}
+        folder = self._free(run if self.folder is None else Path(self.folder), (*texts, *pictures))
+        written = [save_figure(figure, folder / name) for name, figure in pictures.items()]
+        written += [_write(folder / name, text) for name, text in texts.items()]
         for path in written:
-            Console().print(f"wrote {path}", soft_wrap=True)
+            Console().print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
+
+    @staticmethod
+    def _report(
+        trainer: L.Trainer,
+        gallery: Gallery,
+        rows: list[dict[str, Any]],
+        figures: tuple[str, ...],
+        run: Path,
+        samples: int,
+    ) -> Report:
+        module, data = gallery.subject.module, getattr(trainer, "datamodule", None)
+        return Report(
+            title=f"Test of {type(module).__name__}" + ("" if data is None else f" on {type(data).__name__}"),
+            run=run,
+            checkpoint=trainer.ckpt_path,
+            samples=samples,
+            device=str(module.device),
+            unit=gallery.subject.unit,
+            reference_name=gallery.subject.reference_name,
+            parts=model_parts(module, trainer.callbacks),  # type: ignore[attr-defined]
+            rows=rows,
+            metrics=other_metrics(trainer.callback_metrics, gallery.subject.steps),
+            figures=figures,
+            ranked_by=gallery.ranked_by(),
+            quantised=gallery.subject.unit != "nats",
+        )
+
+    def _free(self, folder: Path, names: Iterable[str]) -> Path:
+        taken = any((folder / name).exists() for name in names)
+        return unused(folder / "test", first=2) if taken and not self.overwrite else folder
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
 
 
 @rank_zero_only
-def print_table(rows: list[dict[str, Any]], unit: str) -> None:
-    """Print the agreement table."""
+def print_table(rows: list[dict[str, Any]], unit: str, reference_name: str = "teacher") -> None:
+    """Print the agreement table of :meth:`~f2d2_lightning.F2D2Module.agreement_table`."""
     table = Table(title=f"log-likelihood of the test set, {unit} (± standard error)")
-    for name in ("steps", "evaluations", "NLL", "gap to teacher", "r", "rank r", "|error|", "ms per sample"):
+    for name in ("steps", "evaluations", "NLL", f"gap to {reference_name}", "r", "rank r", "|error|", "ms per sample"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         reference = row["steps"] is None
         table.add_row(
-            "teacher" if reference else str(row["steps"]),
+            reference_name if reference else str(row["steps"]),
             f"{row['evaluations']:,}",
             f"{row['nll']:.3f} ± {row['nll_standard_error']:.3f}",
             "" if reference else f"{row['gap']:+.3f} ± {row['gap_standard_error']:.3f}",

@@ -1,0 +1,239 @@
+"""What pictures and reports ask of a model, whoever wrote it: a student, a module with a callback, or a teacher."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from f2d2_lightning.adapters import AdaptedFlowMap
+from f2d2_lightning.callback import F2D2Callback
+from f2d2_lightning.flow_map import Direction
+from f2d2_lightning.modules import F2D2Module, FlowMatchingModule
+from f2d2_lightning.quantisation import bits_per_dim
+from f2d2_lightning.reference import Reference
+
+__all__ = ["Subject", "find_subjects"]
+
+
+class Subject(ABC):
+    """A model that pictures are made of. Nothing here draws random numbers but what the model itself draws.
+
+    Args:
+        owner: Who knows shape, levels and range: a module or a callback.
+        module: The LightningModule.
+        name: Tells several of one trainer apart; empty where there is one.
+    """
+
+    owner: Any
+
+    def __init__(self, owner: Any, module: L.LightningModule, name: str = "") -> None:
+        self.owner, self.module, self.name = owner, module, name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one state."""
+        return tuple(self.owner.shape)
+
+    @property
+    def low(self) -> float:
+        """Lower edge of the data's range."""
+        return float(self.owner.low)
+
+    @property
+    def high(self) -> float:
+        """Upper edge."""
+        return float(self.owner.high)
+
+    @property
+    def unit(self) -> str:
+        """Unit of :meth:`nll`."""
+        return "nats" if self.owner.levels is None else "bits/dim"
+
+    def nll(self, log_prob: Tensor) -> Tensor:
+        """Negative log-likelihoods in :attr:`unit` from log-likelihoods in nats, any shape; float64 on the CPU."""
+        value = log_prob.detach().cpu().double()
+        if self.owner.levels is None:
+            return -value
+        return bits_per_dim(value, math.prod(self.shape), self.owner.levels, self.low, self.high)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a model to look at."""
+        return True
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Step counts, empty for a model that makes no steps."""
+        return tuple(self.owner.steps)
+
+    @property
+    @abstractmethod
+    def directions(self) -> Direction:
+        """Where the model's steps lead."""
+
+    @property
+    @abstractmethod
+    def reference_fixed(self) -> bool:
+        """Whether the reference stays the same while the model trains."""
+
+    @property
+    def reference_name(self) -> str:
+        """Whose the reference is."""
+        return "teacher" if self.reference_fixed else "own velocity"
+
+    @abstractmethod
+    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """States ``(B, *shape)`` at ``t = 1`` and conditioning of a batch."""
+
+    def sample(self, noise: Tensor, steps: int, cond: Tensor | None) -> Tensor:
+        """Samples from noise ``(B, *shape)``."""
+        return self.owner.sample(noise, steps, cond).state
+
+    def log_prob(self, x: Tensor, steps: int, cond: Tensor | None) -> Tensor:
+        """Few-step log-likelihoods, ``(B,)``, nats; NaN where an inversion did not converge."""
+        return self.owner.log_prob(x, steps, cond).value
+
+    @property
+    def solver(self) -> Reference:
+        """Of the reference likelihood."""
+        return self.owner.reference
+
+    @abstractmethod
+    def velocity(self) -> Callable[..., Tensor] | None:
+        """``(x, t, cond) -> v`` of the reference; ``None`` if there is none."""
+
+    def evaluated_reference(self, values: Mapping[int, Tensor]) -> Tensor | None:
+        """The reference's NLL of the first samples of the last evaluation, where the evaluation has computed it.
+
+        Args:
+            values: Few-step NLL of those samples by step count, ``(N,)``: they tell whether the samples are the same.
+
+        Returns:
+            ``(N,)``, in :attr:`unit`, NaN for those that were not compared; ``None`` if it has none of these samples.
+        """
+        return None
+
+    def rows(self) -> list[dict[str, Any]] | None:
+        """Rows of the last evaluation over all processes, which must all call this; ``None`` if there are none."""
+        return None
+
+
+class StudentSubject(Subject):
+    """An :class:`~f2d2_lightning.F2D2Module`."""
+
+    owner: F2D2Module
+
+    @property
+    def directions(self) -> Direction:
+        return self.owner.average.directions
+
+    @property
+    def reference_fixed(self) -> bool:
+        return self.owner.teacher is not None
+
+    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        return self.owner.data_to_state(batch)
+
+    def velocity(self) -> Callable[..., Tensor] | None:
+        return self.owner.teacher_velocity()
+
+    def evaluated_reference(self, values: Mapping[int, Tensor]) -> Tensor | None:
+        few, reference = self.owner.agreement_values()
+        last = self.steps[-1]
+        # the evaluation keeps samples with a likelihood only, in their order, and compares the first of them
+        good = values[last].isfinite().nonzero().flatten()
+        count = min(len(good), len(few[last]), len(reference))
+        mine, theirs = values[last][good[:count]], few[last][:count].cpu().double()
+        if count == 0 or not torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4):
+            return None
+        aligned = torch.full_like(values[last], math.nan)
+        aligned[good[:count]] = reference[:count].cpu().double()
+        return aligned
+
+    def rows(self) -> list[dict[str, Any]] | None:
+        return self.owner.agreement_table()
+
+
+class CallbackSubject(Subject):
+    """Somebody else's module with an :class:`~f2d2_lightning.F2D2Callback`."""
+
+    owner: F2D2Callback
+
+    @property
+    def ready(self) -> bool:
+        # without a checkpoint there is no head yet; the callback itself says so
+        return self.owner._added is not None
+
+    @property
+    def directions(self) -> Direction:
+        return self.owner.joint.directions
+
+    @property
+    def reference_fixed(self) -> bool:
+        return self.owner.teacher is not None
+
+    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        return self.owner.states(batch, self.module)
+
+    def velocity(self) -> Callable[..., Tensor] | None:
+        if self.owner.teacher is not None:
+            return self.owner.teacher
+        network = self.owner.joint.flow_map
+        return None if isinstance(network, AdaptedFlowMap) and network.endpoint_only else network.velocity
+
+
+class TeacherSubject(Subject):
+    """A :class:`~f2d2_lightning.FlowMatchingModule`: it makes no steps, and shows its samples."""
+
+    owner: FlowMatchingModule
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def directions(self) -> Direction:
+        return Direction.NONE
+
+    @property
+    def reference_fixed(self) -> bool:
+        return False
+
+    @property
+    def reference_name(self) -> str:
+        return "teacher"
+
+    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        return self.owner.data_to_state(batch)
+
+    def velocity(self) -> Callable[..., Tensor] | None:
+        return self.owner.average.velocity
+
+
+def find_subjects(trainer: L.Trainer, module: L.LightningModule) -> list[Subject]:
+    """The module itself, if it is one of this package's, and what each F2D2Callback of the trainer added.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    callbacks = [c for c in trainer.callbacks if isinstance(c, F2D2Callback)]  # type: ignore[attr-defined]
+    found: list[Subject] = []
+    if isinstance(module, F2D2Module):
+        found.append(StudentSubject(module, module))
+    elif isinstance(module, FlowMatchingModule):
+        found.append(TeacherSubject(module, module))
+    several = len(found) + len(callbacks) > 1
+    found += [CallbackSubject(c, module, c.flow_map if several else "") for c in callbacks]
+    if not found:
+        raise ValueError(
+            f"{type(module).__name__} is neither F2D2Module nor FlowMatchingModule, and the trainer has no "
+            "F2D2Callback; add one (Trainer(callbacks=[F2D2Callback(...), ...])), or take pictures and report out of "
+            "the callbacks"
+        )
+    return found
