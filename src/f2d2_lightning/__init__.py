@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from f2d2_lightning.modules import F2D2Module, FlowMatchingModule, FlowModule
     from f2d2_lightning.pictures import Pictures
     from f2d2_lightning.sample_quality import SampleQuality
+    from f2d2_lightning.summary import JointSummary
 
 _LIGHTNING = {
     "F2D2Callback": "f2d2_lightning.callback",
@@ -47,6 +48,7 @@ _LIGHTNING = {
     "FlowMatchingModule": "f2d2_lightning.modules",
     "FlowModule": "f2d2_lightning.modules",
     "GaussianMixture": "f2d2_lightning.data",
+    "JointSummary": "f2d2_lightning.summary",
     "Pictures": "f2d2_lightning.pictures",
     "SampleQuality": "f2d2_lightning.sample_quality",
 }
@@ -92,6 +94,7 @@ __all__ = [
     "Joint",
     "JointFlowMap",
     "JointMap",
+    "JointSummary",
     "Jump",
     "Lagrangian",
     "LinearPath",

@@ -277,7 +277,8 @@ class F2D2Module(FlowModule):
             results = {name: value for name, value in results.items() if not name.startswith("unconverged")}
         # the reference's samples are the same for every step count
         references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
-        self.log_dict({f"{stage}/{name}": value for name, value in results.items()})
+        for name, value in results.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == f"nll_{self.steps[-1]}")
         if references:
             self.log(f"{stage}/reference_nll", references[-1])
 
