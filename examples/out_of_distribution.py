@@ -115,7 +115,6 @@ def train(steps: int, widen: float) -> f2.F2D2Module:
         objective=f2.TrajectoryRegression(
             nodes=20,
             capacity=10_000,
-            chunk=512,
             starts={"data": 0.6, "perturbed": 0.1, "mixed": 0.1, "path": 0.05, "noise": 0.15},
             quantisation=f2.Quantisation(LEVELS),
         ),
