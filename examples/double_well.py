@@ -157,9 +157,9 @@ def main() -> None:
     noise = torch.randn(options.count, 2, generator=generator)
     print(f"by quadrature: log Z {data.log_z:.4f}, left well {data.left:.3f}, attainable ESS {data.attainable_ess:.3f}")
     with torch.no_grad():
-        made = f2.reference_sample(teacher.average.velocity, noise, steps=50)
-        log_q = f2.reference_log_prob(teacher.average.velocity, made.state, steps=50).value
-        say("teacher, 200 evaluations", made.state, log_q)
+        made = f2.reference_sample(teacher.average.velocity, noise, steps=25)
+        log_q = f2.reference_log_prob(teacher.average.velocity, made.state, steps=25).value
+        say("teacher, 100 evaluations", made.state, log_q)
         for steps in (1, 2, 4, 8):
             few = student.sample(noise, steps, with_log_prob=True)
             say(f"{steps} steps", few.state, few.log_prob, exact_log_prob(student, noise, steps))
