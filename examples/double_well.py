@@ -162,7 +162,12 @@ def main() -> None:
         say("teacher, 100 evaluations", made.state, log_q)
         for steps in (1, 2, 4, 8):
             few = student.sample(noise, steps, with_log_prob=True)
-            say(f"{steps} steps", few.state, few.log_prob, exact_log_prob(student, noise, steps))
+            say(
+                f"{steps} step{'s' if steps > 1 else ''}",
+                few.state,
+                few.log_prob,
+                exact_log_prob(student, noise, steps),
+            )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ commands:
   validate   run the validation loop of a checkpoint
   test       run the test loop; a student writes a table and pictures
   sample     draw samples from a student's checkpoint:  f2d2 sample --ckpt ... --steps 2 --num 64 --out grid.png
-  nll        log-likelihood of every sample of a data set:  f2d2 nll --ckpt ... --data test --steps 4 --out nll.csv
+  nll        log-likelihood of every sample of a data set:  f2d2 nll --ckpt ... --data digits --steps 4 --out nll.csv
 
 f2d2 COMMAND --help shows the options of a command, f2d2 fit --print_config a whole configuration."""
 
