@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, adapter_from_config
+from f2d2_lightning.files import whole_file
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
 
 __all__ = ["CHECKPOINT_KEY", "describe_joint", "load_joint", "save_joint"]
@@ -70,11 +71,8 @@ def save_joint(
         if not isinstance(network, nn.Module):
             raise ValueError("the network is a plain function and has no weights to export; keep the head's state_dict")
         network_state = network.state_dict()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    torch.save(content | {"network_state": _on_cpu(_plain_names(network_state))}, partial)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        torch.save(content | {"network_state": _on_cpu(_plain_names(network_state))}, partial)
 
 
 def load_joint(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.files import whole_file
 from f2d2_lightning.held import evaluating
 
 __all__ = [
@@ -210,10 +211,8 @@ class SmallFeatures(nn.Module):
             raise FileExistsError(f"{path} exists; remove it, or choose another name")
         sizes = {name: getattr(self, name) for name in ("classes", "num_features", "width", "channels")}
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        torch.save({"format": SMALL_FORMAT, "sizes": sizes, "state_dict": state}, part)
-        part.replace(path)
+        with whole_file(path) as partial:
+            torch.save({"format": SMALL_FORMAT, "sizes": sizes, "state_dict": state}, partial)
 
     @classmethod
     def load(cls, path: str | Path) -> SmallFeatures:

@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from f2d2_lightning.feature_distances import root_distance, symmetric_root
 from f2d2_lightning.feature_networks import extract_features
+from f2d2_lightning.files import whole_file
 
 __all__ = ["FeatureMoments", "FeatureStatistics", "double_device", "feature_statistics"]
 
@@ -72,14 +73,10 @@ class FeatureStatistics:
             path: File.
             more: Further arrays to keep in it.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
         content |= {} if self.features is None else {"features": self.features}
-        partial = path.with_name(path.name + ".part")
-        with partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             np.savez(file, **{name: value.numpy() for name, value in content.items()}, **more)  # type: ignore[arg-type]
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.table import Table
 
+from f2d2_lightning.files import whole_file
 from f2d2_lightning.gallery import Gallery, Points
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.plots import save_figure, training_figure
@@ -163,13 +164,8 @@ class TestReport(L.Callback):
 
 
 def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from f2d2_lightning.files import refuse_to_overwrite, whole_file
+
 __all__ = ["SUFFIXES", "Column", "check_table_path", "write_table"]
 
 SUFFIXES = (".csv", ".parquet")
@@ -46,8 +48,7 @@ def check_table_path(path: Path, overwrite: bool = False) -> None:
         raise ValueError(f"a table cannot be written as {path.name!r}; its name ends in {' or '.join(SUFFIXES)}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file in it")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} is there already; choose another --out, or say --overwrite true")
+    refuse_to_overwrite(path, overwrite)
     if path.suffix == ".parquet":
         _parquet()
 
@@ -72,10 +73,7 @@ def write_table(
     lengths = {column.name: len(column.values) for column in columns}
     if len(lengths) != len(columns) or len(set(lengths.values())) != 1:
         raise ValueError(f"columns have the lengths {lengths}; names must differ and lengths must be equal")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # beside its place first: an interrupted run leaves no half-written table
-    partial = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as partial:
         if path.suffix == ".csv":
             with partial.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
@@ -83,9 +81,6 @@ def write_table(
                 writer.writerows(zip(*(column.values for column in columns), strict=True))
         else:
             _write_parquet(partial, columns, metadata or {})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_parquet(path: Path, columns: Sequence[Column], metadata: Mapping[str, str]) -> None:

@@ -1,16 +1,15 @@
-"""What the commands share: the device, files that are there already, and how a mistake ends."""
+"""What the commands share: the device, and how a mistake ends."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["find_device", "refuse_to_overwrite", "run"]
+__all__ = ["find_device", "run"]
 
 
 def find_device(name: str) -> torch.device:
@@ -25,12 +24,6 @@ def find_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {error}") from error
-
-
-def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
-    """Raise :class:`FileExistsError` if a file is there and was not given up."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} is there already; choose another --out, or say --overwrite true")
 
 
 def run(command: Callable[[], None]) -> None:

@@ -14,7 +14,8 @@ from rich.progress import track
 from torch import Tensor
 
 from f2d2_lightning.checkpoints import load_module
-from f2d2_lightning.commands.common import find_device, refuse_to_overwrite, run
+from f2d2_lightning.commands.common import find_device, run
+from f2d2_lightning.files import refuse_to_overwrite, whole_file
 from f2d2_lightning.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.plots import sample_figure, save_figure
@@ -87,10 +88,10 @@ def _sample(options: Any) -> None:
         cond = None if options.label is None else torch.full((len(chunk),), options.label, device=module.device)
         made.append(module.sample(chunk.to(module.device), options.steps, cond, with_log_prob=True, guidance=guidance))
     state, log_prob = _joined(made, "state"), _joined(made, "log_prob")
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         # the noise that led to x, which guidance has moved
-        np.savez(out, x=state.numpy(), noise=_joined(made, "noise").numpy(), log_prob=log_prob.numpy())
+        with whole_file(out) as partial, partial.open("wb") as file:
+            np.savez(file, x=state.numpy(), noise=_joined(made, "noise").numpy(), log_prob=log_prob.numpy())
     else:
         title = f"{options.steps} step{'s' if options.steps > 1 else ''}"
         columns = math.ceil(math.sqrt(options.num))

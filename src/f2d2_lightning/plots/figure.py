@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from f2d2_lightning.files import whole_file
+
 __all__ = [
     "BLUE",
     "GREY",
@@ -133,11 +135,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     The file appears whole or not at all. One that is there already is replaced: whoever calls this has asked.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as partial:
         figure.savefig(partial, dpi=DPI, format=path.suffix[1:] or "png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
