@@ -193,6 +193,11 @@ class F2D2Callback(L.Callback):
         return self._generate_state_key(flow_map=self.flow_map)
 
     @property
+    def has_head(self) -> bool:
+        """Whether there is a divergence head yet: training has started, or a checkpoint was restored."""
+        return self._added is not None
+
+    @property
     def added(self) -> AddedWeights:
         """Head and added embedding, their optimiser and average.
 
@@ -532,7 +537,7 @@ class F2D2Callback(L.Callback):
             return
         x, cond = self._state(batch)
         compared = min(len(x), self.reference_samples - evaluation.compared)
-        velocity = self._reference_velocity()
+        velocity = self.reference_velocity()
         reference = None
         if compared > 0 and velocity is not None:
             with evaluating(self._network):
@@ -540,7 +545,11 @@ class F2D2Callback(L.Callback):
         goes_back = Direction.TO_DATA in self.joint.directions
         evaluation.evaluate(self.log_prob, self.sample if goes_back else None, x, cond, reference)
 
-    def _reference_velocity(self) -> Callable[..., Tensor] | None:
+    def reference_velocity(self) -> Callable[..., Tensor] | None:
+        """``(x, t, cond) -> v`` that likelihoods are compared with: the teacher's, else the network's own diagonal.
+
+        ``None`` for a network that has no velocity (a consistency model).
+        """
         flow_map = self._mapped("average")
         return self.teacher or (None if flow_map.endpoint_only else flow_map.velocity)
 

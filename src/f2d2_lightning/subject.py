@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.callback import F2D2Callback
 from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.modules import F2D2Module, FlowMatchingModule
@@ -168,7 +167,7 @@ class CallbackSubject(Subject):
     @property
     def ready(self) -> bool:
         # without a checkpoint there is no head yet; the callback itself says so
-        return self.owner._added is not None
+        return self.owner.has_head
 
     @property
     def directions(self) -> Direction:
@@ -182,10 +181,7 @@ class CallbackSubject(Subject):
         return self.owner.states(batch, self.module)
 
     def velocity(self) -> Callable[..., Tensor] | None:
-        if self.owner.teacher is not None:
-            return self.owner.teacher
-        network = self.owner.joint.flow_map
-        return None if isinstance(network, AdaptedFlowMap) and network.endpoint_only else network.velocity
+        return self.owner.reference_velocity()
 
 
 class TeacherSubject(Subject):

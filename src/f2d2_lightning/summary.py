@@ -110,7 +110,7 @@ def _added_parts(callback: F2D2Callback, module: L.LightningModule, counter: _Co
         "the added loss leaves it alone" if callback.frozen else "trained by both losses"
     )
     parts.append(counter.part(f"backbone{of}", kind, network, left))
-    if callback._added is None:
+    if not callback.has_head:
         return parts
     live, average = callback.added.live, callback.added.average
     parts.append(counter.part(f"head{of}", _kind(live["head"]), live["head"], "in the callback"))
