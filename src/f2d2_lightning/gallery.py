@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning as L
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.plots import (
     calibration_figure,
     density_figure,
@@ -113,6 +113,13 @@ class Gallery:
         self.true_log_prob, self.broadcast = true_log_prob, broadcast
         self._kept: dict[str, Any] = {}
 
+    @classmethod
+    def of(cls, trainer: L.Trainer, subject: Subject, samples: int, teacher_steps: int, grid: int) -> Gallery:
+        """With the exact log-density that the trainer's data module may know (``log_prob``)."""
+        log_prob = getattr(getattr(trainer, "datamodule", None), "log_prob", None)
+        true_log_prob = log_prob if callable(log_prob) else None
+        return cls(subject, samples, teacher_steps, grid, true_log_prob, trainer.strategy.broadcast)
+
     # --- measuring: all processes ---
 
     @torch.no_grad()
@@ -159,7 +166,7 @@ class Gallery:
         noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(points.x.dtype)
         noise, cond = noise.to(self.subject.module.device), self._on_device(points.classes(count))
         made = {}
-        if Direction.TO_DATA in self.subject.directions:
+        if self.subject.samples:
             made = {plural(k, "step"): self.subject.sample(noise, k, cond).cpu() for k in self.subject.steps}
         velocity = self.subject.velocity()
         if velocity is not None:

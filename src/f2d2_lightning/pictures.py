@@ -149,28 +149,33 @@ class Pictures(L.Callback):
 
     # --- evaluation ---
 
-    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Whether pictures are due."""
+        stage = _stage(trainer)
         self._collecting = []
         if trainer.sanity_checking or (stage == "val" and self._validations % self.every_n_validations):
             return
-        data = getattr(trainer, "datamodule", None)
         for subject in find_subjects(trainer, pl_module):
             key = stage, subject.name
             if key not in self._galleries:
-                true_log_prob = getattr(data, "log_prob", None)
-                self._galleries[key] = Gallery(
-                    subject,
-                    self.samples,
-                    self.teacher_steps,
-                    self.grid,
-                    true_log_prob if callable(true_log_prob) else None,
-                    trainer.strategy.broadcast,
-                )
+                self._galleries[key] = Gallery.of(trainer, subject, self.samples, self.teacher_steps, self.grid)
             if key not in self._points:
                 self._collecting.append(subject)
                 self._points[key] = Points(self.images)
 
-    def _collect(self, pl_module: L.LightningModule, stage: str, batch: Any, dataloader_idx: int) -> None:
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first samples, once."""
+        stage = _stage(trainer)
         wanting = [s for s in self._collecting if s.ready and len(self._points[stage, s.name]) < self.images]
         if not wanting or dataloader_idx > 0:
             return
@@ -178,7 +183,12 @@ class Pictures(L.Callback):
             for subject in wanting:
                 self._points[stage, subject.name].add(*subject.state(batch))
 
-    def _make(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    on_test_batch_end = on_validation_batch_end
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the pictures."""
+        stage = _stage(trainer)
         due = stage == "test" or self._validations % self.every_n_validations == 0
         if trainer.sanity_checking:
             return
@@ -204,6 +214,8 @@ class Pictures(L.Callback):
         if trainer.is_global_zero and figures and not _is_trial(trainer):
             self._give(trainer, stage, figures, root)
 
+    on_test_epoch_end = on_validation_epoch_end
+
     def _give(self, trainer: L.Trainer, stage: str, figures: dict[str, Figure], root: Path) -> None:
         if self.to_disk:
             folder = self._folder(trainer, stage, root)
@@ -214,47 +226,9 @@ class Pictures(L.Callback):
                 for name, figure in figures.items():
                     log_figure(logger, f"{stage}/{name}", figure, trainer.global_step)
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Whether pictures are due."""
-        self._start(trainer, pl_module, "val")
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first samples, once."""
-        self._collect(pl_module, "val", batch, dataloader_idx)
-
-    @torch.no_grad()
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the pictures."""
-        self._make(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self._start(trainer, pl_module, "test")
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """As in validation."""
-        self._collect(pl_module, "test", batch, dataloader_idx)
-
-    @torch.no_grad()
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
-        self._make(trainer, pl_module, "test")
+def _stage(trainer: L.Trainer) -> str:
+    return "test" if trainer.state.fn == TrainerFn.TESTING else "val"
 
 
 def _is_trial(trainer: L.Trainer) -> bool:

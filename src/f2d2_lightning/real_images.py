@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from f2d2_lightning.pixels import state_images
-from f2d2_lightning.sampled_model import SampledModel
+from f2d2_lightning.subject import Subject
 
 __all__ = ["RealImages", "find_loader"]
 
@@ -63,9 +63,7 @@ class RealImages:
         batch_size: Images at a time.
     """
 
-    def __init__(
-        self, trainer: L.Trainer, model: SampledModel, loader: Any, count: int | None, batch_size: int
-    ) -> None:
+    def __init__(self, trainer: L.Trainer, model: Subject, loader: Any, count: int | None, batch_size: int) -> None:
         self.trainer, self.model, self.loader, self.batch_size = trainer, model, loader, batch_size
         self.rank, self.world = trainer.global_rank, trainer.world_size
         self.dataset: Any = getattr(loader, "dataset", None)
@@ -88,7 +86,7 @@ class RealImages:
         rows = None if self.streams else self.order[:count]
         for x, cond in self._batches(rows):
             return x[:count], None if cond is None else cond[:count]
-        raise ValueError(f"there are no data to compare samples of {self.model.name} with")
+        raise ValueError(f"there are no data to compare samples of {self.model.title} with")
 
     def images(self, x: Tensor) -> Tensor:
         """States as 8-bit images, ``uint8 (B, C, H, W)``."""
@@ -126,7 +124,7 @@ class RealImages:
         """
         if self.streams:
             raise ValueError(
-                f"{self.model.name} is conditional, and its data are a stream; sample quality takes conditioning from "
+                f"{self.model.title} is conditional, and its data are a stream; sample quality takes conditioning from "
                 "a map-style data set (one with __getitem__ and __len__)"
             )
         rows = [self.order[i % len(self.order)] for i in range(start, end)]
@@ -136,7 +134,7 @@ class RealImages:
     def _batches(self, rows: list[int] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """States and conditioning of rows of the data set, or of the whole stream."""
         for batch in self.loader if rows is None else self._loader(rows):
-            x, cond = self.model.states(self.trainer.strategy.batch_to_device(batch))
+            x, cond = self.model.state(self.trainer.strategy.batch_to_device(batch))
             yield x.detach(), cond
 
     def _loader(self, rows: list[int]) -> DataLoader:

@@ -101,15 +101,8 @@ class TestReport(L.Callback):
         assert isinstance(pl_module, F2D2Module)
         run = run_folder(trainer)
         count = trainer.strategy.reduce(torch.tensor(float(self._count), device=pl_module.device), reduce_op="sum")
-        log_prob = getattr(getattr(trainer, "datamodule", None), "log_prob", None)
-        gallery = Gallery(
-            StudentSubject(pl_module, pl_module),
-            self.samples,
-            self.teacher_steps,
-            self.grid,
-            log_prob if callable(log_prob) else None,
-            trainer.strategy.broadcast,
-        )
+        subject = StudentSubject(pl_module, pl_module)
+        gallery = Gallery.of(trainer, subject, self.samples, self.teacher_steps, self.grid)
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             measured = gallery.measure(trainer.strategy.broadcast(self._points))
         rows = pl_module.agreement_table() if measured.rows is None else measured.rows

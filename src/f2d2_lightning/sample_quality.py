@@ -22,8 +22,8 @@ from f2d2_lightning.feature_statistics import FeatureMoments, FeatureStatistics,
 from f2d2_lightning.pixels import state_images
 from f2d2_lightning.processes import gather_states
 from f2d2_lightning.real_images import SPLITS, RealImages, find_loader
-from f2d2_lightning.sampled_model import SampledModel, sampled_model
 from f2d2_lightning.statistics_cache import StatisticsCache
+from f2d2_lightning.subject import Subject, find_sampler
 
 __all__ = ["SampleQuality"]
 
@@ -125,10 +125,10 @@ class SampleQuality(L.Callback):
         if stage == "predict":
             return
         model = self.model(trainer, pl_module)
-        if model.shape is not None and len(model.shape) != 3:
+        if model.known_shape is not None and len(model.known_shape) != 3:
             raise ValueError(
-                f"{model.name} is for states of shape {model.shape}; sample quality is of images (C, H, W): remove "
-                "the callback, and compare likelihoods"
+                f"{model.title} is for states of shape {model.known_shape}; sample quality is of images (C, H, W): "
+                "remove the callback, and compare likelihoods"
             )
         if self._network is None:
             self._network = load_network(self.features, self.weights)
@@ -146,9 +146,9 @@ class SampleQuality(L.Callback):
         """The same for a test."""
         self._prepare(trainer, pl_module)
 
-    def model(self, trainer: L.Trainer, pl_module: L.LightningModule) -> SampledModel:
+    def model(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Subject:
         """What samples are drawn from; override it for a sampler of another kind."""
-        return sampled_model(trainer, pl_module, self.flow_map, self.method)
+        return find_sampler(trainer, pl_module, self.flow_map, self.method)
 
     @property
     def network(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What pictures and reports ask of a model, whoever wrote it: a student, a module with a callback, or a teacher."""
+"""What is asked of a model that is looked at, whoever wrote it: a student, a module with a callback, or a teacher."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from f2d2_lightning.callback import F2D2Callback
 from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.modules import F2D2Module, FlowMatchingModule
 from f2d2_lightning.quantisation import bits_per_dim
-from f2d2_lightning.reference import Reference
+from f2d2_lightning.reference import FIXED, Reference, reference_sample
 
-__all__ = ["Subject", "find_subjects"]
+__all__ = ["Subject", "find_sampler", "find_subjects"]
 
 
 class Subject(ABC):
-    """A model that pictures are made of. Nothing here draws random numbers but what the model itself draws.
+    """A model whose samples and likelihoods are looked at. Only the model itself draws random numbers here.
 
     Args:
         owner: Who knows shape, levels and range: a module or a callback.
@@ -40,6 +40,21 @@ class Subject(ABC):
         return tuple(self.owner.shape)
 
     @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return type(self.owner).__name__
+
+    @property
+    def known_shape(self) -> tuple[int, ...] | None:
+        """:attr:`shape`, or ``None`` where the data have yet to show it."""
+        return self.shape
+
+    @property
+    def levels(self) -> int | None:
+        """Of discrete data; ``None`` for continuous data."""
+        return self.owner.levels
+
+    @property
     def low(self) -> float:
         """Lower edge of the data's range."""
         return float(self.owner.low)
@@ -52,14 +67,14 @@ class Subject(ABC):
     @property
     def unit(self) -> str:
         """Unit of :meth:`nll`."""
-        return "nats" if self.owner.levels is None else "bits/dim"
+        return "nats" if self.levels is None else "bits/dim"
 
     def nll(self, log_prob: Tensor) -> Tensor:
         """Negative log-likelihoods in :attr:`unit` from log-likelihoods in nats, any shape; float64 on the CPU."""
         value = log_prob.detach().cpu().double()
-        if self.owner.levels is None:
+        if self.levels is None:
             return -value
-        return bits_per_dim(value, math.prod(self.shape), self.owner.levels, self.low, self.high)
+        return bits_per_dim(value, math.prod(self.shape), self.levels, self.low, self.high)
 
     @property
     def ready(self) -> bool:
@@ -75,6 +90,11 @@ class Subject(ABC):
     @abstractmethod
     def directions(self) -> Direction:
         """Where the model's steps lead."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether :meth:`sample` can be asked."""
+        return Direction.TO_DATA in self.directions
 
     @property
     @abstractmethod
@@ -165,13 +185,22 @@ class CallbackSubject(Subject):
     owner: F2D2Callback
 
     @property
+    def title(self) -> str:
+        return f"F2D2Callback({self.owner.flow_map!r})"
+
+    @property
+    def known_shape(self) -> tuple[int, ...] | None:
+        return self.owner.states.shape
+
+    @property
     def ready(self) -> bool:
         # without a checkpoint there is no head yet; the callback itself says so
         return self.owner.has_head
 
     @property
     def directions(self) -> Direction:
-        return self.owner.joint.directions
+        # known before there is a head
+        return Direction.BOTH if self.owner.interval is not None else self.owner.adapter.directions
 
     @property
     def reference_fixed(self) -> bool:
@@ -185,9 +214,11 @@ class CallbackSubject(Subject):
 
 
 class TeacherSubject(Subject):
-    """A :class:`~f2d2_lightning.FlowMatchingModule`: it makes no steps, and shows its samples."""
+    """A :class:`~f2d2_lightning.FlowMatchingModule`: it has no jumps, and its samples are integrated."""
 
     owner: FlowMatchingModule
+    method = "euler"
+    """Solver of its flow, one with fixed steps."""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -196,6 +227,13 @@ class TeacherSubject(Subject):
     @property
     def directions(self) -> Direction:
         return Direction.NONE
+
+    @property
+    def samples(self) -> bool:
+        return True
+
+    def sample(self, noise: Tensor, steps: int, cond: Tensor | None) -> Tensor:
+        return reference_sample(self.velocity(), noise, cond, method=self.method, steps=steps).state
 
     @property
     def reference_fixed(self) -> bool:
@@ -208,8 +246,20 @@ class TeacherSubject(Subject):
     def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         return self.owner.data_to_state(batch)
 
-    def velocity(self) -> Callable[..., Tensor] | None:
+    def velocity(self) -> Callable[..., Tensor]:
         return self.owner.average.velocity
+
+
+def _subjects(trainer: L.Trainer, module: L.LightningModule) -> tuple[list[Subject], list[CallbackSubject]]:
+    """The module itself, if it is one of this package's, and what each F2D2Callback of the trainer added."""
+    own: list[Subject] = []
+    if isinstance(module, F2D2Module):
+        own.append(StudentSubject(module, module))
+    elif isinstance(module, FlowMatchingModule):
+        own.append(TeacherSubject(module, module))
+    callbacks = [c for c in trainer.callbacks if isinstance(c, F2D2Callback)]  # type: ignore[attr-defined]
+    several = len(own) + len(callbacks) > 1
+    return own, [CallbackSubject(c, module, c.flow_map if several else "") for c in callbacks]
 
 
 def find_subjects(trainer: L.Trainer, module: L.LightningModule) -> list[Subject]:
@@ -218,18 +268,47 @@ def find_subjects(trainer: L.Trainer, module: L.LightningModule) -> list[Subject
     Raises:
         ValueError: If there is neither.
     """
-    callbacks = [c for c in trainer.callbacks if isinstance(c, F2D2Callback)]  # type: ignore[attr-defined]
-    found: list[Subject] = []
-    if isinstance(module, F2D2Module):
-        found.append(StudentSubject(module, module))
-    elif isinstance(module, FlowMatchingModule):
-        found.append(TeacherSubject(module, module))
-    several = len(found) + len(callbacks) > 1
-    found += [CallbackSubject(c, module, c.flow_map if several else "") for c in callbacks]
-    if not found:
+    own, added = _subjects(trainer, module)
+    if not (own or added):
         raise ValueError(
             f"{type(module).__name__} is neither F2D2Module nor FlowMatchingModule, and the trainer has no "
             "F2D2Callback; add one (Trainer(callbacks=[F2D2Callback(...), ...])), or take pictures and report out of "
             "the callbacks"
         )
-    return found
+    return [*own, *added]
+
+
+def find_sampler(
+    trainer: L.Trainer, module: L.LightningModule, flow_map: str | None = None, method: str = "euler"
+) -> Subject:
+    """The one model that samples are drawn from: the module itself, else what a callback added.
+
+    Args:
+        trainer: The Trainer, for its callbacks.
+        module: Its module.
+        flow_map: Which ``F2D2Callback``, by the name of its network, where there are several.
+        method: Solver of a teacher's flow, one with fixed steps.
+
+    Raises:
+        ValueError: If nothing here draws samples, or several do.
+    """
+    own, added = _subjects(trainer, module)
+    chosen = own if own and flow_map is None else [s for s in added if flow_map in (None, s.owner.flow_map)]
+    if len(chosen) != 1:
+        if added:
+            names = ", ".join(repr(s.owner.flow_map) for s in added)
+            raise ValueError(f"there are F2D2Callbacks on {names}, and flow_map={flow_map!r}; say which: flow_map=...")
+        raise ValueError(
+            f"{type(module).__name__} draws no samples that are known here; sample quality is of an F2D2Module, a "
+            "FlowMatchingModule, or any module with an F2D2Callback in the same Trainer"
+        )
+    (subject,) = chosen
+    if isinstance(subject, TeacherSubject):
+        if method not in FIXED:
+            raise ValueError(f"method is {method!r}; step counts need one with fixed steps: {', '.join(FIXED)}")
+        subject.method = method
+    if not subject.samples:
+        raise ValueError(
+            f"{subject.title} has a map of {subject.directions}, which does not go to data and draws no samples"
+        )
+    return subject
