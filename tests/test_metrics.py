@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
-from f2d2_lightning.metrics import LikelihoodAgreement, agreement
+from f2d2_lightning.metrics import LikelihoodAgreement, MeanLikelihood, agreement
 
 
 @pytest.fixture
@@ -41,6 +41,33 @@ def test_equals_numpy(values, levels):
     }
     for name, value in expected.items():
         assert float(getattr(result, name)) == pytest.approx(value, rel=1e-7), name
+
+
+@pytest.mark.parametrize("levels", [None, 17, 256])
+def test_mean_equals_numpy(values, levels):
+    few, _ = values
+    # far from zero, where sums of squares cancel
+    few = few - 3000.0
+    metric, both = MeanLikelihood(64, levels), LikelihoodAgreement(64, levels)
+    for part in (slice(0, 20), slice(20, 21), slice(21, 21), slice(21, None)):
+        metric.update(torch.from_numpy(few[part]))
+    bits = -few if levels is None else (-few - 64 * np.log(2 / levels)) / (64 * np.log(2))
+    mean, error, count = (float(v) for v in metric.compute())
+    assert count == 57
+    assert mean == pytest.approx(bits.mean(), rel=1e-12)
+    assert error == pytest.approx(bits.std(ddof=1) / math.sqrt(57), rel=1e-7)
+    both.update(torch.from_numpy(few), torch.from_numpy(few))
+    assert mean == pytest.approx(float(both.compute().nll), rel=1e-12)
+
+
+def test_mean_of_one_and_of_none():
+    metric = MeanLikelihood(4)
+    metric.update(torch.zeros(0))
+    assert all(math.isnan(float(v)) for v in metric.compute()[:2])
+    metric.update(torch.tensor([-3.0]))
+    mean, error, count = metric.compute()
+    assert (float(mean), float(count)) == (3.0, 1.0)
+    assert math.isnan(float(error))
 
 
 def test_sign_of_the_gap():

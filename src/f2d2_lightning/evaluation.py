@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, SumMetric
 
 from f2d2_lightning.counter_noise import counter_uniform, mix_seed
 from f2d2_lightning.likelihood import LogProb
-from f2d2_lightning.metrics import Agreement, LikelihoodAgreement, RoundTripError
+from f2d2_lightning.metrics import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError
 from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.sampling import Samples
 
@@ -54,16 +54,17 @@ class LikelihoodEvaluation:
         self.draws = draws
         self.quantisation = None if levels is None else Quantisation(levels, low, high)
         agreement = lambda: LikelihoodAgreement(dim, levels, low, high)  # noqa: E731
-        self._all = {k: agreement().to(device) for k in self.steps}
+        self._all = {k: MeanLikelihood(dim, levels, low, high).to(device) for k in self.steps}
         self._compared = {k: agreement().to(device) for k in self.steps}
         self._failed = {k: MeanMetric().to(device) for k in self.steps}
-        self._counts = {k: (SumMetric().to(device), SumMetric().to(device)) for k in self.steps}
+        self._counts = {k: SumMetric().to(device) for k in self.steps}
         self._round_trips = {k: RoundTripError().to(device) for k in self.steps}
-        for metric in (*self._all.values(), *self._compared.values()):
-            # a process without samples takes part in gathering all the same, or the others would wait for it
-            metric.update(torch.zeros(0, device=device), torch.zeros(0, device=device))
-        for trip in self._round_trips.values():
-            trip.update(torch.zeros(0, device=device))
+        # a process without samples takes part in gathering all the same, or the others would wait for it
+        nothing = torch.zeros(0, device=device)
+        for k in self.steps:
+            self._all[k].update(nothing)
+            self._compared[k].update(nothing, nothing)
+            self._round_trips[k].update(nothing)
         self.compared = 0
         self.seconds = dict.fromkeys(self.steps, 0.0)
         """Spent on few-step likelihoods by this process."""
@@ -120,13 +121,11 @@ class LikelihoodEvaluation:
             value = value.reshape(-1, value.shape[-1])
             good = value.isfinite().all(0)
             self._failed[k].update((~good).float())
-            mean = value.mean(0)[good]
-            self._all[k].update(mean, mean)
+            self._all[k].update(value.mean(0)[good])
             kept = good[:0] if reference is None else good[: len(reference)]
             if reference is not None:
                 self._compared[k].update(value[0, : len(reference)][kept], reference[kept])
-            for count, chosen in zip(self._counts[k], (good, kept), strict=True):
-                count.update(chosen.float().sum())
+            self._counts[k].update(kept.float().sum())
             if errors is not None and k in errors:
                 self._round_trips[k].update(errors[k][good])
         self.compared += 0 if reference is None else len(reference)
@@ -141,11 +140,10 @@ class LikelihoodEvaluation:
         """
         named: dict[str, Tensor] = {}
         for k in self.steps:
-            found, compared = (float(count.compute()) for count in self._counts[k])
-            if found:
-                result = self._all[k].compute()
-                named |= {f"nll_{k}": result.nll, f"nll_standard_error_{k}": result.nll_standard_error}
-            if compared:
+            mean, error, count = self._all[k].compute()
+            if count > 0:
+                named |= {f"nll_{k}": mean, f"nll_standard_error_{k}": error}
+            if self._counts[k].compute() > 0:
                 result = self._compared[k].compute()
                 for name in ("gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"):
                     named[f"{name}_{k}"] = getattr(result, name)
@@ -163,15 +161,13 @@ class LikelihoodEvaluation:
         rows = []
         for k in self.steps:
             row = dict.fromkeys(Agreement._fields, math.nan)
-            found, compared = (float(count.compute()) for count in self._counts[k])
-            if compared:
+            if self._counts[k].compute() > 0:
                 row |= {name: float(value) for name, value in self._compared[k].compute()._asdict().items()}
-            if found:
-                whole = self._all[k].compute()
-                row |= {"nll": float(whole.nll), "nll_standard_error": float(whole.nll_standard_error)}
+            mean, error, _ = self._all[k].compute()
+            row |= {"nll": float(mean), "nll_standard_error": float(error)}
             row |= {"round_trip": float(self._round_trips[k].compute())}
             row |= {"unconverged": float(self._failed[k].compute())}
-            count = max(1, len(self._all[k].gathered()[0]))
+            count = max(1, int(self._all[k].count))
             row |= {"steps": k, "evaluations": self.evaluations[k], "milliseconds": 1e3 * self.seconds[k] / count}
             rows.append(row)
         return rows

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
-__all__ = ["Agreement", "LikelihoodAgreement", "RoundTripError", "agreement"]
+__all__ = ["Agreement", "LikelihoodAgreement", "MeanLikelihood", "RoundTripError", "agreement"]
 
 
 class Agreement(NamedTuple):
@@ -70,6 +70,13 @@ def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: fl
     )
 
 
+def unit_and_offset(dim: int, levels: int | None, low: float, high: float) -> tuple[float, float]:
+    """``(unit, offset)`` by which ``-log_prob / unit + offset`` is in bits per dimension, or nats without levels."""
+    if levels is None:
+        return 1.0, 0.0
+    return dim * math.log(2), -math.log2((high - low) / levels)
+
+
 class LikelihoodAgreement(Metric):
     """:func:`agreement` over a data set, gathered across processes.
 
@@ -87,10 +94,7 @@ class LikelihoodAgreement(Metric):
 
     def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
         super().__init__()
-        if levels is None:
-            self.unit, self.offset = 1.0, 0.0
-        else:
-            self.unit, self.offset = dim * math.log(2), -math.log2((high - low) / levels)
+        self.unit, self.offset = unit_and_offset(dim, levels, low, high)
         self.add_state("log_prob", default=[], dist_reduce_fx="cat")
         self.add_state("reference", default=[], dist_reduce_fx="cat")
 
@@ -107,6 +111,43 @@ class LikelihoodAgreement(Metric):
         """Log-likelihoods and the reference's, ``(N,)`` each, nats: this process's, or all while synchronised."""
         log_prob, reference = (torch.cat(v) if isinstance(v, list) else v for v in (self.log_prob, self.reference))
         return log_prob, reference
+
+
+class MeanLikelihood(Metric):
+    """Mean negative log-likelihood and its standard error, over a data set and all processes, by float64 sums.
+
+    Args:
+        dim: Number of dimensions of one sample.
+        levels: Levels of discrete data on ``[low, high]``: results are in bits per dimension; ``None``: in nats.
+        low: Lower edge of the range.
+        high: Upper edge.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+
+    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__()
+        self.unit, self.offset = unit_and_offset(dim, levels, low, high)
+        for name in ("count", "total", "squares"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, log_prob: Tensor) -> None:
+        """Add a batch, ``(B,)``, nats."""
+        value = -log_prob.detach().double() / self.unit + self.offset
+        self.count += len(value)
+        self.total += value.sum()
+        self.squares += value.square().sum()
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, its standard error (NaN below two samples) and the number of samples; NaN without any."""
+        mean = self.total / self.count
+        variance = (self.squares - self.count * mean.square()).clamp(min=0) / (self.count - 1)
+        error = (variance / self.count).sqrt() if bool(self.count > 1) else torch.full_like(mean, math.nan)
+        return mean, error, self.count
 
 
 class RoundTripError(Metric):

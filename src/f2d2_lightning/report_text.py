@@ -211,7 +211,8 @@ def _relative(path: Path, folder: Path) -> str:
 def without_machine_paths(text: str, folder: Path) -> str:
     """A command line in which absolute paths are relative to ``folder``, or cut to their names if they are elsewhere.
 
-    >>> without_machine_paths("f2d2 test --config=/home/me/work/a.yaml --ckpt /data/b.ckpt s3://c/d", Path("/home/me"))
+    >>> here = Path.cwd()
+    >>> without_machine_paths(f"f2d2 test --config={here}/work/a.yaml --ckpt {here.parent}/b.ckpt s3://c/d", here)
     'f2d2 test --config=work/a.yaml --ckpt b.ckpt s3://c/d'
     """
 

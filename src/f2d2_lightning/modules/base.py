@@ -23,7 +23,6 @@ from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.evaluation import clock
-from f2d2_lightning.metrics import LikelihoodAgreement
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.sharding import shard
 
@@ -242,9 +241,6 @@ class FlowModule(L.LightningModule):
     def unit(self) -> str:
         """Unit of logged likelihoods."""
         return "nats" if self.levels is None else "bits/dim"
-
-    def _agreement_metric(self) -> LikelihoodAgreement:
-        return LikelihoodAgreement(self.dim, self.levels, self.low, self.high).to(self.device)
 
     def reference_log_prob(self, x: Tensor, cond: Tensor | None, velocity: Any) -> Tensor:
         """Reference log-likelihood of a batch, ``(B,)``, nats; computed once per batch of points and kept."""

@@ -13,6 +13,7 @@ from f2d2_lightning.average import copy_frozen
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.flow_map import FlowMap
+from f2d2_lightning.metrics import MeanLikelihood
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.paths import LinearPath, Path
 from f2d2_lightning.reference import Reference
@@ -103,7 +104,7 @@ class FlowMatchingModule(FlowModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
-        self._nll = self._agreement_metric()
+        self._nll = MeanLikelihood(self.dim, self.levels, self.low, self.high).to(self.device)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -115,7 +116,7 @@ class FlowMatchingModule(FlowModule):
             loss = torch.stack([self._loss(self.average, x, cond) for _ in range(4)]).mean()
         if nll:
             value = self.reference(self.average.velocity, x, cond).value
-            self._nll.update(value, value)
+            self._nll.update(value)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -128,9 +129,9 @@ class FlowMatchingModule(FlowModule):
         self.log("test/loss", self._evaluate(batch, batch_idx, True), sync_dist=True)
 
     def _log_nll(self, stage: str) -> None:
-        result = self._nll.compute()
-        self.log(f"{stage}/nll", result.nll.float(), prog_bar=True)
-        self.log(f"{stage}/nll_standard_error", result.nll_standard_error.float())
+        mean, error, _ = self._nll.compute()
+        self.log(f"{stage}/nll", mean.float(), prog_bar=True)
+        self.log(f"{stage}/nll_standard_error", error.float())
 
     def on_validation_epoch_end(self) -> None:
         """Log the likelihood."""
