@@ -8,10 +8,7 @@ batch each must agree with one process to rounding.
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from f2d2_lightning.nn import MLP
 from f2d2_lightning.objectives import Examples, baseline_of
 from f2d2_lightning.sharding import shard
 from foreign import ManualModule, MeanFlowModule
+from launching import run_cases
 from lightning_parts import Pair, trainer
 
 STEPS = 5
@@ -258,26 +256,5 @@ def cases(replicas: int) -> dict[str, Any]:
     return made
 
 
-def main(folder: Path) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    replicas, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    results = {}
-    for name, case in cases(replicas).items():
-        if len(sys.argv) > 2 and sys.argv[2] not in name:
-            continue
-        try:
-            results[name] = case(folder)
-        except Exception:
-            # told to the tests; the other process is given up by the one that waits for both
-            results[name] = {"error": traceback.format_exc()}
-            print(name, results[name]["error"], flush=True)
-            break
-    torch.save(results, folder / f"{replicas}-{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_cases(cases, Path(sys.argv[1]), *sys.argv[2:3])

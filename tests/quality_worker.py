@@ -7,10 +7,7 @@ In double precision, with a number of samples and of images that two processes c
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import f2d2_lightning as f2
 from distributed_worker import strategy
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.sample_quality import SampleQuality
+from launching import run_cases
 from lightning_parts import trainer
 
 SHAPE = (1, 6, 6)
@@ -169,24 +167,5 @@ def cases(replicas: int) -> dict[str, Any]:
     return made
 
 
-def main(folder: Path) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    replicas, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    results: dict[str, Any] = {}
-    for name, case in cases(replicas).items():
-        try:
-            results[name] = case(folder)
-        except Exception:
-            # told to the tests; the other process is given up by the one that waits for both
-            results[name] = {"error": traceback.format_exc()}
-            print(name, results[name]["error"], flush=True)
-            break
-    torch.save(results, folder / f"{replicas}-{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_cases(cases, Path(sys.argv[1]))

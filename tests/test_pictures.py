@@ -6,9 +6,6 @@ python tests/test_pictures.py FOLDER      (what each of two processes does, in t
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +29,7 @@ from f2d2_lightning.plots import sample_figure
 from f2d2_lightning.run_folder import unused
 from f2d2_lightning.subject import find_subjects
 from foreign import MeanFlowModule, callback
+from launching import launch, logs
 from lightning_parts import Pair, student, teacher, trainer
 
 IMAGE = {"samples.png", "calibration.png", "nll_steps.png", "ranked.png"}
@@ -582,25 +580,13 @@ def fit_in_one_of_two(folder):
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    processes = []
-    for rank in (0, 1):
-        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
-        names |= {"LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
-        names |= {"PYTHONPATH": Path(__file__).parent, "OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
-        environment = os.environ | {name: str(value) for name, value in names.items()}
-        environment.pop("PL_GLOBAL_SEED", None)
-        log = (tmp_path / f"{rank}.log").open("w")
-        command = [sys.executable, __file__, str(tmp_path)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    processes = launch(__file__, tmp_path, 2)
     try:
         codes = [process.wait(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0, 0], "\n".join(p.read_text()[-3000:] for p in tmp_path.glob("*.log"))
+    assert codes == [0, 0], logs(tmp_path)
     for name in ("ddp", "fsdp"):
         run = tmp_path / name / "run/a"
         assert set(written(run / "pictures")) == {

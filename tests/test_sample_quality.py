@@ -7,7 +7,6 @@ import math
 import pickle
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ from f2d2_lightning.feature_statistics import FeatureMoments, FeatureStatistics,
 from f2d2_lightning.pixels import state_images
 from f2d2_lightning.sample_quality import SampleQuality
 from foreign import MeanFlowModule
+from launching import launch, logs
 from lightning_parts import Pair, trainer
 from lightning_parts import student as pair_student
 from quality_worker import LEVELS, SAMPLES, SHAPE, Pictures, Projection, quality, student, teacher
@@ -760,11 +760,7 @@ trainer:
 def results(tmp_path_factory):
     """Results of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("quality")
-    before, strategies.WORKER = strategies.WORKER, Path(worker.__file__)
-    try:
-        processes = strategies.launch(folder, 2)
-    finally:
-        strategies.WORKER = before
+    processes = launch(worker.__file__, folder, 2)
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)
@@ -776,9 +772,8 @@ def results(tmp_path_factory):
         torch.set_default_dtype(default)
         for process in processes:
             process.kill()
-    logs = "\n".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
     for name in ("2-0", "2-1"):
-        assert (folder / f"{name}.pt").exists(), logs
+        assert (folder / f"{name}.pt").exists(), logs(folder)
         found[name] = torch.load(folder / f"{name}.pt", weights_only=False)
     return found
 

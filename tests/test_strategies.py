@@ -2,61 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launching import launch, logs
+
 WORKER = Path(__file__).parent / "distributed_worker.py"
 COMPARED = ("module", "module frozen", "callback", "callback frozen", "callback manual", "callback accumulating")
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def launch(folder, count):
-    """Start ``count`` processes that form one group."""
-    port, processes = free_port(), []
-    for rank in range(count):
-        environment = os.environ | {
-            "PYTHONPATH": str(WORKER.parent),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        environment.pop("PL_GLOBAL_SEED", None)
-        if count > 1:
-            names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank}
-            names |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
-            environment |= {name: str(value) for name, value in names.items()}
-        log = (folder / f"{count}-{rank}.log").open("w")
-        command = [sys.executable, str(WORKER), str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    return processes
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Results of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("strategies")
-    processes = launch(folder, 2)
+    processes = launch(WORKER, folder, 2)
     try:
-        alone = launch(folder, 1)
+        alone = launch(WORKER, folder, 1)
         for process in (*alone, *processes):
             process.wait(timeout=400)
     finally:
         for process in processes:
             process.kill()
-    logs = "\n".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
     names = ("1-0", "2-0", "2-1")
     missing = [name for name in names if not (folder / f"{name}.pt").exists()]
-    assert not missing, logs
+    assert not missing, logs(folder)
     loaded = {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in names}
     return loaded
 
