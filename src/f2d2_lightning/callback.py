@@ -28,7 +28,7 @@ from f2d2_lightning.added_weights import AddedWeights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
-from f2d2_lightning.evaluation import LikelihoodEvaluation
+from f2d2_lightning.evaluation import LikelihoodEvaluation, check_draws
 from f2d2_lightning.export import CHECKPOINT_KEY, describe_joint, save_joint
 from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.guidance import SelfGuidance
@@ -171,8 +171,7 @@ class F2D2Callback(L.Callback):
         self.states = BatchStates(data_to_state, conditional=self.adapter.conditional)
         self.levels, self.low, self.high = levels, low, high
         self.steps = tuple(steps)
-        if draws < 1 or (draws > 1 and levels is None):
-            raise ValueError(f"draws={draws} is at least 1, and several draws need levels (levels={levels})")
+        check_draws(draws, levels)
         self.draws = draws
         self.inversion = inversion or Inversion()
         self.reference = reference or Reference(steps=50)

@@ -16,7 +16,7 @@ from f2d2_lightning.metrics import Agreement, LikelihoodAgreement, MeanLikelihoo
 from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.sampling import Samples
 
-__all__ = ["LikelihoodEvaluation", "clock", "draw_again"]
+__all__ = ["LikelihoodEvaluation", "check_draws", "clock", "draw_again"]
 
 
 class LikelihoodEvaluation:
@@ -46,10 +46,7 @@ class LikelihoodEvaluation:
         device: torch.device,
         draws: int = 1,
     ) -> None:
-        if draws < 1 or (draws > 1 and levels is None):
-            raise ValueError(
-                f"draws={draws} and levels={levels}; draws is at least 1, and more need the levels of discrete data"
-            )
+        check_draws(draws, levels)
         self.steps = tuple(steps)
         self.draws = draws
         self.quantisation = None if levels is None else Quantisation(levels, low, high)
@@ -180,9 +177,20 @@ class LikelihoodEvaluation:
         values, reference = {}, torch.empty(0)
         for k, metric in self._compared.items():
             own, other = metric.gathered()
-            values[k] = metric.offset - own / metric.unit
-            reference = metric.offset - other / metric.unit
+            values[k], reference = metric.nll(own), metric.nll(other)
         return values, reference
+
+
+def check_draws(draws: int, levels: int | None) -> None:
+    """Refuse dequantisation draws that cannot be made.
+
+    Raises:
+        ValueError: If ``draws`` is below 1, or above 1 for continuous data.
+    """
+    if draws < 1 or (draws > 1 and levels is None):
+        raise ValueError(
+            f"draws={draws} and levels={levels}; draws is at least 1, and more need the levels of discrete data"
+        )
 
 
 def draw_again(x: Tensor, quantisation: Quantisation, draw: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
-__all__ = ["Agreement", "LikelihoodAgreement", "MeanLikelihood", "RoundTripError", "agreement"]
+__all__ = ["Agreement", "LikelihoodAgreement", "LikelihoodMetric", "MeanLikelihood", "RoundTripError", "agreement"]
 
 
 class Agreement(NamedTuple):
@@ -70,15 +70,8 @@ def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: fl
     )
 
 
-def unit_and_offset(dim: int, levels: int | None, low: float, high: float) -> tuple[float, float]:
-    """``(unit, offset)`` by which ``-log_prob / unit + offset`` is in bits per dimension, or nats without levels."""
-    if levels is None:
-        return 1.0, 0.0
-    return dim * math.log(2), -math.log2((high - low) / levels)
-
-
-class LikelihoodAgreement(Metric):
-    """:func:`agreement` over a data set, gathered across processes.
+class LikelihoodMetric(Metric):
+    """Gathers log-likelihoods, and answers in bits per dimension or nats.
 
     Args:
         dim: Number of dimensions of one sample.
@@ -88,13 +81,27 @@ class LikelihoodAgreement(Metric):
     """
 
     full_state_update = False
-    higher_is_better = None
+    higher_is_better: bool | None = None
+
+    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__()
+        self.unit, self.offset = 1.0, 0.0
+        if levels is not None:
+            self.unit, self.offset = dim * math.log(2), -math.log2((high - low) / levels)
+
+    def nll(self, log_prob: Tensor) -> Tensor:
+        """Negative log-likelihoods in the metric's unit from log-likelihoods in nats, any shape."""
+        return self.offset - log_prob / self.unit
+
+
+class LikelihoodAgreement(LikelihoodMetric):
+    """:func:`agreement` over a data set, gathered across processes; arguments as :class:`LikelihoodMetric`."""
+
     log_prob: list[Tensor]
     reference: list[Tensor]
 
     def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
-        super().__init__()
-        self.unit, self.offset = unit_and_offset(dim, levels, low, high)
+        super().__init__(dim, levels, low, high)
         self.add_state("log_prob", default=[], dist_reduce_fx="cat")
         self.add_state("reference", default=[], dist_reduce_fx="cat")
 
@@ -113,31 +120,25 @@ class LikelihoodAgreement(Metric):
         return log_prob, reference
 
 
-class MeanLikelihood(Metric):
+class MeanLikelihood(LikelihoodMetric):
     """Mean negative log-likelihood and its standard error, over a data set and all processes, by float64 sums.
 
-    Args:
-        dim: Number of dimensions of one sample.
-        levels: Levels of discrete data on ``[low, high]``: results are in bits per dimension; ``None``: in nats.
-        low: Lower edge of the range.
-        high: Upper edge.
+    Arguments as :class:`LikelihoodMetric`.
     """
 
-    full_state_update = False
     higher_is_better = False
     count: Tensor
     total: Tensor
     squares: Tensor
 
     def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
-        super().__init__()
-        self.unit, self.offset = unit_and_offset(dim, levels, low, high)
+        super().__init__(dim, levels, low, high)
         for name in ("count", "total", "squares"):
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, log_prob: Tensor) -> None:
         """Add a batch, ``(B,)``, nats."""
-        value = -log_prob.detach().double() / self.unit + self.offset
+        value = self.nll(log_prob.detach().double())
         self.count += len(value)
         self.total += value.sum()
         self.squares += value.square().sum()

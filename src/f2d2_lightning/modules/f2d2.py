@@ -17,7 +17,7 @@ from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
-from f2d2_lightning.evaluation import LikelihoodEvaluation
+from f2d2_lightning.evaluation import LikelihoodEvaluation, check_draws
 from f2d2_lightning.flow_map import Direction, FlowMap
 from f2d2_lightning.guidance import SelfGuidance
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
@@ -127,12 +127,9 @@ class F2D2Module(FlowModule):
         shared = {id(flow_map): flow_map} if frozen else {}
         self.average = copy_frozen(self.joint, shared)
         self.steps = tuple(steps)
-        fewest = min(draws, 1 if reference_samples is None else reference_samples)
-        if fewest < 1 or (draws > 1 and self.levels is None):
-            raise ValueError(
-                f"draws={draws} and reference_samples={reference_samples} are at least 1, and several draws need the "
-                f"levels of discrete data (levels={self.levels})"
-            )
+        check_draws(draws, self.levels)
+        if reference_samples is not None and reference_samples < 1:
+            raise ValueError(f"reference_samples={reference_samples} is at least 1, or None for all")
         self.draws, self.reference_samples = draws, reference_samples
         self.inversion = inversion
         self.warm_start = warm_start
