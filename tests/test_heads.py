@@ -98,6 +98,46 @@ def test_per_axis_head_of_an_isotropic_fit_answers_once_per_axis():
     close(one(x, s, t, features=h), other(x, s, t, features=h))
 
 
+@pytest.mark.parametrize("covariance", ["diagonal", "isotropic"])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_per_axis_head_on_maps_answers_for_its_own_pixels(covariance, patch):
+    """One number per channel and pixel, each weighted with its own pixel's angle."""
+    baseline = GaussianBaseline((2, 4, 6), covariance)
+    baseline.fit([torch.randn(64, 2, 4, 6) * torch.linspace(0.1, 3, 48).reshape(2, 4, 6)])
+    head = randomise(DivergenceHead(features=5, layers=0, per_axis=True, patch=patch, baseline=baseline))
+    assert head.out.weight.shape == (2 * patch**2, 5)
+    s, t = torch.tensor([0.0, 1.0, 0.4]), torch.tensor([0.9, 0.2, 0.4])
+    x, h = torch.randn(3, 2, 4, 6), torch.randn(3, 5, 4 // patch, 6 // patch)
+    rate = baseline.angle_rate(s, t).expand(3, 48).reshape(3, 2, 4, 6)
+    expected = baseline.divergence(s, t)
+    for channel in range(2):
+        for row in range(4):
+            for column in range(6):
+                place = channel * patch**2 + row % patch * patch + column % patch
+                answer = h[:, :, row // patch, column // patch] @ head.out.weight[place] + head.out.bias[place]
+                expected = expected + answer * rate[:, channel, row, column]
+    close(head(x, s, t, features=h), expected)
+    with pytest.raises(ValueError, match=r"maps \(B, F, "):
+        head(x, s, t, features=torch.randn(3, 5, 1, 1))
+    again = DivergenceHead.from_config(head.config())
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again(x, s, t, features=h), head(x, s, t, features=h))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patch": 2}, "per_axis=True with a baseline"),
+        ({"patch": 2, "per_axis": True, "baseline": GaussianBaseline((1, 4, 4), "full")}, "whose axes are pixels"),
+        ({"patch": 3, "per_axis": True, "baseline": GaussianBaseline((1, 4, 4), "diagonal")}, "divisible"),
+        ({"patch": 1, "per_axis": True, "baseline": GaussianBaseline((16,), "diagonal")}, r"\(C, H, W\)"),
+    ],
+)
+def test_patch_is_for_pixels(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DivergenceHead(features=4, **arguments)
+
+
 def test_per_axis_head_in_a_joint_map():
     problem = PROBLEMS["gaussian-vector-linear"]()
     head = randomise(DivergenceHead(features=8, layers=0, per_axis=True, baseline=problem.baseline))

@@ -9,6 +9,9 @@ import torch
 from f2d2_lightning import GaussianBaseline, TrigonometricPath
 from f2d2_lightning.divergence import jacobian_product
 from f2d2_lightning.nn import MLP, AngleEmbedding, GaussianPreconditioned, IntervalEmbedding, PreconditionedMLP, ResNet
+from f2d2_lightning.nn.transformer import DiT
+from f2d2_lightning.nn.two_times import AddedTime, OneTimeEmbedding
+from f2d2_lightning.nn.unet import UNet
 from problems import PROBLEMS, randomise, rotation
 
 close = torch.testing.assert_close
@@ -37,10 +40,14 @@ def by_angles(shape=(3,), covariance="full", **options):
 NETWORKS = {
     "mlp vector": lambda **k: MLP((3,), width=16, blocks=2, **k),
     "mlp image": lambda **k: MLP((2, 2, 4), width=16, blocks=1, **k),
+    "mlp with an added time": lambda **k: MLP((3,), width=16, embedding=AddedTime(OneTimeEmbedding(8)), **k),
     "resnet": lambda **k: ResNet((2, 2, 4), width=8, blocks=1, **k),
+    "unet": lambda **k: UNet((2, 2, 4), width=8, multipliers=(1, 2), blocks=1, attention=(2,), **k),
+    "dit": lambda **k: DiT((3, 2, 4), width=16, depth=2, heads=2, **k),
     "preconditioned mlp": lambda **k: preconditioned(MLP((3,), width=16, blocks=1, **k)),
     "preconditioned mlp by angles": lambda **k: by_angles(**k),
     "preconditioned image by angles": lambda **k: by_angles((1, 2, 2), "diagonal", **k),
+    "preconditioned dit": lambda **k: preconditioned(DiT((1, 2, 4), width=16, depth=1, heads=2, **k)),
     "preconditioned resnet": lambda **k: preconditioned(ResNet((1, 2, 4), width=8, blocks=1, **k)),
 }
 

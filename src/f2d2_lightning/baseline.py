@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.configured import Configured
 from f2d2_lightning.flow_map import Joint, JointMap
 from f2d2_lightning.paths import LinearPath, Path, TrigonometricPath, distinct, like
 
@@ -39,7 +40,7 @@ def _log1p_ratio(y: Tensor) -> Tensor:
     return torch.where(small, series, torch.log1p(safe) / safe)
 
 
-class GaussianBaseline(nn.Module):
+class GaussianBaseline(nn.Module, Configured):
     """Gaussian fit of the data, kept in buffers and so in the checkpoint.
 
     Make one with :meth:`standard` (identity covariance), :meth:`from_covariance` or :meth:`fit`; a module that is

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.configured import Configured
 from f2d2_lightning.paths import expand_time, like
 
 __all__ = ["Direction", "FlowMap", "Joint", "JointMap", "Jump", "Velocity", "as_flow_map"]
@@ -128,7 +129,7 @@ def check_interval(s: Tensor | float, t: Tensor | float, directions: Direction, 
         )
 
 
-class FlowMap(nn.Module):
+class FlowMap(nn.Module, Configured):
     """A few-step model: average velocity ``u(x, s, t)``.
 
     Subclass it and write :meth:`forward`; write :meth:`forward_features` too if a divergence head is to read
@@ -199,7 +200,7 @@ def as_flow_map(function: Callable[..., Tensor], directions: Direction | str = D
     return _FunctionFlowMap(function, directions)
 
 
-class JointMap(nn.Module, ABC):
+class JointMap(nn.Module, Configured, ABC):
     """Anything that answers ``(u, D)``: a flow map with a head, or a closed form."""
 
     directions: Direction = Direction.BOTH

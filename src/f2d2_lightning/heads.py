@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.configured import Configured
 from f2d2_lightning.flow_map import Direction, FlowMap, Joint, JointMap
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.paths import expand_time
@@ -23,7 +24,7 @@ from f2d2_lightning.paths import expand_time
 __all__ = ["DivergenceHead", "JointFlowMap"]
 
 
-class DivergenceHead(nn.Module):
+class DivergenceHead(nn.Module, Configured):
     """Average divergence ``D`` from features of the backbone, or from a small network of its own.
 
     Args:
@@ -33,8 +34,10 @@ class DivergenceHead(nn.Module):
         hidden: Width of the head's hidden layers.
         layers: Hidden layers; with none the head is linear in the features and sees the times through them.
         per_axis: Answer one number per principal axis of the baseline, each weighted with how far the Gaussian fit's
-            angle turns along that axis, so that an answer of order one is right at every time and axis. For features
-            ``(B, F)``; needs a baseline.
+            angle turns along that axis, so that an answer of order one is right at every time and axis. Needs a
+            baseline; on maps one whose axes are the pixels or all alike (``"diagonal"``, ``"isotropic"``).
+        patch: For ``per_axis`` on maps: side of the square of pixels that one position of the map answers for, one
+            number per channel and pixel. 0 for features that are vectors.
         network: Instead of ``features``: a module ``(x, s, t, cond) -> (B,)`` that needs no backbone.
         baseline: Closed form that is added; ``None`` for no baseline.
 
@@ -52,6 +55,7 @@ class DivergenceHead(nn.Module):
         per_axis: bool = False,
         network: nn.Module | None = None,
         baseline: GaussianBaseline | None = None,
+        patch: int = 0,
     ) -> None:
         super().__init__()
         if (features is None) == (network is None):
@@ -60,9 +64,12 @@ class DivergenceHead(nn.Module):
             raise ValueError(f"layers={layers} is at least 0 and hidden={hidden} at least 1")
         if per_axis and (baseline is None or network is not None):
             raise ValueError("per_axis=True weights features by the baseline's axes; give features=F and a baseline")
+        if patch:
+            _check_patch(patch, per_axis, baseline)
         self.features = features
         self.hidden = hidden
         self.per_axis = per_axis
+        self.patch = patch
         self.network = network
         self.baseline = baseline
         self.register_buffer("scale", torch.ones(()))
@@ -70,7 +77,10 @@ class DivergenceHead(nn.Module):
             widths = [features] + [hidden] * layers
             self.embedding = IntervalEmbedding(hidden) if layers else None
             self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-            self.out = nn.Linear(widths[-1], baseline.dim if per_axis and baseline is not None else 1)
+            axes = 1
+            if per_axis and baseline is not None:
+                axes = baseline.shape[0] * patch**2 if patch else baseline.dim
+            self.out = nn.Linear(widths[-1], axes)
             # starts as the baseline alone, which is already the right answer for Gaussian data
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -83,6 +93,7 @@ class DivergenceHead(nn.Module):
             "hidden": self.hidden,
             "layers": 0 if own else len(self.layers),
             "per_axis": self.per_axis,
+            "patch": self.patch,
             "network": type(self.network).__name__ if own else None,
             "baseline": None if self.baseline is None else self.baseline.config(),
         }
@@ -105,6 +116,7 @@ class DivergenceHead(nn.Module):
             hidden=config["hidden"],
             layers=config["layers"],
             per_axis=config["per_axis"],
+            patch=config.get("patch", 0),
             network=network,
             baseline=None if fit is None else GaussianBaseline.from_config(fit),
         )
@@ -164,12 +176,39 @@ class DivergenceHead(nn.Module):
         out = self.out(h)
         if self.per_axis:
             assert self.baseline is not None
-            if out.ndim != 2:
-                raise ValueError(f"per_axis=True reads features (B, F), got {tuple(features.shape)}")
-            return (out * self.baseline.angle_rate(s, t)).sum(-1)
+            return (self._by_axis(out, features) * self.baseline.angle_rate(s, t)).sum(-1)
         out = out.squeeze(-1)
         # a mean, not a sum, keeps the unit of `scale` the same at any resolution of the features
         return out if out.ndim == 1 else out.mean(-1)
+
+    def _by_axis(self, out: Tensor, features: Tensor) -> Tensor:
+        """Answers in the order of the baseline's axes, ``(B, dim)``."""
+        assert self.baseline is not None
+        if not self.patch:
+            if out.ndim != 2:
+                raise ValueError(
+                    f"per_axis=True reads features (B, F), got {tuple(features.shape)}; for maps say patch=, the side of "
+                    "the square of pixels that one position answers for"
+                )
+            return out
+        expected = tuple(side // self.patch for side in self.baseline.shape[1:])
+        if features.ndim != 4 or tuple(features.shape[2:]) != expected:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}; with patch={self.patch} and a baseline of shape "
+                f"{self.baseline.shape} maps (B, F, {', '.join(map(str, expected))}) are expected"
+            )
+        pixels = out.transpose(1, 2).reshape(len(out), -1, *expected)
+        return nn.functional.pixel_shuffle(pixels, self.patch).flatten(1)
+
+
+def _check_patch(patch: int, per_axis: bool, baseline: GaussianBaseline | None) -> None:
+    if not per_axis or baseline is None:
+        raise ValueError(f"patch={patch} is for per_axis=True with a baseline; leave it out otherwise")
+    if baseline.covariance == "full" or len(baseline.shape) != 3 or any(side % patch for side in baseline.shape[1:]):
+        raise ValueError(
+            f"patch={patch} needs a baseline of images (C, H, W) with H and W divisible by it, whose axes are pixels "
+            f"('diagonal', 'isotropic'); this one is {baseline.covariance!r} of shape {baseline.shape}"
+        )
 
 
 class JointFlowMap(JointMap):

@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.configured import Configured
 from f2d2_lightning.paths import distinct
 
 __all__ = ["IntervalEmbedding"]
 
 
-class IntervalEmbedding(nn.Module):
+class IntervalEmbedding(nn.Module, Configured):
     """Embedding of the time ``s`` and the signed interval ``t - s``.
 
     Slow sinusoids (periods of 2 or longer down to ``2 / frequencies``): objectives differentiate with respect to time,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.flow_map import Direction, FlowMap
+from f2d2_lightning.nn.attention import has_tangent
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.paths import expand_time
 
@@ -124,12 +125,18 @@ def embed_times(
 
 
 def check_labels(cond: Tensor | None, classes: int) -> Tensor:
-    """Class labels ``(B,)`` as integers.
+    """Class labels ``(B,)`` as integers; their values are read where that is free, on the CPU outside compiled code.
 
     Raises:
-        ValueError: If there are none, or they are not integers.
+        ValueError: If there are none, they are not integers ``(B,)``, or one is no class.
     """
-    if cond is None or torch.is_floating_point(cond):
-        came = "none" if cond is None else f"dtype {cond.dtype}"
+    if cond is None or torch.is_floating_point(cond) or cond.ndim != 1:
+        came = "none" if cond is None else f"dtype {cond.dtype}, shape {tuple(cond.shape)}"
         raise ValueError(f"the network has {classes} classes and needs cond of shape (B,), integers; got {came}")
+    readable = cond.device.type == "cpu" and not torch.compiler.is_compiling() and not has_tangent(cond)
+    if readable and bool(((cond < 0) | (cond >= classes)).any()):
+        raise ValueError(
+            f"labels lie in [{int(cond.min())}, {int(cond.max())}], and the network has {classes} classes: 0 to "
+            f"{classes - 1}; set classes= to that of the data"
+        )
     return cond

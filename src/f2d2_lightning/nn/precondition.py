@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.configured import Configured
 from f2d2_lightning.flow_map import Direction, FlowMap
 from f2d2_lightning.nn.mlp import MLP
-from f2d2_lightning.paths import distinct, expand_time
+from f2d2_lightning.nn.unet import UNet
+from f2d2_lightning.paths import distinct, expand_time, like
 
-__all__ = ["AngleEmbedding", "GaussianPreconditioned", "PreconditionedMLP"]
+__all__ = ["AngleEmbedding", "GaussianPreconditioned", "PreconditionedMLP", "PreconditionedUNet"]
 
 
 class GaussianPreconditioned(FlowMap):
@@ -56,13 +58,17 @@ class GaussianPreconditioned(FlowMap):
     ) -> tuple[Tensor, Tensor]:
         s, t = expand_time(s, x), expand_time(t, x)
         baseline = self.baseline
-        residual, features = self.network.forward_features(baseline.whiten(x, s).reshape(x.shape), s, t, cond)
+        residual, features = self.network.forward_features(self.inputs(x, s), s, t, cond)
         scale = baseline.marginal_variances(t).sqrt() * baseline.angle_rate(s, t)
         correction = baseline.from_axes(scale * residual.reshape(len(x), -1))
         return baseline.average_velocity(x, s, t) + correction, features
 
+    def inputs(self, x: Tensor, s: Tensor) -> Tensor:
+        """What the network sees of a state at times ``(B,)``; the whitened state, shape of ``x``, by default."""
+        return self.baseline.whiten(x, s).reshape(x.shape)
 
-class AngleEmbedding(nn.Module):
+
+class AngleEmbedding(nn.Module, Configured):
     """Embedding of a pair of times by the angles of five axes, from the narrowest to the widest.
 
     Along a narrow axis everything happens close to the data. Sinusoids of the angle resolve that without the fast
@@ -132,3 +138,89 @@ class PreconditionedMLP(GaussianPreconditioned):
         baseline = GaussianBaseline(shape, covariance)
         network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding=AngleEmbedding(baseline))
         super().__init__(network, baseline)
+
+
+class PreconditionedUNet(GaussianPreconditioned):
+    r"""A :class:`UNet` on top of the Gaussian flow map, its times embedded by angles: for images.
+
+    With ``levels`` it is told how far each pixel is from the first and from the last level, where images have point
+    masses (paper, black background, saturated light). Close to the data such a pixel is known to within one level, so
+    the flow there is a hundred times steeper than elsewhere, and a network that saw the state alone would have to
+    amplify its input as much: :math:`\operatorname{asinh}((x - \alpha_t e) / \sqrt{\sigma_t^2 + \alpha_t^2 b^2})`
+    for an edge at ``e`` and the deviation ``b`` of the dequantisation noise is of order one for pixels on it and the
+    logarithm of the distance for the others.
+
+    Args:
+        shape: Shape of one image, ``(C, H, W)``.
+        covariance: Of the Gaussian fit: ``"diagonal"`` or ``"isotropic"``, whose axes are pixels.
+        levels: Levels of the discrete data, for the distances from the edges; ``None`` for no such features.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        width: As for :class:`UNet`, like all that follow.
+        multipliers: Channels at each resolution, in units of ``width``.
+        blocks: Residual blocks per resolution.
+        attention: Heights at which blocks attend.
+        heads: Attention heads.
+        patch: Side of the squares of pixels that become one position.
+        dropout: Probability of dropping a hidden unit in training.
+        classes: Number of class labels; 0 for none.
+        directions: Orders of time it is to be trained for.
+        checkpointing: Recompute activations in the backward pass.
+
+    Raises:
+        ValueError: If the covariance is a full one, whose axes are no pixels, or the sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        covariance: str = "diagonal",
+        levels: int | None = None,
+        low: float = -1.0,
+        high: float = 1.0,
+        width: int = 64,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (),
+        heads: int = 1,
+        patch: int = 1,
+        dropout: float = 0.0,
+        classes: int = 0,
+        directions: str = "both",
+        checkpointing: bool = False,
+    ) -> None:
+        if covariance == "full":
+            raise ValueError(
+                "covariance is 'full'; a convolution needs axes that are pixels: 'diagonal' or 'isotropic'"
+            )
+        baseline = GaussianBaseline(shape, covariance)
+        network = UNet(
+            shape,
+            width,
+            multipliers,
+            blocks,
+            attention,
+            heads,
+            dropout,
+            classes,
+            directions,
+            embedding=AngleEmbedding(baseline, 4 * width),
+            scale_shift=True,
+            patch=patch,
+            inputs=shape[0] * (1 if levels is None else 3),
+            checkpointing=checkpointing,
+        )
+        super().__init__(network, baseline)
+        self.edges: tuple[float, ...] = ()
+        if levels is not None:
+            width_of_level = (high - low) / levels
+            self.noise = width_of_level / math.sqrt(12)
+            self.edges = (low + width_of_level / 2, high - width_of_level / 2)
+
+    def inputs(self, x: Tensor, s: Tensor) -> Tensor:
+        seen = [super().inputs(x, s)]
+        if self.edges:
+            alpha, sigma = self.baseline.path.alpha(s), self.baseline.path.sigma(s)
+            deviation = like((sigma.square() + (alpha * self.noise).square()).sqrt(), x)
+            seen += [torch.asinh((x - like(alpha, x) * edge) / deviation) for edge in self.edges]
+        return torch.cat(seen, 1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flow_map import Direction, FlowMap
 from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.nn.group_norm import GroupNorm
 from f2d2_lightning.nn.mlp import check_state, embed_times
 
 __all__ = ["ResNet"]
@@ -17,9 +18,9 @@ class _Block(nn.Module):
     def __init__(self, channels: int, embedding: int, dropout: float) -> None:
         super().__init__()
         groups = max(g for g in (1, 2, 4, 8) if channels % g == 0)
-        self.norm1 = nn.GroupNorm(groups, channels)
+        self.norm1 = GroupNorm(groups, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, channels)
+        self.norm2 = GroupNorm(groups, channels)
         self.modulation = nn.Linear(embedding, 2 * channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -77,7 +78,7 @@ class ResNet(FlowMap):
         self.coarse = nn.ModuleList(_Block(2 * width, embedding, dropout) for _ in range(blocks))
         self.narrow = nn.Conv2d(2 * width, width, 1)
         self.fine_out = nn.ModuleList(_Block(width, embedding, dropout) for _ in range(blocks))
-        self.norm = nn.GroupNorm(1, width)
+        self.norm = GroupNorm(1, width)
         self.outlet = nn.Conv2d(width, self.shape[0], 3, padding=1)
         nn.init.zeros_(self.outlet.weight)
         assert self.outlet.bias is not None
