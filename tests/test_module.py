@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import f2d2_lightning as f2
 from f2d2_lightning.average import update_average
-from f2d2_lightning.nn import MLP, GaussianPreconditioned
+from f2d2_lightning.nn import MLP, AddedTime, GaussianPreconditioned, OneTimeEmbedding
 from lightning_parts import Pair, student, teacher, trainer
+from problems import randomise
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +138,23 @@ def test_warm_start_scale_and_baseline(tmp_path):
     assert bool(module.joint.head.baseline.fitted)
     assert float(module.joint.head.scale) != 1.0
     assert torch.equal(module.joint.head.scale, module.average.head.scale)
+
+
+def test_a_student_with_a_second_time_starts_as_its_one_time_teacher(tmp_path):
+    def backbone(two_times):
+        embedding = OneTimeEmbedding(16)
+        return MLP((2,), width=16, blocks=1, embedding=AddedTime(embedding) if two_times else embedding)
+
+    of = f2.FlowMatchingModule(backbone(False), shape=(2,), warmup=2)
+    randomise(of.average)
+    module = student(of, flow_map=backbone(True), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    trainer(tmp_path, limit_train_batches=1, max_epochs=1).fit(module, datamodule=Pair())
+    x, s, t = torch.randn(4, 2), torch.rand(4), torch.rand(4)
+    for trained in (module.joint.flow_map, module.average.flow_map):
+        torch.testing.assert_close(trained(x, s, s), of.average(x, s, s), rtol=0, atol=1e-6)
+        # blind to the end at first, whatever it is
+        torch.testing.assert_close(trained(x, s, t), of.average(x, s, s), rtol=0, atol=1e-6)
+    assert (of.average(x, s, s) - of.average(x, t, t)).abs().max() > 1e-3
 
 
 def test_the_teacher_is_not_in_the_checkpoint(tmp_path):

@@ -239,3 +239,35 @@ def test_dtypes(dtype, method):
         answer = reference_log_prob(problem.field.to(dtype), x.to(dtype), method=method, **settings)
     assert answer.value.dtype == answer.noise.dtype == dtype
     close(answer.value.double(), exact, rtol=5e-3, atol=1e-2)
+
+
+def narrow_gaussian():
+    """Axes as narrow as dequantisation noise beside wide ones: everything happens close to the data."""
+    deviations = torch.tensor([0.003, 0.5, 0.003])
+    return GaussianBaseline.from_covariance(torch.tensor([-1.0, 0.0, 0.5]), torch.diag(deviations**2))
+
+
+@pytest.mark.parametrize("method", ["heun2", "rk4"])
+def test_steps_near_the_data_resolve_narrow_axes(method):
+    baseline = narrow_gaussian()
+    flow = as_flow_map(lambda x, s, t, cond: baseline.average_velocity(x, s, t))
+    x = baseline.mean + torch.randn(16, 3) * baseline.variances.sqrt() @ baseline.axes.T
+    exact = baseline.log_prob(x, torch.ones(16))
+    with torch.no_grad():
+        even, close_by = (reference_log_prob(flow, x, method=method, steps=60, near_data=share) for share in (0.0, 0.6))
+    errors = [float((answer.value - exact).abs().max()) for answer in (even, close_by)]
+    assert errors[1] < 0.1 < errors[0] / 4
+    assert close_by.evaluations == even.evaluations
+    # the same path the other way
+    with torch.no_grad():
+        back = reference_sample(flow, close_by.noise, method=method, steps=60, near_data=0.6)
+    close(back.state, x, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("share", "method", "message"),
+    [(1.0, "heun2", r"in \[0, 1\)"), (-0.1, "rk4", r"in \[0, 1\)"), (0.5, "dopri5", "own steps")],
+)
+def test_near_data_is_a_share_of_fixed_steps(logistic, share, method, message):
+    with pytest.raises(ValueError, match=message):
+        reference_log_prob(logistic.velocity, logistic.data(2), method=method, near_data=share)

@@ -14,7 +14,7 @@ from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.paths import expand_time
 from f2d2_lightning.sources import VelocitySource
 
-__all__ = ["integrate", "trajectory_times"]
+__all__ = ["integrate", "times_near_data", "trajectory_times"]
 
 
 @torch.no_grad()
@@ -123,7 +123,17 @@ class _Whitened(_Plain):
         return slope, (divergence - baseline.divergence(t, t)) / rate.mean(-1)
 
 
-def trajectory_times(nodes: int, grids: Sequence[int], baseline: GaussianBaseline | None = None) -> list[float]:
+def times_near_data(count: int) -> list[float]:
+    """Ascending times between .9 and .9995, evenly spread in ``log(1 - t)``: down to well below a level of 8 bits.
+
+    Data with point masses (black or white pixels, dequantised) flow there at a steady rate per unit of that logarithm.
+    """
+    return [1 - 0.1 * (1 / 200) ** ((k + 0.5) / count) for k in range(count)]
+
+
+def trajectory_times(
+    nodes: int, grids: Sequence[int], baseline: GaussianBaseline | None = None, near_data: float = 0.0
+) -> list[float]:
     """Times at which trajectories are kept: the likelihood grids' own, and others between them.
 
     With a Gaussian fit the others are spread by the fit's mean angle, most of which is turned near the data where
@@ -133,7 +143,12 @@ def trajectory_times(nodes: int, grids: Sequence[int], baseline: GaussianBaselin
         nodes: About how many intervals.
         grids: Step counts whose uniform grids must be among the times.
         baseline: Gaussian fit of the data.
+        near_data: Share of the nodes that lie close to the data, see :func:`times_near_data`.
     """
+    if near_data:
+        close = times_near_data(round(near_data * nodes))
+        even = trajectory_times(max(1, nodes - len(close)), grids, baseline)
+        return sorted({*even, *(t for t in close if min(abs(t - other) for other in even) > 1e-6)})
     coarse = math.lcm(*grids) if grids else 1
     if baseline is None:
         fine = max(1, math.ceil(nodes / coarse)) * coarse

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from f2d2_lightning.divergence import DivergenceEstimator, Exact, Hutchinson, instantaneous
+from f2d2_lightning.integrator import times_near_data
 from f2d2_lightning.likelihood import LogProb
 from f2d2_lightning.sampling import Samples, check_state, normal_log_prob
 
@@ -47,22 +48,36 @@ def _solve(
     steps: int | None,
     rtol: float,
     atol: float,
+    near_data: float,
 ) -> list[Tensor]:
     x = initial[0]
     if method in FIXED:
         if steps is None or steps < 1:
             raise ValueError(f"method {method!r} takes fixed steps and needs steps >= 1, got {steps}")
-        times = torch.linspace(start, end, steps + 1, dtype=x.dtype, device=x.device)
-        options = {}
+        ascending = _fixed_times(steps, near_data).to(x)
+        times, options = ascending if start < end else ascending.flip(0), {}
     elif method in ADAPTIVE:
         if steps is not None:
             raise ValueError(f"method {method!r} chooses its own steps; leave steps=None and set rtol and atol")
+        if near_data:
+            raise ValueError(f"method {method!r} chooses its own steps; near_data={near_data} is for fixed ones")
         times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
         options = {"dtype": x.dtype}
     else:
         raise ValueError(f"method is {method!r}; fixed: {', '.join(FIXED)}; adaptive: {', '.join(ADAPTIVE)}")
     solution = odeint(right_side, initial, times, method=method, rtol=rtol, atol=atol, options=options)
     return [value[-1] for value in solution]
+
+
+def _fixed_times(steps: int, near_data: float) -> Tensor:
+    """Ascending times from 0 to 1, ``(steps + 1,)``, float64."""
+    if not 0 <= near_data < 1:
+        raise ValueError(f"near_data is {near_data}; it is a share of the steps, in [0, 1)")
+    close = round(near_data * steps)
+    even = torch.linspace(0, 1, steps - close + 1, dtype=torch.float64)
+    if not close:
+        return even
+    return torch.cat((even, torch.tensor(times_near_data(close), dtype=torch.float64))).unique()
 
 
 def reference_log_prob(
@@ -75,6 +90,7 @@ def reference_log_prob(
     steps: int | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    near_data: float = 0.0,
 ) -> LogProb:
     """Log-likelihood of data by integrating the flow from data to noise.
 
@@ -91,6 +107,8 @@ def reference_log_prob(
         steps: Fixed steps; 128 if not given. Adaptive methods take none.
         rtol: Relative tolerance of adaptive solvers.
         atol: Absolute tolerance of adaptive solvers.
+        near_data: Share of fixed steps that are close to the data, spread evenly in ``log(1 - t)`` from .1 to .0005,
+            beside even ones. For data that are sharp there (images with point masses at black or white).
 
     Returns:
         ``value`` in nats, ``(B,)``. ``evaluations`` counts calls of the network with its derivative. Under
@@ -122,7 +140,7 @@ def reference_log_prob(
         v, estimate, _ = estimator(field, state[0], t, cond)
         return v, -estimate[None]
 
-    noise, change = _solve(right_side, (x, x.new_zeros(probes, len(x))), 1.0, 0.0, method, steps, rtol, atol)
+    noise, change = _solve(right_side, (x, x.new_zeros(probes, len(x))), 1.0, 0.0, method, steps, rtol, atol, near_data)
     error = change.std(0) / probes**0.5 if probes > 1 else None
     # `change` is log p_0(noise) - log p_1(x)
     return LogProb(normal_log_prob(noise) - change.mean(0), noise, calls, standard_error=error)
@@ -137,13 +155,16 @@ def reference_sample(
     steps: int | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    near_data: float = 0.0,
 ) -> Samples:
     """Samples by integrating the flow from noise to data; arguments as :func:`reference_log_prob`."""
     check_state(noise, "noise")
     field = _Counted(velocity)
     if steps is None and method in FIXED:
         steps = 128
-    (state,) = _solve(lambda t, state: (field(state[0], t, cond),), (noise,), 0.0, 1.0, method, steps, rtol, atol)
+    (state,) = _solve(
+        lambda t, state: (field(state[0], t, cond),), (noise,), 0.0, 1.0, method, steps, rtol, atol, near_data
+    )
     return Samples(state, noise, field.calls)
 
 
@@ -158,6 +179,7 @@ class Reference:
         rtol: Relative tolerance of adaptive solvers.
         atol: Absolute tolerance of adaptive solvers.
         seed: Of the probes, so that a reference is the same whenever it is computed.
+        near_data: Share of fixed steps spread evenly in ``log(1 - t)`` near the data.
     """
 
     method: str = "heun2"
@@ -166,6 +188,7 @@ class Reference:
     rtol: float = 1e-5
     atol: float = 1e-5
     seed: int = 0
+    near_data: float = 0.0
 
     @torch.no_grad()
     def __call__(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:
@@ -183,4 +206,5 @@ class Reference:
                 steps=None if self.method in ADAPTIVE else self.steps,
                 rtol=self.rtol,
                 atol=self.atol,
+                near_data=0.0 if self.method in ADAPTIVE else self.near_data,
             )

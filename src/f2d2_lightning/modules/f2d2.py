@@ -25,6 +25,7 @@ from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.flow_matching import FlowMatchingModule
+from f2d2_lightning.nn.two_times import one_time_state
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.processes import gather_states, own_state
 from f2d2_lightning.reference import Reference
@@ -56,7 +57,8 @@ class F2D2Module(FlowModule):
         objective: Training objective; trajectory regression in both directions by default.
         estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
         frozen: Train the head only; backbone and samples stay bit for bit as they were.
-        warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`.
+        warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`: the same
+            network, or one with an :class:`~f2d2_lightning.nn.AddedTime` around the teacher's embedding.
         steps: Step counts that validation reports.
         draws: Dequantisation draws per sample that validation averages few-step likelihoods over.
         reference_samples: Samples per evaluation and process that are compared with the reference, the first ones;
@@ -70,6 +72,8 @@ class F2D2Module(FlowModule):
         warmup: Steps of linear rise of the default schedule.
         ema_decay: Decay of the weight average that validates, samples and answers.
         reference: Solver of the teacher's likelihood that validation compares with.
+        channels_last: Memory format of convolutions' weights, see :class:`FlowModule`.
+        compile: Compile the backbone, see :class:`FlowModule`.
 
     Raises:
         ValueError: If the objective trains other directions than the backbone declares, or parts are missing.
@@ -99,6 +103,8 @@ class F2D2Module(FlowModule):
         warmup: int = 200,
         ema_decay: float = 0.999,
         reference: Reference | None = None,
+        channels_last: bool = False,
+        compile: bool | str = False,
     ) -> None:
         if isinstance(teacher, FlowMatchingModule):
             shape = shape or teacher.shape
@@ -106,7 +112,9 @@ class F2D2Module(FlowModule):
             flow_map = flow_map or _trainable_copy(teacher.average)
         if flow_map is None or shape is None:
             raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
-        super().__init__(shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference)
+        super().__init__(
+            shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
+        )
         objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
         self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
         self.objective = objective or TrajectoryRegression()
@@ -136,6 +144,7 @@ class F2D2Module(FlowModule):
         self._teacher_path = teacher if isinstance(teacher, str) else None
         # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
         self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, str) else [teacher]
+        self._speed_up()
 
     @property
     def live(self) -> JointFlowMap:
@@ -194,7 +203,8 @@ class F2D2Module(FlowModule):
         teacher = self.teacher
         if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
             try:
-                load_whole(self.joint.flow_map, teacher.average.state_dict())
+                state = one_time_state(self.joint.flow_map, teacher.average.state_dict())
+                load_whole(self.joint.flow_map, state)
             except RuntimeError as error:
                 raise ValueError(
                     "the student's backbone cannot start from the teacher's weights, they are of different networks; "
