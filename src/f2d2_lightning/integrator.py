@@ -147,15 +147,15 @@ def trajectory_times(
     """
     if near_data:
         close = times_near_data(round(near_data * nodes))
-        even = trajectory_times(max(1, nodes - len(close)), grids, baseline)
-        return sorted({*even, *(t for t in close if min(abs(t - other) for other in even) > 1e-6)})
+        others = trajectory_times(max(1, nodes - len(close)), grids, baseline)
+        return sorted({*others, *(t for t in close if min(abs(t - other) for other in others) > 1e-6)})
     coarse = math.lcm(*grids) if grids else 1
     if baseline is None:
         fine = max(1, math.ceil(nodes / coarse)) * coarse
         return [k / fine for k in range(fine + 1)]
     # narrow axes turn within their own width of the data, so the table is finer towards t = 1
-    near_data = 1 - torch.logspace(-7, -1, 600, dtype=torch.float64)
-    t = torch.cat((torch.linspace(0, 1, 400 * coarse + 1, dtype=torch.float64), near_data)).unique()
+    table = 1 - torch.logspace(-7, -1, 600, dtype=torch.float64)
+    t = torch.cat((torch.linspace(0, 1, 400 * coarse + 1, dtype=torch.float64), table)).unique()
     fit = baseline.clock(t.to(baseline.mean)).double().cpu()
     # a share of plain time, so that wide axes are followed too
     clock = ((fit + 0.3 * t) / 1.3).numpy()
