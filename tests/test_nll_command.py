@@ -457,3 +457,20 @@ def test_what_cannot_be_answered_is_refused(models, bad_files, tmp_path, case, c
     said = refused(capsys, ["--ckpt", models[model][0], "--out", "t/out.csv", "--device", "cpu", *arguments])
     assert re.search(message, said), said
     assert not (tmp_path / "t").exists()
+
+
+def test_mirrored_likelihoods_are_of_both_images(models):
+    """``log (p(x) + p(mirror image)) / 2``, few-step and reference."""
+    module = models["grey"][1]
+    x = torch.rand(9, 1, 4, 3, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    np.save("states.npy", x.numpy())
+    table = nll(models, "grey", "states.npy", "--mirrored", "true", "--reference", "true")
+    plain = nll(models, "grey", "states.npy", "--reference", "true", out="plain.csv")
+    with torch.no_grad():
+        here, there = (module.log_prob(state, 4).value.double() for state in (x, x.flip(-1)))
+    expected = torch.logaddexp(here, there) - np.log(2)
+    np.testing.assert_allclose(np.array(table["log_prob"], float), expected.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(np.array(plain["log_prob"], float), here.numpy(), rtol=1e-5)
+    assert (expected - here).abs().max() > 0.1
+    references = [np.array(t["reference_log_prob"], float) for t in (table, plain)]
+    assert np.abs(references[0] - references[1]).max() > 0.1

@@ -2,13 +2,14 @@
 
 Batches are states ``(B, ...)`` ready for the flow, or pairs ``(states, labels)``. Discrete data are dequantised with
 noise that is a function of seed, epoch and sample (:mod:`f2d2_lightning.counter_noise`): fresh every epoch in
-training, fixed in validation and test, and the same after an interruption.
+training, fixed in validation and test, and the same after an interruption. Which training images are mirrored is
+such a function too. Data sets of images are in :mod:`f2d2_lightning.image_data`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -19,9 +20,13 @@ from torch.utils.data.distributed import DistributedSampler
 
 from f2d2_lightning.analytic import MixtureFlow
 from f2d2_lightning.counter_noise import counter_uniform, mix_seed
+from f2d2_lightning.lazy_values import Values, as_values
 from f2d2_lightning.quantisation import Quantisation
 
 __all__ = ["Checkerboard", "DequantisedDataset", "Digits", "FlowDataModule", "GaussianMixture"]
+
+PROBED = 64
+"""Lazy values of each split that are read beforehand, to see whether they use their levels."""
 
 
 class DequantisedDataset(Dataset):
@@ -30,19 +35,37 @@ class DequantisedDataset(Dataset):
     An index is ``epoch * len(self) + position``; plain indices are epoch 0.
 
     Args:
-        values: Integers ``(N, ...)`` with ``quantisation``, else states ``(N, ...)``.
+        values: Integers ``(N, ...)`` with ``quantisation``, else states ``(N, ...)``; a tensor, or what
+            :func:`f2d2_lightning.lazy_values.as_values` takes. Of lazy values each batch is checked as it is read.
         labels: Integers ``(N,)``, or ``None``.
         quantisation: Levels and range; ``None`` for continuous data.
-        seed: Stream of the dequantisation noise.
+        seed: Stream of the noise.
+        flip: Mirror images left to right from epoch 1 on, each with probability 1/2 in each epoch. Plain indices
+            are the images as they are.
+
+    Raises:
+        ValueError: If the values do not fit ``quantisation``, the labels are not as many, or there is no image to flip.
     """
 
     def __init__(
-        self, values: Tensor, labels: Tensor | None = None, quantisation: Quantisation | None = None, seed: int = 0
+        self,
+        values: Values | Any,
+        labels: Tensor | None = None,
+        quantisation: Quantisation | None = None,
+        seed: int = 0,
+        flip: bool = False,
     ) -> None:
-        if quantisation is not None:
+        values = as_values(values)
+        if quantisation is not None and isinstance(values, Tensor):
             quantisation.check(values)
-        self.values, self.labels, self.quantisation, self.seed = values, labels, quantisation, seed
-        self.dim = values[0].numel()
+        if labels is not None and len(labels) != len(values):
+            raise ValueError(f"there are {len(values)} values and {len(labels)} labels; as many are expected")
+        if flip and len(values.shape) != 4:
+            raise ValueError(
+                f"flip=True mirrors images (N, C, H, W), and the data have shape {tuple(values.shape)}; set flip=False"
+            )
+        self.values, self.labels, self.quantisation, self.seed, self.flip = values, labels, quantisation, seed, flip
+        self.dim = math.prod(values.shape[1:])
 
     def __len__(self) -> int:
         return len(self.values)
@@ -52,6 +75,10 @@ class DequantisedDataset(Dataset):
         index = torch.as_tensor(indices)
         position = index % len(self)
         values = self.values[position]
+        if self.flip:
+            coin = counter_uniform(index, mix_seed(self.seed, "flip")) < 0.5
+            mirrored = coin & (index >= len(self))
+            values = torch.where(mirrored[:, None, None, None], values.flip(-1), values)
         if self.quantisation is not None:
             counters = index[:, None] * self.dim + torch.arange(self.dim)
             values = self.quantisation.dequantise(values, counter_uniform(counters, self.seed).reshape(values.shape))
@@ -69,14 +96,22 @@ class DequantisedDataset(Dataset):
 class _EpochSampler(DistributedSampler):
     """A permutation of the data for each epoch, a function of seed and epoch, that can start part of the way in.
 
+    Indices of the first epoch begin at ``first * count``: what a data set does to its epoch 0 can be left out.
+
     It is a distributed sampler, so that Lightning leaves it as it is: processes take every n-th sample of one
     permutation, as many each, and the few that are then left over wait for another epoch.
     """
 
     def __init__(
-        self, count: int, seed: int, current_epoch: Callable[[], int], replicas: int = 1, rank: int = 0
+        self,
+        count: int,
+        seed: int,
+        current_epoch: Callable[[], int],
+        replicas: int = 1,
+        rank: int = 0,
+        first: int = 0,
     ) -> None:
-        self.count, self.seed, self.current_epoch = count, seed, current_epoch
+        self.count, self.seed, self.current_epoch, self.first = count, seed, current_epoch, first
         self.replicas, self.rank, self.skip = replicas, rank, 0
 
     def __len__(self) -> int:
@@ -88,7 +123,7 @@ class _EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[int]:
         epoch, skip, self.skip = self.current_epoch(), self.skip, 0
         generator = torch.Generator().manual_seed(mix_seed(self.seed, "order", epoch))
-        order = torch.randperm(self.count, generator=generator) + epoch * self.count
+        order = torch.randperm(self.count, generator=generator) + (self.first + epoch) * self.count
         return iter(order[self.rank :: self.replicas][: len(self)][skip:].tolist())
 
 
@@ -110,7 +145,7 @@ def _as_is(batch: Any) -> Any:
 
 
 class FlowDataModule(L.LightningDataModule):
-    """Base of the data modules here; also the way to bring tensors of one's own.
+    """Base of the data modules here; also the way to bring tensors of one's own, or lazy values of large data.
 
     Write :meth:`splits` (called once), and set ``shape``.
 
@@ -120,6 +155,9 @@ class FlowDataModule(L.LightningDataModule):
         num_workers: Processes that load; data in memory need none.
         seed: Of split, order and noise.
         quantisation: Levels and range of discrete data; ``None`` for continuous data.
+        flip: Mirror training images left to right with probability 1/2, a function of seed, epoch and sample;
+            validation and test images, and :meth:`dataset`, stay as they are. For likelihoods of such a model see
+            :mod:`f2d2_lightning.mirror`.
     """
 
     shape: tuple[int, ...]
@@ -131,12 +169,13 @@ class FlowDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         quantisation: Quantisation | None = None,
+        flip: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise ValueError(f"batch sizes are {batch_size} and {eval_batch_size}; they are at least 1")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.seed, self.quantisation = num_workers, seed, quantisation
+        self.num_workers, self.seed, self.quantisation, self.flip = num_workers, seed, quantisation, flip
         self._sets: dict[str, DequantisedDataset] = {}
 
     @property
@@ -144,20 +183,31 @@ class FlowDataModule(L.LightningDataModule):
         """Number of levels of discrete data, ``None`` for continuous data."""
         return None if self.quantisation is None else self.quantisation.levels
 
-    def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Values and labels of ``"train"``, ``"val"`` and ``"test"``."""
+    def splits(self) -> Mapping[str, tuple[Values | Any, Tensor | None]]:
+        """Values and labels of ``"train"``, ``"val"`` and ``"test"``; values as :class:`DequantisedDataset` takes."""
         raise NotImplementedError(f"{type(self).__name__} must define splits()")
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data, once."""
         if self._sets:
             return
-        splits = self.splits()
-        if self.quantisation is not None:
-            self.quantisation.check_range_of(torch.cat([values for values, _ in splits.values()]))
-        for name, (values, labels) in splits.items():
+        sets = {}
+        for name, (values, labels) in self.splits().items():
             seed = mix_seed(self.seed, "dequantisation", name)
-            self._sets[name] = DequantisedDataset(values, labels, self.quantisation, seed)
+            sets[name] = DequantisedDataset(values, labels, self.quantisation, seed)
+        if self.quantisation is not None:
+            self._check_range([data.values for data in sets.values()], self.quantisation)
+        self._sets = sets
+
+    @staticmethod
+    def _check_range(splits: list[Values], quantisation: Quantisation) -> None:
+        """Whether all the data use their levels; of lazy values a few are enough to see it."""
+        ends = []
+        for values in splits:
+            if not isinstance(values, Tensor):
+                values = values[torch.linspace(0, len(values) - 1, min(PROBED, len(values))).round().long()]
+            ends += [values.min(), values.max()]
+        quantisation.check_range_of(torch.stack(ends))
 
     def dataset(self, split: str) -> DequantisedDataset:
         """The data of ``"train"``, ``"val"`` or ``"test"``."""
@@ -178,9 +228,11 @@ class FlowDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled, the last incomplete batch dropped where there are several."""
         dataset = self.dataset("train")
+        if self.flip:
+            dataset = DequantisedDataset(dataset.values, dataset.labels, self.quantisation, dataset.seed, flip=True)
         kwargs = (None if self.trainer is None else self.trainer.distributed_sampler_kwargs) or {}
         replicas, rank = int(kwargs.get("num_replicas", 1)), int(kwargs.get("rank", 0))
-        sampler = _EpochSampler(len(dataset), self.seed, self._epoch, replicas, rank)
+        sampler = _EpochSampler(len(dataset), self.seed, self._epoch, replicas, rank, first=int(self.flip))
         loader = _ResumableLoader(
             dataset,
             batch_size=self.batch_size,

@@ -187,8 +187,8 @@ class DivergenceHead(nn.Module, Configured):
         if not self.patch:
             if out.ndim != 2:
                 raise ValueError(
-                    f"per_axis=True reads features (B, F), got {tuple(features.shape)}; for maps say patch=, the side of "
-                    "the square of pixels that one position answers for"
+                    f"per_axis=True reads features (B, F), got {tuple(features.shape)}; for maps say patch=, the side "
+                    "of the square of pixels that one position answers for"
                 )
             return out
         expected = tuple(side // self.patch for side in self.baseline.shape[1:])

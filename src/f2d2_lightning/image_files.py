@@ -6,6 +6,7 @@ rescaled or converted unless asked for, because a likelihood of altered pixels i
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import zlib
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["SUFFIXES", "ImageFiles", "image_paths", "read_images"]
+__all__ = ["SUFFIXES", "ImageFiles", "as_mode", "check_mode", "image_paths", "open_image", "read_images"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
@@ -121,15 +122,15 @@ def read_images(path: str | Path, shape: Sequence[int], *, convert: bool = False
     channels, height, width = shape
     sizes = []
     for file in paths:
-        with _opened(file) as image:
+        with open_image(file) as image:
             sizes.append(image.size)
-            _check_mode(image, file, MODES[channels], convert)
+            check_mode(image, file, MODES[channels], convert)
     if not resize:
         _check_sizes(names, sizes, (width, height))
     values = torch.empty(len(paths), channels, height, width, dtype=torch.uint8)
     for row, file in enumerate(paths):
-        with _opened(file) as image:
-            picture = _converted(image, file, MODES[channels])
+        with open_image(file) as image:
+            picture = as_mode(image, file, MODES[channels])
             if picture.size != (width, height):
                 picture = picture.resize((width, height), Image.Resampling.BICUBIC)
             values[row] = torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1)
@@ -137,10 +138,18 @@ def read_images(path: str | Path, shape: Sequence[int], *, convert: bool = False
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file; whatever Pillow's decoders raise says which file it was."""
+def open_image(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """An image file; whatever Pillow's decoders raise within the context says which file it was.
+
+    Args:
+        path: The file.
+        content: What it holds, where it is no file of its own; ``path`` is then its name.
+
+    Raises:
+        ValueError: If it cannot be read as an image.
+    """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             yield image
     except _UnfitError:
         raise
@@ -163,7 +172,12 @@ class _UnfitError(ValueError):
     """An image that can be read and does not fit."""
 
 
-def _check_mode(image: Image.Image, path: Path, wanted: str, convert: bool) -> None:
+def check_mode(image: Image.Image, path: str | Path, wanted: str, convert: bool) -> None:
+    """Refuse an image of several pictures, of more than 8 bits a value, or of a mode that may not become ``wanted``.
+
+    Raises:
+        ValueError: Says the file, its mode, and what to do.
+    """
     if getattr(image, "n_frames", 1) > 1:
         raise _UnfitError(f"{path} holds {image.n_frames} pictures; files of one picture are expected")  # type: ignore[attr-defined]
     if image.mode.startswith(("I", "F")) or _is_narrowed(image):
@@ -190,7 +204,12 @@ def _is_narrowed(image: Image.Image) -> bool:
     return False
 
 
-def _converted(image: Image.Image, path: Path, wanted: str) -> Image.Image:
+def as_mode(image: Image.Image, path: str | Path, wanted: str) -> Image.Image:
+    """An image in Pillow's mode ``wanted``, decoded.
+
+    Raises:
+        ValueError: If transparent pixels would get a colour.
+    """
     if image.mode == wanted:
         image.load()
         return image

@@ -28,6 +28,9 @@ __all__ = ["DATA", "Points", "Reading", "load_points"]
 DATA = {
     "digits": "f2d2_lightning.Digits",
     "fashion": "f2d2_lightning.FashionMNIST",
+    "cifar10": "f2d2_lightning.CIFAR10",
+    "celeba64": "f2d2_lightning.CelebA64",
+    "imagenet64": "f2d2_lightning.ImageNet64",
     "checkerboard": "f2d2_lightning.Checkerboard",
     "mixture": "f2d2_lightning.GaussianMixture",
 }
