@@ -37,12 +37,14 @@ class _SaveConfig(SaveConfigCallback):
             return
         path = Path(trainer.log_dir) / self.config_filename
         resuming = self.config.get("ckpt_path") is not None
-        if path.exists() and not resuming and not getattr(trainer, "fast_dev_run", False):
+        # a start that failed, for want of data or teacher, leaves its configuration and nothing else
+        begun = path.exists() and any(entry.name != path.name for entry in path.parent.iterdir())
+        if begun and not resuming and not getattr(trainer, "fast_dev_run", False):
             raise FileExistsError(
                 f"{path} is there already: a run of that name exists. Go on with it (--ckpt_path .../last.ckpt), "
                 "choose another name (--trainer.logger.init_args.version NAME), or remove its folder"
             )
-        self.overwrite = resuming
+        self.overwrite = resuming or not begun
         super().setup(trainer, pl_module, stage)
 
 

@@ -15,6 +15,5 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            wide = torch.promote_types(input.dtype, torch.float32)
-            return super().forward(input.to(wide)).to(input.dtype)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return super().forward(input.to(wide)).to(input.dtype)
