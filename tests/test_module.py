@@ -157,6 +157,24 @@ def test_a_student_with_a_second_time_starts_as_its_one_time_teacher(tmp_path):
     assert (of.average(x, s, s) - of.average(x, t, t)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("off_diagonal", ["teacher", "student"])
+def test_who_teaches_off_the_diagonal(off_diagonal):
+    """The teacher anchors the diagonal either way; intervals ask it, or the student's own diagonal."""
+    of = teacher()
+    randomise(of.average)
+    module = student(of, objective=f2.Lagrangian(), estimator=f2.Exact(), off_diagonal=off_diagonal)
+    randomise(module.joint)
+    x, t = torch.randn(4, 2), torch.rand(4)
+    source, anchor = module.make_source()
+    exact = f2.Exact()(of.average.velocity, x, t)
+    expected = exact[:2] if off_diagonal == "teacher" else tuple(module.joint(x, t, t))
+    for answer, known in ((anchor(x, t), exact[:2]), (source(x, t), expected)):
+        for mine, theirs in zip(answer, known, strict=True):
+            torch.testing.assert_close(mine, theirs.detach())
+    with pytest.raises(ValueError, match="off_diagonal is 'nobody'"):
+        student(of, off_diagonal="nobody")
+
+
 def test_the_teacher_is_not_in_the_checkpoint(tmp_path):
     of = teacher()
     weights = copy.deepcopy(of.state_dict())

@@ -181,8 +181,7 @@ def test_files_are_those_of_the_paper():
 
 @pytest.mark.parametrize("name", FILES)
 def test_parses_with_every_strategy(parser, name):
-    ddp = parsed(parser, name, "strategies/ddp.yaml", "evaluation/quality.yaml",
-                 "--trainer.callbacks.features=inception", "--trainer.callbacks.weights=w.pth")  # fmt: skip
+    ddp = parsed(parser, name, "strategies/ddp.yaml", "evaluation/inception.yaml")
     assert ddp.trainer.strategy.class_path.endswith("DDPStrategy")
     callbacks = [callback.class_path.rpartition(".")[2] for callback in ddp.trainer.callbacks]
     report = ["TestReport"] if name in STUDENTS else []
@@ -418,7 +417,6 @@ def test_missing_teacher_and_a_second_start(teachers):
 
 
 def test_sample_quality_needs_its_weights():
-    with pytest.raises(FileNotFoundError, match=r"Inception's weights are needed.*w\.pth"):
-        fit("cifar10/teacher.yaml", "--config", CONFIGS / "evaluation/quality.yaml",
-            "--trainer.callbacks.features=inception", "--trainer.callbacks.weights=w.pth",
+    with pytest.raises(FileNotFoundError, match=r"Inception's weights are needed.*weights-inception.*\.pth"):
+        fit("cifar10/teacher.yaml", "--config", CONFIGS / "evaluation/inception.yaml",
             "--trainer.logger.init_args.version=nothing")  # fmt: skip

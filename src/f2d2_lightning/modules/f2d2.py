@@ -59,6 +59,9 @@ class F2D2Module(FlowModule):
         frozen: Train the head only; backbone and samples stay bit for bit as they were.
         warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`: the same
             network, or one with an :class:`~f2d2_lightning.nn.AddedTime` around the teacher's embedding.
+        off_diagonal: With a teacher, whose velocity and divergence intervals are taught with: the ``"teacher"``'s, or
+            the ``"student"``'s own diagonal, which the teacher then teaches alone (Lagrangian self-distillation in
+            the released JAX code).
         steps: Step counts that validation reports.
         draws: Dequantisation draws per sample that validation averages few-step likelihoods over.
         reference_samples: Samples per evaluation and process that are compared with the reference, the first ones;
@@ -105,7 +108,10 @@ class F2D2Module(FlowModule):
         reference: Reference | None = None,
         channels_last: bool = False,
         compile: bool | str = False,
+        off_diagonal: str = "teacher",
     ) -> None:
+        if off_diagonal not in ("teacher", "student"):
+            raise ValueError(f"off_diagonal is {off_diagonal!r}; it is 'teacher' or 'student'")
         if isinstance(teacher, FlowMatchingModule):
             shape = shape or teacher.shape
             levels = teacher.levels if levels is None else levels
@@ -141,6 +147,7 @@ class F2D2Module(FlowModule):
         self.draws, self.reference_samples = draws, reference_samples
         self.inversion = inversion
         self.warm_start = warm_start
+        self.off_diagonal = off_diagonal
         self._teacher_path = teacher if isinstance(teacher, str) else None
         # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
         self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, str) else [teacher]
@@ -178,8 +185,8 @@ class F2D2Module(FlowModule):
     def make_source(self) -> tuple[VelocitySource, VelocitySource]:
         """Where targets come from: ``(source, anchor)``, see :meth:`Objective.__call__`."""
         if self.teacher is not None:
-            source = TeacherSource(self.teacher_velocity(), self.estimator)
-            return source, source
+            anchor: VelocitySource = TeacherSource(self.teacher_velocity(), self.estimator)
+            return (DiagonalSource(self.joint) if self.off_diagonal == "student" else anchor), anchor
         anchor = ConditionalSource(self.joint, self.estimator, self.objective.path)
         return DiagonalSource(self.joint), anchor
 
