@@ -21,7 +21,7 @@ $(STUDENT)/.trained: $(TEACHER)/.trained | $(VENV)/.installed
 	$(call fit,$(STUDENT),configs/digits_student.yaml)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Self-guidance: what a step uphill in the model's own likelihood does to samples.
 
 Frechet distance of features and mean log-likelihoods against the scale of guidance, at 1, 2 and 4 steps, with and
-without keeping the noise's norm; beside it the plain samplers and the teacher's 1,000 evaluations. From the folder of
+without keeping the noise's norm; beside it the plain samplers and the teacher's many evaluations. From the folder of
 the runs:
 
     python benchmarks/self_guidance.py --ckpt runs/digits/student/checkpoints/last.ckpt --data digits \
@@ -34,9 +34,12 @@ SCALES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 class Study:
     """Samples of one student, scored."""
 
-    def __init__(self, module: f2.F2D2Module, network: SmallFeatures, real: Tensor, noise: Tensor, judged: int) -> None:
-        self.module, self.network, self.noise, self.judged = module, network, noise, judged
-        self.reference = f2.Reference(steps=100, probes=1)
+    def __init__(
+        self, module: f2.F2D2Module, network: SmallFeatures, real: Tensor, noise: Tensor, options: argparse.Namespace
+    ) -> None:
+        self.module, self.network, self.noise, self.judged = module, network, noise, options.judged
+        self.scales, self.teacher_steps, self.near_data = options.scales, options.teacher_steps, options.near_data
+        self.reference = f2.Reference(steps=100, probes=1, near_data=options.near_data)
         self.real = self.statistics(real)
 
     def statistics(self, states: Tensor) -> FeatureStatistics:
@@ -66,7 +69,7 @@ class Study:
     def rows(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for steps in STEPS:
             for keep_norm in (False, True):
-                for scale in SCALES:
+                for scale in self.scales:
                     if scale == 0 and keep_norm:
                         continue
                     guidance = f2.SelfGuidance(scale, keep_norm=keep_norm) if scale else None
@@ -80,7 +83,11 @@ class Study:
             plain = torch.cat([self.module.sample(z, 8).state for z in self.noise.split(1000)])
         yield {"sampler": "8", "scale": 0.0, "keep_norm": False, "forward": 8, "backward": 0} | self.score(plain), plain
         with torch.no_grad():
-            made = [f2.reference_sample(self.module.teacher_velocity(), z, steps=500) for z in self.noise.split(500)]
+            velocity, settings = (
+                self.module.teacher_velocity(),
+                {"steps": self.teacher_steps, "near_data": self.near_data},
+            )
+            made = [f2.reference_sample(velocity, z, **settings) for z in self.noise.split(500)]
         states = torch.cat([part.state for part in made])
         row = {"sampler": "teacher", "scale": 0.0, "keep_norm": False, "forward": made[0].evaluations, "backward": 0}
         yield row | self.score(states), states
@@ -98,9 +105,9 @@ def figure_of(rows: list[dict[str, Any]]) -> Figure:
                 label = f"{steps} step{'s' if steps > 1 else ''}{', norm kept' if keep_norm else ''}"
                 x, y = [r["scale"] for r in line], [r[name] for r in line]
                 ax.plot(x, y, style, color=f"C{index}", label=label, markersize=3, linewidth=1)
-        for sampler, style, title in (("8", ":", "8 steps, plain"), ("teacher", "-.", "teacher, 1,000 evaluations")):
+        for sampler, style, title in (("8", ":", "8 steps, plain"), ("teacher", "-.", "teacher, {:,} evaluations")):
             (row,) = [r for r in rows if r["sampler"] == sampler]
-            ax.axhline(row[name], linestyle=style, color="0.4", linewidth=1, label=title)
+            ax.axhline(row[name], linestyle=style, color="0.4", linewidth=1, label=title.format(row["forward"]))
         ax.set_xlabel("guidance scale", fontsize=8)
         ax.set_ylabel(what, fontsize=8)
         ax.tick_params(labelsize=7)
@@ -115,6 +122,9 @@ def main() -> None:
     parser.add_argument("--features", required=True, help="weights from benchmarks/train_features.py")
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--judged", type=int, default=200, help="samples whose likelihood the teacher evaluates")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="scales of guidance, 0 among them")
+    parser.add_argument("--teacher_steps", type=int, default=500, help="the teacher's, two evaluations each")
+    parser.add_argument("--near_data", type=float, default=0.0, help="share of them close to the data")
     parser.add_argument("--out", default="self_guidance")
     options = parser.parse_args()
     module = load_module(options.ckpt, f2.F2D2Module).eval()
@@ -122,7 +132,7 @@ def main() -> None:
     values = data.dataset("train").values[: max(options.samples, 1297)]
     real = f2.Quantisation(module.levels, module.low, module.high).dequantise(values).float()
     noise = torch.randn(options.samples, *module.shape, generator=torch.Generator().manual_seed(0))
-    study = Study(module, SmallFeatures.load(options.features), real, noise, options.judged)
+    study = Study(module, SmallFeatures.load(options.features), real, noise, options)
     rows, pictures = [], {}
     print("| steps | scale | norm kept | evaluations | Frechet distance | bits/dim, teacher | bits/dim, student |")
     print("|---|---|---|---|---|---|---|", flush=True)

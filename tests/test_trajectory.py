@@ -28,8 +28,9 @@ from f2d2_lightning import (
     sample,
 )
 from f2d2_lightning.flow_map import Joint
+from f2d2_lightning.integrator import integrate, times_near_data, trajectory_times
 from f2d2_lightning.paths import like
-from f2d2_lightning.trajectory import integrate, trajectory_times
+from f2d2_lightning.sampling import normal_log_prob
 from problems import MUTATIONS, PROBLEMS, Logistic, LogisticMap, Mutant, Student, rotation, slope
 
 close = torch.testing.assert_close
@@ -103,6 +104,47 @@ def test_draw_keeps_the_direction(problem, source, direction):
     s, t = Intervals(direction, diagonal=0.0, grid=0.0).sample(500)
     drawn = pool.draw(s, t)
     assert bool((((drawn.t - drawn.s) > 0) == ((t - s) > 0)).all())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["integrated again", "kept"])
+def test_the_way_to_noise_can_be_of_data_alone(whole):
+    """Which trajectories begin at data is known, in a ring that was written over and after a checkpoint too."""
+    source = TeacherSource(lambda x, t, cond: torch.zeros_like(x))  # states stand still, so their values say who is who
+    pool = TrajectoryPool(even(8), capacity=30)
+    for node, value in ((-1, 1.0), (0, 2.0), (4, 3.0), (0, 4.0), (-1, 5.0)):
+        pool.add(source, torch.full((8, 1), value), node)
+    loaded = TrajectoryPool(even(8), capacity=30)
+    loaded.load_state_dict(pool.state_dict(whole))
+    loaded.restore(source)
+    s, t = torch.rand(2, 400)
+    for each in (pool, loaded):
+        drawn = each.draw(s, t, likelihood_of_data=True)
+        to_noise = drawn.t < drawn.s
+        assert set(drawn.x[to_noise].flatten().tolist()) == {5.0}
+        # eight of forty were written over, and two of the next
+        assert set(drawn.x[~to_noise].flatten().tolist()) == {2.0, 3.0, 4.0, 5.0}
+        assert set(each.draw(s, t).x[to_noise].flatten().tolist()) == {2.0, 3.0, 4.0, 5.0}
+        for from_data, held in ((True, {5.0}), (False, {2.0, 3.0, 4.0, 5.0})):
+            assert set(each.draw_whole(300, [1.0, 0.0], from_data)[0].flatten().tolist()) == held
+    noise_alone = TrajectoryPool(even(8), capacity=8)
+    noise_alone.add(source, torch.ones(8, 1), 0)
+    assert bool((noise_alone.draw(s, t, likelihood_of_data=True).x == 1).all())
+
+
+def test_a_student_asks_for_the_likelihood_of_data(problem, source):
+    """The option reaches both ways of drawing, and only towards noise."""
+    objective = TrajectoryRegression(
+        8, capacity=64, likelihood_of_data=True, starts={"data": 0.5, "noise": 0.5}, unroll=1.0
+    )
+    student, data, asked = problem.field, problem.states(64, 1.0), []
+    pool = objective.pool(student)
+    draw, draw_whole = pool.draw, pool.draw_whole
+    pool.draw = lambda s, t, of_data: asked.append(of_data) or draw(s, t, of_data)
+    pool.draw_whole = lambda count, times, of_data: asked.append(of_data) or draw_whole(count, times, of_data)
+    for _ in range(8):
+        objective(student, source, data, progress=1.0)
+    assert len(asked) == 8
+    assert all(asked)
 
 
 @pytest.mark.parametrize("direction", ["to_data", "to_noise"])
@@ -537,6 +579,37 @@ def test_times_are_dense_where_the_clock_is_fast():
     close(even_ones, torch.full_like(even_ones, 1 / 64))
 
 
+@pytest.mark.parametrize("nodes", [10, 32])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_share_of_the_times_lies_near_the_data(nodes, share):
+    times = torch.tensor(trajectory_times(nodes, (1, 2, 4, 8), axes_fit(1e-2, 1.0), share))
+    assert bool((times.diff() > 1e-6).all())
+    assert all(float((times - j / 8).abs().min()) < 1e-12 for j in range(9))
+    close_by = torch.tensor(times_near_data(round(share * nodes)))
+    assert bool((close_by > 0.9).all() & (close_by < 0.9996).all())
+    close((1 - close_by).log().diff(), (1 - close_by).log().diff()[:1].expand(len(close_by) - 1))
+    assert all(float((times - t).abs().min()) < 1e-6 for t in close_by)
+
+
+def test_times_near_the_data_follow_point_masses():
+    """Dequantised black beside grey: the Gaussian fit sees one wide axis, the flow is sharp all the same."""
+    level = 2 / 256
+    flow = MixtureFlow(
+        torch.tensor([0.5, 0.5]),
+        torch.tensor([[-1.0, -1.0], [0.2, 0.1]]),
+        torch.stack([level**2 / 12 * torch.eye(2), 0.2 * torch.eye(2)]),
+    )
+    x = flow.sample(64)
+    baseline = GaussianBaseline((2,), "diagonal").fit([flow.sample(4000)])
+    exact = flow.log_prob(x, 1.0)
+    errors = []
+    for share in (0.0, 0.6):
+        times = trajectory_times(24, (1, 2, 4, 8), baseline, share)[::-1]
+        states, change = integrate(TeacherSource(flow, Exact()), x, times, baseline=baseline)
+        errors.append(float((normal_log_prob(states[:, -1]) - change[:, -1] - exact).mean().abs()))
+    assert errors[1] < 0.1 < errors[0] / 5
+
+
 EIGHT_BIT = (2 / 256) ** 2 / 12  # the variance of a pixel that holds dequantisation noise only
 
 
@@ -801,7 +874,7 @@ def test_phase_of_unrolling(problem, source, unroll, progress, share):
     pool = objective.pool(problem.field)
     original = pool.draw_whole
 
-    def draw_whole(count, times):
+    def draw_whole(count, times, from_data=False):
         nonlocal calls
         calls += 1
         assert count == 4

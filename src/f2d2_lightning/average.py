@@ -48,6 +48,6 @@ def update_average(average: nn.Module, live: nn.Module, decay: float) -> None:
             mine.copy_(theirs)
     if moved:
         torch._foreach_lerp_(moved, towards, 1 - decay)
-    for kept, current in zip(average.buffers(), live.buffers(), strict=True):
-        if kept is not current:
-            kept.copy_(current)
+    pairs = [(a, b) for a, b in zip(average.buffers(), live.buffers(), strict=True) if a is not b]
+    if pairs:
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.paths import LinearPath, Path, expand_time, repeat_time
+from f2d2_lightning.tangents import TangentRules
 
 __all__ = [
     "Conditional",
@@ -48,7 +49,7 @@ def jacobian_product(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor)
 
     Lightning tests and predicts in inference mode, where tangents are dropped without a word; it is left for the pass.
     """
-    with _derivatives_allowed(), forward_ad.dual_level():
+    with _derivatives_allowed(), forward_ad.dual_level(), TangentRules():
         value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(_usable(x), _usable(v))))
     if product is None:  # f does not depend on x
         product = torch.zeros_like(value)

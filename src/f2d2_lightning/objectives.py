@@ -31,6 +31,7 @@ from f2d2_lightning.flow_map import Direction, Joint, JointMap
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.paths import LinearPath, Path, like
 from f2d2_lightning.sources import VelocitySource
+from f2d2_lightning.tangents import TangentRules
 
 __all__ = ["Consistency", "Eulerian", "Examples", "Lagrangian", "Objective", "Semigroup", "Terms", "Weighting"]
 
@@ -348,7 +349,7 @@ class Lagrangian(Objective):
                 f"the Lagrangian objective asks for the velocity where the student lands, and {type(source).__name__} "
                 "answers on the data pair's path only; use a teacher or the student's own diagonal"
             )
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), TangentRules():
             pair = student(x, s, forward_ad.make_dual(t, torch.ones_like(t)), cond)
             u, u_dt = _unpack(pair.velocity)
             _, divergence_dt = _unpack(pair.divergence)
@@ -372,7 +373,7 @@ class Eulerian(Objective):
         noise: Tensor | None = None,
     ) -> Joint:
         v, divergence = source(x, s, cond, data=data, noise=noise)
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), TangentRules():
             dual_x, dual_s = forward_ad.make_dual(x, v), forward_ad.make_dual(s, torch.ones_like(s))
             pair = student(dual_x, dual_s, t, cond)
             _, u_ds = _unpack(pair.velocity)

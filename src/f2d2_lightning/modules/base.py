@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.compiled import compile_network
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.evaluation import clock
+from f2d2_lightning.heads import JointFlowMap
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.sharding import shard
 
@@ -46,6 +48,12 @@ class FlowModule(L.LightningModule):
         warmup: Steps of linear rise of the default schedule.
         ema_decay: Decay of the weight average that validates, samples and answers; 0 for none.
         reference: Solver of reference likelihoods.
+        channels_last: Keep the weights of convolutions with channels as the last axis in memory, which their kernels
+            like, on GPUs with half precision above all.
+        compile: Compile the backbone, in training and averaged, with ``torch.compile``: ``True``, or the name of a mode
+            or of a backend; see :func:`f2d2_lightning.compiled.compile_network`. Forward-mode derivatives (divergences,
+            the Lagrangian and Eulerian objectives' targets) run the code as it was written. Names in checkpoints are
+            the same with and without.
     """
 
     average: nn.Module
@@ -61,6 +69,8 @@ class FlowModule(L.LightningModule):
         warmup: int,
         ema_decay: float,
         reference: Reference | None,
+        channels_last: bool = False,
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         if not 0 <= ema_decay < 1 or warmup < 0:
@@ -71,6 +81,7 @@ class FlowModule(L.LightningModule):
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.ema_decay = ema_decay
         self.reference = reference or Reference()
+        self.channels_last, self.compile_how = channels_last, compile
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
         self._averaged_steps = 0
         self._references: dict[str, Tensor] = {}
@@ -111,6 +122,14 @@ class FlowModule(L.LightningModule):
         return any(getattr(m, "labels", None) is not None for m in self.live.modules())
 
     # --- set-up ---
+
+    def _speed_up(self) -> None:
+        """Memory format and compilation of the backbones; the last thing that a subclass's ``__init__`` does."""
+        if self.channels_last:
+            self.to(memory_format=torch.channels_last)
+        if self.compile_how:
+            for part in (self.live, self.average):
+                compile_network(part.flow_map if isinstance(part, JointFlowMap) else part, self.compile_how)
 
     def setup(self, stage: str) -> None:
         """Compare the module's data settings with the data module's."""
@@ -159,6 +178,11 @@ class FlowModule(L.LightningModule):
         """Shard model and average over processes under ``ModelParallelStrategy`` (FSDP2); nothing otherwise."""
         # load_from_checkpoint asks for this without a trainer
         if isinstance(getattr(self._trainer, "strategy", None), ModelParallelStrategy):
+            if self.channels_last or self.compile_how:
+                raise ValueError(
+                    f"channels_last={self.channels_last} and compile={self.compile_how!r} are for whole networks, and "
+                    "ModelParallelStrategy spreads them over processes; leave both out, or use another strategy"
+                )
             for module in self.to_shard():
                 shard(module, self.device_mesh["data_parallel"])  # type: ignore[index]
 

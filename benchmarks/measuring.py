@@ -1,0 +1,122 @@
+"""What the speed benchmarks share: networks of random weights, times in turn, peak memory, tables."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from f2d2_lightning import DivergenceHead, FlowMap, GaussianBaseline, JointFlowMap
+from f2d2_lightning.nn import PreconditionedMLP, ResNet, UNet
+
+__all__ = ["NETWORKS", "dtype_of", "make_joint", "markdown", "medians", "peak_mib", "resident_mib", "wake"]
+
+NETWORKS = ("digits", "resnet", "unet")
+DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_joint(name: str, resolution: int = 28, channels: int = 1, width: int = 32) -> JointFlowMap:
+    """A joint map with random weights; time does not depend on them.
+
+    Args:
+        name: ``"digits"`` (the multilayer perceptron of the digits configuration, 8 x 8), ``"resnet"`` or ``"unet"``.
+        resolution: Side of the images, for the last two.
+        channels: Channels of the images, likewise.
+        width: Channels of the network at full resolution, likewise.
+    """
+    if name == "digits":
+        shape = (1, 8, 8)
+        backbone: FlowMap = PreconditionedMLP(shape, "diagonal", width=512, blocks=2)
+        return JointFlowMap(
+            backbone, DivergenceHead(512, layers=0, per_axis=True, baseline=GaussianBaseline(shape, "diagonal"))
+        )
+    shape = (channels, resolution, resolution)
+    if name == "resnet":
+        backbone, features = ResNet(shape, width=width), width
+    elif name == "unet":
+        backbone = UNet(shape, width=width, multipliers=(1, 2, 2), blocks=2, attention=(resolution // 4,))
+        features = backbone.features
+    else:
+        raise ValueError(f"network is {name!r}; it is one of {', '.join(NETWORKS)}")
+    return JointFlowMap(backbone, DivergenceHead(features, hidden=32, baseline=GaussianBaseline(shape, "isotropic")))
+
+
+def wake(module: nn.Module) -> None:
+    """Give last layers, which start at zero, random weights: a product with zeros may be cheaper."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=1e-2)
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """Type of autocast by name; ``None`` for none."""
+    return DTYPES[name]
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, a GPU waited for before and after.
+
+    On one CPU thread they are seconds of that thread at work, which other programs on the machine do not add to.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    watch = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    start = watch()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return watch() - start
+
+
+def medians(calls: Sequence[Callable[[], object]], repeats: int, device: torch.device, warm: int = 2) -> list[float]:
+    """Median seconds of each, taken in turn so that what else runs on the machine strikes all alike."""
+    for _ in range(warm):
+        for call in calls:
+            call()
+    rounds = [[seconds(call, device) for call in calls] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """Most memory in tensors at any time during a call beyond what was held before it, MiB.
+
+    On a GPU the allocator's own count. On a CPU every allocation and release that torch's profiler sees, added up in
+    order: tensors and the workspaces of kernels that torch allocates, not those that oneDNN keeps for itself.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    if not events:
+        raise RuntimeError("torch's profiler reported no memory events, so there is no peak to report")
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+def resident_mib(*modules: nn.Module, optimizer: torch.optim.Optimizer | None = None, more: int = 0) -> float:
+    """Memory held between steps: weights, buffers, the optimiser's state and ``more`` bytes, MiB."""
+    tensors = {id(v): v for m in modules for v in (*m.parameters(), *m.buffers())}
+    total = sum(v.numel() * v.element_size() for v in tensors.values()) + more
+    if optimizer is not None:
+        states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+        total += sum(v.numel() * v.element_size() for v in states)
+    return total / 2**20
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
