@@ -415,3 +415,19 @@ def test_default_share_of_uniform_times():
     baseline.variances.fill_(1e-8)
     t = torch.cat([baseline.draw_times(100) for _ in range(20)])
     assert abs(float((t < 0.9).double().mean()) - 0.225) < 0.01
+
+
+def test_narrow_axes_survive_half_precision():
+    """Turned towards the axes, a state keeps its narrow coordinates beside wide ones under autocast too."""
+    variances = torch.logspace(-5, 0, 16)
+    axes = rotation(16, 1)
+    baseline = GaussianBaseline.from_covariance(torch.zeros(16), axes @ torch.diag(variances) @ axes.T).float()
+    x = (torch.randn(64, 16) * variances.sqrt() @ axes.T).float()
+    one = torch.ones(64).float()
+    expected = baseline.log_prob(x, one)
+    with torch.autocast("cpu", torch.bfloat16):
+        came = baseline.log_prob(x, one)
+        back = baseline.from_axes(baseline.to_axes(x))
+    assert came.dtype == torch.float32
+    torch.testing.assert_close(came, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-5)

@@ -221,7 +221,6 @@ def test_derivatives_do_not_enter_compiled_code():
     v = torch.randn_like(x)
 
     def refuse(*_):
-        # the backend that users get by default would drop the tangent
         raise RuntimeError("compiled code was called")
 
     with torch.no_grad():

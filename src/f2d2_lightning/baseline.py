@@ -163,12 +163,18 @@ class GaussianBaseline(nn.Module, Configured):
         """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""
         self._check(x)
         flat = x.reshape(len(x), -1)
-        return flat if self.axes is None else flat @ self.axes
+        return flat if self.axes is None else self._turn(flat, self.axes)
 
     def from_axes(self, z: Tensor) -> Tensor:
         """Inverse of :meth:`to_axes`, ``(B, dim) -> (B, *shape)``."""
-        flat = z if self.axes is None else z @ self.axes.T
+        flat = z if self.axes is None else self._turn(z, self.axes.T)
         return flat.reshape(len(z), *self.shape)
+
+    @staticmethod
+    def _turn(x: Tensor, axes: Tensor) -> Tensor:
+        # in half precision, wide axes would drown narrow ones
+        with torch.autocast(x.device.type, enabled=False):
+            return x.to(axes.dtype) @ axes
 
     def marginal_variances(self, t: Tensor) -> Tensor:
         """``w(t) = sigma^2 + alpha^2 lambda`` along the axes, ``(B,) -> (B or 1, dim or 1)``."""

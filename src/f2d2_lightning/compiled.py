@@ -22,8 +22,8 @@ class CompiledCall:
     """A method of a flow map, compiled on its first call.
 
     Calls that carry a tangent (divergences, time derivatives) or come from a transform of ``torch.func`` run the method
-    as it was written: compiled code drops tangents without a word. A copy of the network gets a copy of this that calls
-    the copy's own method.
+    as it was written, by the rules of :mod:`f2d2_lightning.tangents`: torch does not say what compiled code does with a
+    tangent. A copy of the network gets a copy of this that calls the copy's own method.
 
     Args:
         network: The flow map.
