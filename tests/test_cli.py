@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 import f2d2_lightning as f2
+from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.checkpoints import load_module
-from f2d2_lightning.cli import main
 from lightning_parts import CONFIGS
 from made_data import make_fashion
 
@@ -22,24 +21,6 @@ QUICK = [
     "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1",
 ]  # fmt: skip
 STUDENTS = sorted(p.name for p in CONFIGS.glob("*.yaml") if "teacher" not in p.name)
-
-
-@pytest.fixture(autouse=True)
-def single_precision(monkeypatch):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    yield
-    torch.set_default_dtype(before)
-
-
-def f2d2(*arguments):
-    """The command line as a user's shell would call it."""
-    before, sys.argv = sys.argv, ["f2d2", *map(str, arguments)]
-    try:
-        main()
-    finally:
-        sys.argv = before
 
 
 def small(name, *, teacher=None):

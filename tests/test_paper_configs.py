@@ -10,7 +10,6 @@ import csv
 import importlib
 import math
 import re
-import sys
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import f2d2_lightning as f2
+from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.checkpoints import load_module, read_checkpoint
 from f2d2_lightning.cli import F2D2CLI, main
 from f2d2_lightning.flow_map import Direction
@@ -48,24 +48,6 @@ QUICK = [
     "--model.init_args.flow_map.init_args.multipliers=[1,1]",
 ]  # fmt: skip
 SAVED = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_last=true"]
-
-
-@pytest.fixture(autouse=True)
-def single_precision(monkeypatch):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    yield
-    torch.set_default_dtype(before)
-
-
-def f2d2(*arguments):
-    """The command line as a user's shell would call it."""
-    before, sys.argv = sys.argv, ["f2d2", *map(str, arguments)]
-    try:
-        main()
-    finally:
-        sys.argv = before
 
 
 def small(name):

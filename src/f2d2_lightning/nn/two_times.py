@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 
 import torch
@@ -11,40 +10,28 @@ from torch import Tensor, nn
 
 from f2d2_lightning.configured import Configured
 from f2d2_lightning.flow_map import Direction, FlowMap
-from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.nn.embedding import IntervalEmbedding, SlowWaves
 from f2d2_lightning.nn.precondition import AngleEmbedding, GaussianPreconditioned
 from f2d2_lightning.paths import distinct
 
 __all__ = ["AddedTime", "OneTimeEmbedding", "one_time_state", "with_second_time"]
 
 
-class OneTimeEmbedding(nn.Module, Configured):
+class OneTimeEmbedding(SlowWaves):
     """Embedding of the time ``s`` of the state alone, for teachers; their answer is the same for every ``t``.
-
-    Slow sinusoids, as in :class:`~f2d2_lightning.nn.IntervalEmbedding`.
 
     Args:
         features: Width of the output.
         frequencies: Sinusoids.
     """
 
-    rates: Tensor
-
     def __init__(self, features: int, frequencies: int = 8) -> None:
-        super().__init__()
-        if features < 1 or frequencies < 1:
-            raise ValueError(f"features and frequencies are {features} and {frequencies}; both are at least 1")
-        self.features = features
-        self.register_buffer("rates", math.pi * torch.arange(1, frequencies + 1) / 2, persistent=False)
-        self.start = nn.Linear(2 * frequencies + 1, features)
-        self.project = nn.Linear(features, features)
+        super().__init__(features, frequencies, times=1)
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """``(B,), (B,) -> (B, features)``, or ``(1, features)`` where all samples share ``s``."""
         (s,) = distinct(s)
-        angles = s[:, None] * self.rates.to(s.dtype)
-        waves = torch.cat((s[:, None], angles.sin(), angles.cos()), -1)
-        return self.project(nn.functional.silu(self.start(waves)))
+        return self.embed(s[:, None])
 
 
 class AddedTime(nn.Module, Configured):
