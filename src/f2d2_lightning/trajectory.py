@@ -166,15 +166,16 @@ class TrajectoryPool:
         self._begun = padded(kept.get("begun"))
         self._entries = entries
 
-    def _rows(self, from_data: Tensor) -> Tensor:
-        """Random places in the ring, for ``(B,)`` wishes that the trajectory begin at data, where there are such."""
-        rows = torch.randint(self._count, (len(from_data),), device=from_data.device)
-        if not bool(from_data.any()) or self._begun is None:
+    def _rows(self, count: int, device: torch.device, from_data: Tensor | None) -> Tensor:
+        """Random places in the ring; where ``from_data``, ``(count,)``, of trajectories that begin at data, if any."""
+        rows = torch.randint(self._count, (count,), device=device)
+        # without a wish nothing is looked at: on a GPU a look waits for it
+        if from_data is None or self._begun is None or not bool(from_data.any()):
             return rows
         begun = (self._begun[: self._count] == len(self.times) - 1).nonzero().squeeze(-1)
         if len(begun) == 0:
             return rows
-        return torch.where(from_data, begun[torch.randint(len(begun), rows.shape, device=rows.device)], rows)
+        return torch.where(from_data, begun[torch.randint(len(begun), rows.shape, device=device)], rows)
 
     def draw_whole(
         self, count: int, times: Sequence[float], from_data: bool = False
@@ -192,7 +193,9 @@ class TrajectoryPool:
         """
         assert self._states is not None
         assert self._change is not None
-        rows = self._rows(torch.full((count,), from_data, device=self._states.device))
+        device = self._states.device
+        wish = torch.ones(count, dtype=torch.bool, device=device) if from_data else None
+        rows = self._rows(count, device, wish)
         kept = torch.tensor(self.times, dtype=self._states.dtype, device=self._states.device)
         columns = _nearest(kept, torch.tensor(times, dtype=kept.dtype, device=kept.device))
         states, change = self._states[rows][:, columns], self._change[rows][:, columns]
@@ -218,7 +221,7 @@ class TrajectoryPool:
         low = torch.where(up, i, i - 1).clamp(0, last - 1)
         i = torch.where(same, torch.where(up, low, low + 1), i)
         j = torch.where(same, torch.where(up, low + 1, low), j)
-        rows = self._rows((i > j) & likelihood_of_data)
+        rows = self._rows(len(i), kept.device, i > j if likelihood_of_data else None)
         s, t = kept[i], kept[j]
         x = self._states[rows, i]
         u = (self._states[rows, j] - x) / like(t - s, x)

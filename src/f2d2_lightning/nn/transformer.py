@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pixel_shuffle, pixel_unshuffle
-from torch.utils.checkpoint import checkpoint
 
 from f2d2_lightning.flow_map import Direction, FlowMap
-from f2d2_lightning.nn.attention import attention, has_tangent
+from f2d2_lightning.nn.attention import attention
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.nn.mlp import check_state, embed_times
+from f2d2_lightning.nn.recompute import run_block
 
 __all__ = ["DiT"]
 
@@ -117,11 +117,12 @@ class DiT(FlowMap):
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         check_state(x, self.shape)
+        recompute = self.checkpointing and self.training
         time = embed_times(self.embedding, self.labels, x, s, t, self._labels(x, cond))
         patches = pixel_unshuffle(x, self.patch)
         h = self.inlet(patches.flatten(2).transpose(1, 2)) + self.positions
         for block in self.blocks:
-            h = self._run(block, h, time)
+            h = run_block(block, h, time, recompute)
         h = _modulated(h, *self.modulation(time)[:, None].chunk(2, -1))
         out = self.outlet(h).transpose(1, 2).reshape(patches.shape)
         return pixel_shuffle(out, self.patch), h.transpose(1, 2).unflatten(2, patches.shape[2:])
@@ -132,12 +133,6 @@ class DiT(FlowMap):
         if cond is None and self.null_label:
             return torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
         return cond
-
-    def _run(self, block: nn.Module, h: Tensor, time: Tensor) -> Tensor:
-        # forward mode does not pass through a checkpoint, and without gradients there is nothing to save
-        if self.checkpointing and self.training and torch.is_grad_enabled() and not has_tangent(h, time):
-            return checkpoint(block, h, time, use_reentrant=False)
-        return block(h, time)
 
 
 class _Block(nn.Module):

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, pixel_shuffle, pixel_unshuffle, silu
-from torch.utils.checkpoint import checkpoint
 
 from f2d2_lightning.flow_map import Direction, FlowMap
-from f2d2_lightning.nn.attention import attention, has_tangent
+from f2d2_lightning.nn.attention import attention
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.nn.group_norm import GroupNorm
 from f2d2_lightning.nn.mlp import check_state, embed_times
+from f2d2_lightning.nn.recompute import run_block
 
 __all__ = ["UNet"]
 
@@ -247,16 +247,17 @@ class UNet(FlowMap):
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         check_state(x, (self.inputs, *self.shape[1:]))
+        recompute = self.checkpointing and self.training
         time = embed_times(self.embedding, self.labels, x, s, t, cond)
         h = self.inlet(pixel_unshuffle(self._with_waves(x), self.patch))
         skips = [h]
         for block in self.down:
-            h = self._run(block, h, time)
+            h = run_block(block, h, time, recompute)
             skips.append(h)
         for block in self.middle:
-            h = self._run(block, h, time)
+            h = run_block(block, h, time, recompute)
         for block, takes_skip in zip(self.up, self.takes_skip, strict=True):
-            h = self._run(block, torch.cat((h, skips.pop()), 1) if takes_skip else h, time)
+            h = run_block(block, torch.cat((h, skips.pop()), 1) if takes_skip else h, time, recompute)
         h = silu(self.norm(h))
         return pixel_shuffle(self.outlet(h), self.patch), h
 
@@ -268,12 +269,6 @@ class UNet(FlowMap):
             angle = 2**power * math.pi * x
             waves += [angle.sin(), angle.cos()]
         return torch.cat(waves, 1)
-
-    def _run(self, block: nn.Module, h: Tensor, time: Tensor) -> Tensor:
-        # forward-mode derivatives do not pass through a checkpoint, and without gradients there is nothing to save
-        if self.checkpointing and self.training and torch.is_grad_enabled() and not has_tangent(h, time):
-            return checkpoint(block, h, time, use_reentrant=False)
-        return block(h, time)
 
 
 def _check_sizes(
