@@ -14,20 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
 from f2d2_lightning.adapters import Adapter, Consistency, FlowMatching, MeanFlow
 from f2d2_lightning.added_weights import AddedWeights
 from f2d2_lightning.objectives import Objective, Terms
 from foreign import ManualModule, MeanFlowModule, MeanNet, callback
 from lightning_parts import Pair, trainer
-
-
-@pytest.fixture(autouse=True)
-def single_precision(monkeypatch):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    yield
-    torch.set_default_dtype(before)
 
 
 class Record(L.Callback):

@@ -20,7 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["SUFFIXES", "ImageFiles", "as_mode", "check_mode", "image_paths", "open_image", "read_images"]
+__all__ = [
+    "SUFFIXES",
+    "ImageFiles",
+    "as_mode",
+    "check_images_only",
+    "check_mode",
+    "image_paths",
+    "open_image",
+    "read_images",
+]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
@@ -69,15 +78,29 @@ def image_paths(folder: Path) -> list[Path]:
         )
     files = sorted((path for path in found if not path.is_dir()), key=lambda path: path.relative_to(folder).as_posix())
     others = [path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in SUFFIXES]
+    check_images_only(folder, len(files), others)
+    return files
+
+
+def check_images_only(place: Path, count: int, others: Sequence[str]) -> None:
+    """Refuse a place with files that are no images, or without any.
+
+    Args:
+        place: Folder or archive, for the message.
+        count: How many were found there.
+        others: Names of those that are no images.
+
+    Raises:
+        ValueError: Says which files they are and what to do.
+    """
     if others:
         listed = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         raise ValueError(
-            f"{folder} holds {len(others)} file{'s' if len(others) > 1 else ''} of other types ({listed}); images are "
+            f"{place} holds {len(others)} file{'s' if len(others) > 1 else ''} of other types ({listed}); images are "
             f"{', '.join(SUFFIXES)}: move the others away, or convert them"
         )
-    if not files:
-        raise ValueError(f"{folder} holds no images; images are {', '.join(SUFFIXES)}")
-    return files
+    if not count:
+        raise ValueError(f"{place} holds no images; images are {', '.join(SUFFIXES)}")
 
 
 def _hidden(path: Path) -> bool:

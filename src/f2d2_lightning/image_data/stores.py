@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from f2d2_lightning.image_files import SUFFIXES
+from f2d2_lightning.image_files import SUFFIXES, check_images_only
 
 __all__ = ["FolderStore", "Store", "ZipStore", "image_rows", "open_store"]
 
@@ -184,12 +184,5 @@ def image_rows(store: Store, others: Sequence[str] = ()) -> list[int]:
             rows.append(row)
         elif name not in others:
             strange.append(name)
-    if strange:
-        listed = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
-        raise ValueError(
-            f"{store.path} holds {len(strange)} file{'s' if len(strange) > 1 else ''} of other types ({listed}); "
-            f"images are {', '.join(SUFFIXES)}: move the others away, or convert them"
-        )
-    if not rows:
-        raise ValueError(f"{store.path} holds no images; images are {', '.join(SUFFIXES)}")
+    check_images_only(store.path, len(rows), strange)
     return rows
