@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ from f2d2_lightning.flow_map import Direction, Joint, JointMap
 from f2d2_lightning.integrator import integrate, trajectory_times
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.objectives import Examples, Objective, Terms, Weighting, baseline_of, unit_baseline
-from f2d2_lightning.paths import Path, expand_time, like
+from f2d2_lightning.paths import Path as ProbabilityPath
+from f2d2_lightning.paths import expand_time, like
 from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.sampling import normal_log_prob, sample, time_grid
 from f2d2_lightning.sources import VelocitySource
+from f2d2_lightning.trajectory_cache import TrajectoryCache
 
 __all__ = ["TrajectoryPool", "TrajectoryRegression"]
 
@@ -47,6 +50,7 @@ class TrajectoryPool:
         max_mib: Memory for states, in MiB; what fits is kept, per process.
         capacity: Most trajectories to keep, whatever the memory.
         baseline: Gaussian fit that the integrator uses, or ``None``.
+        cache: Where integrated trajectories are kept for other runs, or ``None``.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class TrajectoryPool:
         max_mib: float = 256.0,
         capacity: int = 8192,
         baseline: GaussianBaseline | None = None,
+        cache: TrajectoryCache | None = None,
     ) -> None:
         self.times = list(times)
+        self.cache = cache
         self.baseline = baseline
         self.max_mib = max_mib
         self.max_capacity = capacity
@@ -104,19 +110,7 @@ class TrajectoryPool:
 
     def _add(self, source: VelocitySource, entry: dict[str, Any]) -> None:
         x, node, cond = entry["x"], entry["node"], entry["cond"]
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(entry["seed"])
-            down, down_change = integrate(source, x, self.times[node::-1], cond, self.baseline)
-            up, up_change = integrate(source, x, self.times[node:], cond, self.baseline)
-        states = torch.cat((down.flip(1), up[:, 1:]), 1)
-        change = torch.cat((down_change.flip(1), up_change[:, 1:]), 1)
-        finite = bool(states.isfinite().all() and change.isfinite().all())
-        if not finite:
-            raise FloatingPointError(
-                "a teacher trajectory became NaN or infinite; check the teacher (its own samples), or integrate with "
-                "more nodes"
-            )
+        states, change = self._trajectories(source, entry)
         if self._states is None or self._change is None:
             capacity = self.capacity_for(x)
             self._states = states.new_zeros(capacity, *states.shape[1:])
@@ -136,6 +130,36 @@ class TrajectoryPool:
         # an entry whose rows are all written over is forgotten
         while sum(len(e["x"]) for e in self._entries[1:]) >= size:
             self._entries.pop(0)
+
+    def _trajectories(self, source: VelocitySource, entry: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """States ``(B, len(times), ...)`` and changes of log-density ``(B, len(times))``, from the cache if there."""
+        path = None if self.cache is None else self.cache.path(source, entry, self.times, self.baseline)
+        if self.cache is not None and path is not None:
+            kept = self.cache.read(path, entry["x"].device)
+            if kept is not None:
+                return kept
+        states, change = self._integrate(source, entry["x"], entry["node"], entry["cond"], entry["seed"])
+        if self.cache is not None and path is not None:
+            self.cache.write(path, states, change)
+        return states, change
+
+    def _integrate(
+        self, source: VelocitySource, x: Tensor, node: int, cond: Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            down, down_change = integrate(source, x, self.times[node::-1], cond, self.baseline)
+            up, up_change = integrate(source, x, self.times[node:], cond, self.baseline)
+        states = torch.cat((down.flip(1), up[:, 1:]), 1)
+        change = torch.cat((down_change.flip(1), up_change[:, 1:]), 1)
+        finite = bool(states.isfinite().all() and change.isfinite().all())
+        if not finite:
+            raise FloatingPointError(
+                "a teacher trajectory became NaN or infinite; check the teacher (its own samples), or integrate with "
+                "more nodes"
+            )
+        return states, change
 
     def restore(self, source: VelocitySource, device: torch.device | str | None = None) -> None:
         """Integrate, on ``device``, what a loaded checkpoint held; nothing to do otherwise."""
@@ -306,6 +330,9 @@ class TrajectoryRegression(Objective):
         likelihood_of_data: Learn the way to noise, and with it the likelihood of data, from trajectories that begin at
             data alone; those that begin at noise then teach the way to data. A teacher's samples are more likely under
             it than data are, and a student that cannot tell the two apart is off by half of that on either.
+        cache: Folder where integrated trajectories are kept for other runs: one that resumes, or another student of
+            the same teacher and data, then reads what it would have integrated (:class:`TrajectoryCache`). ``None``
+            keeps nothing.
 
     Raises:
         ValueError: If a number is out of range or a start is unknown.
@@ -324,10 +351,11 @@ class TrajectoryRegression(Objective):
         unroll: float = 0.25,
         intervals: Intervals | None = None,
         weighting: Weighting | None = None,
-        path: Path | None = None,
+        path: ProbabilityPath | None = None,
         near_data: float = 0.0,
         recompute: bool = True,
         likelihood_of_data: bool = False,
+        cache: str | Path | None = None,
     ) -> None:
         super().__init__(intervals, weighting, path)
         starts = dict(starts or {"data": 0.35, "perturbed": 0.25, "mixed": 0.15, "path": 0.15, "noise": 0.1})
@@ -348,6 +376,7 @@ class TrajectoryRegression(Objective):
         self.near_data = near_data
         self.recompute = recompute
         self.likelihood_of_data = likelihood_of_data
+        self.cache = None if cache is None else TrajectoryCache(cache)
         self.nodes, self.capacity, self.max_mib = nodes, capacity, max_mib
         self.refresh, self.chunk = refresh, chunk
         self.starts = starts
@@ -367,7 +396,7 @@ class TrajectoryRegression(Objective):
                 baseline = None
             grids = self.intervals.steps if self.intervals.grid > 0 or self.unroll > 0 else ()
             times = trajectory_times(self.nodes, grids, baseline, self.near_data)
-            self._pool = TrajectoryPool(times, self.max_mib, self.capacity, baseline)
+            self._pool = TrajectoryPool(times, self.max_mib, self.capacity, baseline, self.cache)
             if self._saved_pool is not None:
                 self._pool.load_state_dict(self._saved_pool)
                 self._saved_pool = None

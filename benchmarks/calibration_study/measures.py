@@ -1,0 +1,161 @@
+"""What is measured of a student: likelihoods beside the teacher's, its way round, its samples, and what is at fault.
+
+All likelihoods are negative, in the problem's unit: nats for points, bits per dimension for images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import f2d2_lightning as f2
+from calibration_study.problems import Problem
+from calibration_study.recipes import Query, own
+from f2d2_lightning.divergence import Hutchinson
+from f2d2_lightning.flow_map import Direction
+from f2d2_lightning.integrator import integrate, trajectory_times
+from f2d2_lightning.sampling import normal_log_prob
+from f2d2_lightning.sources import TeacherSource
+from f2d2_lightning.volume import map_jacobian
+
+__all__ = ["choose_grid", "faults", "judge", "likelihoods"]
+
+
+def likelihoods(
+    problem: Problem, joint: f2.JointFlowMap, query: Query, steps: int, grid: int | Sequence[float]
+) -> dict[str, float]:
+    """Agreement with the teacher on test points, on training points, and the way there and back.
+
+    Args:
+        problem: Gives points and reference.
+        joint: The student.
+        query: How it is asked.
+        steps: Of the way back.
+        grid: Of the way to noise.
+    """
+    result: dict[str, float] = {}
+    for split, suffix in (("test", ""), ("train", "_train")):
+        x, reference = problem.points[split], problem.reference[split]
+        answer = query(joint, x, grid)
+        good = answer.value.isfinite()
+        value, truth = problem.in_unit(answer.value)[good], problem.in_unit(reference["value"])[good]
+        error = (value - truth).double()
+        result |= {
+            f"gap{suffix}": float(error.mean()),
+            f"error{suffix}": float(error.abs().mean()),
+            f"r{suffix}": float(torch.corrcoef(torch.stack((value, truth)).double())[0, 1]),
+        }
+        if split == "train":
+            continue
+        noise = answer.noise[good] - reference["noise"][good]
+        result |= {
+            "gap_error": float(error.std() / len(error) ** 0.5),
+            "share": float(good.float().mean()),
+            "evaluations": float(answer.evaluations),
+            "noise_error": float(noise.square().mean().sqrt()),
+        }
+        if Direction.TO_DATA in joint.directions and bool(good.any()):
+            back = f2.sample(joint, answer.noise[good], steps).state
+            result["round_trip"] = float((back - x[good]).square().mean().sqrt() / x.std())
+    return result
+
+
+def judge(problem: Problem, joint: f2.JointFlowMap, steps: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Distance of samples to data, and to what the teacher makes of the same noise (root mean square)."""
+    result = {"teacher": {"distance": problem.distance(problem.teacher_samples)}}
+    for k in steps:
+        made = torch.cat([f2.sample(joint, z, k).state for z in problem.noise.split(1000)])
+        apart = (made - problem.teacher_samples).square().mean().sqrt()
+        result[str(k)] = {"distance": problem.distance(made), "apart": float(apart)}
+    return result
+
+
+def choose_grid(problem: Problem, joint: f2.JointFlowMap, steps: int) -> list[float]:
+    """The times on which this student's likelihoods of training points are closest to the teacher's.
+
+    Inner times are moved one after another over multiples of 1/16, twice, from the uniform grid.
+    """
+    x, truth = problem.points["train"][:500], problem.reference["train"]["value"][:500]
+
+    def error(grid: Sequence[float]) -> float:
+        off: Tensor = own(joint, x, grid).value - truth
+        return float(off.square().mean())
+
+    grid = [1 - k / steps for k in range(steps + 1)]
+    best = error(grid)
+    for _, place in itertools.product(range(2), range(1, steps)):
+        for sixteenths in range(1, 16):
+            time = sixteenths / 16
+            if not grid[place + 1] < time < grid[place - 1] or time == grid[place]:
+                continue
+            tried = [*grid[:place], time, *grid[place + 1 :]]
+            if (now := error(tried)) < best:
+                grid, best = tried, now
+    return grid
+
+
+@torch.no_grad()
+def faults(problem: Problem, joint: f2.JointFlowMap, steps: int, count: int) -> dict[str, dict[str, float]]:
+    r"""Whose the error is, by putting one part of the truth in at a time; test points.
+
+    With ``X`` the student's map, ``D`` its head, and the teacher's own path and log-density beside them:
+
+    - ``all``: the student's log-likelihood minus the teacher's, what users see;
+    - ``head on the true path``: :math:`-\sum D\,\Delta t` asked along the teacher's states, minus the teacher's change;
+    - ``head on its own path``: the same along the student's states, minus the log-determinant of the student's jumps
+      there, so that a consistent head has none (exact determinants; up to a thousand dimensions);
+    - ``map``: the student's exact log-density by change of variables, minus the teacher's: what would be left with a
+      perfect head. A map that is not the inverse of the sampler's shows it in the round trip;
+    - ``map, prior``: the part of ``all`` that the prior's density of the landing point makes;
+    - ``targets``: the trajectories' own log-likelihood, that the student is trained on, minus the fine reference.
+
+    Returns:
+        Mean and standard deviation of each, negative log-likelihoods in the problem's unit.
+    """
+    x = problem.points["test"][:count]
+    truth = {name: value[:count] for name, value in problem.reference["test"].items()}
+    velocity = problem.teacher.average.velocity
+    baseline = joint.head.baseline
+    arguments = problem.trajectories
+    times = trajectory_times(arguments["nodes"], (1, 2, 4, 8), baseline, arguments.get("near_data", 0.0))[::-1]
+    source = TeacherSource(velocity, f2.Exact() if problem.dim <= 8 else Hutchinson(1))
+    torch.manual_seed(0)
+    states, change = integrate(source, x, times, None, baseline)
+    grid = [1 - k / steps for k in range(steps + 1)]
+    columns = [min(range(len(times)), key=lambda i, t=t: abs(times[i] - t)) for t in grid]  # type: ignore[misc]
+    true_change = truth["value"] - normal_log_prob(truth["noise"])  # of log p from data to noise, negated
+
+    on_path, own_head, own_volume, state = torch.zeros(count), torch.zeros(count), torch.zeros(count), x
+    pays = problem.dim <= 1024
+    for (s, t), column in zip(itertools.pairwise(grid), columns, strict=False):
+        on_path = on_path - joint.jump(states[:, column], s, t, None).log_prob_change
+        after, delta = joint.jump(state, s, t, None)
+        own_head = own_head - delta
+        if pays:
+            own_volume = own_volume + _log_determinant(joint, state, s, t)
+        state = after
+    prior = normal_log_prob(state)
+    parts = {
+        "all": prior + own_head - truth["value"],
+        "head on the true path": on_path - true_change,
+        "prior": prior - normal_log_prob(truth["noise"]),
+        "targets": normal_log_prob(states[:, -1]) - change[:, -1] - truth["value"],
+    }
+    if pays:
+        parts |= {"head on its own path": own_head - own_volume, "map": prior + own_volume - truth["value"]}
+    scale = 1.0 if problem.levels is None else 1 / (problem.dim * math.log(2))
+    return {name: {"mean": -float(v.mean()) * scale, "sd": float(v.std()) * scale} for name, v in parts.items()}
+
+
+def _log_determinant(joint: f2.JointFlowMap, x: Tensor, s: float, t: float) -> Tensor:
+    """``log |det dX/dx|`` of one jump, ``(B,)``; one derivative per dimension."""
+    values = []
+    for part in x.split(max(1, 4096 // x[0].numel())):
+        _, slope = map_jacobian(lambda y: joint(y, s, t).velocity, part)
+        eye = torch.eye(slope.shape[-1], dtype=torch.float64)
+        values.append(torch.linalg.slogdet(eye + (t - s) * slope.double()).logabsdet.to(x))
+    return torch.cat(values)

@@ -1,0 +1,134 @@
+"""Integrated trajectories on disk, so that a resumed run, or the next student of the same teacher, need not wait."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.files import whole_file
+from f2d2_lightning.sources import TeacherSource, VelocitySource
+
+__all__ = ["TrajectoryCache"]
+
+
+class TrajectoryCache:
+    """A folder of integrated chunks, each named by a fingerprint of all that decides its numbers.
+
+    Those are the teacher's weights, the divergence estimator, the starting points, the seed of the probes, the times,
+    the baseline, the kind of device and torch's version. What is read is therefore what would have been computed, and
+    training goes on to the same numbers with and without. Files are never removed; the folder may be at any time.
+
+    Args:
+        folder: Where; made when first written to. A trajectory takes ``4 * nodes * d`` bytes.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self._sources: dict[int, tuple[VelocitySource, str]] = {}
+
+    def path(
+        self,
+        source: VelocitySource,
+        entry: Mapping[str, Any],
+        times: Sequence[float],
+        baseline: GaussianBaseline | None,
+    ) -> Path:
+        """File of one chunk.
+
+        Args:
+            source: The teacher.
+            entry: Starting points ``x``, their ``node``, ``cond`` and ``seed``.
+            times: Times at which states are kept.
+            baseline: Gaussian fit that the integrator uses.
+
+        Raises:
+            ValueError: If the source has no weights that could be told apart, or changes in training.
+        """
+        x = entry["x"]
+        where = (x.device.type, torch.__version__)
+        parts = (self._of(source), entry["node"], entry["seed"], list(times), where, x, entry["cond"], baseline)
+        return self.folder / f"{_digest(parts)}.pt"
+
+    def read(self, path: Path, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """States and changes of log-density; ``None`` if they are not there, with a warning if the file is damaged."""
+        if not path.exists():
+            return None
+        try:
+            kept = torch.load(path, map_location=device, weights_only=True)
+            return kept["states"], kept["change"]
+        # torch names many errors for a damaged file, depending on where the damage is
+        except Exception as error:
+            warnings.warn(f"{path} cannot be read ({error}); its trajectories are integrated again", stacklevel=2)
+            return None
+
+    def write(self, path: Path, states: Tensor, change: Tensor) -> None:
+        """Keep a chunk; only a warning where the folder cannot be written."""
+        try:
+            with whole_file(path) as partial:
+                torch.save({"states": states.cpu(), "change": change.cpu()}, partial)
+        except OSError as error:
+            warnings.warn(
+                f"trajectories cannot be kept in {self.folder} ({error}) and will be integrated again by the next run; "
+                "choose another folder: cache=...",
+                stacklevel=2,
+            )
+
+    def _of(self, source: VelocitySource) -> str:
+        # the source itself is held, so that its id is not given to another
+        if id(source) not in self._sources:
+            self._sources[id(source)] = (source, _fingerprint(source))
+        return self._sources[id(source)][1]
+
+
+def _fingerprint(source: VelocitySource) -> str:
+    if not isinstance(source, TeacherSource) or not source.stationary:
+        raise ValueError(
+            f"cache= is for the trajectories of a teacher that stays as it is, and {type(source).__name__} changes in "
+            "training; leave cache out"
+        )
+    network = getattr(source.velocity, "__self__", source.velocity)
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"cache= tells teachers apart by their weights, and {network!r} is no torch.nn.Module; wrap it in one, or "
+            "leave cache out"
+        )
+    return _digest((network, type(source.estimator), vars(source.estimator)))
+
+
+def _digest(value: Any) -> str:
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Take in a value by what it holds, so that equal values give equal fingerprints in any process."""
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous()
+        digest.update(f"{content.dtype} {tuple(content.shape)}".encode())
+        digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, nn.Module):
+        digest.update(repr(value).encode())
+        _feed(digest, dict(value.state_dict()))
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            digest.update(str(name).encode())
+            _feed(digest, value[name])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} values".encode())
+        for one in value:
+            _feed(digest, one)
+    elif isinstance(value, type):
+        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
+    elif value is None or isinstance(value, (str, int, float, bool)):
+        digest.update(f"{value!r};".encode())
+    else:
+        # an estimator inside an estimator
+        _feed(digest, (type(value), vars(value)))
