@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ from calibration_study.recipes import Query, own
 from f2d2_lightning.divergence import Hutchinson
 from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.integrator import integrate, trajectory_times
-from f2d2_lightning.sampling import normal_log_prob
+from f2d2_lightning.sampling import normal_log_prob, time_grid
 from f2d2_lightning.sources import TeacherSource
 from f2d2_lightning.volume import map_jacobian
 
-__all__ = ["choose_grid", "faults", "judge", "likelihoods"]
+__all__ = ["PARTS", "Fault", "choose_grid", "faults", "judge", "likelihoods"]
 
 
 def likelihoods(
@@ -79,7 +80,7 @@ def choose_grid(problem: Problem, joint: f2.JointFlowMap, steps: int) -> list[fl
 
     Inner times are moved one after another over multiples of 1/16, twice, from the uniform grid.
     """
-    x, truth = problem.points["train"][:500], problem.reference["train"]["value"][:500]
+    x, truth = (v[:500] for v in (problem.points["train"], problem.reference["train"]["value"]))
 
     def error(grid: Sequence[float]) -> float:
         off: Tensor = own(joint, x, grid).value - truth
@@ -98,57 +99,83 @@ def choose_grid(problem: Problem, joint: f2.JointFlowMap, steps: int) -> list[fl
     return grid
 
 
+class Fault(NamedTuple):
+    """Negative log-likelihood, in the problem's unit, over points."""
+
+    mean: float
+    deviation: float
+
+
+PARTS = {
+    "all": "student minus teacher",
+    "path": "head, asked along the teacher's path",
+    "off path": "head, moved from the teacher's path to the student's",
+    "prior": "prior, where the student lands",
+    "own": "head minus log-determinants of the student's own jumps",
+    "map": "student's exact density, by determinants, minus teacher",
+    "fine": "32 steps in place of these",
+    "targets": "the trajectories it is trained on",
+}
+"""What :func:`faults` separates. ``path + off path + prior = all`` and ``own + map = all``."""
+
+
 @torch.no_grad()
-def faults(problem: Problem, joint: f2.JointFlowMap, steps: int, count: int) -> dict[str, dict[str, float]]:
+def faults(
+    problem: Problem, joint: f2.JointFlowMap, steps: int, count: int, determinants: int | None = None
+) -> dict[str, Fault]:
     r"""Whose the error is, by putting one part of the truth in at a time; test points.
 
     With ``X`` the student's map, ``D`` its head, and the teacher's own path and log-density beside them:
 
-    - ``all``: the student's log-likelihood minus the teacher's, what users see;
-    - ``head on the true path``: :math:`-\sum D\,\Delta t` asked along the teacher's states, minus the teacher's change;
-    - ``head on its own path``: the same along the student's states, minus the log-determinant of the student's jumps
-      there, so that a consistent head has none (exact determinants; up to a thousand dimensions);
-    - ``map``: the student's exact log-density by change of variables, minus the teacher's: what would be left with a
-      perfect head. A map that is not the inverse of the sampler's shows it in the round trip;
-    - ``map, prior``: the part of ``all`` that the prior's density of the landing point makes;
-    - ``targets``: the trajectories' own log-likelihood, that the student is trained on, minus the fine reference.
+    - ``all``: the student's log-likelihood minus the teacher's, what users see. It is the sum of the next three:
+    - ``path``: :math:`-\sum D\,\Delta t` asked along the teacher's states, minus the teacher's change;
+    - ``off path``: the same along the student's own states, minus that along the teacher's;
+    - ``prior``: the prior's log-density where the student lands, minus that where the teacher does;
+    - ``own``: the head along the student's states, minus the log-determinant of the student's jumps there; none for
+      a head that is consistent with its map;
+    - ``map``: the student's exact log-density by change of variables, minus the teacher's: what a perfect head leaves;
+    - ``fine``: as ``all``, in 32 steps: what is left is not the grid's;
+    - ``targets``: the log-likelihood that the trajectories of its training give, minus the fine reference's.
 
-    Returns:
-        Mean and standard deviation of each, negative log-likelihoods in the problem's unit.
+    Args:
+        problem: Gives points, teacher and reference.
+        joint: A student that goes to noise.
+        steps: Of the uniform grid.
+        count: Test points.
+        determinants: Of them, for ``own`` and ``map``; all by default.
     """
     x = problem.points["test"][:count]
-    truth = {name: value[:count] for name, value in problem.reference["test"].items()}
-    velocity = problem.teacher.average.velocity
-    baseline = joint.head.baseline
+    some = len(x) if determinants is None else min(determinants, len(x))
+    truth = {name: value[: len(x)] for name, value in problem.reference["test"].items()}
     arguments = problem.trajectories
-    times = trajectory_times(arguments["nodes"], (1, 2, 4, 8), baseline, arguments.get("near_data", 0.0))[::-1]
-    source = TeacherSource(velocity, f2.Exact() if problem.dim <= 8 else Hutchinson(1))
-    torch.manual_seed(0)
-    states, change = integrate(source, x, times, None, baseline)
-    grid = [1 - k / steps for k in range(steps + 1)]
-    columns = [min(range(len(times)), key=lambda i, t=t: abs(times[i] - t)) for t in grid]  # type: ignore[misc]
-    true_change = truth["value"] - normal_log_prob(truth["noise"])  # of log p from data to noise, negated
+    grids = (1, 2, 4, 8)
+    times = trajectory_times(arguments["nodes"], grids, joint.head.baseline, arguments.get("near_data", 0.0))[::-1]
+    source = TeacherSource(problem.teacher.average.velocity, f2.Exact() if problem.dim <= 8 else Hutchinson(1))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        states, change = integrate(source, x, times, None, joint.head.baseline)
 
-    on_path, own_head, own_volume, state = torch.zeros(count), torch.zeros(count), torch.zeros(count), x
-    pays = problem.dim <= 1024
-    for (s, t), column in zip(itertools.pairwise(grid), columns, strict=False):
-        on_path = on_path - joint.jump(states[:, column], s, t, None).log_prob_change
+    on_path, own_change, volume, state = torch.zeros(len(x)), torch.zeros(len(x)), torch.zeros(some), x
+    for s, t in itertools.pairwise(time_grid(steps, to_noise=True)):
+        node = min(range(len(times)), key=lambda i, s=s: abs(times[i] - s))  # type: ignore[misc]
+        on_path = on_path - joint.jump(states[:, node], s, t, None).log_prob_change
         after, delta = joint.jump(state, s, t, None)
-        own_head = own_head - delta
-        if pays:
-            own_volume = own_volume + _log_determinant(joint, state, s, t)
+        own_change = own_change - delta
+        volume = volume + _log_determinant(joint, state[:some], s, t)
         state = after
-    prior = normal_log_prob(state)
+    prior, true_prior = normal_log_prob(state), normal_log_prob(truth["noise"])
     parts = {
-        "all": prior + own_head - truth["value"],
-        "head on the true path": on_path - true_change,
-        "prior": prior - normal_log_prob(truth["noise"]),
+        "all": prior + own_change - truth["value"],
+        "path": on_path - (truth["value"] - true_prior),
+        "off path": own_change - on_path,
+        "prior": prior - true_prior,
+        "own": own_change[:some] - volume,
+        "map": (prior - truth["value"])[:some] + volume,
+        "fine": own(joint, x, 32).value - truth["value"],
         "targets": normal_log_prob(states[:, -1]) - change[:, -1] - truth["value"],
     }
-    if pays:
-        parts |= {"head on its own path": own_head - own_volume, "map": prior + own_volume - truth["value"]}
     scale = 1.0 if problem.levels is None else 1 / (problem.dim * math.log(2))
-    return {name: {"mean": -float(v.mean()) * scale, "sd": float(v.std()) * scale} for name, v in parts.items()}
+    return {name: Fault(-float(v.mean()) * scale, float(v.std(correction=0)) * scale) for name, v in parts.items()}
 
 
 def _log_determinant(joint: f2.JointFlowMap, x: Tensor, s: float, t: float) -> Tensor:

@@ -162,7 +162,7 @@ def _measure(problem: Problem, choice: Choice, joint: f2.JointFlowMap) -> dict[s
                 for name, query in choice.queries.items()
             },
         }
-        if choice.grids:
+        if choice.grids and problem.exact:  # hundreds of evaluations of 500 points
             result["queries"][", log-SNR grid"] = {
                 str(k): likelihoods(problem, joint, own, k, log_snr_grid(k)) for k in STEPS
             }
