@@ -148,6 +148,26 @@ def _squared_at_the_end(recipe: Recipe) -> f2.Objective:
     return _sharing(Phases((0.0, 0.5), first, recipe.regression(weighting=plain, unroll=0.5)))
 
 
+def _together(*changes: Callable[[Recipe], Recipe]) -> Callable[[Recipe], Recipe]:
+    """Several changes at once."""
+
+    def change(recipe: Recipe) -> Recipe:
+        for each in changes:
+            recipe = each(recipe)
+        return recipe
+
+    return change
+
+
+def _intervals(**changes: Any) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: recipe.but(intervals=recipe.intervals | changes)
+
+
+MORE = (_starts(perturbed=0.5, noise=0.5), _capacity(3), _nodes(2))
+"""Perturbed starts, three times the trajectories, twice the evaluations."""
+LIGHT = (*MORE, _weighting(divergence=0.01))
+EVEN = (*LIGHT, _intervals(grid=0.3, to_noise=0.5))
+
 CHOICES: tuple[Choice, ...] = (
     Choice("default", "default", problems=ALL, grids=True),
     Choice("official", "official recipe", _official, ALL, {", its query": official, ", inverted": inverted}),
@@ -195,7 +215,7 @@ CHOICES: tuple[Choice, ...] = (
         "divergence target", "trajectories, 1 probe, Gaussian control variate",
         lambda r: r.but(estimator=_with_control(r)),
     ),
-    Choice("divergence target", "midpoint, exact", _midpoint(lambda r: f2.Exact())),
+    Choice("divergence target", "midpoint, exact", _midpoint(lambda r: f2.Exact()), SMALL[:1]),
     Choice("divergence target", "midpoint, 4 probes", _midpoint(lambda r: f2.Hutchinson(4))),
     Choice("divergence target", "midpoint, 1 probe, Gaussian control variate", _midpoint(_with_control)),
     Choice("divergence target", "midpoint, conditional", _midpoint(lambda r: f2.Conditional(handover=0.97))),
@@ -213,8 +233,9 @@ CHOICES: tuple[Choice, ...] = (
     Choice("head", "features without gradient", lambda r: r.but(detached=True)),
     Choice("head", "its own network", _own_network),
     # --- intervals ---
-    Choice("intervals", "uniform", lambda r: r.but(intervals=r.intervals | {"grid": 0.0}), SMALL, grids=True),
-    Choice("intervals", "grid's own steps, .9", lambda r: r.but(intervals=r.intervals | {"grid": 0.9})),
+    Choice("intervals", "uniform", _intervals(grid=0.0), SMALL, grids=True),
+    Choice("intervals", "grid's own steps, .9", _intervals(grid=0.9)),
+    Choice("intervals", "half of the grid's to data", _intervals(to_noise=0.5), SMALL),
     Choice(
         "intervals", "from the student's own way to noise",
         lambda r: r.but(
@@ -237,6 +258,11 @@ CHOICES: tuple[Choice, ...] = (
     Choice("weight average", "none", lambda r: r.but(ema_decay=0.0)),
     Choice("weight average", ".99", lambda r: r.but(ema_decay=0.99)),
     Choice("weight average", ".9995", lambda r: r.but(ema_decay=0.9995)),
+    Choice("together", "perturbed starts, 3 x trajectories, 2 x evaluations", _together(*MORE)),
+    Choice("together", "the same, divergence weight .01", _together(*LIGHT)),
+    Choice("together", "the same, half of the intervals to data, grid .3", _together(*EVEN)),
+    Choice("together", "the same, full baseline", _together(*EVEN, lambda r: r.but(covariance="full")), ("digits",)),
+    Choice("together", "the same, full baseline, one number", _together(*EVEN, _scalar_head("full"))),
     Choice("precision", "bf16 network, float32 loss", lambda r: r.but(precision="bf16-mixed")),
     Choice("precision", "float64", lambda r: r.but(precision="64-true"), ("checkerboard",)),
 )  # fmt: skip
