@@ -1,6 +1,7 @@
 """Which choices bring few-step likelihoods close to the teacher's: a study of students of one teacher.
 
-Every student differs from the default in one choice and has the same teacher, data, batch and number of steps. Runs
+Every student differs from the recipe before the study in one choice and has the same teacher, data, batch and number
+of steps. Runs
 are kept under ``runs/NAME/calibration`` and not repeated; an interrupted one goes on from its checkpoint, and several
 of these commands at a time share the work. What is there so far is put into a table and a figure.
 

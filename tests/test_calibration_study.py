@@ -312,7 +312,7 @@ def test_features_without_gradient():
 @pytest.mark.parametrize("choice", choices.CHOICES, ids=lambda c: f"{c.group}-{c.name}")
 def test_every_choice_makes_a_student(choice):
     """Each changes something of the default, and its objective trains the directions that its queries need."""
-    if choice.group == "default":
+    if choice.group == "starting point":
         return
     problem = dataclasses.replace(PROBLEMS[choice.problems[0]])
     if problem.name == "fashion":
@@ -328,7 +328,7 @@ def test_every_choice_makes_a_student(choice):
 
 
 @pytest.mark.usefixtures("single_precision")
-@pytest.mark.parametrize("name", ["default", "official recipe"])
+@pytest.mark.parametrize("name", ["starting point", "official recipe"])
 def test_a_run_is_made_once_and_reported(tmp_path, name):
     """Through training, measures, table and figure, on a small board with a teacher of a few steps."""
     small = {**PROBLEMS["checkerboard"].trajectories, "capacity": 64, "nodes": 8, "chunk": 64}
@@ -357,7 +357,7 @@ def test_a_run_is_made_once_and_reported(tmp_path, name):
         assert {k: v["evaluations"] > 0 for k, v in found["queries"][query].items()} == dict.fromkeys("1248", True)
     rows = report.rows_of(problem, [0, 1], 8)
     assert rows
-    if name == "default":
+    if name == "starting point":
         text = report.table(rows, problem)
         assert f"{found['queries']['']['8']['gap']:+.3f}".replace("0.", ".", 1) in text
         assert len(report.figure({"checkerboard": rows}, lambda name: "nats").axes) == 1

@@ -1,4 +1,4 @@
-"""The choices: each changes one thing of the default recipe, and says for which problems it is tried."""
+"""The choices: each changes one thing of the recipe before the study, and says for which problems it is tried."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Choice:
     Args:
         group: What is varied.
         name: How.
-        change: Makes the recipe from the default one.
+        change: Makes the recipe from the one that the study starts from.
         problems: Where it is tried.
         queries: Ways to ask for the likelihood, by what is added to the name.
         grids: Whether other time grids are tried on this student.
@@ -169,7 +169,7 @@ LIGHT = (*MORE, _weighting(divergence=0.01))
 EVEN = (*LIGHT, _intervals(grid=0.3, to_noise=0.5))
 
 CHOICES: tuple[Choice, ...] = (
-    Choice("default", "default", problems=ALL, grids=True),
+    Choice("starting point", "starting point", problems=ALL, grids=True),
     Choice("official", "official recipe", _official, ALL, {", its query": official, ", inverted": inverted}),
     Choice("joint or frozen", "no head (samples only)", _weighting(divergence=0.0), ALL, {}),
     # --- direction ---
@@ -193,7 +193,7 @@ CHOICES: tuple[Choice, ...] = (
     ),
     # --- whole paths ---
     Choice("whole paths", "never", _trajectories(unroll=0.0), ALL),
-    Choice("whole paths", "in the last half", _trajectories(unroll=0.5), ALL),
+    Choice("whole paths", "in the last half", _trajectories(unroll=0.5)),
     Choice("whole paths", "always", _trajectories(unroll=1.0)),
     # --- pool ---
     Choice("pool", "a quarter of the trajectories", _capacity(0.25)),
@@ -201,7 +201,7 @@ CHOICES: tuple[Choice, ...] = (
     Choice("pool", "half the evaluations per trajectory", _nodes(0.5)),
     Choice("pool", "twice the evaluations per trajectory", _nodes(2)),
     Choice("pool", "refreshed, 8 trajectories a step", _trajectories(refresh=8.0)),
-    Choice("starts", "data only", _starts(data=1.0), ALL),
+    Choice("starts", "data only", _starts(data=1.0)),
     Choice("starts", "data and noise", _starts(data=0.5, noise=0.5)),
     Choice("starts", "noise only", _starts(noise=1.0)),
     Choice("starts", "perturbed data and noise", _starts(perturbed=0.5, noise=0.5)),
@@ -228,14 +228,14 @@ CHOICES: tuple[Choice, ...] = (
     Choice("head", "one number, full baseline", _scalar_head("full")),
     Choice("head", "per axis, isotropic baseline", lambda r: r.but(covariance="isotropic")),
     Choice("head", "per axis, full baseline", lambda r: r.but(covariance="full"), ("digits",)),
-    Choice("head", "no hidden layer", _head(layers=0), ("checkerboard", "fashion")),
-    Choice("head", "two hidden layers", _head(layers=2), ("digits", "fashion")),
+    Choice("head", "no hidden layer", _head(layers=0), SMALL[:1]),
+    Choice("head", "two hidden layers", _head(layers=2), ("digits",)),
     Choice("head", "features without gradient", lambda r: r.but(detached=True)),
     Choice("head", "its own network", _own_network),
     # --- intervals ---
-    Choice("intervals", "uniform", _intervals(grid=0.0), SMALL, grids=True),
+    Choice("intervals", "uniform", _intervals(grid=0.0), ALL, grids=True),
     Choice("intervals", "grid's own steps, .9", _intervals(grid=0.9)),
-    Choice("intervals", "half of the grid's to data", _intervals(to_noise=0.5), SMALL),
+    Choice("intervals", "half of the grid's to data", _intervals(to_noise=0.5)),
     Choice(
         "intervals", "from the student's own way to noise",
         lambda r: r.but(
@@ -246,7 +246,7 @@ CHOICES: tuple[Choice, ...] = (
     Choice("intervals", "last quarter: whole steps alone", _objective(_whole_steps)),
     # --- loss ---
     Choice("loss", "with a cycle loss", _objective(lambda r: Cycle(r.regression(), 0.3))),
-    Choice("loss", "divergence weight .01", _weighting(divergence=0.01)),
+    Choice("loss", "divergence weight .01", _weighting(divergence=0.01), ALL),
     Choice("loss", "divergence weight 1", _weighting(divergence=1.0)),
     Choice("loss", "learned uncertainty", _uncertainty),
     Choice("loss", "adaptive errors", _weighting(adaptive=0.5)),
@@ -256,8 +256,9 @@ CHOICES: tuple[Choice, ...] = (
     # --- the rest ---
     Choice("joint or frozen", "frozen backbone", lambda r: r.but(frozen=True), after="no head (samples only)"),
     Choice("weight average", "none", lambda r: r.but(ema_decay=0.0)),
-    Choice("weight average", ".99", lambda r: r.but(ema_decay=0.99)),
-    Choice("weight average", ".9995", lambda r: r.but(ema_decay=0.9995)),
+    # longer ones than .985 are alike at this budget: a young average forgets faster
+    Choice("weight average", ".9", lambda r: r.but(ema_decay=0.9)),
+    Choice("weight average", ".97", lambda r: r.but(ema_decay=0.97)),
     Choice("together", "perturbed starts, 3 x trajectories, 2 x evaluations", _together(*MORE)),
     Choice("together", "the same, divergence weight .01", _together(*LIGHT)),
     Choice("together", "the same, half of the intervals to data, grid .3", _together(*EVEN)),

@@ -34,7 +34,7 @@ def held(path: Path, make: Callable[[], Any]) -> Any:
 
 @dataclass
 class Problem:
-    """One data set with its teacher and the default recipe of its student.
+    """One data set with its teacher, and the recipe that its student starts from: the one before this study.
 
     Args:
         name: As in ``configs/NAME_teacher.yaml``.
@@ -233,10 +233,10 @@ def _problems() -> Sequence[Problem]:
         Problem(
             "fashion", (1, 28, 28), 256, lambda batch: f2.FashionMNIST(batch_size=batch), _fashion_network, 32,
             {"hidden": 64, "layers": 1, "per_axis": True, "patch": 2}, "diagonal",
-            {"nodes": 32, "capacity": 1500, "chunk": 128, "unroll": 0.25, "quantisation": f2.Quantisation(256),
+            {"nodes": 32, "capacity": 1000, "chunk": 128, "unroll": 0.25, "quantisation": f2.Quantisation(256),
              "near_data": 0.5, "starts": {"data": 0.6, "path": 0.1, "noise": 0.3}, "recompute": False,
              "likelihood_of_data": True},
-            budget=400, batch=64, rate=2e-3, tested=128, drawn=500, reference_steps=100, near_data=0.6,
+            budget=200, batch=64, rate=2e-3, tested=64, drawn=400, reference_steps=100, near_data=0.6,
             weighting={"adaptive": 0.5}, exact=False,
         ),
     )  # fmt: skip

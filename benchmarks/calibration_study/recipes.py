@@ -39,7 +39,7 @@ def official(joint: f2.JointFlowMap, x: torch.Tensor, steps: Any) -> LogProb:
 
 @dataclass
 class Recipe:
-    """How a student is trained. :meth:`of` gives a problem's default; choices change a copy.
+    """How a student is trained. :meth:`of` gives a problem's starting point; choices change a copy.
 
     Args:
         problem: Teacher and data.
@@ -75,7 +75,7 @@ class Recipe:
 
     @classmethod
     def of(cls, problem: Problem) -> Recipe:
-        """The default recipe of a problem, at the study's budget."""
+        """What the study starts from: the recipe before it, at the study's budget."""
         return cls(
             problem,
             lambda recipe: recipe.regression(),

@@ -78,8 +78,8 @@ def _plain(value: float, form: str) -> str:
 
 def table(rows: Sequence[Row], problem: Problem) -> str:
     """Markdown: one line per choice, means over seeds; the spread of gaps is the largest over step counts."""
-    (default,) = [r for r in rows if r.group == "default" and r.query == ""]
-    cost = statistics.fmean(run["milliseconds"] for run in default.runs)
+    (start,) = [r for r in rows if r.group == "starting point" and r.query == ""]
+    cost = statistics.fmean(run["milliseconds"] for run in start.runs)
     lines = [
         f"| | | error per point, {problem.unit} | gap at 8 / 4 / 2 / 1 steps | ± | r at 8 / 4 / 2 / 1 | "
         "round trip at 8 / 1 | samples at 8 / 1 | step time | seeds |",
@@ -106,7 +106,7 @@ def table(rows: Sequence[Row], problem: Problem) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     teacher = rows[0].runs[0]["samples"]["teacher"]["distance"]
-    lines += ["", f"Samples of the teacher: {teacher:.1f}. A step of the default: {cost:.0f} ms."]
+    lines += ["", f"Samples of the teacher: {teacher:.1f}. A step of the starting point: {cost:.0f} ms."]
     return "\n".join(lines)
 
 
@@ -117,7 +117,7 @@ def _present(row: Row, measure: str, steps: str) -> list[float]:
 
 
 def figure(found: dict[str, list[Row]], unit: Callable[[str], str]) -> Figure:
-    """Every choice's error per point, a dot per seed and a bar at their mean, beside the default's range.
+    """Every choice's error per point, a dot per seed and a bar at their mean, beside the starting point's range.
 
     Args:
         found: Rows by problem.
@@ -129,8 +129,8 @@ def figure(found: dict[str, list[Row]], unit: Callable[[str], str]) -> Figure:
     figure = Figure(figsize=(3.2 + 2.3 * len(found), 0.165 * len(names) + 1.1), layout="constrained")
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for ax, (problem, rows) in zip(axes, found.items(), strict=True):
-        (default,) = [r for r in rows if r.group == "default" and r.query == ""]
-        low, high = min(default.errors), max(default.errors)
+        (start,) = [r for r in rows if r.group == "starting point" and r.query == ""]
+        low, high = min(start.errors), max(start.errors)
         ax.axvspan(low, max(high, low * 1.01), color="0.85", linewidth=0)
         for row in rows:
             if row.query is None or not all(math.isfinite(e) for e in row.errors):

@@ -19,7 +19,7 @@ import f2d2_lightning as f2
 from calibration_study.choices import CHOICES, Choice
 from calibration_study.measures import choose_grid, judge, likelihoods
 from calibration_study.problems import Problem
-from calibration_study.recipes import Recipe, StudyModule, own
+from calibration_study.recipes import Recipe, StudyModule, inverted, own
 from calibration_study.variants import log_snr_grid
 from f2d2_lightning.files import whole_file
 
@@ -110,6 +110,7 @@ def _train(
     folder: Path,
     backbone: dict[str, torch.Tensor] | None,
 ) -> tuple[StudyModule, dict[str, Any]]:
+    problem.teacher  # noqa: B018 - loading one draws random numbers
     L.seed_everything(seed, verbose=False)
     recipe = choice.change(Recipe.of(problem).but(cache=str(cache)))
     module = recipe.make_module(steps)
@@ -160,6 +161,7 @@ def _measure(problem: Problem, choice: Choice, joint: f2.JointFlowMap) -> dict[s
             "queries": {
                 name: {str(k): likelihoods(problem, joint, query, k, k) for k in STEPS}
                 for name, query in choice.queries.items()
+                if problem.exact or query is not inverted  # sixty evaluations a step
             },
         }
         if choice.grids and problem.exact:  # hundreds of evaluations of 500 points
