@@ -18,7 +18,8 @@ class Intervals:
     Args:
         directions: Orders of time to draw, ``"both"`` by default; ``"to_data"`` is what the official recipe does.
         diagonal: Share of intervals with ``s = t``.
-        grid: Share of intervals that are a step of a uniform K-step grid, K drawn from ``steps``.
+        grid: Share of intervals that are a step of a uniform K-step grid, K drawn from ``steps``. More of them makes
+            likelihoods little better and samples worse (docs/CALIBRATION.md).
         to_noise: Share of the grid's intervals that go to noise, as likelihoods do; the others go to data, as samples
             do. Without effect where only one direction is trained.
         steps: The K of those grids: the step counts that likelihoods and samples will be asked for.
@@ -32,10 +33,10 @@ class Intervals:
         self,
         directions: Direction | str = "both",
         diagonal: float = 0.1,
-        grid: float = 0.6,
+        grid: float = 0.3,
         steps: Sequence[int] = (1, 2, 4, 8),
         length: float = 0.0,
-        to_noise: float = 0.7,
+        to_noise: float = 0.5,
     ) -> None:
         if not 0 <= to_noise <= 1:
             raise ValueError(f"to_noise is {to_noise}; it is a share, in [0, 1]")

@@ -313,7 +313,9 @@ class TrajectoryRegression(Objective):
         starts: Shares of where trajectories begin: ``"data"`` (the batch), ``"perturbed"`` (the batch plus noise),
             ``"mixed"`` (between a sample and one of its nearest neighbours in the batch: new samples that look like
             data, as test samples do), ``"path"`` (between noise and data, integrated both ways), ``"noise"`` (the
-            prior) and ``"student"`` (samples of the student: where its own path leads).
+            prior) and ``"student"`` (samples of the student: where its own path leads). Half data and half noise by
+            default; where data are few, a thousand images or so, ``"perturbed"`` in place of ``"data"`` keeps the
+            student from learning them by heart (docs/CALIBRATION.md).
         perturbation: Smallest and largest standard deviation of the noise for ``"perturbed"``.
         quantisation: Levels of discrete data: perturbed and mixed states are put back on levels and dequantised
             afresh, so that they look like data. ``None`` for continuous data.
@@ -358,7 +360,7 @@ class TrajectoryRegression(Objective):
         cache: str | Path | None = None,
     ) -> None:
         super().__init__(intervals, weighting, path)
-        starts = dict(starts or {"data": 0.35, "perturbed": 0.25, "mixed": 0.15, "path": 0.15, "noise": 0.1})
+        starts = dict(starts or {"data": 0.5, "noise": 0.5})
         unknown = set(starts) - set(STARTS)
         if unknown or not starts or min(starts.values()) < 0 or sum(starts.values()) <= 0:
             raise ValueError(f"starts is {starts}; it maps some of {', '.join(STARTS)} to shares that are not negative")
