@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from calibration_study.choices import CHOICES
 from calibration_study.problems import Problem
@@ -116,6 +117,10 @@ def _present(row: Row, measure: str, steps: str) -> list[float]:
     return [v for run in row.runs if (v := run["queries"][row.query][steps].get(measure)) is not None]
 
 
+def _label(group: str, name: str) -> str:
+    return name if name.startswith(group) or group == "official" else f"{group}: {name}"
+
+
 def figure(found: dict[str, list[Row]], unit: Callable[[str], str]) -> Figure:
     """Every choice's error per point, a dot per seed and a bar at their mean, beside the starting point's range.
 
@@ -123,7 +128,14 @@ def figure(found: dict[str, list[Row]], unit: Callable[[str], str]) -> Figure:
         found: Rows by problem.
         unit: Unit of a problem's likelihoods.
     """
-    names = list(dict.fromkeys((r.group, r.name) for rows in found.values() for r in rows if r.query is not None))
+    order = {(choice.group, choice.name): place for place, choice in enumerate(CHOICES)}
+    mine = {
+        (row.group, row.name): order[row.group, row.name.removesuffix(row.query)]
+        for rows in found.values()
+        for row in rows
+        if row.query is not None
+    }
+    names = sorted(mine, key=lambda name: mine[name])
     places = {name: -index for index, name in enumerate(names)}
     groups = list(dict.fromkeys(group for group, _ in names))
     figure = Figure(figsize=(3.2 + 2.3 * len(found), 0.165 * len(names) + 1.1), layout="constrained")
@@ -139,12 +151,15 @@ def figure(found: dict[str, list[Row]], unit: Callable[[str], str]) -> Figure:
             ax.plot(row.errors, [y] * len(row.errors), "o", color=color, markersize=2.6, alpha=0.7, markeredgewidth=0)
             ax.plot([statistics.fmean(row.errors)], [y], "|", color=color, markersize=8, markeredgewidth=1.4)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.grid(axis="y", color="0.93", linewidth=0.6)
         ax.set_axisbelow(True)
         ax.set_title(problem, fontsize=9)
         ax.set_xlabel(f"error per point, {unit(problem)}", fontsize=7)
         ax.tick_params(labelsize=6)
-    axes[0].set_yticks([places[name] for name in names], [name for _, name in names], fontsize=6)
+    axes[0].set_yticks([places[name] for name in names], [_label(group, name) for group, name in names], fontsize=6)
     for label, (group, _) in zip(axes[0].get_yticklabels(), names, strict=True):
         label.set_color(f"C{groups.index(group) % 10}")
     axes[0].set_ylim(-len(names) + 0.3, 0.7)
