@@ -101,7 +101,8 @@ class Problem:
             return
         config = Path(__file__).parents[2] / "configs" / f"{self.name}_teacher.yaml"
         logger = f"--trainer.logger.init_args.save_dir={self.folder}"
-        command = [sys.executable, "-m", "f2d2_lightning.cli", "fit", "--config", str(config), logger]
+        start = "from f2d2_lightning.cli import main; main()"
+        command = [sys.executable, "-c", start, "fit", "--config", str(config), logger]
         subprocess.run(command, check=True, stdout=sys.stderr)
 
     @cached_property
