@@ -1,9 +1,9 @@
 """Which choices bring few-step likelihoods close to the teacher's: a study of students of one teacher.
 
 Every student differs from the recipe before the study in one choice and has the same teacher, data, batch and number
-of steps. Runs
-are kept under ``runs/NAME/calibration`` and not repeated; an interrupted one goes on from its checkpoint, and several
-of these commands at a time share the work. What is there so far is put into a table and a figure.
+of steps. Runs are kept under ``runs/NAME/calibration`` and not repeated; an interrupted one goes on from its
+checkpoint, and several of these commands at a time share the work. What is there so far is put into a table and a
+figure.
 
     python benchmarks/calibration.py                                  # everything: hours on a CPU
     python benchmarks/calibration.py --problems digits --seeds 0 --groups objective direction
@@ -13,7 +13,6 @@ of these commands at a time share the work. What is there so far is put into a t
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -88,6 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # a backward pass is not to take other threads than its own
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from calibration_study.measures import PARTS, faults
+from calibration_study.measures import PARTS, faults, true_path
 from calibration_study.problems import PROBLEMS
 from measuring import markdown
 
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--ckpt", required=True, help="checkpoint of a student that goes to noise")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 4, 2, 1])
     parser.add_argument("--points", type=int, default=100, help="test points")
+    parser.add_argument("--nodes", type=int, help="of the teacher's trajectories, as in the student's training")
     parser.add_argument("--determinants", type=int, default=100, help="points whose determinants are computed")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the teacher is")
     parser.add_argument("--threads", type=int, default=1)
@@ -37,7 +38,8 @@ def main() -> None:
     problem = PROBLEMS[options.problem]
     problem.folder = options.runs
     joint = load_module(options.ckpt, f2.F2D2Module).average
-    found = {k: faults(problem, joint, k, options.points, options.determinants) for k in options.steps}
+    path = true_path(problem, joint, options.points, options.nodes)
+    found = {k: faults(problem, joint, k, path, options.determinants) for k in options.steps}
     header = [f"error, {problem.unit}", *(f"{k} step{'s' if k > 1 else ''}" for k in options.steps)]
     rows = [
         [text, *(f"{found[k][name].mean:+.3f} ± {found[k][name].deviation:.3f}" for k in options.steps)]

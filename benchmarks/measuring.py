@@ -7,12 +7,23 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from f2d2_lightning import DivergenceHead, FlowMap, GaussianBaseline, JointFlowMap
+from f2d2_lightning.inversion import map_jacobian
 from f2d2_lightning.nn import PreconditionedMLP, ResNet, UNet
 
-__all__ = ["NETWORKS", "dtype_of", "make_joint", "markdown", "medians", "peak_mib", "resident_mib", "wake"]
+__all__ = [
+    "NETWORKS",
+    "dtype_of",
+    "log_determinant",
+    "make_joint",
+    "markdown",
+    "medians",
+    "peak_mib",
+    "resident_mib",
+    "wake",
+]
 
 NETWORKS = ("digits", "resnet", "unet")
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,6 +125,13 @@ def resident_mib(*modules: nn.Module, optimizer: torch.optim.Optimizer | None = 
         states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         total += sum(v.numel() * v.element_size() for v in states)
     return total / 2**20
+
+
+def log_determinant(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``log |det|`` of a function's Jacobian at states ``(B, ...)``, ``(B,)``; one derivative per dimension."""
+    # in parts: a Jacobian has d^2 numbers
+    parts = (map_jacobian(function, part)[1] for part in x.split(max(1, 4096 // x[0].numel())))
+    return torch.cat([torch.linalg.slogdet(slope.double()).logabsdet.to(x) for slope in parts])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

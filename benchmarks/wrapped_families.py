@@ -31,6 +31,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from measuring import log_determinant
 from torch import Tensor, nn
 
 import f2d2_lightning as f2
@@ -346,13 +347,6 @@ def own_density(frozen: f2.JointFlowMap, reference: Tensor, x: Tensor) -> dict[s
             "exact": agreement(prior + exact + missing, reference),
         }
     return result
-
-
-def log_determinant(function: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-    """Logarithm of the absolute Jacobian determinant at states ``(B, *SHAPE)``, ``(B,)``."""
-    tangents = torch.eye(DIM).repeat(len(y), 1).reshape(-1, *SHAPE)
-    _, columns = f2.divergence.jacobian_product(function, y.repeat_interleave(DIM, 0), tangents)
-    return torch.linalg.slogdet(columns.reshape(len(y), DIM, DIM).double()).logabsdet.to(y)
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:

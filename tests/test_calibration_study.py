@@ -74,9 +74,13 @@ def problem():
     return Problem(CLOSED_FORMS["gaussian-vector-linear"]())
 
 
+def faults(problem, joint, steps, count):
+    return measures.faults(problem, joint, steps, measures.true_path(problem, joint, count))
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_perfect_student_has_no_fault(problem, steps):
-    found = measures.faults(problem, Bent(problem.closed), steps, 30)
+    found = faults(problem, Bent(problem.closed), steps, 30)
     for name in measures.PARTS:
         tolerance = 2e-3 if name == "targets" else 1e-8
         assert abs(found[name].mean) < tolerance, name
@@ -86,7 +90,7 @@ def test_a_perfect_student_has_no_fault(problem, steps):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_head_that_is_off_is_found(problem, steps):
     """A divergence that is too large by .5 takes .5 nats from every likelihood, and nothing else is at fault."""
-    found = measures.faults(problem, Bent(problem.closed, lift=0.5), steps, 30)
+    found = faults(problem, Bent(problem.closed, lift=0.5), steps, 30)
     for name, expected in {"all": 0.5, "path": 0.5, "own": 0.5, "map": 0.0, "prior": 0.0, "off path": 0.0}.items():
         # parts are of negative log-likelihoods
         assert found[name].mean == pytest.approx(expected, abs=1e-8), name
@@ -96,7 +100,7 @@ def test_a_head_that_is_off_is_found(problem, steps):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_map_that_is_off_is_found(problem, steps):
     """The head is right on the true path; where the student lands elsewhere, prior and determinant tell."""
-    found = measures.faults(problem, Bent(problem.closed, stretch=0.1), steps, 30)
+    found = faults(problem, Bent(problem.closed, stretch=0.1), steps, 30)
     assert abs(found["path"].mean) < 1e-8
     assert found["prior"].deviation > 0.01
     # the head knows nothing of the stretch; its determinant, along a Gaussian's linear jumps, is the same everywhere
@@ -110,13 +114,13 @@ def test_a_map_that_is_off_is_found(problem, steps):
         volume += float(torch.linalg.slogdet(jump(state[0])).logabsdet)
         state = Bent(problem.closed, stretch=0.1).jump(state, s, t, None).state
     exact = normal_log_prob(state) + volume
-    one = measures.faults(problem, Bent(problem.closed, stretch=0.1), steps, 1)
+    one = faults(problem, Bent(problem.closed, stretch=0.1), steps, 1)
     assert one["map"].mean == pytest.approx(float(problem.reference["test"]["value"][0] - exact), abs=1e-8)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_parts_add_up(problem, steps):
-    found = measures.faults(problem, Bent(problem.closed, stretch=0.2, lift=0.3), steps, 30)
+    found = faults(problem, Bent(problem.closed, stretch=0.2, lift=0.3), steps, 30)
     assert found["path"].mean + found["off path"].mean + found["prior"].mean == pytest.approx(found["all"].mean)
     assert found["own"].mean + found["map"].mean == pytest.approx(found["all"].mean)
 

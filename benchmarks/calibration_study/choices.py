@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import f2d2_lightning as f2
+from calibration_study.problems import first_states
 from calibration_study.recipes import Query, Recipe, inverted, official, own
 from calibration_study.variants import (
     AveragedTargets,
@@ -52,8 +53,8 @@ def _trajectories(**changes: Any) -> Callable[[Recipe], Recipe]:
     return lambda recipe: recipe.but(trajectories=recipe.trajectories | changes)
 
 
-def _objective(make: Callable[[Recipe], f2.Objective], **more: Any) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: recipe.but(make_objective=make, **more)
+def _objective(make: Callable[[Recipe], f2.Objective]) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: recipe.but(make_objective=make)
 
 
 def _capacity(factor: float) -> Callable[[Recipe], Recipe]:
@@ -118,9 +119,7 @@ def _semigroup(recipe: Recipe) -> f2.Objective:
 
 def _with_control(recipe: Recipe) -> f2.DivergenceEstimator:
     fit = f2.GaussianBaseline(recipe.problem.shape, recipe.covariance or "full")
-    data = recipe.problem.data(1000).dataset("train")
-    states = data.__getitems__(list(range(min(len(data), 5000))))
-    fit.fit([states[0] if isinstance(states, (tuple, list)) else states])
+    fit.fit([first_states(recipe.problem.data(1000).dataset("train"), 5000)])
     return f2.Hutchinson(1, control=fit)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from measuring import log_determinant
 from torch import Tensor
 
 import f2d2_lightning as f2
@@ -21,9 +22,8 @@ from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.integrator import integrate, trajectory_times
 from f2d2_lightning.sampling import normal_log_prob, time_grid
 from f2d2_lightning.sources import TeacherSource
-from f2d2_lightning.volume import map_jacobian
 
-__all__ = ["PARTS", "Fault", "choose_grid", "faults", "judge", "likelihoods"]
+__all__ = ["PARTS", "Fault", "TruePath", "choose_grid", "faults", "judge", "likelihoods", "true_path"]
 
 
 def likelihoods(
@@ -114,14 +114,42 @@ PARTS = {
     "own": "head minus log-determinants of the student's own jumps",
     "map": "student's exact density, by determinants, minus teacher",
     "fine": "32 steps in place of these",
-    "targets": "the trajectories it is trained on",
+    "targets": "trajectories like those of its training",
 }
 """What :func:`faults` separates. ``path + off path + prior = all`` and ``own + map = all``."""
 
 
+class TruePath(NamedTuple):
+    """The teacher's trajectories from test points, as those that a student is trained on."""
+
+    times: Sequence[float]
+    """Descending, from 1 to 0, ``N``."""
+    states: Tensor
+    """``(B, N, ...)``."""
+    change: Tensor
+    """Of the log-density since the data, ``(B, N)``, nats."""
+
+    def at(self, t: float) -> Tensor:
+        """States at the kept time nearest to ``t``."""
+        return self.states[:, min(range(len(self.times)), key=lambda i: abs(self.times[i] - t))]
+
+
+@torch.no_grad()
+def true_path(problem: Problem, joint: f2.JointFlowMap, count: int, nodes: int | None = None) -> TruePath:
+    """The way of the first ``count`` test points to noise, in the problem's number of nodes or in ``nodes``."""
+    arguments, baseline = problem.trajectories, joint.head.baseline
+    nodes = nodes or arguments["nodes"]
+    times = trajectory_times(nodes, (1, 2, 4, 8), baseline, arguments.get("near_data", 0.0))[::-1]
+    source = TeacherSource(problem.teacher.average.velocity, f2.Exact() if problem.dim <= 8 else Hutchinson(1))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        states, change = integrate(source, problem.points["test"][:count], times, None, baseline)
+    return TruePath(times, states, change)
+
+
 @torch.no_grad()
 def faults(
-    problem: Problem, joint: f2.JointFlowMap, steps: int, count: int, determinants: int | None = None
+    problem: Problem, joint: f2.JointFlowMap, steps: int, path: TruePath, determinants: int | None = None
 ) -> dict[str, Fault]:
     r"""Whose the error is, by putting one part of the truth in at a time; test points.
 
@@ -135,33 +163,24 @@ def faults(
       a head that is consistent with its map;
     - ``map``: the student's exact log-density by change of variables, minus the teacher's: what a perfect head leaves;
     - ``fine``: as ``all``, in 32 steps: what is left is not the grid's;
-    - ``targets``: the log-likelihood that the trajectories of its training give, minus the fine reference's.
+    - ``targets``: the log-likelihood that the trajectories give, minus the fine reference's.
 
     Args:
         problem: Gives points, teacher and reference.
         joint: A student that goes to noise.
         steps: Of the uniform grid.
-        count: Test points.
+        path: The teacher's own, from :func:`true_path`.
         determinants: Of them, for ``own`` and ``map``; all by default.
     """
-    x = problem.points["test"][:count]
+    x = path.states[:, 0]
     some = len(x) if determinants is None else min(determinants, len(x))
     truth = {name: value[: len(x)] for name, value in problem.reference["test"].items()}
-    arguments = problem.trajectories
-    grids = (1, 2, 4, 8)
-    times = trajectory_times(arguments["nodes"], grids, joint.head.baseline, arguments.get("near_data", 0.0))[::-1]
-    source = TeacherSource(problem.teacher.average.velocity, f2.Exact() if problem.dim <= 8 else Hutchinson(1))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        states, change = integrate(source, x, times, None, joint.head.baseline)
-
     on_path, own_change, volume, state = torch.zeros(len(x)), torch.zeros(len(x)), torch.zeros(some), x
     for s, t in itertools.pairwise(time_grid(steps, to_noise=True)):
-        node = min(range(len(times)), key=lambda i, s=s: abs(times[i] - s))  # type: ignore[misc]
-        on_path = on_path - joint.jump(states[:, node], s, t, None).log_prob_change
+        on_path = on_path - joint.jump(path.at(s), s, t, None).log_prob_change
         after, delta = joint.jump(state, s, t, None)
         own_change = own_change - delta
-        volume = volume + _log_determinant(joint, state[:some], s, t)
+        volume = volume + log_determinant(lambda y, s=s, t=t: joint.jump(y, s, t, None).state, state[:some])  # type: ignore[misc]
         state = after
     prior, true_prior = normal_log_prob(state), normal_log_prob(truth["noise"])
     parts = {
@@ -172,17 +191,7 @@ def faults(
         "own": own_change[:some] - volume,
         "map": (prior - truth["value"])[:some] + volume,
         "fine": own(joint, x, 32).value - truth["value"],
-        "targets": normal_log_prob(states[:, -1]) - change[:, -1] - truth["value"],
+        "targets": normal_log_prob(path.states[:, -1]) - path.change[:, -1] - truth["value"],
     }
     scale = 1.0 if problem.levels is None else 1 / (problem.dim * math.log(2))
     return {name: Fault(-float(v.mean()) * scale, float(v.std(correction=0)) * scale) for name, v in parts.items()}
-
-
-def _log_determinant(joint: f2.JointFlowMap, x: Tensor, s: float, t: float) -> Tensor:
-    """``log |det dX/dx|`` of one jump, ``(B,)``; one derivative per dimension."""
-    values = []
-    for part in x.split(max(1, 4096 // x[0].numel())):
-        _, slope = map_jacobian(lambda y: joint(y, s, t).velocity, part)
-        eye = torch.eye(slope.shape[-1], dtype=torch.float64)
-        values.append(torch.linalg.slogdet(eye + (t - s) * slope.double()).logabsdet.to(x))
-    return torch.cat(values)

@@ -21,7 +21,7 @@ from f2d2_lightning.files import whole_file
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
 from f2d2_lightning.pixels import state_images
 
-__all__ = ["PROBLEMS", "Problem", "held"]
+__all__ = ["PROBLEMS", "Problem", "energy_distance", "first_states", "held"]
 
 
 def held(path: Path, make: Callable[[], Any]) -> Any:
@@ -120,7 +120,7 @@ class Problem:
         data = self.data(self.batch)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return {split: _states(data.dataset(split), self.tested) for split in ("test", "train")}
+            return {split: first_states(data.dataset(split), self.tested) for split in ("test", "train")}
 
     @cached_property
     def reference(self) -> dict[str, dict[str, Tensor]]:
@@ -169,7 +169,7 @@ class Problem:
         data = self.data(self.batch)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            real = _states(data.dataset("train"), 5000)
+            real = first_states(data.dataset("train"), 5000)
         return self._statistics(real) if self.levels is not None else real[: self.drawn]
 
     def _statistics(self, states: Tensor) -> FeatureStatistics:
@@ -195,7 +195,8 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return float(2 * torch.cdist(a, b).mean() - within(a) - within(b))
 
 
-def _states(dataset: Any, count: int) -> Tensor:
+def first_states(dataset: Any, count: int) -> Tensor:
+    """The first states of a data set, without labels, at most ``count``."""
     batch = dataset.__getitems__(list(range(min(count, len(dataset)))))
     states: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
     return states

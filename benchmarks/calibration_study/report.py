@@ -32,8 +32,11 @@ class Row(NamedTuple):
     """Which of its likelihoods; ``None`` where the student has none."""
 
     def over_seeds(self, measure: str, steps: str) -> list[float]:
-        """A measure of the likelihoods, per seed."""
-        return [] if self.query is None else [run["queries"][self.query][steps][measure] for run in self.runs]
+        """A measure of the likelihoods, per seed; none where the student has no likelihood, or not this measure."""
+        if self.query is None:
+            return []
+        found = [run["queries"][self.query][steps] for run in self.runs]
+        return [values[measure] for values in found if measure in values]
 
     @property
     def errors(self) -> list[float]:
@@ -90,7 +93,7 @@ def table(rows: Sequence[Row], problem: Problem) -> str:
         spreads = [statistics.stdev(v) for k in ORDER if len(v := row.over_seeds("gap", k)) > 1]
         unconverged = [1 - min(row.over_seeds("share", k)) for k in ORDER if row.query is not None]
         mark = f" ({max(unconverged):.0%} unconverged)" if unconverged and max(unconverged) > 0 else ""
-        trips = [statistics.fmean(v) for k in ("8", "1") if (v := _present(row, "round_trip", k))]
+        trips = [statistics.fmean(v) for k in ("8", "1") if (v := row.over_seeds("round_trip", k))]
         samples = [statistics.fmean(run["samples"][k]["distance"] for run in row.runs) for k in ("8", "1")]
         milliseconds = statistics.fmean(run["milliseconds"] for run in row.runs)
         cells = (
@@ -109,12 +112,6 @@ def table(rows: Sequence[Row], problem: Problem) -> str:
     teacher = rows[0].runs[0]["samples"]["teacher"]["distance"]
     lines += ["", f"Samples of the teacher: {teacher:.1f}. A step of the starting point: {cost:.0f} ms."]
     return "\n".join(lines)
-
-
-def _present(row: Row, measure: str, steps: str) -> list[float]:
-    if row.query is None:
-        return []
-    return [v for run in row.runs if (v := run["queries"][row.query][steps].get(measure)) is not None]
 
 
 def _label(group: str, name: str) -> str:

@@ -82,16 +82,11 @@ def run(problem: Problem, choice: Choice, seed: int, steps: int, cache: Path) ->
         with _claimed(folder) as mine:
             if not mine:
                 return None
-            backbone = None
-            if choice.after is not None:
-                (before,) = [c for c in CHOICES if c.name == choice.after]
-                weights = run_folder(problem, before, seed, steps) / "student.pt"
-                if not weights.exists():
-                    return None
-                state = torch.load(weights, weights_only=True)
-                start = "flow_map."
-                backbone = {n.removeprefix(start): v for n, v in state.items() if n.startswith(start)}
+            before = None if choice.after is None else _student_file(problem, choice.after, seed, steps)
+            if before is not None and not before.exists():
+                return None
             if not kept.exists():
+                backbone = None if before is None else _backbone(before)
                 module, cost = _train(problem, choice, seed, steps, cache, folder, backbone)
                 result = cost | _measure(problem, choice, module.average)
                 torch.save(module.average.state_dict(), folder / "student.pt")
@@ -99,6 +94,18 @@ def run(problem: Problem, choice: Choice, seed: int, steps: int, cache: Path) ->
                     partial.write_text(json.dumps(result, indent=1) + "\n")
     answer: dict[str, Any] = json.loads(kept.read_text())
     return answer
+
+
+def _student_file(problem: Problem, name: str, seed: int, steps: int) -> Path:
+    (choice,) = [c for c in CHOICES if c.name == name]
+    return run_folder(problem, choice, seed, steps) / "student.pt"
+
+
+def _backbone(file: Path) -> dict[str, torch.Tensor]:
+    """Weights of a student's backbone, without its head."""
+    start = "flow_map."
+    state = torch.load(file, weights_only=True)
+    return {n.removeprefix(start): v for n, v in state.items() if n.startswith(start)}
 
 
 def _train(
@@ -115,7 +122,7 @@ def _train(
     recipe = choice.change(Recipe.of(problem).but(cache=str(cache)))
     module = recipe.make_module(steps)
     module.backbone = backbone
-    filling = -(-recipe.trajectories["capacity"] // problem.batch) if "capacity" in recipe.trajectories else 0
+    filling = -(-recipe.trajectories["capacity"] // problem.batch)
     times = StepTimes(min(filling + 10, steps // 2))
     checkpoint = L.pytorch.callbacks.ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=200)
     trainer = L.Trainer(
@@ -131,8 +138,6 @@ def _train(
         enable_model_summary=False,
     )
     last = folder / "last.ckpt"
-    if problem.levels is None:
-        module = module.float()
     start = time.perf_counter()
     trainer.fit(module, problem.data(problem.batch), ckpt_path=str(last) if last.exists() else None)
     seconds = time.perf_counter() - start

@@ -7,7 +7,6 @@ compared between models only if the feature network is the same.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import pickle
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.files import whole_file
+from f2d2_lightning.fingerprints import network_hash
 from f2d2_lightning.held import evaluating
 
 __all__ = [
@@ -109,20 +109,6 @@ def check_network(network: nn.Module, images: Tensor) -> int:
             f"{type(network).__name__} says num_features={stated} and answers {count} features; correct one of them"
         )
     return count
-
-
-def network_hash(network: nn.Module) -> str:
-    """Fingerprint of a network's structure (as it prints) and of its weights and buffers, hexadecimal.
-
-    Networks that differ in neither can still differ in code; who keeps figures by this hash compares some features.
-    """
-    digest = hashlib.blake2b(repr(network).encode(), digest_size=16)
-    for name, value in sorted(network.state_dict().items()):
-        if isinstance(value, Tensor):
-            content = value.detach().cpu().contiguous()
-            digest.update(f"{name} {content.dtype} {tuple(content.shape)}".encode())
-            digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_network(features: str | nn.Module, weights: str | Path | None = None) -> nn.Module:

@@ -102,9 +102,14 @@ def _sum(sign: int) -> Callable[..., Tensor | None]:
     return rule
 
 
-def _needs_torch(x: Tensor) -> bool:
-    """Whether a normalisation must go by torch's rule: its statistics are not differentiable, and autocast casts it."""
-    return torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+def _own_tangent(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Tangent of what is normalised; ``None`` where torch's rule must be used.
+
+    Its own statistics are not differentiable, and autocast casts them.
+    """
+    if not _constant(weight, bias) or torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
+        return None
+    return _tangent(input)
 
 
 def _group_norm(
@@ -117,8 +122,8 @@ def _group_norm(
     *rest: Any,
     **named: Any,
 ) -> Tensor | None:
-    tangent = _tangent(input)
-    if tangent is None or not _constant(weight, bias) or _needs_torch(input):
+    tangent = _own_tangent(input, weight, bias)
+    if tangent is None:
         return None
     x = forward_ad.unpack_dual(input).primal
     batch, channels = x.shape[:2]
@@ -142,8 +147,8 @@ def _layer_norm(
     *rest: Any,
     **named: Any,
 ) -> Tensor | None:
-    tangent = _tangent(input)
-    if tangent is None or not _constant(weight, bias) or _needs_torch(input):
+    tangent = _own_tangent(input, weight, bias)
+    if tangent is None:
         return None
     x = forward_ad.unpack_dual(input).primal
     value, mean, inverse = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)

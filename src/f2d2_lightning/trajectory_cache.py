@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.files import whole_file
+from f2d2_lightning.fingerprints import network_hash, update_with
 from f2d2_lightning.sources import TeacherSource, VelocitySource
 
 __all__ = ["TrajectoryCache"]
@@ -111,12 +112,9 @@ def _digest(value: Any) -> str:
 def _feed(digest: Any, value: Any) -> None:
     """Take in a value by what it holds, so that equal values give equal fingerprints in any process."""
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous()
-        digest.update(f"{content.dtype} {tuple(content.shape)}".encode())
-        digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+        update_with(digest, value)
     elif isinstance(value, nn.Module):
-        digest.update(repr(value).encode())
-        _feed(digest, dict(value.state_dict()))
+        digest.update(network_hash(value).encode())
     elif isinstance(value, Mapping):
         for name in sorted(value):
             digest.update(str(name).encode())
