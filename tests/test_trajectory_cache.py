@@ -1,6 +1,11 @@
 """Trajectories on disk: the same numbers as without, integrated once, and never another teacher's."""
 
+import contextlib
+import pathlib
+import random
+import resource
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -13,8 +18,9 @@ from f2d2_lightning import (
     TrajectoryPool,
     TrajectoryRegression,
 )
+from f2d2_lightning import trajectory_cache as module
 from f2d2_lightning.nn import MLP
-from f2d2_lightning.trajectory_cache import TrajectoryCache
+from f2d2_lightning.trajectory_cache import TrajectoryCache, _checksum
 from problems import PROBLEMS, Student, randomise
 
 TIMES = [0.0, 0.25, 0.5, 1.0]
@@ -147,6 +153,159 @@ def test_a_folder_that_cannot_be_written_is_only_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="cannot be kept"):
         pool = pool_of(TeacherSource(Counting(), Hutchinson()), TrajectoryCache(tmp_path / "file"))
     assert len(pool) == 5
+
+
+@contextlib.contextmanager
+def says_runtime_error(monkeypatch):
+    def fails(content, path):
+        pathlib.Path(path).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fails)
+        yield
+
+
+@contextlib.contextmanager
+def device_full(monkeypatch):
+    @contextlib.contextmanager
+    def full(path):
+        yield pathlib.Path("/dev/full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "whole_file", full)
+        yield
+
+
+@contextlib.contextmanager
+def no_more_bytes(monkeypatch):
+    # the system refuses what goes beyond: Python ignores the signal
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("full", [says_runtime_error, device_full, no_more_bytes])
+def test_a_full_disk_is_only_a_warning(tmp_path, monkeypatch, full):
+    source, cache = TeacherSource(Counting(), Hutchinson()), TrajectoryCache(tmp_path)
+    plain = pool_of(source, None)
+    with full(monkeypatch), pytest.warns(UserWarning, match="cannot be kept in .*make room"):
+        pool = pool_of(source, cache)
+    assert torch.equal(pool._states, plain._states)
+    assert list(tmp_path.iterdir()) == []
+    # and with room again it is kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool_of(source, cache)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+START, SHAPE = torch.zeros(2, 3, dtype=torch.float64), (2, 4, 3)
+
+
+def content(**other):
+    generator = torch.Generator().manual_seed(1)
+    kept = {"states": torch.randn(SHAPE, generator=generator), "change": torch.randn(SHAPE[:2], generator=generator)}
+    kept |= other
+    return {**kept, "checksum": _checksum(kept["states"], kept["change"])}
+
+
+def read(path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = TrajectoryCache(path.parent).read(path, START, 4)
+    return found, [str(warning.message) for warning in caught]
+
+
+def test_no_changed_bit_gives_other_numbers(tmp_path):
+    path, kept = tmp_path / "a.pt", content()
+    TrajectoryCache(tmp_path).write(path, kept["states"], kept["change"])
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        found, said = read(path)
+        if found is None:
+            refused += 1
+            assert f"{path} cannot be read" in said[-1]
+            assert "integrated again" in said[-1]
+        else:
+            assert torch.equal(found[0], kept["states"])
+            assert torch.equal(found[1], kept["change"])
+            assert not found[0].requires_grad
+    # the others are padding and names that nobody reads
+    assert refused > len(whole) / 4
+
+
+def nan_inside():
+    kept = torch.zeros(SHAPE)
+    kept[1, 2, 0] = torch.nan
+    return kept
+
+
+BAD = {
+    "no dictionary": (lambda: [1, 2], "it holds a list; states, change and checksum are expected"),
+    "without a checksum": (
+        lambda: {"states": torch.zeros(SHAPE), "change": torch.zeros(2, 4)},
+        "it holds the keys states, change; ",
+    ),
+    "a key is missing": (lambda: {n: v for n, v in content().items() if n != "change"}, "the keys states, checksum"),
+    "a key too many": (lambda: content() | {"more": 1}, "the keys states, change, checksum, more"),
+    "another checksum": (lambda: content() | {"checksum": "0"}, "its checksum is another"),
+    "a checksum of another kind": (lambda: content() | {"checksum": torch.ones(2)}, "its checksum is another|Boolean"),
+    "of other numbers": (lambda: content() | {"change": torch.zeros(2, 4)}, "its checksum is another"),
+    "fewer rows": (lambda: content(states=torch.zeros(1, 4, 3)), r"states is torch.float64 \(1, 4, 3\);.*\(2, 4, 3\)"),
+    "other times": (lambda: content(change=torch.zeros(2, 5)), r"change is torch.float64 \(2, 5\);.*\(2, 4\)"),
+    "more axes": (lambda: content(states=torch.zeros(2, 4, 3, 1)), "states is"),
+    "another precision": (lambda: content(states=torch.zeros(SHAPE).float()), "states is torch.float32"),
+    "integers": (lambda: content(change=torch.zeros(2, 4, dtype=torch.long)), "change is torch.int64"),
+    "nothing": (lambda: content() | {"states": None}, "states is a NoneType"),
+    "no content": (lambda: content() | {"states": torch.zeros(SHAPE, device="meta")}, "states is a Tensor without"),
+    "sparse": (lambda: content() | {"states": torch.zeros(SHAPE).to_sparse()}, "states is a Tensor without"),
+    "not a number": (lambda: content(states=nan_inside()), "values that are not finite"),
+    "infinite": (lambda: content(change=torch.full((2, 4), -torch.inf)), "values that are not finite"),
+    # eight bytes that say that they are 32 TiB, which nothing may try to make
+    "giant": (
+        lambda: content() | {"states": torch.zeros(1).expand(2, 4, 2**39)},
+        r"states is torch.float64 \(2, 4, 549755813888\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_a_file_of_something_else_is_not_used(tmp_path, case):
+    make, message = BAD[case]
+    path = tmp_path / "a.pt"
+    torch.save(make(), path)
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert TrajectoryCache(tmp_path).read(path, START, 4) is None
+    assert f"{path} cannot be read" in str(caught[-1].message)
+    TrajectoryCache(tmp_path).write(path, *(content()[name] for name in ("states", "change")))
+    assert torch.equal(read(path)[0][0], content()["states"])
+
+
+def test_no_gradient_is_asked_for(tmp_path):
+    # one bit of the file
+    kept = content()
+    torch.save(kept | {"states": kept["states"].clone().requires_grad_()}, tmp_path / "a.pt")
+    (found, _), said = read(tmp_path / "a.pt")
+    assert torch.equal(found, kept["states"])
+    assert not found.requires_grad
+    assert not said
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    torch.save(content(states=torch.zeros(2, 4, 2**20)), tmp_path / "plain.pt")
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.warns(UserWarning, match="is compressed, as torch.save never writes"):
+        assert TrajectoryCache(tmp_path).read(path, START, 4) is None
 
 
 def test_teachers_that_cannot_be_told_apart_are_refused(tmp_path):

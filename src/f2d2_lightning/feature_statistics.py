@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from f2d2_lightning.arrays import read_numbers
 from f2d2_lightning.feature_distances import root_distance, symmetric_root
 from f2d2_lightning.feature_networks import extract_features
 from f2d2_lightning.files import whole_file
@@ -117,11 +117,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there are no statistics of features at {path}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no file of statistics ({error}); remove it") from error
+    return read_numbers(path, remedy="it is damaged or no file of statistics, remove it")
 
 
 class FeatureMoments(Metric):

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["refuse_to_overwrite", "whole_file"]
+__all__ = ["refuse_to_overwrite", "remove_partial", "sync", "whole_file"]
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Where to write what is to be at ``path``: it is moved there once written, over an older one; makes the folder.
 
-    An interrupted or failed write leaves what was there before, and nothing beside it.
+    An interrupted or failed write leaves what was there before, and nothing beside it. Of several writers at once each
+    has a name of its own, and the last to end has the place. A process that is killed leaves ``NAME.part-...``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
+    # all that is random is in the last suffix: torch.save writes what is before it into the file
+    partial = path.with_name(f"{path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield partial
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content to the disk: without, a crash of the machine could leave a new name with nothing in it."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what killed processes left of a file; only for who alone may write it now."""
+    for left in path.parent.iterdir():
+        if left.name.startswith(f"{path.name}.part-"):
+            left.unlink(missing_ok=True)
 
 
 def refuse_to_overwrite(path: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 __all__ = ["read_idx"]
 
 UNSIGNED_BYTE = 0x08
+DEFLATE = 1100
+"""More than gzip can grow: 258 bytes come of 2 bits at the most, 1032-fold (RFC 1951, 3.2.5)."""
 
 
 def read_idx(path: str | Path) -> Tensor:
@@ -24,24 +27,40 @@ def read_idx(path: str | Path) -> Tensor:
         ValueError: If the file is not IDX, holds another type than unsigned bytes, or is truncated or corrupt.
     """
     path = Path(path)
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is a truncated or corrupt gzip file ({error}); get it again") from error
-    if len(content) < 4 or content[:2] != b"\0\0":
-        raise ValueError(f"{path} does not begin as an IDX file does (it has {content[:4].hex(' ') or 'no bytes'})")
-    kind, axes = content[2], content[3]
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            file.seek(0)
+            return _read(file, path, size)
+    try:
+        with gzip.open(path) as stream:
+            return _read(stream, path, DEFLATE * size)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is a truncated or corrupt gzip file ({error}); get it again") from error
+
+
+def _read(stream: IO[bytes] | gzip.GzipFile, path: Path, most: int) -> Tensor:
+    """The array of a stream that cannot have more than ``most`` bytes; no more than the head says is read."""
+    head = stream.read(4)
+    if len(head) < 4 or head[:2] != b"\0\0":
+        raise ValueError(f"{path} does not begin as an IDX file does (it has {head.hex(' ') or 'no bytes'})")
+    kind, axes = head[2], head[3]
     if kind != UNSIGNED_BYTE:
         raise ValueError(f"{path} holds numbers of IDX type 0x{kind:02x}; unsigned bytes (0x08) are expected")
-    start = 4 + 4 * axes
-    if len(content) < start:
-        raise ValueError(f"{path} ends within its head ({len(content)} bytes); it is truncated, get it again")
-    shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
-    if len(content) - start != math.prod(shape):
+    sizes = stream.read(4 * axes)
+    if len(sizes) < 4 * axes:
+        raise ValueError(f"{path} ends within its head ({4 + len(sizes)} bytes); it is truncated, get it again")
+    shape = tuple(np.frombuffer(sizes, ">u4").tolist())
+    count = math.prod(shape)
+    # one byte more than there should be, which also brings gzip to its checksum
+    content = stream.read(count + 1) if count <= most else b""
+    if len(content) != count:
+        came = "it cannot" if count > most else f"holds {'more' if len(content) > count else len(content)}"
         raise ValueError(
-            f"{path} says that it holds {' x '.join(map(str, shape))} bytes, and holds {len(content) - start}; "
+            f"{path} says that it holds {' x '.join(map(str, shape))} bytes, and {came}; "
             "it is truncated or corrupt, get it again"
         )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
+    try:
+        return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
+    except ValueError as error:
+        raise ValueError(f"{path} says that its shape is {shape} ({error}); it is corrupt, get it again") from error

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from f2d2_lightning.arrays import map_numbers
+
 __all__ = ["LazyValues", "StoredValues", "Values", "as_values", "take"]
 
 
@@ -85,14 +87,10 @@ class StoredValues(LazyValues):
 
     def _map(self) -> np.ndarray:
         if self._array is None:
-            try:
-                self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise ValueError(
-                    f"{self.path} is no .npy file of numbers, or is truncated ({error}); remove it, and make it again"
-                ) from error
-            if not isinstance(self._array, np.memmap) or self._array.ndim < 1:
+            array = map_numbers(self.path, "remove it, and make it again")
+            if array.ndim < 1:
                 raise ValueError(f"{self.path} is no .npy file of an array (N, ...); remove it, and make it again")
+            self._array = array
         return self._array
 
     def read(self, rows: list[int]) -> Tensor:

@@ -135,7 +135,7 @@ class TrajectoryPool:
         """States ``(B, len(times), ...)`` and changes of log-density ``(B, len(times))``, from the cache if there."""
         path = None if self.cache is None else self.cache.path(source, entry, self.times, self.baseline)
         if self.cache is not None and path is not None:
-            kept = self.cache.read(path, entry["x"].device)
+            kept = self.cache.read(path, entry["x"], len(self.times))
             if kept is not None:
                 return kept
         states, change = self._integrate(source, entry["x"], entry["node"], entry["cond"], entry["seed"])

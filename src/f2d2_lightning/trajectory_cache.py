@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.arrays import check_stored_archive
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.files import whole_file
 from f2d2_lightning.fingerprints import network_hash, update_with
@@ -57,27 +58,45 @@ class TrajectoryCache:
         parts = (self._of(source), entry["node"], entry["seed"], list(times), where, x, entry["cond"], baseline)
         return self.folder / f"{_digest(parts)}.pt"
 
-    def read(self, path: Path, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """States and changes of log-density; ``None`` if they are not there, with a warning if the file is damaged."""
+    def read(self, path: Path, x: Tensor, nodes: int) -> tuple[Tensor, Tensor] | None:
+        """A chunk; ``None`` if it is not there, with a warning if the file is damaged or of something else.
+
+        Args:
+            path: File of the chunk.
+            x: Starting points, ``(B, ...)``.
+            nodes: Number of times at which states are kept.
+
+        Returns:
+            States ``(B, nodes, ...)`` and changes of log-density ``(B, nodes)``, of the type and on the device of
+            ``x``.
+        """
         if not path.exists():
             return None
         try:
-            kept = torch.load(path, map_location=device, weights_only=True)
-            return kept["states"], kept["change"]
+            check_stored_archive(path)
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            states, change = _checked(
+                kept, x.dtype, {"states": (len(x), nodes, *x.shape[1:]), "change": (len(x), nodes)}
+            )
+            return states.to(x.device), change.to(x.device)
         # torch names many errors for a damaged file, depending on where the damage is
         except Exception as error:
-            warnings.warn(f"{path} cannot be read ({error}); its trajectories are integrated again", stacklevel=2)
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(f"{path} cannot be read ({what:.300}); its trajectories are integrated again", stacklevel=2)
             return None
 
     def write(self, path: Path, states: Tensor, change: Tensor) -> None:
-        """Keep a chunk; only a warning where the folder cannot be written."""
+        """Keep a chunk; only a warning where the folder cannot be written, or the disk is full."""
+        states, change = states.cpu(), change.cpu()
+        content = {"states": states, "change": change, "checksum": _checksum(states, change)}
         try:
             with whole_file(path) as partial:
-                torch.save({"states": states.cpu(), "change": change.cpu()}, partial)
-        except OSError as error:
+                torch.save(content, partial)
+        # torch's own writer says RuntimeError where the system says OSError
+        except (OSError, RuntimeError) as error:
             warnings.warn(
                 f"trajectories cannot be kept in {self.folder} ({error}) and will be integrated again by the next run; "
-                "choose another folder: cache=...",
+                "make room there if the disk is full, or choose another folder: cache=...",
                 stacklevel=2,
             )
 
@@ -86,6 +105,39 @@ class TrajectoryCache:
         if id(source) not in self._sources:
             self._sources[id(source)] = (source, _fingerprint(source))
         return self._sources[id(source)][1]
+
+
+def _checked(kept: Any, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: If they are others than they should be, or others than were written.
+    """
+    if not isinstance(kept, dict) or kept.keys() != {*shapes, "checksum"}:
+        came = f"the keys {', '.join(map(str, kept))}" if isinstance(kept, dict) else f"a {type(kept).__name__}"
+        raise ValueError(f"it holds {came}; {', '.join(shapes)} and checksum are expected")
+    # before anything looks at their content: a few bytes can say that they are a tensor of any size
+    for name, shape in shapes.items():
+        found = kept[name]
+        if not isinstance(found, Tensor) or found.layout != torch.strided or found.device.type != "cpu":
+            raise ValueError(f"{name} is a {type(found).__name__} without plain content; a tensor is expected")
+        if (found.dtype, found.shape) != (dtype, shape):
+            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}; {dtype} {shape} is expected")
+    # whether a gradient is asked for is in the file as well
+    tensors = [kept[name].detach() for name in shapes]
+    if _checksum(*tensors) != kept["checksum"]:
+        raise ValueError("its checksum is another: its content was changed or damaged")
+    if not all(bool(found.isfinite().all()) for found in tensors):
+        raise ValueError("it holds values that are not finite")
+    return tensors
+
+
+def _checksum(*tensors: Tensor) -> str:
+    # torch.load does not look at those of the zip format
+    digest = hashlib.blake2b(digest_size=16)
+    for value in tensors:
+        update_with(digest, value)
+    return digest.hexdigest()
 
 
 def _fingerprint(source: VelocitySource) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from f2d2_lightning import image_files
+from f2d2_lightning.arrays import read_numbers
 from f2d2_lightning.data import DequantisedDataset, FlowDataModule
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.quantisation import Quantisation
@@ -230,19 +231,8 @@ def _check_data_module(name: str, data: FlowDataModule, module: F2D2Module) -> N
 
 
 def _from_array(path: Path, module: F2D2Module, reading: Reading) -> Points:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy file of plain numbers: {error}") from error
-    labels = None
-    if not isinstance(loaded, np.ndarray):
-        with loaded:
-            if "x" not in loaded:
-                raise ValueError(f"{path} holds {', '.join(loaded.files)}; the data must be called 'x'")
-            try:
-                loaded, labels = loaded["x"], loaded.get("y")
-            except ValueError as error:
-                raise ValueError(f"{path} cannot be read as a NumPy file of plain numbers: {error}") from error
+    arrays = read_numbers(path, ("x", "y"))
+    loaded, labels = arrays["x"], arrays.get("y")
     if loaded.shape[1:] != module.shape or len(loaded) == 0:
         last = (*module.shape[1:], *module.shape[:1])
         hint = "; channels come first" if len(last) == 3 and loaded.shape[1:] == last else ""

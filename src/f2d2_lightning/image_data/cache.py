@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from f2d2_lightning.files import whole_file
+from f2d2_lightning.files import remove_partial, whole_file
 from f2d2_lightning.image_data.reader import ImageReader
 from f2d2_lightning.lazy_values import StoredValues
 
@@ -24,7 +24,8 @@ CHUNK = 1024
 def sole_writer(path: Path) -> Iterator[bool]:
     """Wait until no other process writes a file; whether it is still to be written then.
 
-    The lock is a file beside it that goes away with the last who waits; a process that dies holds it no longer.
+    The lock is a file beside it that goes away with the last who waits; a process that dies holds it no longer, and
+    what it had written is removed.
     """
     import fcntl
 
@@ -37,6 +38,7 @@ def sole_writer(path: Path) -> Iterator[bool]:
             if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue
             try:
+                remove_partial(path)
                 yield not path.exists()
             finally:
                 lock.unlink(missing_ok=True)

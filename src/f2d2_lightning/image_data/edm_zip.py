@@ -100,7 +100,7 @@ def _labels(store: Store, names: list[str]) -> Tensor:
     try:
         found = json.loads(store.content(store.names.index(LIST)))["labels"]
         of = None if found is None else {str(name).replace("\\", "/"): label for name, label in found}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f'{path} is not {{"labels": [[name, number], ...]}} ({type(error).__name__}: {error}); make it again with '
             f"{TOOL}"

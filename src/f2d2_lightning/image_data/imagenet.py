@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from f2d2_lightning.arrays import read_numbers
 from f2d2_lightning.files import whole_file
 from f2d2_lightning.image_data.base import Examples, ImageDataModule, divide
 from f2d2_lightning.image_data.cache import cached, digest, sole_writer, write_array
@@ -174,13 +173,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images ``(N, 12288)``, ``uint8``, and labels from 0 ``(N,)``, ``int64``, of one batch."""
     found: Mapping[str, Any]
     if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in ("data", "labels") if name in arrays}
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no .npz file of numbers, or is truncated or corrupt ({error}); get it again from {HOME}"
-            ) from error
+        found = read_numbers(path, ("data", "labels"), f"it is truncated or corrupt, get it again from {HOME}")
     else:
         with path.open("rb") as file:
             found = read_pickle(file, str(path), HOME)

@@ -19,12 +19,16 @@ from typing import BinaryIO
 
 import numpy as np
 
+from f2d2_lightning.arrays import check_growth
 from f2d2_lightning.image_files import SUFFIXES, check_images_only
 
 __all__ = ["FolderStore", "Store", "ZipStore", "image_rows", "open_store"]
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of a zip member: its signature, and the lengths of name and extra field (APPNOTE.TXT, 4.3.7)."""
+
+LARGEST = 256 * 2**20
+"""Bytes of a file in a zip file that are read: 80 megapixels without compression, or several million labels."""
 
 
 class Store(ABC):
@@ -128,6 +132,9 @@ class ZipStore(Store):
     def _member(self, file: BinaryIO, row: int) -> bytes:
         start, packed, size, checksum, method = (int(value) for value in self.members[row])
         try:
+            if max(packed, size) > LARGEST:
+                raise ValueError(f"it says that it has {max(packed, size):,} bytes; images have up to {LARGEST:,}")
+            check_growth(packed, size)
             file.seek(start)
             signature, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
             if signature != b"PK\3\4":
