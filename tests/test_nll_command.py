@@ -57,7 +57,7 @@ def checkpoint(path, **settings):
     hyper_parameters = {"_class_path": f"{__name__}.Untrained", **settings}
     content = {"state_dict": module.state_dict(), "hyper_parameters": hyper_parameters, "f2d2": {}}
     torch.save(content | {"pytorch-lightning_version": L.__version__}, path)
-    return load_module(path, f2.F2D2Module)
+    return load_module(path, f2.F2D2Module, trust=[__name__])
 
 
 SMALL = {
@@ -86,7 +86,8 @@ def in_a_folder(tmp_path, monkeypatch):
 
 def nll(models, model, data, *options, out="nll.csv"):
     """Run the command; the table by columns."""
-    arguments = ["--ckpt", models[model][0], "--data", data, "--out", out, "--device", "cpu", "--batch_size", 7]
+    arguments = ["--ckpt", models[model][0], "--trust", __name__, "--data", data, "--out", out, "--device", "cpu"]
+    arguments += ["--batch_size", 7]
     nll_command([*map(str, arguments), *map(str, options)])
     with open(out, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -313,6 +314,8 @@ def test_parquet_holds_the_same_numbers_with_units_and_settings(models, tmp_path
     save_images(tmp_path / "set", images(5, 1), [f"{i}.png" for i in range(5)])
     table = nll(models, "grey", "set", "--draws", 2)
     arguments = [
+        "--trust",
+        __name__,
         "--ckpt",
         models["grey"][0],
         "--data",
@@ -454,7 +457,9 @@ def bad_files(tmp_path):
 @pytest.mark.parametrize("case", list(BAD))
 def test_what_cannot_be_answered_is_refused(models, bad_files, tmp_path, case, capsys):
     model, arguments, message = BAD[case]
-    said = refused(capsys, ["--ckpt", models[model][0], "--out", "t/out.csv", "--device", "cpu", *arguments])
+    said = refused(
+        capsys, ["--trust", __name__, "--ckpt", models[model][0], "--out", "t/out.csv", "--device", "cpu", *arguments]
+    )
     assert re.search(message, said), said
     assert not (tmp_path / "t").exists()
 

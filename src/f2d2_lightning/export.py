@@ -5,7 +5,6 @@ A file holds weights and plain values only, so reading one runs no code that is 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, adapter_from_config
+from f2d2_lightning.arrays import check_stored_archive
 from f2d2_lightning.files import whole_file
 from f2d2_lightning.heads import DivergenceHead, JointFlowMap
+from f2d2_lightning.trust import check_extent, check_sizes, said, stored_in, within_size
 
 __all__ = ["CHECKPOINT_KEY", "describe_joint", "load_joint", "save_joint"]
 
@@ -100,14 +101,29 @@ def load_joint(
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds no joint map, or the network is of another shape.
     """
-    content = _read(Path(path), name)
-    adapter = adapter or adapter_from_config(content["adapter"])
     try:
-        network.load_state_dict(content["network_state"])
-    except RuntimeError as error:
+        content = _read(Path(path), name)
+        # initial weights that are written over are no reason to draw other numbers afterwards
+        with torch.random.fork_rng(devices=[]):
+            return _joint(content, network, adapter, head_network, str(path))
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # a file that is damaged, or says of itself what is not so, fails anywhere
         raise ValueError(
-            f"{path} does not fit this {type(network).__name__}; make it with the arguments of training ({error})"
+            f"{path} does not fit this {type(network).__name__}, or is damaged ({said(error)}); make "
+            "the network with the arguments of training"
         ) from error
+
+
+def _joint(
+    content: Mapping[str, Any],
+    network: nn.Module,
+    adapter: Adapter | None,
+    head_network: nn.Module | None,
+    what: str,
+) -> JointFlowMap:
+    check_extent([content["adapter"], content["head"]], what)
+    adapter = adapter or adapter_from_config(content["adapter"])
     flow_map = AdaptedFlowMap(
         network,
         adapter,
@@ -115,9 +131,16 @@ def load_joint(
         interval=content["interval"],
         directions=content["directions"].lower(),
     )
+    network.load_state_dict(content["network_state"])
     if flow_map.interval is not None:
         flow_map.interval.load_state_dict(content["interval_state"])
-    head = DivergenceHead.from_config(content["head"], head_network)
+    held = stored_in(content["head_state"], what)
+
+    def make() -> DivergenceHead:
+        check_sizes(DivergenceHead, content["head"])
+        return DivergenceHead.from_config(content["head"], head_network)
+
+    head = within_size(make, *held, what)
     head.load_state_dict(content["head_state"])
     return JointFlowMap(flow_map, head).eval()
 
@@ -131,9 +154,10 @@ def _read(path: Path, name: str | None) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
+        check_stored_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as weights and plain values: {error}") from error
+    except Exception as error:  # a damaged file fails wherever its damage is
+        raise ValueError(f"{path} cannot be read as weights and plain values: {said(error)}") from error
     if isinstance(content, dict) and "network_state" in content:
         return content
     joints = content.get(CHECKPOINT_KEY) if isinstance(content, dict) else None

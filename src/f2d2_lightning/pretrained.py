@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from f2d2_lightning.files import whole_file
 from f2d2_lightning.flow_map import Direction, FlowMap, JointMap
 from f2d2_lightning.heads import JointFlowMap
 from f2d2_lightning.paths import Path
+from f2d2_lightning.trust import check_extent, check_sizes, said, within_size
 
 __all__ = ["CONFIG", "WEIGHTS", "DataDescription", "from_pretrained", "read_description", "save_pretrained"]
 
@@ -116,10 +118,15 @@ def from_pretrained(folder: str | FilePath, kind: type[Model] = JointFlowMap) ->
     content, about = _read(folder)
     path = FilePath(folder) / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
+        # initial weights that are written over are no reason to draw other numbers afterwards
+        with safe_open(path, framework="pt") as file, torch.random.fork_rng(devices=[]):
             return _filled(content, about, file, path, kind)
+    except ValueError:
+        raise
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    except Exception as error:  # a file that says what is not so fails anywhere
+        raise ValueError(f"{folder} holds no model that can be read ({said(error)})") from error
 
 
 def read_description(folder: str | FilePath) -> DataDescription:
@@ -184,7 +191,7 @@ def _attribute(value: Any, name: str) -> Any:
 def _make(description: Any, made: dict[int, Any]) -> Any:
     """Inverse of :func:`_describe`."""
     if isinstance(description, dict) and set(description) == {"same_as"}:
-        if description["same_as"] not in made:
+        if not isinstance(description["same_as"], (int, str)) or description["same_as"] not in made:
             raise ValueError(f"the configuration refers to object {description['same_as']!r:.20}, which comes later")
         return made[description["same_as"]]
     if not isinstance(description, dict) or set(description) != {"class", "number", "arguments"}:
@@ -196,10 +203,11 @@ def _make(description: Any, made: dict[int, Any]) -> Any:
         name: _make(value, made) if isinstance(value, dict) and ("class" in value or "same_as" in value) else value
         for name, value in arguments.items()
     }
+    check_sizes(cls, values)
     try:
         value = cls(**values)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the configuration's arguments do not fit {cls.__name__}: {error}") from error
+    except Exception as error:  # whatever a constructor says of arguments that are not its own
+        raise ValueError(f"the configuration's arguments do not fit {cls.__name__}: {said(error)}") from error
     made[description["number"]] = value
     return value
 
@@ -309,7 +317,8 @@ def _filled(content: Mapping[str, Any], about: DataDescription, file: Any, path:
     names = {name: name for name in stored} | {str(name): str(source) for name, source in shared.items()}
     dtypes = {file.get_slice(name).get_dtype() for name in stored}
     with _default_dtype(torch.float64 if "F64" in dtypes else torch.float32):
-        model = _model(content)
+        numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in stored)
+        model = within_size(lambda: _model(content), len(names), numbers, str(path.parent))
     if not isinstance(model, kind):
         raise ValueError(f"{path.parent} holds a {type(model).__name__}, and a {kind.__name__} is asked for; see kind=")
     if model.directions.label != about.directions:  # type: ignore[union-attr]
@@ -376,6 +385,7 @@ def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription]:
         content = _json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    check_extent(content, str(path))
     if content.get("format") != _FORMAT or content.get("version") != _VERSION:
         raise ValueError(
             f"{path} is of format {content.get('format')!r:.40}, version {content.get('version')!r:.20}; this version "
@@ -387,7 +397,9 @@ def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription]:
 def _about(content: Mapping[str, Any], path: FilePath) -> DataDescription:
     shape, levels, unit = content.get("shape"), content.get("levels"), content.get("unit")
     low, high = content.get("low"), content.get("high")
-    numbers = all(type(edge) in (int, float) for edge in (low, high))
+    # an integer may have more digits than a float, and a float be none
+    edges = [edge for edge in (low, high) if isinstance(edge, (int, float)) and not isinstance(edge, bool)]
+    numbers = len(edges) == 2 and all(abs(edge) < 1e300 for edge in edges)
     sides = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
     if not numbers or not sides or not (levels is None or (type(levels) is int and levels > 1)) or unit != _UNIT:
         raise ValueError(

@@ -18,6 +18,9 @@ from f2d2_lightning.paths import expand_time
 
 __all__ = ["AdaptedFlowMap", "AddedInterval"]
 
+MOST_AXES, MOST_CLASSES = 64, 10**6
+"""What an adapter may ask for: times and labels become tensors of so many axes and columns, whoever says the number."""
+
 
 class AddedInterval(nn.Module):
     """A pair of times for a network that does not take it, added to the output of its time embedding.
@@ -107,8 +110,15 @@ class AdaptedFlowMap(FlowMap):
         super().__init__()
         # forward-mode derivatives and hooks do not pass through compiled code: the network's own code is called
         network = getattr(network, "_orig_mod", network)
+        if not callable(network):
+            raise ValueError(f"the network is {network!r:.120}; a torch.nn.Module or a function is needed")
         self.network = network
         self.adapter = adapter or Adapter()
+        if self.adapter.time_axes > MOST_AXES or (self.adapter.classes or 0) > MOST_CLASSES:
+            raise ValueError(
+                f"the adapter has time_axes={self.adapter.time_axes:,} and classes={self.adapter.classes}; up to "
+                f"{MOST_AXES} and {MOST_CLASSES:,} are made into tensors"
+            )
         self.tap: FeatureTap | None = None
         self.interval_name = interval
         self.interval: AddedInterval | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 __all__ = ["Call", "ConventionError"]
 
 NAMES = ("x", "s", "t", "cond")
+LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -49,8 +51,15 @@ _GRAMMAR = (
     + ", ".join(_FUNCTIONS)
     + " (full(1.0, s) is a time-shaped tensor of ones)"
 )
+LONGEST = 2000  # characters; what is deeper or longer is no call that somebody wrote
 
 Value = Callable[[Mapping[str, Any]], Any]
+
+
+def _is_general(cls: type) -> bool:
+    """Whether a class is no network but what networks and modules of training derive from."""
+    ours = cls.__module__.startswith("f2d2_lightning.modules.")
+    return cls in (object, nn.Module) or ours or cls.__module__.partition(".")[0] in LIGHTNING
 
 
 class ConventionError(ValueError):
@@ -71,11 +80,18 @@ class Call:
     """
 
     def __init__(self, text: str) -> None:
+        if not isinstance(text, str) or len(text) > LONGEST:
+            raise ValueError(f"the call is {text!r:.80}; text of up to {LONGEST} characters is needed, and {_GRAMMAR}")
         self.text = text
         try:
-            node = ast.parse(text.strip(), mode="eval").body
+            self._parse(ast.parse(text.strip(), mode="eval").body)
         except SyntaxError as error:
             raise ValueError(f"the call {text!r} cannot be read ({error.msg}); {_GRAMMAR}") from error
+        except (RecursionError, MemoryError) as error:  # what Python says of expressions within expressions
+            raise ValueError(f"the call {text[:80]!r}... is nested too deeply; {_GRAMMAR}") from error
+
+    def _parse(self, node: ast.expr) -> None:
+        text = self.text
         if not isinstance(node, ast.Call):
             raise ValueError(f"{text!r} is no call; {_GRAMMAR}")
         self.method = self._method(node.func)
@@ -96,13 +112,31 @@ class Call:
         return function(*arguments, **{name: value(names) for name, value in self._keywords.items()})
 
     def check(self, network: nn.Module) -> None:
-        """Refuse a network that has no such method.
+        """Refuse a network that has no such method of its own.
+
+        What every module has (``load_state_dict``, ``apply``, ``to``, ...) is no forward pass, nor is what a library's
+        base classes add to it (``save_pretrained``, ``push_to_hub``, ...), and a call that comes from a file must not
+        reach either. So the method is a plain one, of a class that defines ``forward``, of one derived from that, or
+        of another in the same file. A submodule may be called, as a method may.
 
         Raises:
             ValueError: Says what was looked for.
         """
-        if self.method is not None and not callable(getattr(network, self.method, None)):
-            raise ValueError(f"{type(network).__name__} has no method {self.method!r}, which {self.text!r} calls")
+        if self.method is None or self.method in network._modules:
+            return
+        classes = type(network).__mro__
+        owner = next((cls for cls in classes if self.method in vars(cls)), object)
+        # looked at, not asked for: a property would run
+        function = vars(owner).get(self.method)
+        written = [cls for cls in classes if "forward" in vars(cls) and not _is_general(cls)]
+        own = owner in classes[: classes.index(written[0]) + 1] if written else owner is classes[0]
+        if (
+            self.method.startswith("_")
+            or not isinstance(function, types.FunctionType)
+            or _is_general(owner)
+            or not (own or owner.__module__ == classes[0].__module__)
+        ):
+            raise ValueError(f"{type(network).__name__} defines no method {self.method!r}, which {self.text!r} calls")
 
     def _method(self, function: ast.expr) -> str | None:
         if isinstance(function, ast.Name) and function.id == "net":
@@ -127,10 +161,10 @@ class Call:
             values = [self._value(value) for value in node.values]
             return lambda names: {key: value(names) for key, value in zip(keys, values, strict=True)}
         if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
-            unary, operand = _OPERATORS[type(node.op)], self._value(node.operand)
+            unary, operand = _OPERATORS[type(node.op)], self._number(node.operand)
             return lambda names: unary(operand(names))
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            binary, left, right = _OPERATORS[type(node.op)], self._value(node.left), self._value(node.right)
+            binary, left, right = _OPERATORS[type(node.op)], self._number(node.left), self._number(node.right)
             return lambda names: binary(left(names), right(names))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
             name, takes = node.func.id, {"clamp": 3, "full": 2}.get(node.func.id, 1)
@@ -139,9 +173,17 @@ class Call:
                     f"in the call {self.text!r}, {name} takes {takes} argument{'s' * (takes > 1)} and no keyword, and "
                     f"got {ast.unparse(node)!r}; {_GRAMMAR}"
                 )
-            function, arguments = _FUNCTIONS[name], [self._value(argument) for argument in node.args]
+            function, arguments = _FUNCTIONS[name], [self._number(argument) for argument in node.args]
             return lambda names: function(*(argument(names) for argument in arguments))
         raise ValueError(f"the call {self.text!r} holds {ast.unparse(node)!r}, which is not understood; {_GRAMMAR}")
+
+    def _number(self, node: ast.expr) -> Value:
+        """As :meth:`_value`, of what can be calculated with: a list times a number would be as long as it says."""
+        if isinstance(node, (ast.Tuple, ast.List, ast.Dict)) or (
+            isinstance(node, ast.Constant) and type(node.value) not in (int, float)
+        ):
+            raise ValueError(f"the call {self.text!r} calculates with {ast.unparse(node)!r}; {_GRAMMAR}")
+        return self._value(node)
 
     def __repr__(self) -> str:
         return f"Call({self.text!r})"

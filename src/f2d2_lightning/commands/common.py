@@ -1,15 +1,38 @@
-"""What the commands share: the device, and how a mistake ends."""
+"""What the commands share: the model, the device, and how a mistake ends."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["find_device", "run"]
+from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.modules import F2D2Module
+
+__all__ = ["add_student", "find_device", "load_student", "run"]
+
+
+def add_student(parser: ArgumentParser) -> None:
+    """The options that :func:`load_student` reads."""
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
+    parser.add_argument(
+        "--trust",
+        type=str,
+        nargs="*",
+        default=[],
+        help="packages whose classes the checkpoint may name, such as your own backbone's; others run nothing",
+    )
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def load_student(options: Any) -> F2D2Module:
+    """The model of a checkpoint, on the device that was asked for."""
+    return load_module(options.ckpt, F2D2Module, trust=options.trust).to(find_device(options.device))
 
 
 def find_device(name: str) -> torch.device:

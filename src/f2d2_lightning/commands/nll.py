@@ -15,8 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from f2d2_lightning.bounds import dequantisation_bounds
-from f2d2_lightning.checkpoints import load_module
-from f2d2_lightning.commands.common import find_device, run
+from f2d2_lightning.commands.common import add_student, load_student, run
 from f2d2_lightning.commands.points import DATA, Points, Reading, load_points
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.likelihood import LogProb
@@ -38,7 +37,7 @@ DATA_HELP = (
 def nll_command(arguments: list[str]) -> None:
     """``f2d2 nll``: one row a sample, and a summary with standard errors."""
     parser = ArgumentParser(prog="f2d2 nll", description="Log-likelihood of every sample of a data set.")
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
+    add_student(parser)
     parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
     parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
@@ -73,7 +72,6 @@ def nll_command(arguments: list[str]) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=512, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the dequantisation of files")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
     options = parser.parse_args(arguments)
     run(lambda: _nll(options))
@@ -96,7 +94,7 @@ def _nll(options: Any) -> None:
         raise ValueError(f"--draws {options.draws} and --batch_size {options.batch_size} are at least 1")
     if options.compare is None and options.compare_args:
         raise ValueError("--compare_args are arguments of the data module that --compare names, and it names none")
-    module = load_module(options.ckpt, F2D2Module).to(find_device(options.device))
+    module = load_student(options)
     files = {"convert": options.convert, "resize": options.resize, "requantise": options.requantise}
     points = load_points(options.data, options.data_args, module, Reading(options.seed, **files))
     others = None

@@ -13,11 +13,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.checkpoints import load_module
-from f2d2_lightning.commands.common import find_device, run
+from f2d2_lightning.commands.common import add_student, load_student, run
 from f2d2_lightning.files import refuse_to_overwrite, whole_file
 from f2d2_lightning.guidance import GuidedSamples, SelfGuidance
-from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.sampling import Samples
 
@@ -27,7 +25,7 @@ __all__ = ["sample_command"]
 def sample_command(arguments: list[str]) -> None:
     """``f2d2 sample``: draw samples, as a picture or as an array with their log-likelihoods."""
     parser = ArgumentParser(prog="f2d2 sample", description="Draw samples from a student's checkpoint.")
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
+    add_student(parser)
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
     parser.add_argument("--num", type=int, default=64, help="samples")
     parser.add_argument("--out", type=str, default="samples.png", help=".png: picture; .npz: arrays x, noise, log_prob")
@@ -52,7 +50,6 @@ def sample_command(arguments: list[str]) -> None:
     parser.add_argument("--label", type=int | None, default=None, help="class of the samples, for such models")
     parser.add_argument("--batch_size", type=int, default=256, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
     options = parser.parse_args(arguments)
     run(lambda: _sample(options))
@@ -75,7 +72,7 @@ def _sample(options: Any) -> None:
         raise ValueError(f"--num {options.num} and --batch_size {options.batch_size} are at least 1")
     guidance = _guidance(options)
     refuse_to_overwrite(out, options.overwrite)
-    module = load_module(options.ckpt, F2D2Module).to(find_device(options.device))
+    module = load_student(options)
     # drawn on the CPU, so that a seed gives the same samples on any device
     noise = torch.randn(options.num, *module.shape, generator=torch.Generator().manual_seed(options.seed))
     if (options.label is None) == module.conditional:

@@ -34,6 +34,7 @@ from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import load_whole
 from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
 from f2d2_lightning.trajectory import TrajectoryRegression
+from f2d2_lightning.trust import packages_of
 
 __all__ = ["F2D2Module"]
 
@@ -53,6 +54,8 @@ class F2D2Module(FlowModule):
         teacher: A trained :class:`FlowMatchingModule`, a flow map or velocity ``(x, t, cond) -> v``, or the path of a
             checkpoint of the first. It is not part of this module's checkpoint and is needed only to train and to
             compare. ``None`` distils the student's own diagonal, trained by flow matching.
+        trust: Packages whose classes the teacher's checkpoint may name, such as the one that your own backbone is in;
+            that of ``flow_map`` is trusted already. See :mod:`f2d2_lightning.trust`.
         head: Divergence head; by default on the backbone's features, with a full-covariance baseline.
         objective: Training objective; trajectory regression in both directions by default.
         estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
@@ -109,6 +112,7 @@ class F2D2Module(FlowModule):
         channels_last: bool = False,
         compile: bool | str = False,
         off_diagonal: str = "teacher",
+        trust: Sequence[str] = (),
     ) -> None:
         if off_diagonal not in ("teacher", "student"):
             raise ValueError(f"off_diagonal is {off_diagonal!r}; it is 'teacher' or 'student'")
@@ -148,6 +152,7 @@ class F2D2Module(FlowModule):
         self.inversion = inversion
         self.warm_start = warm_start
         self.off_diagonal = off_diagonal
+        self.trust = (*trust, *packages_of(*(type(part) for part in flow_map.modules())))
         self._teacher_path = teacher if isinstance(teacher, str) else None
         # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
         self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, str) else [teacher]
@@ -169,7 +174,7 @@ class F2D2Module(FlowModule):
     def teacher(self) -> nn.Module | None:
         """The teacher, loaded on first use and moved to this module's device; ``None`` in self-distillation."""
         if not self._teacher and self._teacher_path is not None:
-            self._teacher.append(load_module(self._teacher_path, FlowMatchingModule))
+            self._teacher.append(load_module(self._teacher_path, FlowMatchingModule, trust=self.trust))
         if not self._teacher:
             return None
         teacher = self._teacher[0].to(self.device).eval()
