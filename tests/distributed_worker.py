@@ -8,19 +8,22 @@ batch each must agree with one process to rounding.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import f2d2_lightning as f2
 from f2d2_lightning.adapters import MeanFlow
+from f2d2_lightning.last_checkpoint import LastCheckpoint
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.objectives import Examples, baseline_of
 from f2d2_lightning.sharding import shard
@@ -28,7 +31,7 @@ from foreign import ManualModule, MeanFlowModule
 from launching import run_cases
 from lightning_parts import Pair, trainer
 
-STEPS = 5
+STEPS = 6
 
 
 class FromData(f2.Semigroup):
@@ -100,11 +103,14 @@ class Gradients(L.Callback):
 
 
 class Stop(L.Callback):
-    """An interruption after some steps of a run that was to be longer."""
+    """A signal to one process, in the last of some steps of a run that was to be longer."""
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step >= 2:
-            trainer.should_stop = True
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.steps - 1 and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -214,7 +220,7 @@ def train_callback(
 
 
 def resume(folder: Path, name: str, replicas: int, which: str) -> dict[str, Any]:
-    """Stop within an epoch, go on, and end as if nothing had happened."""
+    """Stop within an epoch, or at its end, go on, and end as if nothing had happened."""
 
     def make() -> tuple[L.LightningModule, list[L.Callback], f2.F2D2Callback | None]:
         if which == "module":
@@ -225,13 +231,17 @@ def resume(folder: Path, name: str, replicas: int, which: str) -> dict[str, Any]
     module, callbacks, callback = make()
     uninterrupted = outcome(module, fit(folder, name, module, callbacks, replicas), callback)
     module, callbacks, _ = make()
-    saved = ModelCheckpoint(folder / f"{name}-{which}", filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    fit(folder, name, module, [*callbacks, saved, Stop()], replicas, enable_checkpointing=True)
+    keep, steps = LastCheckpoint(2, folder / f"{name}-{which}"), {"module": 2, "callback": 3}[which]
+    try:
+        fit(folder, name, module, [*callbacks, keep, Stop(steps)], replicas, enable_checkpointing=True)
+    except SIGTERMException as stop:
+        code = int(stop.code)
     module, callbacks, callback = make()
-    ckpt = folder / f"{name}-{which}" / "step=2.ckpt"
+    ckpt = folder / f"{name}-{which}" / "last.ckpt"
     made = fit(folder, name, module, callbacks, replicas, ckpt_path=ckpt)
     objective: Any = module.objective if isinstance(module, Student) else callback.objective  # type: ignore[union-attr]
     answer = {"uninterrupted": uninterrupted, "resumed": outcome(module, made, callback), "is_folder": ckpt.is_dir()}
+    answer |= {"code": code, "older": (ckpt.parent / "previous.ckpt").exists()}
     return answer | {"first_trajectory": objective.state_dict()["pool"]["entries"][0]["x"]}
 
 

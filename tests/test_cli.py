@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -51,14 +53,10 @@ def home(tmp_path_factory):
         patch.setenv("FASHION_MNIST", str(folder / "fashion"))
         for name in ("digits", "checkerboard", "mixture", "fashion"):
             config = CONFIGS / f"{name}_teacher.yaml"
-            f2d2("fit", "--config", config, *QUICK, *small(config.name), "--trainer.max_steps=2",
-                 "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-                 "--trainer.callbacks.save_last=true")  # fmt: skip
+            f2d2("fit", "--config", config, *QUICK, *small(config.name), "--trainer.max_steps=2")
         config = CONFIGS / "digits_student.yaml"
         teacher = "runs/digits/teacher/checkpoints/last.ckpt"
-        f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher=teacher), "--trainer.max_steps=2",
-             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-             "--trainer.callbacks.save_last=true")  # fmt: skip
+        f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher=teacher), "--trainer.max_steps=2")
     return folder
 
 
@@ -109,30 +107,167 @@ def test_the_configuration_is_saved_beside_the_checkpoint(at_home):
     assert "TrajectoryRegression" in (run / "config.yaml").read_text()
 
 
-def test_a_run_is_not_written_over(at_home):
+def digits_run(version, *options):
+    """One run of the small digits teacher in a folder of its own."""
     config = CONFIGS / "digits_teacher.yaml"
-    with pytest.raises(FileExistsError, match="a run of that name exists"):
-        f2d2("fit", "--config", config, *QUICK, *small(config.name), "--trainer.max_steps=1")
+    options = (f"--trainer.logger.init_args.version={version}", *options)
+    f2d2("fit", "--config", config, *QUICK, *small(config.name), *options)
 
 
-def test_fit_resumes_to_the_same_weights(at_home):
+def test_a_run_of_another_configuration_is_refused(at_home):
+    digits_run("mine", "--trainer.max_steps=2")
+    before = (at_home / "runs/digits/mine/checkpoints/last.ckpt").read_bytes()
+    named = r"another configuration \(trainer.max_steps: 2 -> 1; model.init_args.warmup: 200 -> 3;"
+    with pytest.raises(FileExistsError, match=named):
+        digits_run("mine", "--trainer.max_steps=1", "--model.init_args.warmup=3")
+    assert (at_home / "runs/digits/mine/checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_a_finished_run_is_left_alone(at_home, capsys):
+    digits_run("done", "--trainer.max_steps=2")
+    files = {path: path.stat().st_mtime_ns for path in (at_home / "runs/digits/done").rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        digits_run("done", "--trainer.max_steps=2")
+    assert stop.value.code == 0
+    assert "finished: nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (at_home / "runs/digits/done").rglob("*")} == files
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(at_home):
+    options = ("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=1")
+    digits_run("cut", *options)
+    last = at_home / "runs/digits/cut/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut short.*previous.ckpt; use that \(--ckpt_path .*previous.ckpt\)"):
+        digits_run("cut", *options)
+
+
+class Killed(L.Callback):
+    """As a kill would end it: nothing is cleaned up."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise KeyError("killed")
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_the_same_command_goes_on(at_home, monkeypatch, step):
+    """Before the first checkpoint, between two, and for a student with a pool of trajectories."""
     config, name = CONFIGS / "digits_student.yaml", "digits_student.yaml"
-    options = [*QUICK, *small(name, teacher="runs/digits/teacher/checkpoints/last.ckpt"),
-               "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-               "--trainer.callbacks.save_last=true", "--trainer.callbacks.every_n_train_steps=1"]  # fmt: skip
-    versions = {}
-    for version, stops in {"whole": [5], "parts": [3, 5]}.items():
-        run = at_home / "runs/digits" / version
-        for stop in stops:
-            last = run / "checkpoints/last.ckpt"
-            ckpt = [f"--ckpt_path={last}"] if last.exists() else []
-            # the schedule's length is the whole run's, whenever it stops
-            f2d2("fit", "--config", config, *options, f"--trainer.max_steps={stop}", *ckpt,
-                 f"--trainer.logger.init_args.version={version}",
-                 "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.ConstantLR")  # fmt: skip
-        versions[version] = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    for key, value in versions["whole"]["state_dict"].items():
-        assert torch.equal(value, versions["parts"]["state_dict"][key]), key
+    options = [*QUICK, *small(name, teacher="runs/digits/teacher/checkpoints/last.ckpt"), "--trainer.max_steps=5",
+               "--checkpoint.every_n_train_steps=2"]  # fmt: skip
+    weights = {}
+    for version in (f"whole{step}", f"parts{step}"):
+        again = ["fit", "--config", config, *options, f"--trainer.logger.init_args.version={version}"]
+        if "parts" in version:
+            with pytest.MonkeyPatch.context() as patch:
+                killed = Killed(step)
+                patch.setattr(f2.F2D2Module, "configure_callbacks", lambda module: [killed])  # noqa: B023
+                with pytest.raises(KeyError, match="killed"):
+                    f2d2(*again)
+            assert (at_home / f"runs/digits/{version}/checkpoints/last.ckpt").exists() == (step > 0)
+        f2d2(*again)
+        weights[version] = torch.load(at_home / f"runs/digits/{version}/checkpoints/last.ckpt", weights_only=True)
+    whole, parts = (content["state_dict"] for content in weights.values())
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
+
+
+@pytest.mark.parametrize("name", ["digits", "checkerboard", "mixture", "fashion"])
+def test_every_run_ends_with_what_it_trained(at_home, name):
+    """A step that no period of saving divides, far from any validation."""
+    run = f"{name}/teacher"
+    assert torch.load(at_home / f"runs/{run}/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_options_of_a_test_hold_over_the_checkpoint(at_home):
+    config, teacher = CONFIGS / "digits_student.yaml", "runs/digits/teacher/checkpoints/last.ckpt"
+    f2d2("test", "--config", config, *QUICK, *small(config.name, teacher=teacher), "--ckpt_path=last",
+         "--model.init_args.steps=[3]", "--trainer.callbacks+=f2d2_lightning.report.TestReport",
+         "--trainer.callbacks.samples=4", "--trainer.callbacks.teacher_steps=2",
+         "--trainer.callbacks.folder=three")  # fmt: skip
+    (report,) = at_home.rglob("three/test_report.json")
+    assert [row["steps"] for row in json.loads(report.read_text())["rows"]] == [3, None]
+
+
+def test_what_is_said_holds_over_the_checkpoint(at_home, capsys):
+    """Lightning's command line takes all model arguments from a checkpoint, over the configuration's."""
+    digits_run("said", "--trainer.max_steps=2")
+    last = at_home / "runs/digits/said/checkpoints/last.ckpt"
+    digits_run("said", "--trainer.max_steps=4", "--model.init_args.ema_decay=0.5", "--ckpt_path=last")
+    assert "max_steps: 2 -> 4" in capsys.readouterr().out
+    content = torch.load(last, weights_only=True)
+    assert content["global_step"] == 4
+    assert content["hyper_parameters"]["ema_decay"] == 0.5
+    config = CONFIGS / "digits_student.yaml"
+    teacher = "runs/digits/teacher/checkpoints/last.ckpt"
+    with pytest.raises(
+        ValueError, match=r"the checkpoint is of f2d2_lightning.FlowMatchingModule: none of its weights"
+    ):
+        f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher=teacher), "--ckpt_path", teacher,
+             "--trainer.logger.init_args.version=wrong")  # fmt: skip
+
+
+def test_a_command_with_a_checkpoint_goes_on_from_its_own(at_home):
+    """Given again after a kill, it must not go back to where it started from."""
+    digits_run("first", "--trainer.max_steps=2")
+    start = (
+        "--trainer.max_steps=6",
+        "--ckpt_path=runs/digits/first/checkpoints/last.ckpt",
+        "--checkpoint.every_n_train_steps=1",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f2.FlowMatchingModule, "configure_callbacks", lambda module: [Killed(4)])
+        with pytest.raises(KeyError, match="killed"):
+            digits_run("second", *start)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f2.FlowMatchingModule, "on_train_start", lambda module: seen.append(module.trainer.global_step))
+        digits_run("second", *start)
+    assert seen == [4]
+
+
+def test_a_requeued_job_goes_on(at_home, monkeypatch):
+    """What SLURM's signal makes Lightning save is in the run's folder, and is found there when it is the newest."""
+    job = {"NTASKS": "1", "JOB_NAME": "fit", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    scheduler = at_home / "bin/scontrol"
+    scheduler.parent.mkdir()
+    scheduler.write_text('#!/bin/sh\necho "$@" > asked\n')
+    scheduler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scheduler.parent), prepend=os.pathsep)
+
+    class Warned(Killed):
+        """SLURM's signal in the middle of the second step; in time, the kill."""
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    options = ("--trainer.max_steps=6", "--checkpoint.every_n_train_steps=4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f2.FlowMatchingModule, "configure_callbacks", lambda module: [Warned(3)])
+        with pytest.raises(KeyError, match="killed"):
+            digits_run("queue", *options)
+    assert (at_home / "asked").read_text() == "requeue 7\n"
+    run, seen = at_home / "runs/digits/queue", []
+    assert [path.name for path in run.rglob("*.ckpt")] == ["hpc_ckpt_1.ckpt"]
+    with pytest.MonkeyPatch.context() as patch:
+        original = f2.FlowMatchingModule.on_train_start
+        patch.setattr(f2.FlowMatchingModule, "on_train_start",
+                      lambda module: (seen.append(module.trainer.global_step), original(module)))  # fmt: skip
+        digits_run("queue", *options)
+    assert seen == [2]
+    digits_run("not queued", *options)
+    one, other = (
+        torch.load(at_home / f"runs/digits/{name}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("queue", "not queued")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_test_writes_its_report(at_home, capsys):

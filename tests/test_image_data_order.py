@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -42,7 +43,10 @@ class Epoch:
     """Where a trainer is, for a data module that asks."""
 
     def __init__(self, epoch, rank=0, replicas=1):
-        self.current_epoch = epoch
+        counts = {"started": epoch, "processed": epoch}
+        batches = SimpleNamespace(state_dict=lambda: {"current": {"processed": 0, "ready": 0}, "is_last_batch": False})
+        epochs = SimpleNamespace(state_dict=lambda: {"current": counts})
+        self.fit_loop = SimpleNamespace(epoch_progress=epochs, epoch_loop=SimpleNamespace(batch_progress=batches))
         self.distributed_sampler_kwargs = {"num_replicas": replicas, "rank": rank}
 
 

@@ -47,7 +47,6 @@ QUICK = [
     "--model.init_args.flow_map.init_args.width=4", "--model.init_args.flow_map.init_args.blocks=1",
     "--model.init_args.flow_map.init_args.multipliers=[1,1]",
 ]  # fmt: skip
-SAVED = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_last=true"]
 
 
 def small(name):
@@ -102,7 +101,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teachers(home):
     """A trained teacher for each data set: their runs."""
-    return {folder: fit(f"{folder}/teacher.yaml", *SAVED) for folder in FOLDERS}
+    return {folder: fit(f"{folder}/teacher.yaml") for folder in FOLDERS}
 
 
 DATA = {
@@ -167,8 +166,8 @@ def test_parses_with_every_strategy(parser, name):
     assert ddp.trainer.strategy.class_path.endswith("DDPStrategy")
     callbacks = [callback.class_path.rpartition(".")[2] for callback in ddp.trainer.callbacks]
     report = ["TestReport"] if name in STUDENTS else []
-    assert callbacks == ["ModelCheckpoint", "RichProgressBar", "JointSummary", *report, "SampleQuality"]
-    assert ddp.trainer.callbacks[0].init_args.save_last is True
+    assert callbacks == ["RichProgressBar", "JointSummary", *report, "SampleQuality"]
+    assert ddp.checkpoint.every_n_train_steps == 5000
     assert ddp.trainer.callbacks[-1].init_args.features == "inception"
     logger = ddp.trainer.logger.init_args
     assert f"{logger.name}/{logger.version}.yaml" == name
@@ -338,7 +337,7 @@ def test_teacher_trains(teachers, folder):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_student_trains(teachers, name):
-    run = fit(name, *SAVED)
+    run = fit(name)
     found = metrics(run)
     assert len(found["train/loss"]) == 2
     assert all(math.isfinite(value) for values in found.values() for value in values)
@@ -382,7 +381,7 @@ def test_missing_data(folder, lacks):
 def test_missing_teacher_and_a_second_start(teachers):
     name = "cifar10/shortcut_distill_f2d2.yaml"
     # other first weights than the teacher's, but for what it takes over
-    options = [*SAVED, "--trainer.logger.init_args.version=again", "--trainer.max_steps=1", "--seed_everything=1"]
+    options = ["--trainer.logger.init_args.version=again", "--trainer.max_steps=1", "--seed_everything=1"]
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere/last.ckpt; train one \(f2d2 fit --config"):
         fit(name, *options, "--model.init_args.teacher=nowhere/last.ckpt")
     # what a failed start left is no run that would be in the way

@@ -78,11 +78,12 @@ def test_the_comparison_sees_what_it_should(results, case):
 @pytest.mark.parametrize("which", ["module", "callback"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp-sharded"])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(results, strategy, which):
-    """In the middle of an epoch, with a pool of trajectories that differs between the processes."""
+    """Within an epoch and at its end, with a pool that differs between the processes; one of them got a signal."""
     for rank in (0, 1):
         answer = get(results, f"2-{rank}", f"{strategy} resume {which}")
         assert difference(answer["uninterrupted"], answer["resumed"]) == 0
         assert answer["is_folder"] is (strategy == "fsdp-sharded")
+        assert (answer["code"], answer["older"]) == (128 + 15, which == "callback")
 
 
 def test_processes_draw_different_numbers(results):

@@ -39,6 +39,7 @@ from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.processes import gather_states, own_state
+from f2d2_lightning.progress import begin_epoch, mend_progress
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.sampling import Samples, draw_noise, sample
 from f2d2_lightning.scale import measure_scale
@@ -345,8 +346,13 @@ class F2D2Callback(L.Callback):
                     f"two F2D2Callbacks are on one network, {self.flow_map!r} and {other.flow_map!r}; keep one of them"
                 )
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put Lightning's counts right."""
+        mend_progress(checkpoint)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make or restore the head, check the adapter, set baseline and scale from data, and share them."""
+        begin_epoch(trainer)
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.random.fork_rng([]):
             torch.manual_seed(mix_seed(self._seed, "start"))
             x, cond = self._state(next(training_batches(trainer, self.fit_samples)))

@@ -21,6 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from f2d2_lightning.analytic import MixtureFlow
 from f2d2_lightning.counter_noise import counter_uniform, mix_seed
 from f2d2_lightning.lazy_values import Values, as_values
+from f2d2_lightning.progress import Place, place_of
 from f2d2_lightning.quantisation import Quantisation
 
 __all__ = ["Checkerboard", "DequantisedDataset", "Digits", "FlowDataModule", "GaussianMixture"]
@@ -106,13 +107,14 @@ class _EpochSampler(DistributedSampler):
         self,
         count: int,
         seed: int,
-        current_epoch: Callable[[], int],
+        place: Callable[[], Place],
         replicas: int = 1,
         rank: int = 0,
         first: int = 0,
     ) -> None:
-        self.count, self.seed, self.current_epoch, self.first = count, seed, current_epoch, first
-        self.replicas, self.rank, self.skip = replicas, rank, 0
+        self.count, self.seed, self.place, self.first = count, seed, place, first
+        self.replicas, self.rank = replicas, rank
+        self.resumed_at = (0, 0)  # epoch, and samples of it that came before
 
     def __len__(self) -> int:
         return self.count // self.replicas
@@ -121,23 +123,29 @@ class _EpochSampler(DistributedSampler):
         """Lightning's way; the epoch is asked for instead."""
 
     def __iter__(self) -> Iterator[int]:
-        epoch, skip, self.skip = self.current_epoch(), self.skip, 0
+        # more than one iterator may be made of the epoch that a run resumes in, and workers begin before Lightning has
+        # counted an epoch that was complete
+        epoch = max(self.place().epoch, self.resumed_at[0])
+        skip = self.resumed_at[1] if epoch == self.resumed_at[0] else 0
         generator = torch.Generator().manual_seed(mix_seed(self.seed, "order", epoch))
         order = torch.randperm(self.count, generator=generator) + (self.first + epoch) * self.count
         return iter(order[self.rank :: self.replicas][: len(self)][skip:].tolist())
 
 
 class _ResumableLoader(DataLoader):
-    """A loader whose place in the epoch goes into Lightning's checkpoints."""
+    """A loader whose place goes into Lightning's checkpoints."""
 
-    position: Callable[[], int] = staticmethod(lambda: 0)
+    place: Callable[[], Place] = staticmethod(lambda: Place(0, 0))
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self.position()}
+        epoch, batch = self.place()
+        return {"epoch": epoch, "batches": batch}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         if isinstance(self.sampler, _EpochSampler) and self.batch_size is not None:
-            self.sampler.skip = state["batches"] * self.batch_size
+            # older checkpoints do not say the epoch, which Lightning has restored by now, and count to its end
+            epoch = state.get("epoch", self.place().epoch + state["batches"] // len(self))
+            self.sampler.resumed_at = (epoch, state["batches"] % len(self) * self.batch_size)
 
 
 def _as_is(batch: Any) -> Any:
@@ -216,14 +224,8 @@ class FlowDataModule(L.LightningDataModule):
             raise ValueError(f"split is {split!r}; {type(self).__name__} has {', '.join(self._sets)}")
         return self._sets[split]
 
-    def _epoch(self) -> int:
-        return 0 if self.trainer is None else int(self.trainer.current_epoch)
-
-    def _position(self) -> int:
-        if self.trainer is None:
-            return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return int(getattr(progress, "processed", progress.completed))
+    def _place(self) -> Place:
+        return Place(0, 0) if self.trainer is None else place_of(self.trainer)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, the last incomplete batch dropped where there are several."""
@@ -232,7 +234,7 @@ class FlowDataModule(L.LightningDataModule):
             dataset = DequantisedDataset(dataset.values, dataset.labels, self.quantisation, dataset.seed, flip=True)
         kwargs = (None if self.trainer is None else self.trainer.distributed_sampler_kwargs) or {}
         replicas, rank = int(kwargs.get("num_replicas", 1)), int(kwargs.get("rank", 0))
-        sampler = _EpochSampler(len(dataset), self.seed, self._epoch, replicas, rank, first=int(self.flip))
+        sampler = _EpochSampler(len(dataset), self.seed, self._place, replicas, rank, first=int(self.flip))
         loader = _ResumableLoader(
             dataset,
             batch_size=self.batch_size,
@@ -241,7 +243,7 @@ class FlowDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=_as_is,
         )
-        loader.position = self._position
+        loader.place = self._place
         return loader
 
     def _evaluation(self, split: str) -> DataLoader:

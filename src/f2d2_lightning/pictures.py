@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,11 @@ class Pictures(L.Callback):
     def _give(self, trainer: L.Trainer, stage: str, figures: dict[str, Figure], root: Path) -> None:
         if self.to_disk:
             folder = self._folder(trainer, stage, root)
-            for name, figure in figures.items():
-                save_figure(figure, folder / f"{name}.png")
+            try:
+                for name, figure in figures.items():
+                    save_figure(figure, folder / f"{name}.png")
+            except OSError as error:
+                warnings.warn(f"pictures cannot be written to {folder} now ({error}); the run goes on", stacklevel=2)
         if self.to_loggers:
             for logger in trainer.loggers:
                 for name, figure in figures.items():

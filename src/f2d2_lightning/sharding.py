@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-__all__ = ["is_sharded", "load_whole", "reshard", "shard", "whole_state"]
+__all__ = ["all_finite", "is_sharded", "load_whole", "reshard", "shard", "whole", "whole_state"]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -26,6 +26,16 @@ def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor, gathered where it is spread over processes; every process must call it then."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite; of a sharded one, none of this process's share."""
+    return bool((value.to_local() if hasattr(value, "to_local") else value).detach().isfinite().all())
 
 
 def shard(module: nn.Module, mesh: Any) -> None:

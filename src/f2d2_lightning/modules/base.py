@@ -9,7 +9,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -21,12 +21,17 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.checkpoints import read_checkpoint, restore_module
 from f2d2_lightning.compiled import compile_network
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.evaluation import clock
 from f2d2_lightning.heads import JointFlowMap
+from f2d2_lightning.progress import begin_epoch, mend_progress
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.sharding import shard
+from f2d2_lightning.sharding import all_finite, is_sharded, shard, whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["FlowModule", "object_names", "warmup_cosine"]
 
@@ -84,6 +89,8 @@ class FlowModule(L.LightningModule):
         self.channels_last, self.compile_how = channels_last, compile
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
         self._averaged_steps = 0
+        self._batch: Any = None
+        self._batch_index = 0
         self._references: dict[str, Tensor] = {}
         self._reference_cost = (0.0, 0)  # seconds, evaluations per sample
 
@@ -122,6 +129,43 @@ class FlowModule(L.LightningModule):
         return any(getattr(m, "labels", None) is not None for m in self.live.modules())
 
     # --- set-up ---
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        trust: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Self:
+        """As Lightning's, but nothing that the checkpoint says is run (:mod:`f2d2_lightning.trust`).
+
+        Args:
+            checkpoint_path: A local file.
+            map_location: Device of the module; the CPU by default.
+            hparams_file: Not taken: hyper-parameters are in the checkpoint.
+            strict: Whether names of weights must be the same.
+            weights_only: Always the case; ``False`` is refused.
+            trust: Packages whose classes the checkpoint may name, besides this package, ``torch.nn``, ``torch.optim``
+                and the package of this class.
+            kwargs: Arguments that the checkpoint does not hold, or that replace its.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the checkpoint is damaged, of another class, or names a class that is not trusted.
+        """
+        if hparams_file is not None or weights_only is False:
+            raise ValueError(
+                "hyper-parameters are read from the checkpoint, as plain values: leave out hparams_file and "
+                "weights_only=False, and give objects as keyword arguments"
+            )
+        checkpoint = read_checkpoint(checkpoint_path)
+        module = restore_module(checkpoint, checkpoint_path, cls, trust, strict, kwargs)
+        return module if map_location is None else module.to(map_location)
 
     def _speed_up(self) -> None:
         """Memory format and compilation of the backbones; the last thing that a subclass's ``__init__`` does."""
@@ -193,9 +237,24 @@ class FlowModule(L.LightningModule):
     def _copy_to_average(self) -> None:
         update_average(self.average, self.live, 0.0)
 
+    @property
+    def trained(self) -> bool:
+        """Whether there is something to lose: the average has left the weights, or a checkpoint was loaded."""
+        if self._averaged_steps > 0:
+            return True
+        pairs = zip(self.average.parameters(), self.live.parameters(), strict=True)
+        return not is_sharded(self.live) and any(not torch.equal(mine, theirs) for mine, theirs in pairs)
+
     def on_train_start(self) -> None:
-        """First start only: fit baselines to the training data, start the average at the weights."""
-        if self.trainer.global_step == 0:
+        """First start only: fit baselines to the training data, start the average at the weights.
+
+        A module that was trained before goes on from where it is, whichever trainer trains it.
+        """
+        begin_epoch(self.trainer)
+        if self.trained:
+            # where nothing says how old the average is (``load_state_dict``), it is not taken for a young one
+            self._averaged_steps = self._averaged_steps or 10**9
+        elif self.trainer.global_step == 0:
             self.fit_baselines()
             self.prepare()
             self._copy_to_average()
@@ -230,6 +289,38 @@ class FlowModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step."""
         torch.manual_seed(mix_seed(self._seed, self.trainer.current_epoch, batch_idx, self.global_rank))
+        self._batch, self._batch_index = batch, batch_idx
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a step that would make the weights NaN.
+
+        Raises:
+            FloatingPointError: Says where the first NaN or infinity is.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # a gradient scaler leaves such steps out by itself
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and not bool(whole(torch.nn.utils.get_total_norm(gradients)).isfinite()):
+            raise FloatingPointError(self._not_finite())
+
+    def _not_finite(self) -> str:
+        """What to say of a gradient that is NaN or infinite."""
+        bad = [name for name, p in self.live.named_parameters() if p.grad is not None and not all_finite(p.grad)]
+        batch = self._batch if isinstance(self._batch, (tuple, list)) else (self._batch,)
+        data = any(isinstance(part, Tensor) and not all_finite(part) for part in batch)
+        cause = (
+            "the batch itself holds NaN or infinity: look at the data"
+            if data
+            else "the batch is finite: lower the learning rate, clip gradients (trainer.gradient_clip_val), or look at "
+            "the teacher's samples"
+        )
+        where = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "") or "their norm overflows"
+        step, epoch = self.trainer.global_step + 1, self.trainer.current_epoch
+        return (
+            f"training stopped before optimiser step {step} (epoch {epoch}, batch {self._batch_index}): the gradient "
+            f"is NaN or infinite in {len(bad)} parameters ({where}), and {cause}. The weights are as they were before "
+            "it, and so is the last checkpoint"
+        )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimiser's step, then the average's: before any checkpoint of this step is written."""
@@ -238,19 +329,36 @@ class FlowModule(L.LightningModule):
         update_average(self.average, self.live, warmed_decay(self.ema_decay, self._averaged_steps))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what a resumed run needs besides weights."""
+        """Keep what a resumed run needs besides weights.
+
+        Raises:
+            FloatingPointError: If a weight is NaN or infinite: such a state is not saved over a good one.
+        """
+        bad = [name for name, value in self.state_dict().items() if isinstance(value, Tensor) and not all_finite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"nothing was saved: {len(bad)} weights or buffers are NaN or infinite, first {bad[0]}; the last "
+                "checkpoint is from before that. Lower the learning rate or clip gradients (trainer.gradient_clip_val)"
+            )
         checkpoint["f2d2"] = {"seed": self._seed, "averaged_steps": self._averaged_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Inverse of :meth:`on_save_checkpoint`."""
+        mend_progress(checkpoint)
         state = checkpoint.get("f2d2", {})
         self._seed = state.get("seed", self._seed)
         self._averaged_steps = state.get("averaged_steps", 0)
-        mine = self.state_dict()
+        mine, theirs = self.state_dict(), checkpoint.get("state_dict", {})
+        if theirs and not mine.keys() & theirs.keys():
+            name = checkpoint.get("hyper_parameters", {}).get("_class_path", "another class")
+            raise ValueError(
+                f"the checkpoint is of {name}: none of its weights ({next(iter(theirs))}, ...) is one of this "
+                f"{type(self).__name__}; give the checkpoint of this model, or the configuration of that one"
+            )
         wrong = [
             f"{name}: checkpoint {tuple(value.shape)}, module {tuple(mine[name].shape)}"
             # a sharded checkpoint's weights are read later, into place
-            for name, value in checkpoint.get("state_dict", {}).items()
+            for name, value in theirs.items()
             if name in mine and value.shape != mine[name].shape
         ]
         if wrong:
