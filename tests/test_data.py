@@ -119,3 +119,24 @@ def test_a_loop_over_a_data_set_ends():
     samples = list(data)
     assert len(samples) == 200
     assert torch.equal(torch.stack(samples), data.__getitems__(list(range(200))))
+
+
+class Kept(f2.Digits):
+    """Digits whose arguments are in the checkpoint."""
+
+    def __init__(self, batch_size: int = 8, quantisation: f2.Quantisation | None = None) -> None:
+        super().__init__(batch_size=batch_size)
+        self.save_hyperparameters()
+
+
+def test_a_data_module_in_a_checkpoint_runs_nothing(tmp_path):
+    path, content = tmp_path / "data.ckpt", {"state_dict": {}}
+    torch.save(content | {"datamodule_hyper_parameters": {"batch_size": 5}}, path)
+    assert Kept.load_from_checkpoint(path).batch_size == 5
+    assert Kept.load_from_checkpoint(path, batch_size=6).batch_size == 6
+    for name in ("subprocess.Popen", "f2d2_lightning.cli.F2D2CLI"):
+        value = {"class_path": name, "init_args": {"args": ["touch", str(tmp_path / "there")]}}
+        torch.save(content | {"datamodule_hyper_parameters": {"quantisation": value}}, path)
+        with pytest.raises(ValueError, match=name.rpartition(".")[2]):
+            Kept.load_from_checkpoint(path)
+    assert not (tmp_path / "there").exists()

@@ -25,9 +25,10 @@ from f2d2_lightning.trust import (
     within_size,
 )
 
-__all__ = ["check_checkpoint", "load_module", "read_checkpoint", "restore_module"]
+__all__ = ["check_checkpoint", "described", "load_module", "read_checkpoint", "restore_module"]
 
 Module = TypeVar("Module", bound=L.LightningModule)
+Described = TypeVar("Described", bound=L.LightningModule | L.LightningDataModule)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -139,24 +140,8 @@ def restore_module(
     given: Mapping[str, Any],
 ) -> Module:
     """A module from the contents of a checkpoint, as :func:`load_module`; in training mode."""
-    trust = (*trust, *packages_of(kind))
+    cls, arguments, trust = described(checkpoint, path, kind, trust)
     tensors, numbers = stored_in(checkpoint["state_dict"], str(path))
-    arguments = checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"{path} has hyper-parameters of type {type(arguments).__name__}; a dictionary is expected")
-    check_extent(arguments, str(path))
-    arguments = {name: value for name, value in arguments.items() if name != "_instantiator"}
-    name = arguments.pop("_class_path", None)
-    cls: type[Module] = kind
-    if name is not None:
-        found = find_class(name, trust)
-        if not issubclass(found, kind):
-            raise ValueError(f"{path} is a checkpoint of {name}, but a {kind.__name__} is needed here")
-        cls = found
-    accepted = takes(cls)
-    if name is None and not accepted.others:
-        # whatever else a script kept among its hyper-parameters
-        arguments = {key: value for key, value in arguments.items() if key in accepted.hints}
 
     def made() -> Module:
         return make(cls, build_arguments(cls, arguments, trust, given))
@@ -179,6 +164,34 @@ def restore_module(
     except Exception as error:  # whatever code says of values that are not its own
         raise ValueError(f"{path} does not fit {cls.__name__}: {said(error)}") from error
     return module
+
+
+def described(
+    checkpoint: Mapping[str, Any], path: Any, kind: type[Described], trust: Sequence[str]
+) -> tuple[type[Described], dict[str, Any], tuple[str, ...]]:
+    """Class of the module, or data module, that a checkpoint describes, its arguments as they stand there, and trust.
+
+    Raises:
+        ValueError: If the class is none that a file may name, or another one than ``kind``.
+    """
+    trust = (*trust, *packages_of(kind))
+    arguments = checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{path} has hyper-parameters of type {type(arguments).__name__}; a dictionary is expected")
+    check_extent(arguments, str(path))
+    arguments = {name: value for name, value in arguments.items() if name != "_instantiator"}
+    name = arguments.pop("_class_path", None)
+    cls: type[Described] = kind
+    if name is not None:
+        found = find_class(name, trust)
+        if not issubclass(found, kind):
+            raise ValueError(f"{path} is a checkpoint of {name}, but a {kind.__name__} is needed here")
+        cls = found
+    accepted = takes(cls)
+    if name is None and not accepted.others:
+        # whatever else a script kept among its hyper-parameters
+        arguments = {key: value for key, value in arguments.items() if key in accepted.hints}
+    return cls, arguments, trust
 
 
 def _check_shape(module: Any, numbers: int, path: Any) -> None:

@@ -9,8 +9,9 @@ such a function too. Data sets of images are in :mod:`f2d2_lightning.image_data`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -19,10 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from f2d2_lightning.analytic import MixtureFlow
+from f2d2_lightning.checkpoints import described, read_checkpoint
 from f2d2_lightning.counter_noise import counter_uniform, mix_seed
 from f2d2_lightning.lazy_values import Values, as_values
 from f2d2_lightning.progress import Place, place_of
 from f2d2_lightning.quantisation import Quantisation
+from f2d2_lightning.trust import build_arguments
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Checkerboard", "DequantisedDataset", "Digits", "FlowDataModule", "GaussianMixture"]
 
@@ -185,6 +191,27 @@ class FlowDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed, self.quantisation, self.flip = num_workers, seed, quantisation, flip
         self._sets: dict[str, DequantisedDataset] = {}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *, trust: Sequence[str] = (), **kwargs: Any
+    ) -> Self:
+        """As Lightning's, for a subclass that keeps hyper-parameters; nothing that the checkpoint says is run.
+
+        Args:
+            checkpoint_path: A local file.
+            trust: Packages whose classes the checkpoint may name (:mod:`f2d2_lightning.trust`).
+            kwargs: Arguments that the checkpoint does not hold, or that replace its.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the checkpoint is damaged, or names a class that is not trusted.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        found, arguments, trust = described(checkpoint, checkpoint_path, cls, trust)
+        made = found(**build_arguments(found, arguments, trust, kwargs))
+        made.load_state_dict(checkpoint.get(found.__qualname__, {}))
+        return made
 
     @property
     def levels(self) -> int | None:
