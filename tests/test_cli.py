@@ -142,6 +142,17 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(at_home):
         digits_run("cut", *options)
 
 
+def test_a_damaged_checkpoint_is_not_tested(at_home):
+    config, damaged = CONFIGS / "digits_teacher.yaml", at_home / "damaged.ckpt"
+    content = bytearray((at_home / "runs/digits/teacher/checkpoints/last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"damaged.ckpt cannot be read as a checkpoint: .*the checksum of .* is another"
+    ):
+        f2d2("test", "--config", config, *QUICK, *small(config.name), "--ckpt_path", damaged)
+
+
 class Killed(L.Callback):
     """As a kill would end it: nothing is cleaned up."""
 

@@ -226,6 +226,16 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path):
     assert kept(tmp_path)["last.ckpt"] == 3
 
 
+def test_a_second_fit_with_the_same_callback_saves_too(tmp_path):
+    keep = LastCheckpoint(every_n_train_steps=2)
+    for name, steps in (("first", 6), ("second", 3)):
+        keep.dirpath = tmp_path / name / "checkpoints"
+        run = trainer(tmp_path, max_steps=steps, max_epochs=-1, callbacks=[keep], enable_checkpointing=True)
+        run.fit(teacher(), datamodule=Pair())
+    assert kept(tmp_path / "first") == {"last.ckpt": 6, "previous.ckpt": 4}
+    assert kept(tmp_path / "second") == {"last.ckpt": 3, "previous.ckpt": 2}
+
+
 # --- signals ---
 
 SCRIPT = """

@@ -67,9 +67,12 @@ def check_checkpoint(path: str | Path) -> None:
         path: A file, or a folder of shards.
 
     Raises:
+        FileNotFoundError: If there is none.
         ValueError: Says what is wrong, and which older one in the same folder is whole.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {path}; train one (f2d2 fit ...), or correct the path")
     try:
         _check_whole(path)
     except ValueError as error:

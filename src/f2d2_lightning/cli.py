@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from f2d2_lightning.checkpoints import check_checkpoint
 from f2d2_lightning.data import FlowDataModule
 from f2d2_lightning.files import whole_file
 from f2d2_lightning.last_checkpoint import LastCheckpoint
@@ -65,6 +66,11 @@ def read_yaml(path: Path) -> Any:
         return None
 
 
+def _is_elsewhere(path: Any) -> bool:
+    """Whether a checkpoint is one that Lightning finds or fetches by itself."""
+    return path in ("best", "hpc") or str(path).startswith("registry") or "://" in str(path)
+
+
 class F2D2CLI(LightningCLI):
     """LightningCLI for :class:`FlowModule` and :class:`FlowDataModule`, any class of either by ``class_path``.
 
@@ -99,7 +105,8 @@ class F2D2CLI(LightningCLI):
         if config.default_root_dir is None and named and getattr(logger, "log_dir", None) is not None:
             kwargs["default_root_dir"] = logger.log_dir
         callbacks = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
-        if config.enable_checkpointing is False:
+        given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        if config.enable_checkpointing is False or any(isinstance(callback, LastCheckpoint) for callback in given):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
@@ -113,9 +120,9 @@ class F2D2CLI(LightningCLI):
             ValueError: If the checkpoint to go on from is damaged. Names an older one.
         """
         config = self.config_init["fit"]
-        if getattr(self.trainer, "fast_dev_run", False):
-            return
         folder, given = run_folder(self.trainer), config["ckpt_path"]
+        if getattr(self.trainer, "fast_dev_run", False) or _is_elsewhere(given):
+            return
         newest = self._newest()
         changed, begun = self._changed(folder), None
         if (folder / CONFIG).exists():
@@ -158,6 +165,8 @@ class F2D2CLI(LightningCLI):
             if newest is None:
                 raise FileNotFoundError(f"{run_folder(self.trainer)} holds no checkpoint; train first: f2d2 fit ...")
             config["ckpt_path"] = str(newest)
+        if config["ckpt_path"] is not None and not _is_elsewhere(config["ckpt_path"]):
+            check_checkpoint(config["ckpt_path"])
 
     before_validate = before_test = _before_evaluation
 

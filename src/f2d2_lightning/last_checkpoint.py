@@ -65,12 +65,8 @@ class LastCheckpoint(Checkpoint):
         return run_folder(trainer) / FOLDER if self.dirpath is None else Path(self.dirpath)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step it was saved at, and whether training was complete."""
-        return {"step": self._step, "finished": self._finished}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting; a run that goes on is not finished, whatever it was."""
-        self._step = int(state_dict["step"])
+        """Whether training was complete, for :func:`f2d2_lightning.resuming.is_finished`."""
+        return {"finished": self._finished}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put Lightning's counts right."""
@@ -81,6 +77,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen to signals in place of Lightning, whose handler ends the process with 0 and saves nothing."""
         begin_epoch(trainer)
+        self._step = self._seen = trainer.global_step
         self._signal, self._finished = signal.SIGTERM if trainer.received_sigterm else 0, False
         if threading.current_thread() is threading.main_thread():
             numbers = [*_SIGNALS, *_slurm_signals()]
@@ -172,7 +169,7 @@ class LastCheckpoint(Checkpoint):
         if failure is not None:
             warnings.warn(
                 f"the state at step {trainer.global_step} could not be saved in {folder} ({failure}); "
-                f"what was saved at step {before} is still there",
+                f"{f'what was saved at step {before} is still there' if before else 'nothing was saved before'}",
                 stacklevel=2,
             )
         if failed:
