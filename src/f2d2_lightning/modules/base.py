@@ -26,6 +26,7 @@ from f2d2_lightning.compiled import compile_network
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.evaluation import clock
 from f2d2_lightning.heads import JointFlowMap
+from f2d2_lightning.processes import gather_states
 from f2d2_lightning.progress import begin_epoch, mend_progress
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.sharding import all_finite, is_sharded, shard, whole
@@ -335,7 +336,8 @@ class FlowModule(L.LightningModule):
             FloatingPointError: If a weight is NaN or infinite: such a state is not saved over a good one.
         """
         bad = [name for name, value in self.state_dict().items() if isinstance(value, Tensor) and not all_finite(value)]
-        if bad:
+        # all processes stop where one holds a share that is bad
+        if bad := [name for names in gather_states(bad) for name in names]:
             raise FloatingPointError(
                 f"nothing was saved: {len(bad)} weights or buffers are NaN or infinite, first {bad[0]}; the last "
                 "checkpoint is from before that. Lower the learning rate or clip gradients (trainer.gradient_clip_val)"
