@@ -10,6 +10,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def double_precision():
+    # strategies set it for the processes that they start, and for this one
+    torch.set_num_threads(1)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)

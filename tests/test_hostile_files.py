@@ -17,8 +17,10 @@ import resource
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -1308,3 +1310,12 @@ def test_what_reads_a_checkpoint_does_not_change_it(tmp_path):
     again = io.BytesIO()
     torch.save(read_checkpoint(path), again)
     assert first.getvalue() == again.getvalue()
+
+
+def test_a_class_may_be_asked_for_by_the_same_rule():
+    assert build("torch.nn.GELU", type[nn.Module] | None) is nn.GELU
+    for name in ("subprocess.Popen", "torch.optim.AdamW", "torch.nn.functional.silu", "silu"):
+        with pytest.raises(ValueError, match=name):
+            build(name, type[nn.Module])
+    with pytest.raises(ValueError, match="text from a file never becomes"):
+        build("torch.nn.GELU", Callable[..., Any])

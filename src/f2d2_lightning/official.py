@@ -30,9 +30,14 @@ class DyadicIntervals(Intervals):
 
     Args:
         finest: Largest halving.
+
+    Raises:
+        ValueError: If it is outside of 0 to 30.
     """
 
     def __init__(self, finest: int = 6) -> None:
+        if not 0 <= finest <= 30:
+            raise ValueError(f"finest is {finest}; it is 0 to 30")
         super().__init__(Direction.TO_DATA, diagonal=0.5, grid=0.5, steps=[2**i for i in range(finest + 1)])
 
     def sample(

@@ -238,7 +238,7 @@ def build(value: Any, hint: Any = Any, trust: Sequence[str] = (), place: str = "
     if isinstance(value, (list, tuple)):
         return _sequence(value, options, trust, place)
     if isinstance(value, str):
-        return _text(value, options, place)
+        return _text(value, options, trust, place)
     return value
 
 
@@ -327,13 +327,17 @@ def _sequence(value: Sequence[Any], options: Sequence[Any], trust: Sequence[str]
         raise ValueError(f"{place} cannot be made from the file: {error}") from error
 
 
-def _text(value: str, options: Sequence[Any], place: str) -> Any:
+def _text(value: str, options: Sequence[Any], trust: Sequence[str], place: str) -> Any:
     for option in options:
-        if isinstance(option, type) and issubclass(option, enum.Enum) and value in option.__members__:
+        if _is_class(option) and issubclass(option, enum.Enum) and value in option.__members__:
             return option[value]
     if str not in options and pathlib.Path in options:
         return pathlib.Path(value)
     if not _open(options) and not any(_is_text(option) for option in options):
+        for base in (typing.get_args(option)[:1] for option in options if typing.get_origin(option) is type):
+            # a class itself is asked for, and named as others are
+            if issubclass(found := find_class(value, trust), base):
+                return found
         raise ValueError(
             f"{place} is the text {value!r:.120}, and text from a file never becomes an object or a function; give the "
             "object when you load the file"
