@@ -1176,7 +1176,7 @@ def test_an_own_class_cannot_be_turned_against_its_owner(tmp_path, own):
     plain = content["hyper_parameters"]["flow_map"]["init_args"]
     for name, value, says in (
         ("function", "os.system", TEXT),
-        ("activation", "subprocess.Popen", TEXT),
+        ("activation", "subprocess.Popen", UNTRUSTED),
         ("inner", part("os.system"), UNTRUSTED),
         ("makes", "os.system", TEXT),
         ("layers", [IDENTITY, "os.system"], TEXT),
