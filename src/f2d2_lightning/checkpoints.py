@@ -88,7 +88,9 @@ def _check_whole(path: Path) -> None:
         return
     if not zipfile.is_zipfile(path):
         # what torch.save wrote until 2020 has no checksums; anything else fails when it is loaded
-        if path.stat().st_size == 0 or path.read_bytes()[:2] == b"PK":
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start in (b"", b"PK"):
             raise ValueError("it is empty or cut short")
         return
     check_stored_archive(path)

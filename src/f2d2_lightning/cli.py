@@ -53,9 +53,14 @@ class _SaveConfig(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         # the time of a file that stays tells which checkpoints came after it
-        if not path.is_file() or read_yaml(path) != yaml.safe_load(self.parser.dump(self.config, skip_none=False)):
+        if not path.is_file() or read_yaml(path) != resolved(self.parser, self.config):
             with whole_file(path) as partial:
                 self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
+
+
+def resolved(parser: LightningArgumentParser, config: Any) -> Any:
+    """A configuration as its file says it: every option, in plain values."""
+    return yaml.safe_load(parser.dump(config, skip_none=False))
 
 
 def read_yaml(path: Path) -> Any:
@@ -184,7 +189,7 @@ class F2D2CLI(LightningCLI):
         path = folder / CONFIG
         if not path.is_file():
             return []
-        now = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+        now = resolved(self._parser("fit"), self.config["fit"])
         before = read_yaml(path)
         if not isinstance(before, dict):
             return [f"{path} cannot be read"]
