@@ -152,7 +152,12 @@ class GaussianBaseline(nn.Module, Configured):
             raise ValueError(f"the Gaussian fit is on a path {config['path']!r}; known are {', '.join(paths)}")
         return cls(config["shape"], config["covariance"], paths[config["path"]]())
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Refuse states of another shape than the fit's.
+
+        Raises:
+            ValueError: Says both shapes.
+        """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"states have shape {tuple(x.shape)}, but the Gaussian fit is of states of shape {self.shape}; "
@@ -161,7 +166,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     def to_axes(self, x: Tensor) -> Tensor:
         """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""
-        self._check(x)
+        self.check(x)
         flat = x.reshape(len(x), -1)
         return flat if self.axes is None else self._turn(flat, self.axes)
 
@@ -212,7 +217,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """``u_0(x, s, t)``, shape of ``x``."""
-        self._check(x)
+        self.check(x)
         mean = self.mean.reshape(1, *self.shape)
         drift = like(self.path.alpha_slope(s, t), x) * mean
         return drift + self.jacobian_product(x - like(self.path.alpha(s), x) * mean, s, t)
@@ -263,7 +268,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     def whiten(self, x: Tensor, t: Tensor) -> Tensor:
         """State at time ``t`` as unit-variance coordinates along the axes, ``(B, *shape) -> (B, dim)``."""
-        self._check(x)
+        self.check(x)
         centred = x - like(self.path.alpha(t), x) * self.mean.reshape(1, *self.shape)
         return self.deviations(centred, t)
 

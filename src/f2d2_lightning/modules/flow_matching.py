@@ -117,25 +117,24 @@ class FlowMatchingModule(FlowModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Conditional flow-matching loss."""
-        loss = self._loss(self.flow_map, *self.data_to_state(batch))
+        loss = self._loss(self.flow_map, *self.state(batch))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
+        super().on_validation_epoch_start()
         self._nll = MeanLikelihood(self.dim, self.levels, self.low, self.high).to(self.device)
 
-    on_test_epoch_start = on_validation_epoch_start
-
     def _evaluate(self, batch: Any, batch_idx: int, nll: bool) -> Tensor:
-        x, cond = self.data_to_state(batch)
+        x, cond = self.state(batch)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(mix_seed("validation", batch_idx, self.global_rank))
             loss = torch.stack([self._loss(self.average, x, cond) for _ in range(4)]).mean()
         if nll:
             value = self.reference(self.average.velocity, x, cond).value
-            self._nll.update(value)
+            self._nll.update(value[self._places.take(len(x))[1].to(value.device)])
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
