@@ -254,7 +254,13 @@ class GaussianBaseline(nn.Module, Configured):
         Training spread by the clock sees each stretch of the flow as much as something happens in it.
         """
         device = self.mean.device
-        level = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
+        return self.times_at(
+            (torch.arange(count, device=device) + torch.rand(count, device=device)) / count, uniform_share
+        )
+
+    def times_at(self, level: Tensor, uniform_share: float = 0.25) -> Tensor:
+        """Times below which shares ``level``, in [0, 1], of the draws of :meth:`draw_times` lie, ``(N,) -> (N,)``."""
+        device = self.mean.device
         t = torch.linspace(0, 1, 2001, device=device)
         clock = (1 - uniform_share) * self.clock(t.to(self.mean.dtype)).to(t) + uniform_share * t
         upper = torch.searchsorted(clock, level).clamp(1, len(t) - 1)

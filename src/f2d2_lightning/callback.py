@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention
 from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.added_weights import AddedWeights
-from f2d2_lightning.average import copy_frozen
+from f2d2_lightning.average import copy_frozen, share_weights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
@@ -192,6 +192,8 @@ class F2D2Callback(L.Callback):
         self._own: dict[str, Any] = {}
         self._network: nn.Module
         self._looked_at = ""  # the stage whose first batch was
+        self._student: JointFlowMap | None = None
+        self._before_trial: dict[str, Any] | None = None
         self._evaluation: LikelihoodEvaluation | None = None
         self._forget_step()
 
@@ -303,14 +305,14 @@ class F2D2Callback(L.Callback):
         """Refuse what cannot work, and wrap the module's methods."""
         if not isinstance(pl_module, L.LightningModule):
             raise ValueError(
-                f"{type(pl_module).__name__} is a module of {type(pl_module).__mro__[-2].__module__.partition('.')[0]!r} "
-                "or of another copy of Lightning, and F2D2Callback is for the package 'lightning': write `import "
-                "lightning as L` in place of `import pytorch_lightning as pl`, for the module and for the Trainer"
+                f"{type(pl_module).__name__} is no lightning.LightningModule, but perhaps one of pytorch_lightning, "
+                "whose classes are others: write `import lightning as L` in place of `import pytorch_lightning as pl`, "
+                "for the module and for the Trainer"
             )
         if str(trainer.precision) in HALF:
             rank_zero_warn(
-                f"with precision={trainer.precision!r} the network computes in half precision, and likelihoods are those "
-                "of its rounded answers, off by a percent of their divergence; head and states stay in float32. "
+                f"with precision={trainer.precision!r} the network computes in half precision, and likelihoods are "
+                "those of its rounded answers, off by a percent of their divergence; head and states stay in float32. "
                 "'bf16-mixed' and '32-true' keep weights whole"
             )
         data = getattr(trainer, "datamodule", None)
@@ -366,6 +368,7 @@ class F2D2Callback(L.Callback):
         self._restore()
 
     def _restore(self) -> None:
+        self._student = None
         for name, before in self._own.items():
             if before is None:
                 vars(self._module).pop(name, None)
@@ -391,6 +394,15 @@ class F2D2Callback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make or restore the head, check the adapter, set baseline and scale from data, and share them."""
         begin_epoch(trainer)
+        if self._before_trial is not None:
+            # what a Tuner tried out is no part of the run
+            self.objective.load_state_dict(self._before_trial)
+            self._before_trial = None
+            if self.added.steps == 0:
+                self._added = None
+        self._start(trainer, pl_module)
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.random.fork_rng([]):
             torch.manual_seed(mix_seed(self._seed, "start"))
             x, cond = self._state(next(training_batches(trainer, self.fit_samples)))
@@ -430,6 +442,7 @@ class F2D2Callback(L.Callback):
     def _prepare_training(self) -> None:
         mapped = self._mapped("live")
         held = HeldFlowMap(mapped)
+        self.added.optimizer.zero_grad(set_to_none=True)
         self._student = JointFlowMap(held if self.frozen else mapped, self._head("live"))
         self._source: VelocitySource
         if self.teacher is None:
@@ -440,12 +453,12 @@ class F2D2Callback(L.Callback):
                 )
             self._source = TeacherSource(held.velocity, self.estimator, stationary=False)
         else:
-            own = {id(p) for p in self._network.parameters()}
-            if isinstance(self.teacher, nn.Module):
-                if any(id(p) in own for p in self.teacher.parameters()):
-                    self.teacher = copy_frozen(self.teacher)
+            teacher = self.teacher
+            if isinstance(teacher, nn.Module):
+                if share_weights(teacher, self._network):
+                    teacher = copy_frozen(teacher)
                 # nothing is differentiated with respect to its weights, whose owner may want to train them elsewhere
-                self.teacher.eval().to(self._module.device)
+                self.teacher = teacher.eval().to(self._module.device)
             self._source = TeacherSource(self.teacher, self.estimator)
 
     @torch.no_grad()
@@ -476,6 +489,11 @@ class F2D2Callback(L.Callback):
         self._gradient_scale = 1.0
 
     def _stepping(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._student is None:
+            # a Tuner takes steps of a run that has not begun, without its callbacks
+            self._before_trial = self.objective.state_dict()
+            self._find(self._module)
+            self._start(self._trainer, self._module)
         batch = args[0] if args else kwargs["batch"]
         index = int(kwargs.get("batch_idx", args[1] if len(args) > 1 else 0))
         self._forget_step()
@@ -511,6 +529,7 @@ class F2D2Callback(L.Callback):
 
     def _loss(self, batch: Any, batch_index: int) -> Tensor:
         trainer, module = self._trainer, self._module
+        assert self._student is not None
         x, cond = self._state(batch)
         devices = [x.device] if x.device.type == "cuda" else []
         parts = (self._seed, trainer.current_epoch, batch_index)

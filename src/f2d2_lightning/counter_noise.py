@@ -7,11 +7,12 @@ of workers or processes, and however often a run was interrupted.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["counter_uniform", "hashed", "mix_seed", "row_keys"]
+__all__ = ["counter_normal", "counter_uniform", "hashed", "mix_seed", "row_keys"]
 
 
 def _signed(value: int) -> int:
@@ -51,6 +52,12 @@ def counter_uniform(counters: Tensor, seed: int) -> Tensor:
         float32, shape of ``counters``, with 24 random bits.
     """
     return _shift_right(hashed(counters, seed), 40).to(torch.float32) * 2.0**-24
+
+
+def counter_normal(counters: Tensor, seed: int) -> Tensor:
+    """Standard normal numbers, one for each counter, float32; arguments as :func:`hashed`."""
+    uniform = counter_uniform(counters, seed) + 2.0**-25  # in (0, 1)
+    return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
 
 
 def row_keys(x: Tensor, seed: int = 0) -> Tensor:

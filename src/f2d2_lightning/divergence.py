@@ -8,7 +8,6 @@ works under DDP and FSDP. With gradients enabled the answers are differentiable.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from f2d2_lightning.baseline import GaussianBaseline
-from f2d2_lightning.counter_noise import counter_uniform, hashed, mix_seed
+from f2d2_lightning.counter_noise import counter_normal, hashed, mix_seed
 from f2d2_lightning.paths import LinearPath, Path, expand_time, repeat_time
 from f2d2_lightning.tangents import forward_mode
 
@@ -248,8 +247,7 @@ class Hutchinson(DivergenceEstimator):
         dim = x[0].numel()
         streams = torch.stack([hashed(keys, mix_seed("probe", probe)) for probe in range(self.probes)])[..., None]
         if gaussian:
-            uniform = counter_uniform(streams + torch.arange(dim, device=x.device), 0) + 2.0**-25
-            return (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).to(x.dtype).reshape(shape)
+            return counter_normal(streams + torch.arange(dim, device=x.device), 0).to(x.dtype).reshape(shape)
         # one number has the signs of 32 elements
         words = hashed(streams + torch.arange(-(-dim // 32), device=x.device), 0)
         bits = (words[..., None] >> torch.arange(16, 48, device=x.device)) & 1

@@ -155,8 +155,8 @@ class LikelihoodEvaluation:
         ``rank_correlation_k`` and ``reference_nll_k`` over those that were compared; ``round_trip_k`` is the root mean
         square per dimension, in units of the state, of data to noise to data in k steps each way; ``unconverged_k``
         is the share of samples without a likelihood; ``reference_error`` the root mean square of the standard errors
-        that each sample's reference has over random probes; ``doubtful_k`` is 1 where :func:`~f2d2_lightning.metrics.doubt`
-        finds something, which :meth:`doubts` says. What no sample has is left out.
+        that each sample's reference has over random probes; ``doubtful_k`` is 1 where
+        :func:`~f2d2_lightning.metrics.doubt` finds something, which :meth:`doubts` says. What no sample has is left out.
         """
         named: dict[str, Tensor] = {}
         error = self._reference_errors.compute()

@@ -185,6 +185,7 @@ class Objective(ABC):
         self.intervals = intervals or Intervals()
         self.weighting = weighting or Weighting()
         self.path = path or LinearPath()
+        self.quantisation: Quantisation | None = None
         self.structure: torch.Generator | None = None
         """Where choices that decide how often the network is called are drawn from; ``None`` for the global generator.
 
@@ -273,11 +274,18 @@ class Objective(ABC):
         return self.weighting(predicted, examples, baseline_of(student))
 
     def quantise(self, quantisation: Quantisation | None) -> None:
-        """Take over the levels and range of the data, for objectives that make states like them.
+        """Take over the levels and range of the data, to which states that are made to look like data are put back.
 
         Raises:
             ValueError: If the objective has others.
         """
+        if self.quantisation is None:
+            self.quantisation = quantisation
+        elif self.quantisation != quantisation:
+            raise ValueError(
+                f"the objective has {self.quantisation}, but the model's data have {quantisation}; leave out the "
+                "objective's, or make them agree"
+            )
 
     # trajectory regression has a state to keep; the others have none
     def state_dict(self) -> dict[str, Any]:
@@ -373,9 +381,8 @@ class _MovingTime(Objective):
         if self.mode == "forward":
             with forward_mode():
                 # copies: a network may change its inputs in place
-                pair = function(
-                    forward_ad.make_dual(x.clone(), dx.clone()), forward_ad.make_dual(time.clone(), torch.ones_like(time))
-                )
+                state = forward_ad.make_dual(x.clone(), dx.clone())
+                pair = function(state, forward_ad.make_dual(time.clone(), torch.ones_like(time)))
                 (u, u_dt), (divergence, divergence_dt) = _unpack(pair.velocity), _unpack(pair.divergence)
             return Joint(u, divergence), Joint(u_dt, divergence_dt)
         # the interval keeps its order, and its times stay in [0, 1]

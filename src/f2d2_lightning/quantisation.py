@@ -97,8 +97,8 @@ class Quantisation:
         low, high, span = self.low, self.high, self.high - self.low
         smallest, largest = float(values.min()), float(values.max())
         remedy = (
-            f"give states low + (k + U) * (high - low) / levels of integers k: {self!r}.dequantise(k), or say the range "
-            "that your data have: low=, high="
+            f"give states low + (k + U) * (high - low) / levels of integers k: {self!r}.dequantise(k), or say the "
+            "range that your data have: low=, high="
         )
         outside = ((values < low - 0.1 * span) | (values > high + 0.1 * span)).double().mean()
         if float(outside) > 0.05:

@@ -266,9 +266,7 @@ class Reference:
     def __post_init__(self) -> None:
         check_mode(self.mode, self.step)
         if self.method not in (*FIXED, *ADAPTIVE):
-            raise ValueError(
-                f"method is {self.method!r}; fixed: {', '.join(FIXED)}; adaptive: {', '.join(ADAPTIVE)}"
-            )
+            raise ValueError(f"method is {self.method!r}; fixed: {', '.join(FIXED)}; adaptive: {', '.join(ADAPTIVE)}")
         if self.probes < 0:
             raise ValueError(f"probes is {self.probes}; at least 1, or 0 for the exact divergence")
 

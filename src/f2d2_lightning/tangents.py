@@ -57,11 +57,11 @@ def forward_mode() -> Iterator[None]:
             if not any(sign in str(error) for sign in _SIGNS):
                 raise
             raise DerivativeError(
-                f"{_place(error.__traceback__)} has no derivative in forward mode ({str(error).splitlines()[0][:160]}). "
-                "Differences of its answers work with any network: give estimator=Hutchinson(mode='finite') and "
-                "reference=Reference(mode='finite') to F2D2Module or F2D2Callback, and mode='finite' to the Lagrangian, "
-                "Eulerian and Consistency objectives; mode='reverse' is exact, where the network can be differentiated "
-                "backwards"
+                f"{_place(error.__traceback__)} has no derivative in forward mode "
+                f"({str(error).splitlines()[0][:160]}). Differences of its answers work with any network: give "
+                "estimator=Hutchinson(mode='finite') and reference=Reference(mode='finite') to F2D2Module or "
+                "F2D2Callback, and mode='finite' to the Lagrangian, Eulerian and Consistency objectives; "
+                "mode='reverse' is exact, where the network can be differentiated backwards"
             ) from error
 
 

@@ -556,15 +556,6 @@ class TrajectoryRegression(Objective):
             return x
         return self.quantisation.dequantise(self.quantisation.quantise(x)).to(x.dtype)
 
-    def quantise(self, quantisation: Quantisation | None) -> None:
-        if self.quantisation is None:
-            self.quantisation = quantisation
-        elif self.quantisation != quantisation:
-            raise ValueError(
-                f"the objective has {self.quantisation}, but the model's data have {quantisation}; leave out the "
-                "objective's, or make them agree"
-            )
-
     def state_dict(self) -> dict[str, Any]:
         pool = self._saved_pool if self._pool is None else self._pool.state_dict(whole=not self._stationary)
         return {"pool": pool, "due": self._due}

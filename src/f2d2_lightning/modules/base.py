@@ -32,7 +32,7 @@ from f2d2_lightning.processes import Places, gather_states
 from f2d2_lightning.progress import begin_epoch, mend_progress
 from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.sampling import check_cond
+from f2d2_lightning.sampling import check_cond, check_state
 from f2d2_lightning.sharding import all_finite, is_sharded, shard, whole
 from f2d2_lightning.states import FIT_SAMPLES, check_precision, check_values
 
@@ -95,6 +95,8 @@ class FlowModule(L.LightningModule):
         self.ema_decay = ema_decay
         self.reference = reference or Reference()
         self.channels_last, self.compile_how = channels_last, compile
+        self.lr: float | None = None
+        """Learning rate in place of the optimiser's own, which ``Tuner.lr_find`` sets; ``None`` leaves it."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
         self._averaged_steps = 0
         self._batch: Any = None
@@ -135,10 +137,11 @@ class FlowModule(L.LightningModule):
         """
         x, cond = self.data_to_state(batch)
         stage = "" if self._trainer is None else str(self._trainer.state.stage)
-        if self._looked_at != stage:
+        if self._looked_at != stage or not x.is_floating_point():
+            check_state(x, "the batch of states")
             check_values(x, self.quantisation)
             self._looked_at = stage
-        return x, cond
+        return x.to(self.dtype), cond
 
     @property
     @abstractmethod
@@ -147,7 +150,7 @@ class FlowModule(L.LightningModule):
 
     @property
     def conditional(self) -> bool | None:
-        """Whether the backbone needs ``cond``; with ``False`` labels of the data are left out, with ``None`` passed on."""
+        """Whether the backbone needs ``cond``; ``False``: labels of the data are left out, ``None``: passed on."""
         return getattr(self.live, "conditional", None)
 
     @property
@@ -250,7 +253,9 @@ class FlowModule(L.LightningModule):
             len(loader)
         except (TypeError, NotImplementedError, AttributeError):
             count = max(1, FIT_SAMPLES // (getattr(loader, "batch_size", None) or 1))
-            rank_zero_info(f"the training data have no length: what is set from them is set from {count} batches at most")
+            rank_zero_info(
+                f"the training data have no length: what is set from them comes from {count} batches at most"
+            )
             return itertools.islice(loader, count)
         return loader
 
@@ -313,6 +318,9 @@ class FlowModule(L.LightningModule):
         if vectors := [p for p in parameters if p.ndim <= 1]:
             groups.append({"params": vectors, "weight_decay": 0.0})
         optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-3)
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:

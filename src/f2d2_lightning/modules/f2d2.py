@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap, check_convention
-from f2d2_lightning.average import copy_frozen
+from f2d2_lightning.average import copy_frozen, share_weights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.counter_noise import mix_seed
@@ -172,15 +172,14 @@ class F2D2Module(FlowModule):
         self.inversion = inversion
         self.warm_start = warm_start
         self.off_diagonal = off_diagonal
-        self._source: VelocitySource | None = None
-        self._anchor: VelocitySource
+        self._sources: tuple[VelocitySource, VelocitySource] | None = None
         self.trust = (*trust, *packages_of(*(type(part) for part in flow_map.modules())))
         self._teacher_path = str(teacher) if isinstance(teacher, (str, Path)) else None
         # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
         self._teacher: list[Any] = []
         if teacher is not None and self._teacher_path is None:
             # a teacher that is the student's own network stays as it is now, and the network is trained
-            self._teacher.append(copy_frozen(teacher) if _share_weights(teacher, flow_map) else teacher)
+            self._teacher.append(copy_frozen(teacher) if share_weights(teacher, flow_map) else teacher)
         self._speed_up()
 
     @property
@@ -204,7 +203,9 @@ class F2D2Module(FlowModule):
             return None
         teacher = self._teacher[0]
         # nothing is differentiated with respect to its weights, whose owner may want to train them elsewhere
-        return teacher.to(self.device).eval() if isinstance(teacher, nn.Module) else teacher
+        if not isinstance(teacher, nn.Module):
+            return teacher
+        return teacher.to(device=self.device, dtype=cast(torch.dtype, self.dtype)).eval()
 
     def teacher_velocity(self) -> Any:
         """``(x, t, cond) -> v`` that likelihoods are compared with; the student's own diagonal without a teacher."""
@@ -272,7 +273,8 @@ class F2D2Module(FlowModule):
                     f"use the same flow_map for both, or warm_start=False ({error})"
                 ) from error
         head = self.joint.head
-        scale = measure_scale(head, self._anchor, self._states(), self.objective.path, reduce=self.sum_over_processes)
+        _, anchor = self._targets()
+        scale = measure_scale(head, anchor, self._states(), self.objective.path, reduce=self.sum_over_processes)
         head.scale.fill_(scale)
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -282,20 +284,24 @@ class F2D2Module(FlowModule):
     # --- training ---
 
     def on_fit_start(self) -> None:
-        """Make the targets' source."""
-        self._source, self._anchor = self.make_source()
+        """Make the targets' source anew: teacher and device may be others than in the last run."""
+        self._sources = None
+
+    def _targets(self) -> tuple[VelocitySource, VelocitySource]:
+        """Source and anchor, made when they are first asked for: a Tuner takes steps before a run begins."""
+        self._sources = self._sources or self.make_source()
+        return self._sources
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The objective's loss; its parts are logged beside it."""
         x, cond = self.state(batch)
-        if self._source is None:  # no run began, as when a Tuner takes a few steps
-            self._source, self._anchor = self.make_source()
+        source, anchor = self._targets()
         progress = min(1.0, self.trainer.global_step / max(1.0, self.trainer.estimated_stepping_batches))
         if self.trainer.world_size > 1:
             # processes may share a sharded network, and must call it equally often
             seed = mix_seed(self._seed, self.trainer.current_epoch, batch_idx, "structure")
             self.objective.structure = torch.Generator().manual_seed(seed)
-        terms = self.objective(self.joint, self._source, x, cond, anchor=self._anchor, progress=progress)
+        terms = self.objective(self.joint, source, x, cond, anchor=anchor, progress=progress)
         self.log("train/loss", terms.loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
         return terms.loss
@@ -395,7 +401,7 @@ class F2D2Module(FlowModule):
         Raises:
             ValueError: If they have another shape than the module's, or ``cond`` does not fit the model.
         """
-        self._check_shape(x)
+        x = self._fitting(x)
         inversion = None if Direction.TO_NOISE in self.average.directions else self.inversion
         return log_prob(self.average, x, steps, cond, inversion=inversion)
 
@@ -414,7 +420,7 @@ class F2D2Module(FlowModule):
         """
         if isinstance(noise, int):
             noise = draw_noise(noise, self.shape, self.device)
-        self._check_shape(noise)
+        noise = self._fitting(noise)
         if guidance is not None:
             return guidance(self.average, noise, steps, cond, log_prob=with_log_prob)
         return sample(self.average, noise, steps, cond, log_prob=with_log_prob)
@@ -424,19 +430,15 @@ class F2D2Module(FlowModule):
         x, cond = self.state(batch)
         return {k: self.log_prob(x, k, cond).value for k in self.steps}
 
-    def _check_shape(self, x: Tensor) -> None:
+    def _fitting(self, x: Tensor) -> Tensor:
+        """States of the module's shape, in its precision."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"states have shape {tuple(x.shape)}, but the model was trained for (B, "
                 f"{', '.join(map(str, self.shape))}); a likelihood of another size means nothing: resize the data, or "
                 "train a model for them"
             )
-
-
-def _share_weights(teacher: Any, flow_map: nn.Module) -> bool:
-    parts = teacher.parameters() if isinstance(teacher, nn.Module) else ()
-    own = {id(p) for p in flow_map.parameters()}
-    return any(id(p) in own for p in parts)
+        return x.to(self.dtype) if x.is_floating_point() else x
 
 
 def _trainable_copy(module: Any) -> Any:
