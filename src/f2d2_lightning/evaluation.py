@@ -156,7 +156,7 @@ class LikelihoodEvaluation:
         square per dimension, in units of the state, of data to noise to data in k steps each way; ``unconverged_k``
         is the share of samples without a likelihood; ``reference_error`` the root mean square of the standard errors
         that each sample's reference has over random probes; ``doubtful_k`` is 1 where
-        :func:`~f2d2_lightning.metrics.doubt` finds something, which :meth:`doubts` says. What no sample has is left out.
+        :func:`~f2d2_lightning.metrics.doubt` finds something (:meth:`doubts`). What no sample has is left out.
         """
         named: dict[str, Tensor] = {}
         error = self._reference_errors.compute()
