@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class F2D2Module(FlowModule):
         self,
         flow_map: FlowMap | None = None,
         shape: Sequence[int] | None = None,
-        teacher: str | FlowMatchingModule | None = None,
+        teacher: str | Path | FlowMatchingModule | None = None,
         head: DivergenceHead | None = None,
         objective: Objective | None = None,
         estimator: DivergenceEstimator | None = None,
@@ -153,9 +154,9 @@ class F2D2Module(FlowModule):
         self.warm_start = warm_start
         self.off_diagonal = off_diagonal
         self.trust = (*trust, *packages_of(*(type(part) for part in flow_map.modules())))
-        self._teacher_path = teacher if isinstance(teacher, str) else None
+        self._teacher_path = str(teacher) if isinstance(teacher, (str, Path)) else None
         # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
-        self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, str) else [teacher]
+        self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, (str, Path)) else [teacher]
         self._speed_up()
 
     @property
