@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -73,7 +74,7 @@ class SampleQuality(L.Callback):
 
     def __init__(
         self,
-        features: str | nn.Module,
+        features: str | Path | nn.Module,
         weights: str | None = None,
         steps: Sequence[int] = (1, 2, 4, 8),
         samples: int = 10_000,
