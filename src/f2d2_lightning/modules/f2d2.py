@@ -207,6 +207,23 @@ class F2D2Module(FlowModule):
                 f"the teacher was trained on states of shape {teacher.shape}, the student is for {self.shape}; "
                 "use the teacher of these data"
             )
+        self._follow_teacher()
+
+    def _follow_teacher(self) -> None:
+        """Labels mean what they mean to the teacher.
+
+        Raises:
+            ValueError: If the student was trained with another order of the classes.
+        """
+        theirs = getattr(self._teacher[0], "class_names", None) if self._teacher else None
+        if theirs is None or not self.conditional:
+            return
+        if self.trained and self.class_names not in (None, theirs):
+            raise ValueError(
+                f"the student's classes are {self.class_names}, the teacher's {theirs}, in the order of their labels; "
+                "use the teacher that the student was trained with"
+            )
+        self._follow_classes(theirs)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -256,6 +273,7 @@ class F2D2Module(FlowModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._follow_teacher()
         states = checkpoint.get("f2d2", {}).get("objective")
         if states:
             self.objective.load_state_dict(own_state(states))
