@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import json
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from f2d2_lightning import GaussianBaseline, Inversion, log_prob
-from problems import PROBLEMS, Logistic, LogisticMap, rotation
+import f2d2_lightning as f2
+from f2d2_lightning import GaussianBaseline, Inversion, Quantisation, log_prob
+from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.class_names import guessed_labels
+from f2d2_lightning.commands import nll_command, sample_command
+from f2d2_lightning.commands.common import check_labels, class_count
+from f2d2_lightning.counter_noise import counter_uniform
+from f2d2_lightning.image_files import read_images
+from f2d2_lightning.nn import MLP
+from lightning_parts import trainer
+from problems import PROBLEMS, Logistic, LogisticMap, randomise, rotation
 from test_likelihood import ToData
 
 # --- Gaussian fits of few samples ---
@@ -218,3 +231,248 @@ def test_rounding_far_out_is_no_solution():
         answer = Inversion().solve(lambda y: torch.where(y.abs() > 1e15, -y, -y + 1e20), torch.zeros(2, 3))
     assert (answer.residual == 0).all()
     assert not answer.converged.any()
+
+
+# --- labels by name ---
+
+
+class Picky(f2.F2D2Module):
+    """A conditional student with random weights, whose likelihoods depend on the class."""
+
+    def __init__(self, classes: int = 11, shape: list[int] = [1, 4, 4], levels: int | None = 256) -> None:  # noqa: B006
+        torch.manual_seed(3)
+        network = randomise(MLP(shape, width=12, blocks=1, classes=classes))
+        head = f2.DivergenceHead(12, baseline=f2.GaussianBaseline(shape, "diagonal"))
+        super().__init__(network, shape, head=head, levels=levels, steps=(1,), reference=f2.Reference(steps=2))
+        self.average.load_state_dict(randomise(self.joint).state_dict())
+
+
+@pytest.fixture
+def single(monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+PIXELS = {"2": 40, "10": 200, "cat": 90, "3": 120}
+
+
+def pictures(folder, *classes, count=6):
+    """Pictures whose brightness is their class."""
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            values = (
+                np.random.default_rng(PIXELS[name] + i).integers(0, 100, (4, 4)) + (PIXELS[name] // 2) + 50 * (i < 1)
+            )
+            Image.fromarray(values.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def image_data(folder, **settings):
+    return f2.ImageFolder(folder, 4, channels=1, labels=True, val=2, test=4, batch_size=4, **settings)
+
+
+def classes_kept(path, folder, classes=11, names=True, **settings):
+    """A checkpoint that a trainer wrote after a step on a folder of classes, with the class that it is of."""
+    module, made = Picky(classes), trainer(path.parent, max_steps=1, limit_val_batches=0)
+    made.fit(module, datamodule=image_data(folder, **settings))
+    made.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"] = {"_class_path": f"{__name__}.Picky", "classes": classes}
+    if not names:
+        del content["f2d2"]["classes"]
+    torch.save(content, path)
+    return load_module(path, f2.F2D2Module, trust=[__name__])
+
+
+def nll(path, data, *options):
+    """What the command says of each sample, by its name."""
+    arguments = ["--ckpt", path, "--trust", __name__, "--data", data, "--device", "cpu", "--overwrite", "true"]
+    nll_command([*map(str, arguments), *map(str, options)])
+    with open("nll.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def right(module, folder, order):
+    """Likelihoods of a folder's pictures under the label of each one's class in ``order``."""
+    images = read_images(folder, module.shape)
+    uniform = counter_uniform(torch.arange(images.values.numel()).reshape(len(images.values), -1), 0)
+    x = Quantisation(256).dequantise(images.values, uniform.reshape(images.values.shape))
+    labels = torch.tensor([order.index(name.split("/")[0]) for name in images.names])
+    with torch.no_grad():
+        return module.log_prob(x, 4, labels).value.tolist()
+
+
+@pytest.mark.parametrize("given", [("2", "10"), ("10",), ("2",)])
+def test_a_class_is_called_by_its_name(single, given):
+    """Training sorts names as text, 10 before 2; the command took them for the labels themselves."""
+    module = classes_kept(single / "a.ckpt", pictures(single / "train", "2", "10"))
+    assert module.class_names == ["10", "2"]
+    folder = pictures(single / "given", *given)
+    expected = right(module, folder, ["10", "2"])
+    got = [float(row["log_prob"]) for row in nll("a.ckpt", folder)]
+    assert got == pytest.approx(expected, rel=1e-4)
+    other = right(module, folder, ["2", "10"])
+    assert np.abs(np.subtract(expected, other)).mean() > 1
+
+
+def test_a_data_module_of_fewer_classes_follows_the_model(single):
+    module = classes_kept(single / "a.ckpt", pictures(single / "train", "2", "10", "cat"))
+    assert module.class_names == ["10", "2", "cat"]
+    data = image_data(pictures(single / "fewer", "2", "cat"))
+    with torch.no_grad():
+        trainer(single).test(module, datamodule=data, verbose=False)
+    assert data.classes == ["10", "2", "cat"]
+    assert {int(label) for label in data.dataset("train").labels} == {1, 2}
+    # and from the command line
+    arguments = json.dumps(
+        {"folder": str(single / "fewer"), "size": 4, "channels": 1, "labels": True, "val": 2, "test": 4}
+    )
+    rows = nll("a.ckpt", "f2d2_lightning.ImageFolder", "--data_args", arguments)
+    x, labels = data.dataset("test").__getitems__(list(range(4)))
+    with torch.no_grad():
+        assert [float(row["log_prob"]) for row in rows] == pytest.approx(
+            module.log_prob(x, 4, labels).value.tolist(), rel=1e-4
+        )
+
+
+def test_a_run_goes_on_with_the_labels_that_it_began_with(single):
+    folder = pictures(single / "train", "2", "10", "cat")
+    classes_kept(single / "a.ckpt", folder)
+    content = torch.load("a.ckpt", weights_only=True)
+    content["f2d2"]["classes"] = ["cat", "2", "10"]
+    torch.save(content, "b.ckpt")
+    seen = {}
+
+    class Seeing(Picky):
+        def training_step(self, batch, batch_idx):
+            for image, label in zip(*batch, strict=True):
+                seen.setdefault(int(label), []).append(float(image.mean()))
+            return super().training_step(batch, batch_idx)
+
+    module = Seeing()
+    data = image_data(folder, flip=True)
+    trainer(single, max_epochs=3, limit_val_batches=0).fit(module, datamodule=data, ckpt_path="b.ckpt")
+    assert module.class_names == ["cat", "2", "10"]
+    means = {label: np.mean(values) for label, values in seen.items()}
+    # cat is 90, 2 is 40, 10 is 200
+    assert sorted(means, key=means.get) == [1, 0, 2]
+
+
+def test_a_student_has_the_labels_of_its_teacher(single):
+    network = randomise(MLP([1, 4, 4], width=12, blocks=1, classes=3))
+    teacher = f2.FlowMatchingModule(network, [1, 4, 4], levels=256)
+    teacher.class_names = ["cat", "2", "10"]
+    data, student = image_data(pictures(single / "train", "2", "10", "cat")), f2.F2D2Module(teacher=teacher, steps=(1,))
+    trainer(single, max_steps=1, limit_val_batches=0).fit(student, datamodule=data)
+    assert data.classes == student.class_names == ["cat", "2", "10"]
+    teacher.class_names = ["2", "cat", "10"]
+    with pytest.raises(ValueError, match=r"student's classes are \['cat', '2', '10'\], the teacher's \['2', 'cat'"):
+        trainer(single).test(student, datamodule=data, verbose=False)
+
+
+def refused_nll(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        nll(*arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_classes_that_the_model_does_not_know_are_refused_with_both_lists(single, capsys):
+    module = classes_kept(single / "a.ckpt", pictures(single / "train", "2", "10"))
+    folder = pictures(single / "other", "2", "cat")
+    both = "class 'cat' that the model does not know: the data have '2', 'cat'; the model has '10', '2'"
+    assert both in refused_nll(capsys, "a.ckpt", folder)
+    with pytest.raises(ValueError, match=both):
+        trainer(single).test(module, datamodule=image_data(folder), verbose=False)
+    content = torch.load("a.ckpt", weights_only=True)
+    content["f2d2"]["classes"] = []
+    torch.save(content, "numbers.ckpt")
+    assert "labels that are numbers, without names" in refused_nll(capsys, "numbers.ckpt", folder)
+    # numbers are what a model of numbers calls its classes
+    folder = pictures(single / "numbers", "2", "10")
+    got = [float(row["log_prob"]) for row in nll("numbers.ckpt", folder)]
+    assert got == pytest.approx(right(module, folder, [str(i) for i in range(11)]), rel=1e-4)
+    content["f2d2"]["classes"] = ["a", 3]
+    torch.save(content, "bad.ckpt")
+    assert "a list of different names is expected" in refused_nll(capsys, "bad.ckpt", folder)
+
+
+def test_checkpoints_that_do_not_say_their_classes(single, capsys):
+    """Before names were kept: the order of training, where that is certain or said, and else a question."""
+    folder = pictures(single / "train", "2", "10")
+    module = classes_kept(single / "two.ckpt", folder, classes=2, names=False)
+    assert module.class_names is None
+    got = [float(row["log_prob"]) for row in nll("two.ckpt", folder)]
+    assert got == pytest.approx(right(module, folder, ["10", "2"]), rel=1e-4)
+    assert "warning" not in capsys.readouterr().err
+    module = classes_kept(single / "eleven.ckpt", folder, classes=11, names=False)
+    said = refused_nll(capsys, "eleven.ckpt", folder)
+    assert "order is ambiguous" in said
+    got = [float(row["log_prob"]) for row in nll("eleven.ckpt", folder, "--classes", "10,2")]
+    assert got == pytest.approx(right(module, folder, ["10", "2"]), rel=1e-4)
+    # of ten classes and fewer, text and numbers have one order
+    three = pictures(single / "three", "3")
+    module = classes_kept(single / "ten.ckpt", folder, classes=10, names=False)
+    got = [float(row["log_prob"]) for row in nll("ten.ckpt", three)]
+    assert got == pytest.approx(right(module, three, [str(i) for i in range(10)]), rel=1e-4)
+    assert "are taken as labels: if that is wrong" in capsys.readouterr().err
+
+
+def test_every_class_of_numbered_folders_in_the_order_of_training(single, capsys):
+    labels, said = guessed_labels(sorted(map(str, range(12))), 12, "a folder")
+    assert labels == list(range(12))
+    assert "order is ambiguous; taken as text: 0 is 0, 1 is 1, 10 is 2" in said
+
+
+# --- labels out of range ---
+
+
+def test_samples_of_a_class(single, capsys):
+    module = classes_kept(single / "a.ckpt", pictures(single / "train", "2", "10"))
+
+    def drawn(label, path="a.ckpt"):
+        options = ["--ckpt", path, "--trust", __name__, "--device", "cpu", "--num", "3", "--out", "x.npz"]
+        sample_command([*options, "--overwrite", "true", f"--label={label}"])
+        return np.load("x.npz")
+
+    made = drawn("2")
+    with torch.no_grad():
+        again = module.sample(torch.from_numpy(made["noise"]), 4, torch.ones(3, dtype=torch.long))
+    assert np.allclose(made["x"], again.state, atol=1e-5)
+    for label in ("1", "cat", "-1"):
+        with pytest.raises(SystemExit):
+            drawn(label)
+        assert "the model has 10, 2; say one of them" in capsys.readouterr().err
+    content = torch.load("a.ckpt", weights_only=True)
+    del content["f2d2"]["classes"]
+    torch.save(content, "numbers.ckpt")
+    assert np.allclose(drawn("1", "numbers.ckpt")["x"], made["x"])
+    for label, message in (("11", "the model is for 11 classes, 0 to 10"), ("-1", "-1"), ("cat", "whole numbers")):
+        with pytest.raises(SystemExit):
+            drawn(label, "numbers.ckpt")
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["embedding", "one-hot", "null label"])
+def test_labels_that_are_no_classes_are_refused(kind):
+    if kind == "embedding":
+        module = Picky(3)
+    else:
+        net = MLP([2], width=8, blocks=1, classes=0 if kind == "one-hot" else 4)
+        settings = {"classes": 3} if kind == "one-hot" else {"null_label": 3}
+        adapter = f2.adapters.Adapter(
+            "net(x, s, t, cond)", noise_time=0.0, data_time=1.0, directions="both", **settings
+        )
+        module = f2.F2D2Module(adapter(net), [2], head=f2.DivergenceHead(network=MLP([2], width=8, blocks=1)))
+    assert class_count(module) == (3 if kind != "null label" else 4)
+    check_labels(module, torch.tensor([0, 2]), "x")
+    for labels, message in (
+        (torch.tensor([0, -1]), "labels -1 to 0"),
+        (torch.tensor([0, 4]), "labels 0 to 4.* 0 to"),
+        (torch.tensor([0.0, 1.0]), r"type torch.float64.*integers, one a sample"),
+        (torch.tensor([[0, 1]]), r"shape \(1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_labels(module, labels, "x")

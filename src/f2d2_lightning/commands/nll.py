@@ -12,10 +12,11 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from f2d2_lightning.bounds import dequantisation_bounds
-from f2d2_lightning.commands.common import add_student, load_student, run
+from f2d2_lightning.class_names import as_names
+from f2d2_lightning.commands.common import add_student, check_labels, load_student, run
 from f2d2_lightning.commands.points import DATA, Points, Reading, load_points
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.likelihood import LogProb
@@ -40,6 +41,13 @@ def nll_command(arguments: list[str]) -> None:
     add_student(parser)
     parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
     parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
+    parser.add_argument(
+        "--classes",
+        type=str,
+        default=None,
+        help="names of the model's classes in the order of their labels, with commas between them: for folders of "
+        "classes, and checkpoints that do not hold the names",
+    )
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
     parser.add_argument("--out", type=str, default="nll.csv", help=".csv or .parquet, one row a sample")
     parser.add_argument(
@@ -95,6 +103,11 @@ def _nll(options: Any) -> None:
     if options.compare is None and options.compare_args:
         raise ValueError("--compare_args are arguments of the data module that --compare names, and it names none")
     module = load_student(options)
+    if options.classes is not None:
+        names = as_names(options.classes.split(","), "--classes")
+        if module.class_names and names != module.class_names:
+            raise ValueError(f"--classes are {names}, and the checkpoint has {module.class_names}; leave --classes out")
+        module.class_names = names
     files = {"convert": options.convert, "resize": options.resize, "requantise": options.requantise}
     points = load_points(options.data, options.data_args, module, Reading(options.seed, **files))
     others = None
@@ -185,13 +198,7 @@ def _check_labels(module: F2D2Module, points: Points, cond: Tensor | None) -> No
         return
     if cond is None:
         raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
-    tables = [getattr(m, "labels", None) for m in module.average.modules()]
-    classes = next((table.num_embeddings for table in tables if isinstance(table, nn.Embedding)), None)
-    if classes is not None and (int(cond.min()) < 0 or int(cond.max()) >= classes):
-        raise ValueError(
-            f"{points.source} has labels {int(cond.min())} to {int(cond.max())}, but the model is for {classes} "
-            f"classes, 0 to {classes - 1}"
-        )
+    check_labels(module, cond, points.source)
 
 
 def _columns(module: F2D2Module, points: Points, found: _Likelihoods, among: _Likelihoods | None) -> list[Column]:
