@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
+import re
 import warnings
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 import f2d2_lightning as f2
 from f2d2_lightning import GaussianBaseline, Inversion, Quantisation, log_prob
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.class_names import guessed_labels
+from f2d2_lightning.cli import main
 from f2d2_lightning.commands import nll_command, sample_command
 from f2d2_lightning.commands.common import check_labels, class_count
 from f2d2_lightning.counter_noise import counter_uniform
 from f2d2_lightning.image_files import read_images
+from f2d2_lightning.impossible import said_of_bits
 from f2d2_lightning.nn import MLP
 from lightning_parts import trainer
 from problems import PROBLEMS, Logistic, LogisticMap, randomise, rotation
@@ -476,3 +482,164 @@ def test_labels_that_are_no_classes_are_refused(kind):
     ):
         with pytest.raises(ValueError, match=message):
             check_labels(module, labels, "x")
+
+
+# --- likelihoods that cannot be ---
+
+
+class Sharp(Picky):
+    """Its density is by far too high, or NaN where a pixel is bright."""
+
+    def __init__(self, classes: int = 0, shift: float = 1000.0, poison: bool = False) -> None:
+        super().__init__(classes)
+        self.shift, self.poison = shift, poison
+
+    def log_prob(self, x, *args, **kwargs):
+        answer = super().log_prob(x, *args, **kwargs)
+        value = answer.value * 0 + self.shift
+        if self.poison:
+            value = torch.where(x.flatten(1)[:, 0] > 0, torch.nan, value)
+        return dataclasses.replace(answer, value=value)
+
+    def sample(self, *args, **kwargs):
+        made = super().sample(*args, **kwargs)
+        return made if made.log_prob is None else dataclasses.replace(made, log_prob=made.log_prob * 0 + self.shift)
+
+
+def sharp(path, **settings):
+    content = {"state_dict": Sharp().state_dict(), "f2d2": {}, "pytorch-lightning_version": "2.0.0"}
+    torch.save(content | {"hyper_parameters": {"_class_path": f"{__name__}.Sharp", **settings}}, path)
+    return path
+
+
+# 16 dimensions of 256 levels on [-1, 1]: 0 bits/dim are 16 log(128) = 77.63 nats
+@pytest.mark.parametrize(("shift", "bits"), [(77.0, None), (78.0, "-0.0331"), (1000.0, "-83.16")])
+def test_bits_below_zero_are_flagged(single, capsys, shift, bits):
+    np.save("x.npy", np.random.default_rng(0).integers(0, 256, (8, 1, 4, 4)).astype(np.uint8))
+    nll(sharp("a.ckpt", shift=shift), "x.npy")
+    said = capsys.readouterr().out
+    assert ("warning: bits_per_dim cannot be right" in said) == (bits is not None)
+    if bits is not None:
+        assert f"mean {bits}" in said
+        assert "8 of 8 below 0 bits/dim" in said
+        assert "check levels (256), range ([-1, 1]) and dequantisation" in said
+    sample_command(["--ckpt", "a.ckpt", "--trust", __name__, "--device", "cpu", "--num", "3", "--out", "x.npz"])
+    assert ("warning: bits_per_dim cannot be right" in capsys.readouterr().out) == (bits is not None)
+
+
+def test_more_than_a_percent_below_zero_is_flagged():
+    bits = torch.full((200,), 3.0)
+    bits[:2] = -0.1
+    assert said_of_bits(bits, "bits", 256, -1, 1) is None
+    bits[2] = -0.1
+    assert "3 of 200 below 0" in said_of_bits(bits, "bits", 256, -1, 1)
+    assert said_of_bits(-bits, "bits", None, -1, 1) is None
+
+
+def test_what_is_not_finite_is_flagged(single, capsys):
+    values = np.zeros((8, 1, 4, 4), np.uint8)
+    values[:3] = 255
+    np.save("x.npy", values)
+    rows = nll(sharp("a.ckpt", shift=-3.0, poison=True), "x.npy")
+    assert sum(row["log_prob"] == "nan" for row in rows) == 3
+    said = capsys.readouterr().out
+    assert "warning: log_prob cannot be right: 3 of 8 are NaN or infinite" in said
+    assert "did not converge" not in said
+    assert "log_prob: -3.0000" in said
+
+
+def test_figures_of_a_test_that_cannot_be_are_flagged(single, capsys):
+    sharp("a.ckpt", shift=200.0)
+    values = np.random.default_rng(0).integers(0, 256, (8, 1, 4, 4)).astype(np.uint8)
+    for i, value in enumerate(values):
+        (single / "set").mkdir(exist_ok=True)
+        Image.fromarray(value[0]).save(single / "set" / f"{i}.png")
+    data = "{folder: set, size: 4, channels: 1, val: 2, test: 4}"
+
+    def run(command, settings):
+        (single / "run.yaml").write_text(
+            f"model: {{class_path: {__name__}.Sharp, init_args: {{{settings}}}}}\n"
+            f"data: {{class_path: f2d2_lightning.ImageFolder, init_args: {data}}}\n"
+            "trainer: {accelerator: cpu, logger: false, enable_progress_bar: false, enable_model_summary: false}\n"
+        )
+        main([command, "--config", "run.yaml", "--ckpt_path", "a.ckpt"])
+        return capsys.readouterr().out
+
+    for command, stage in (("test", "test"), ("validate", "val")):
+        said = run(command, "shift: 200.0")
+        assert f"warning: {stage}/nll_1 cannot be right: mean -11.03" in said
+        assert "nll_1 of the samples cannot be right" in said
+        assert "warning" not in run(command, "shift: 20.0").replace("UserWarning", "")
+        assert re.search(r"warning: nll_1 cannot be right: \d+.00% of samples are NaN", run(command, "poison: true"))
+
+
+class Probed(Picky):
+    """With another number of probes."""
+
+    def __init__(self, classes: int = 11, probes: int = 1) -> None:
+        super().__init__(classes)
+        self.reference = f2.Reference(steps=2, probes=probes)
+
+
+def test_the_error_of_a_reference_is_a_column(single, capsys):
+    module = classes_kept(single / "a.ckpt", pictures(single / "train", "2", "10"))
+    x = torch.rand(5, 1, 4, 4) * 2 - 1
+    np.savez("x.npz", x=x.numpy(), y=np.array([0, 1, 0, 1, 1]))
+    content = torch.load("a.ckpt", weights_only=True)
+    rows = {}
+    for probes in (0, 3):
+        content["hyper_parameters"] |= {"probes": probes, "_class_path": f"{__name__}.Probed"}
+        torch.save(content, "probed.ckpt")
+        rows[probes] = nll("probed.ckpt", "x.npz", "--reference", "true")
+    assert "reference_standard_error" not in rows[0][0]
+    answer = f2.Reference(steps=2, probes=3)(module.average.velocity, x, torch.tensor([0, 1, 0, 1, 1]))
+    got = [float(row["reference_standard_error"]) for row in rows[3]]
+    assert got == pytest.approx(answer.standard_error.tolist(), rel=1e-3)
+    rms = float(answer.standard_error.square().mean().sqrt())
+    assert f"reference_standard_error: {rms:.4f}"[:-1] in capsys.readouterr().out
+
+
+# --- data modules of other levels or of another range ---
+
+
+class Theirs(L.LightningDataModule):
+    """Somebody's, which says what its states are."""
+
+    def __init__(self, levels: int = 256, low: float = -1.0, high: float = 1.0, shape: list[int] | None = None) -> None:
+        super().__init__()
+        self.quantisation = Quantisation(levels, low, high)
+        self.shape = shape
+
+    def test_dataloader(self):
+        return DataLoader(TensorDataset(torch.rand(4, 1, 4, 4)), batch_size=2)
+
+
+class Ranged(f2.FlowDataModule):
+    """Of this package's kind."""
+
+    shape = (1, 4, 4)
+
+    def __init__(self, levels: int = 256, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(quantisation=Quantisation(levels, low, high))
+
+    def splits(self):
+        values = torch.arange(64).reshape(4, 1, 4, 4) * (self.quantisation.levels - 1) // 63
+        return dict.fromkeys(("train", "val", "test"), (values, None))
+
+
+@pytest.mark.parametrize("kind", ["Theirs", "Ranged"])
+@pytest.mark.parametrize("other", [{"low": 0.0}, {"high": 2.0}, {"levels": 128}, {"levels": 128, "low": 0.0}, {}])
+def test_data_of_other_levels_or_range_are_refused(single, capsys, kind, other):
+    sharp("a.ckpt", shift=3.0)
+    arguments = ("a.ckpt", f"{__name__}.{kind}", "--data_args", json.dumps(other))
+    if not other:
+        assert len(nll(*arguments)) == 4
+        return
+    said = refused_nll(capsys, *arguments)
+    assert "levels=256, low=-1.0, high=1.0" in said or "shape (1, 4, 4) and levels 256" in said
+
+
+def test_data_of_another_shape_are_refused_before_they_are_read(single, capsys):
+    sharp("a.ckpt", shift=3.0)
+    said = refused_nll(capsys, "a.ckpt", f"{__name__}.Theirs", "--data_args", '{"shape": [3, 4, 4]}')
+    assert "has shape (3, 4, 4)" in said

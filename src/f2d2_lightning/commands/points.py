@@ -208,6 +208,7 @@ def _from_data_module(name: str, path: str, split: str, arguments: Mapping[str, 
     else:
         data.prepare_data()
         data.setup({"train": "fit", "val": "validate", "test": "test"}[split])
+        _check_data_module(name, data, module)
         _agree_on_classes(data, module)
         try:
             loader = getattr(data, f"{split}_dataloader")()
@@ -234,16 +235,20 @@ def _agree_on_classes(data: L.LightningDataModule, module: F2D2Module) -> None:
         )
 
 
-def _check_data_module(name: str, data: FlowDataModule, module: F2D2Module) -> None:
-    theirs, mine = data.quantisation, None
-    if module.levels is not None:
-        mine = Quantisation(module.levels, module.low, module.high)
-    if data.shape != module.shape or data.levels != module.levels:
+def _check_data_module(name: str, data: L.LightningDataModule, module: F2D2Module) -> None:
+    """Refuse data of another shape or of other levels, of somebody's data module where it says them."""
+    mine = None if module.levels is None else Quantisation(module.levels, module.low, module.high)
+    own = isinstance(data, FlowDataModule)
+    levels, shape = getattr(data, "levels", None), getattr(data, "shape", None)
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else None
+    levels_differ = levels != module.levels if own else type(levels) is int and levels != module.levels
+    if levels_differ or (shape is not None and shape != module.shape):
         raise ValueError(
-            f"--data {name} has shape {data.shape} and levels {data.levels}, but the checkpoint is of a model for "
-            f"shape {module.shape} and levels {module.levels}"
+            f"--data {name} has shape {shape} and levels {levels}, but the checkpoint is of a model for shape "
+            f"{module.shape} and levels {module.levels}"
         )
-    if theirs != mine:
+    theirs = getattr(data, "quantisation", None)
+    if (own or isinstance(theirs, Quantisation)) and theirs != mine:
         raise ValueError(f"--data {name} has {theirs}, but the checkpoint is of a model for {mine}")
 
 

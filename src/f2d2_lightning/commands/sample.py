@@ -16,8 +16,10 @@ from torch import Tensor
 from f2d2_lightning.commands.common import add_student, check_labels, load_student, run
 from f2d2_lightning.files import refuse_to_overwrite, whole_file
 from f2d2_lightning.guidance import GuidedSamples, SelfGuidance
+from f2d2_lightning.impossible import said_of_bits, said_of_values
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.plots import sample_figure, save_figure
+from f2d2_lightning.quantisation import bits_per_dim
 from f2d2_lightning.sampling import Samples
 
 __all__ = ["sample_command"]
@@ -118,6 +120,13 @@ def _sample(options: Any) -> None:
             f"log p {before:.3f} before, {after:.3f} nats after",
             soft_wrap=True,
         )
+    bits = bits_per_dim(log_prob.double(), module.dim, module.levels, module.low, module.high)
+    for flag in (
+        said_of_values(log_prob, "log_prob"),
+        said_of_bits(bits, "bits_per_dim", module.levels, module.low, module.high),
+    ):
+        if flag is not None:
+            console.print(f"warning: {flag}", soft_wrap=True, markup=False)
     console.print(
         f"{options.num} samples, {_cost(made[0])}, mean log p {float(log_prob.mean()):.3f} nats; wrote {out}",
         soft_wrap=True,
