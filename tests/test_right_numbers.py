@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
 from f2d2_lightning.evaluation import LikelihoodEvaluation
 from f2d2_lightning.metrics import doubt
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.tangents import DerivativeError
-from command_line import single_precision  # noqa: F401
 from foreign import MeanFlowModule, callback
 from lightning_parts import Pair, student, teacher, trainer
 

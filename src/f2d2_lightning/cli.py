@@ -20,8 +20,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from f2d2_lightning.checkpoints import check_checkpoint
 from f2d2_lightning.data import FlowDataModule
 from f2d2_lightning.files import whole_file
+from f2d2_lightning.flow_map import Direction
+from f2d2_lightning.impossible import said_of_bits, said_of_values
 from f2d2_lightning.last_checkpoint import LastCheckpoint
-from f2d2_lightning.modules import FlowModule
+from f2d2_lightning.modules import F2D2Module, FlowModule
 from f2d2_lightning.resuming import differences, is_finished, newest_checkpoint
 from f2d2_lightning.run_folder import run_folder
 
@@ -32,8 +34,8 @@ USAGE = """usage: f2d2 COMMAND ...
 commands:
   fit        train a teacher or a student:  f2d2 fit --config configs/digits_teacher.yaml
              the same command goes on with a run that was interrupted
-  validate   run the validation loop of a checkpoint
-  test       run the test loop; a student writes a table and pictures
+  validate   run the validation loop of a checkpoint:  f2d2 validate --config ... --ckpt_path last
+  test       run the test loop of one; a student writes a table and pictures
   sample     draw samples from a student's checkpoint:  f2d2 sample --ckpt ... --steps 2 --num 64 --out grid.png
   nll        log-likelihood of every sample of a data set:  f2d2 nll --ckpt ... --data digits --steps 4 --out nll.csv
 
@@ -164,9 +166,27 @@ class F2D2CLI(LightningCLI):
         say(f"going on from {newest}" + (f", with another configuration: {'; '.join(changed)}" if changed else ""))
 
     def _before_evaluation(self) -> None:
+        """Take a checkpoint of the model, whose figures are wanted.
+
+        Raises:
+            ValueError: If none was named, as the weights would be random, or it is damaged.
+            FileNotFoundError: If it is not there.
+        """
         config = self.config_init[self.subcommand]
+        newest = self._newest()
+        # empty: a variable of a shell that was not set
+        if not config["ckpt_path"]:
+            raise ValueError(
+                f"f2d2 {self.subcommand} without a checkpoint would give the figures of a model that was not trained; "
+                + (
+                    f"say which: --ckpt_path last ({newest})"
+                    if newest is not None
+                    else f"{run_folder(self.trainer)} holds none either: train first (f2d2 fit ...) or name one "
+                    "(--ckpt_path FILE)"
+                )
+                + f". For a model whose weights come with its class: Trainer().{self.subcommand}(model, data) in Python"
+            )
         if config["ckpt_path"] == "last":
-            newest = self._newest()
             if newest is None:
                 raise FileNotFoundError(f"{run_folder(self.trainer)} holds no checkpoint; train first: f2d2 fit ...")
             config["ckpt_path"] = str(newest)
@@ -174,6 +194,34 @@ class F2D2CLI(LightningCLI):
             check_checkpoint(config["ckpt_path"])
 
     before_validate = before_test = _before_evaluation
+
+    def _after_evaluation(self) -> None:
+        """Flag likelihoods that cannot be."""
+        model = self.model
+        values = {
+            name: value.reshape(-1).double().cpu()
+            for name, value in self.trainer.callback_metrics.items()
+            if "nll" in name and "standard_error" not in name
+        }
+        if isinstance(model, F2D2Module):
+            # of each sample as well: a mean may look right
+            values |= {
+                f"nll_{k} of the samples": each.double().cpu() for k, each in model.agreement_values()[0].items()
+            }
+            if Direction.TO_NOISE in model.average.directions:
+                # means are over the finite ones, and only inversions may have others
+                shares = {k: v for k, v in model._evaluation.results().items() if k.startswith("unconverged")}
+                for name, share in shares.items():
+                    if share > 0:
+                        steps = name.rpartition("_")[2]
+                        say(f"warning: nll_{steps} cannot be right: {float(share):.2%} of samples are NaN or infinite")
+        for name, value in values.items():
+            flags = [said_of_bits(value, name, model.levels, model.low, model.high)]
+            flags += [] if "samples" in name else [said_of_values(value, name)]
+            for flag in filter(None, flags):
+                say(f"warning: {flag}")
+
+    after_validate = after_test = _after_evaluation
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # a checkpoint from anywhere is read as plain values

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import read_checkpoint, restore_module
+from f2d2_lightning.class_names import agree_on_classes, as_names
 from f2d2_lightning.compiled import compile_network
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.evaluation import clock
@@ -93,6 +94,8 @@ class FlowModule(L.LightningModule):
         self.levels, self.low, self.high = levels, low, high
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.ema_decay = ema_decay
+        self.class_names: list[str] | None = None
+        """Names of the classes in the order of their labels (:mod:`f2d2_lightning.class_names`)."""
         self.reference = reference or Reference()
         self.channels_last, self.compile_how = channels_last, compile
         self.lr: float | None = None
@@ -220,6 +223,13 @@ class FlowModule(L.LightningModule):
                     f"the module has {name}={mine}, but {type(data).__name__} has {name}={theirs}; make them agree "
                     f"(in a configuration: model.init_args.{name})"
                 )
+        self._follow_classes(self.class_names)
+
+    def _follow_classes(self, known: list[str] | None) -> None:
+        """Keep the names of classes that are known, else the data's; labels of the data follow."""
+        if self._trainer is not None and self.conditional:
+            known = agree_on_classes(getattr(self.trainer, "datamodule", None), known)
+        self.class_names = known
 
     @torch.no_grad()
     def fit_baselines(self) -> None:
@@ -385,7 +395,7 @@ class FlowModule(L.LightningModule):
                 f"nothing was saved: {len(bad)} weights or buffers are NaN or infinite, first {bad[0]}; the last "
                 "checkpoint is from before that. Lower the learning rate or clip gradients (trainer.gradient_clip_val)"
             )
-        checkpoint["f2d2"] = {"seed": self._seed, "averaged_steps": self._averaged_steps}
+        checkpoint["f2d2"] = {"seed": self._seed, "averaged_steps": self._averaged_steps, "classes": self.class_names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Inverse of :meth:`on_save_checkpoint`."""
@@ -393,6 +403,8 @@ class FlowModule(L.LightningModule):
         state = checkpoint.get("f2d2", {})
         self._seed = state.get("seed", self._seed)
         self._averaged_steps = state.get("averaged_steps", 0)
+        names = as_names(state.get("classes"), "the checkpoint")
+        self._follow_classes(self.class_names if names is None else names)
         mine, theirs = self.state_dict(), checkpoint.get("state_dict", {})
         if theirs and not mine.keys() & theirs.keys():
             name = checkpoint.get("hyper_parameters", {}).get("_class_path", "another class")

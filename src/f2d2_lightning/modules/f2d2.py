@@ -99,7 +99,7 @@ class F2D2Module(FlowModule):
         self,
         flow_map: FlowMap | None = None,
         shape: Sequence[int] | None = None,
-        teacher: str | FlowMatchingModule | None = None,
+        teacher: str | Path | FlowMatchingModule | None = None,
         head: DivergenceHead | None = None,
         objective: Objective | None = None,
         estimator: DivergenceEstimator | None = None,
@@ -233,6 +233,23 @@ class F2D2Module(FlowModule):
                 f"this {type(self).__name__} was not trained: its likelihoods are those of its initial weights. Fit it "
                 "first, or load a checkpoint (ckpt_path=...)"
             )
+        self._follow_teacher()
+
+    def _follow_teacher(self) -> None:
+        """Labels mean what they mean to the teacher.
+
+        Raises:
+            ValueError: If the student was trained with another order of the classes.
+        """
+        theirs = getattr(self._teacher[0], "class_names", None) if self._teacher else None
+        if theirs is None or not self.conditional:
+            return
+        if self.trained and self.class_names not in (None, theirs):
+            raise ValueError(
+                f"the student's classes are {self.class_names}, the teacher's {theirs}, in the order of their labels; "
+                "use the teacher that the student was trained with"
+            )
+        self._follow_classes(theirs)
 
     def _inherit(self, teacher: Any) -> None:
         """Levels and range of the teacher, which are the objective's as well.
@@ -312,6 +329,7 @@ class F2D2Module(FlowModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._follow_teacher()
         states = checkpoint.get("f2d2", {}).get("objective")
         if states:
             self.objective.load_state_dict(own_state(states))
