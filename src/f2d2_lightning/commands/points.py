@@ -25,6 +25,7 @@ from f2d2_lightning.commands.common import class_count, warn
 from f2d2_lightning.data import DequantisedDataset, FlowDataModule
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.quantisation import Quantisation
+from f2d2_lightning.states import check_values
 
 __all__ = ["DATA", "Points", "Reading", "load_points"]
 
@@ -114,10 +115,10 @@ class _Loaded(Points):
             loader = DataLoader(
                 loader.dataset, batch_size=size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
             )
-        for batch in loader:
+        for index, batch in enumerate(loader):
             x = self.module.data_to_state(batch)[0]
-            if torch.is_floating_point(x):
-                check_range(x, self.module)
+            if index == 0 and torch.is_floating_point(x):
+                check_values(x, self.module.quantisation)
             yield batch
 
     @property
@@ -161,19 +162,6 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: F2D2Modu
         f"--data is {name}; .npy and .npz files (an .npz holds its data as 'x', labels as 'y') and images "
         f"({', '.join(image_files.SUFFIXES)}) can be read"
     )
-
-
-def check_range(values: Tensor, module: F2D2Module) -> None:
-    """Refuse states outside of the model's range.
-
-    Raises:
-        ValueError: Says both ranges.
-    """
-    if module.levels is not None and (float(values.min()) < module.low or float(values.max()) > module.high):
-        raise ValueError(
-            f"states lie in [{float(values.min()):.4g}, {float(values.max()):.4g}], but the model is for "
-            f"[{module.low}, {module.high}]; give integers 0 to {module.levels - 1}, or rescale"
-        )
 
 
 def _class(path: str) -> type:
@@ -267,7 +255,7 @@ def _from_array(path: Path, module: F2D2Module, reading: Reading) -> Points:
     classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     if loaded.dtype.kind == "f":
         states = torch.from_numpy(loaded.astype(np.float32))
-        check_range(states, module)
+        check_values(states, module.quantisation)
         points = _Held(str(path), DequantisedDataset(states, classes))
     elif loaded.dtype.kind in "iub":
         values = torch.from_numpy(loaded if loaded.dtype == np.uint8 else loaded.astype(np.int64))
