@@ -658,7 +658,7 @@ BOMBS = {
     ),
     "a default head": (
         {"shape": [10**9], "head": None, "flow_map": part("f2d2_lightning.nn.MLP", shape=[2], width=8)},
-        "full covariance",
+        LARGE,
     ),
     "a hidden layer": ({"head": part("f2d2_lightning.DivergenceHead", features=8, hidden=10**6)}, LARGE),
     "layers of a head": ({"head": part("f2d2_lightning.DivergenceHead", features=8, hidden=1, layers=10**9)}, LARGE),

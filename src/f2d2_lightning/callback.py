@@ -647,7 +647,7 @@ class F2D2Callback(L.Callback):
             return
         inverted = Direction.TO_NOISE not in self.joint.directions
         for name, value in self._evaluation.results().items():
-            if inverted or not name.startswith("unconverged"):
+            if inverted or not name.startswith("unconverged") or bool(value > 0):
                 pl_module.log(f"{stage}/f2d2_{name}", value)
         if doubts := self._evaluation.doubts():
             rank_zero_warn(doubts)

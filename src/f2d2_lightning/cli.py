@@ -20,10 +20,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from f2d2_lightning.checkpoints import check_checkpoint
 from f2d2_lightning.data import FlowDataModule
 from f2d2_lightning.files import whole_file
-from f2d2_lightning.flow_map import Direction
-from f2d2_lightning.impossible import said_of_bits, said_of_values
 from f2d2_lightning.last_checkpoint import LastCheckpoint
-from f2d2_lightning.modules import F2D2Module, FlowModule
+from f2d2_lightning.modules import FlowModule
 from f2d2_lightning.resuming import differences, is_finished, newest_checkpoint
 from f2d2_lightning.run_folder import run_folder
 
@@ -194,34 +192,6 @@ class F2D2CLI(LightningCLI):
             check_checkpoint(config["ckpt_path"])
 
     before_validate = before_test = _before_evaluation
-
-    def _after_evaluation(self) -> None:
-        """Flag likelihoods that cannot be."""
-        model = self.model
-        values = {
-            name: value.reshape(-1).double().cpu()
-            for name, value in self.trainer.callback_metrics.items()
-            if "nll" in name and "standard_error" not in name
-        }
-        if isinstance(model, F2D2Module):
-            # of each sample as well: a mean may look right
-            values |= {
-                f"nll_{k} of the samples": each.double().cpu() for k, each in model.agreement_values()[0].items()
-            }
-            if Direction.TO_NOISE in model.average.directions:
-                # means are over the finite ones, and only inversions may have others
-                shares = {k: v for k, v in model._evaluation.results().items() if k.startswith("unconverged")}
-                for name, share in shares.items():
-                    if share > 0:
-                        steps = name.rpartition("_")[2]
-                        say(f"warning: nll_{steps} cannot be right: {float(share):.2%} of samples are NaN or infinite")
-        for name, value in values.items():
-            flags = [said_of_bits(value, name, model.levels, model.low, model.high)]
-            flags += [] if "samples" in name else [said_of_values(value, name)]
-            for flag in filter(None, flags):
-                say(f"warning: {flag}")
-
-    after_validate = after_test = _after_evaluation
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # a checkpoint from anywhere is read as plain values

@@ -54,6 +54,7 @@ class LikelihoodEvaluation:
         agreement = lambda: LikelihoodAgreement(dim, levels, low, high)  # noqa: E731
         self._all = {k: MeanLikelihood(dim, levels, low, high).to(device) for k in self.steps}
         self._compared = {k: agreement().to(device) for k in self.steps}
+        self._negative = {k: MeanMetric().to(device) for k in self.steps}
         self._failed = {k: MeanMetric().to(device) for k in self.steps}
         self._counts = {k: SumMetric().to(device) for k in self.steps}
         self._round_trips = {k: RoundTripError().to(device) for k in self.steps}
@@ -140,6 +141,8 @@ class LikelihoodEvaluation:
             good = value.isfinite().all(0)
             self._failed[k].update((~good).float())
             self._all[k].update(value.mean(0)[good])
+            if bool(good.any()):
+                self._negative[k].update((self._all[k].nll(value.mean(0)[good]) < 0).float())
             kept = good[:0] if reference is None else good[: len(reference)]
             if reference is not None:
                 self._compared[k].update(value[0, : len(reference)][kept], reference[kept])
@@ -200,14 +203,20 @@ class LikelihoodEvaluation:
             row |= {"unconverged": float(self._failed[k].compute())}
             count = max(1, int(self._all[k].count))
             row |= {"steps": k, "evaluations": self.evaluations[k], "milliseconds": 1e3 * self.seconds[k] / count}
-            row |= {"reference_error": reference_error}
+            negative = float(self._negative[k].compute()) if bool(self._negative[k].weight > 0) else 0.0
+            row |= {"reference_error": reference_error, "negative": negative}
             rows.append(row | {"doubt": doubt(row, self.quantisation is not None, deviation)})
         return rows
 
     def doubts(self) -> str:
         """What is wrong with the likelihoods, in one sentence a step count; empty where nothing is."""
-        found = [f"the likelihood in {row['steps']} steps is doubtful: {row['doubt']}" for row in self.rows()]
-        return ". ".join(text for text, row in zip(found, self.rows(), strict=True) if row["doubt"])
+        said = []
+        for row in self.rows():
+            steps = f"the likelihood in {row['steps']} step{'s' * (row['steps'] > 1)}"
+            said += [f"{steps} is doubtful: {row['doubt']}"] if row["doubt"] else []
+            if row["unconverged"] > 0:
+                said.append(f"{steps} is missing, NaN or infinite, for {100 * row['unconverged']:.3g} % of the samples")
+        return ". ".join(said)
 
     def compared_values(self) -> tuple[dict[int, Tensor], Tensor]:
         """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, in the metrics' unit.

@@ -21,6 +21,8 @@ __all__ = [
     "doubt",
 ]
 
+MOST_NEGATIVE = 0.01
+"""Share of samples below 0 bits that is still chance: one draw of noise within a bin may be likelier than all of it."""
 MOST_ASTRAY = 0.5
 """Share of the data's standard deviation that the way to noise and back may miss them by."""
 
@@ -89,17 +91,21 @@ def doubt(row: Mapping[str, float], quantised: bool, data_deviation: float = mat
     """Why a likelihood cannot be, or says nothing; empty if nothing is wrong that can be seen.
 
     Args:
-        row: Some of ``nll``, ``gap``, ``reference_nll``, ``reference_deviation``, ``round_trip``; what
-            is missing or NaN is not judged.
+        row: Some of ``nll``, ``negative`` (share of samples with ``nll < 0``), ``gap``, ``reference_nll``,
+            ``reference_deviation``, ``round_trip``; what is missing or NaN is not judged.
         quantised: Whether ``nll`` is in bits per dimension of discrete data.
         data_deviation: Standard deviation of the data, in units of the state.
     """
     reasons = []
-    for name, whose in (("nll", "it is"), ("reference_nll", "the reference is")):
-        if quantised and row.get(name, math.nan) < 0:
+    if quantised:
+        negative = row.get("negative", 0.0)
+        codes = [f"{100 * negative:.3g} % of the samples are below 0 bits/dim"] if negative > MOST_NEGATIVE else []
+        for name, whose in (("nll", "it is"), ("reference_nll", "the reference is")):
+            codes += [f"{whose} {row[name]:.4g} bits/dim"] if row.get(name, math.nan) < 0 else []
+        if codes:
             reasons.append(
-                f"{whose} {row[name]:.3g} bits/dim, and discrete data have no code of negative length (check levels, "
-                "range and dequantisation)"
+                f"{', '.join(codes)}, and discrete data have no code of negative length (check levels, range and "
+                "dequantisation, of the data and of the model's training)"
             )
     gap, spread = abs(row.get("gap", math.nan)), row.get("reference_deviation", math.nan)
     if gap > spread:

@@ -370,7 +370,8 @@ class F2D2Module(FlowModule):
     def _log_evaluation(self, stage: str) -> None:
         results = self._evaluation.results()
         if Direction.TO_NOISE in self.average.directions:
-            results = {name: value for name, value in results.items() if not name.startswith("unconverged")}
+            # nothing is inverted, and a sample without a likelihood is an accident
+            results = {name: v for name, v in results.items() if not name.startswith("unconverged") or bool(v > 0)}
         # the reference's samples are the same for every step count
         references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
         for name, value in results.items():

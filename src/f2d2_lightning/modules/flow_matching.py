@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -14,7 +15,7 @@ from f2d2_lightning.average import copy_frozen
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import counter_normal, counter_uniform, mix_seed, row_keys
 from f2d2_lightning.flow_map import FlowMap
-from f2d2_lightning.metrics import MeanLikelihood
+from f2d2_lightning.metrics import MeanLikelihood, doubt
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.paths import LinearPath, Path
 from f2d2_lightning.reference import Reference
@@ -160,6 +161,8 @@ class FlowMatchingModule(FlowModule):
         if not nll:
             return
         mean, error, _ = self._nll.compute()
+        if said := doubt({"nll": float(mean)}, self.levels is not None):
+            rank_zero_warn(f"the teacher's likelihood is doubtful: {said}")
         self.log(f"{stage}/nll", mean.float(), prog_bar=True)
         self.log(f"{stage}/nll_standard_error", error.float())
 
