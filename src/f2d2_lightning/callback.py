@@ -48,7 +48,7 @@ from f2d2_lightning.sampling import Samples, draw_noise, sample
 from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import whole_state
 from f2d2_lightning.sources import TeacherSource, VelocitySource
-from f2d2_lightning.states import HALF, BatchStates, check_values, training_batches
+from f2d2_lightning.states import HALF, BatchStates, check_values, compare_ranges, training_batches
 from f2d2_lightning.trajectory import TrajectoryRegression
 
 __all__ = ["F2D2Callback"]
@@ -91,7 +91,8 @@ class F2D2Callback(L.Callback):
         data_to_state: ``batch -> (x, cond)``, states ``(B, ...)`` at ``t = 1`` as the network sees them in training,
             or the name of a method of the module that does so; by default a tensor, or the first two items of a
             sequence.
-        levels: Levels of discrete data: likelihoods are logged in bits per dimension; ``None``: in nats.
+        levels: Levels of discrete data: likelihoods are logged in bits per dimension; ``None`` takes those and the
+            range of a teacher that says them, else likelihoods are in nats.
         low: Lower edge of the range that the levels fill.
         high: Upper edge.
         steps: Step counts that validation and test report.
@@ -138,6 +139,9 @@ class F2D2Callback(L.Callback):
         backward: int | None = None,
         check: bool = True,
     ) -> None:
+        theirs = getattr(teacher, "quantisation", None)
+        if levels is None and isinstance(theirs, Quantisation):
+            levels, low, high = theirs.levels, theirs.low, theirs.high
         if not low < high:
             raise ValueError(f"low={low} and high={high} are the edges of the data's range; low < high is needed")
         if not 0 <= ema_decay < 1 or not weight > 0 or fit_samples < 2 or reference_samples < 0:
@@ -171,6 +175,10 @@ class F2D2Callback(L.Callback):
                 "answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
             )
         self.quantisation = None if levels is None else Quantisation(levels, low, high)
+        if isinstance(theirs, Quantisation) and theirs != self.quantisation:
+            raise ValueError(
+                f"the teacher was trained on {theirs}, F2D2Callback has {self.quantisation}; make them agree"
+            )
         self.objective.quantise(self.quantisation)
         self.estimator = estimator or Hutchinson()
         self.frozen, self.weight = frozen, weight
@@ -315,13 +323,7 @@ class F2D2Callback(L.Callback):
                 "those of its rounded answers, off by a percent of their divergence; head and states stay in float32. "
                 "'bf16-mixed' and '32-true' keep weights whole"
             )
-        data = getattr(trainer, "datamodule", None)
-        theirs = getattr(data, "quantisation", None)
-        if isinstance(theirs, Quantisation) and theirs != self.quantisation:
-            raise ValueError(
-                f"F2D2Callback has {self.quantisation}, but {type(data).__name__} has {theirs}; give the callback "
-                f"levels={theirs.levels}, low={theirs.low}, high={theirs.high}"
-            )
+        compare_ranges("F2D2Callback", self.quantisation, getattr(trainer, "datamodule", None))
         self._looked_at = ""
         if not is_overridden("configure_model", pl_module):
             self._find(pl_module)

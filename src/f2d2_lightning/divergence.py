@@ -21,7 +21,7 @@ from torch import Tensor
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import counter_normal, hashed, mix_seed
 from f2d2_lightning.paths import LinearPath, Path, expand_time, repeat_time
-from f2d2_lightning.tangents import forward_mode
+from f2d2_lightning.tangents import REMEDY, DerivativeError, forward_mode
 
 __all__ = [
     "MODES",
@@ -67,14 +67,31 @@ def jacobian_product(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor)
     Lightning tests and predicts in inference mode, where tangents are dropped without a word; it is left for the pass.
 
     Raises:
-        DerivativeError: If an operation of ``function`` has no rule for forward mode.
+        DerivativeError: If an operation of ``function`` has no rule for forward mode, or it drops tangents.
     """
     with _derivatives_allowed(), forward_mode():
         # copies: a network may change its input in place
         value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(x.clone(), v.clone())))
-    if product is None:  # f does not depend on x
+    if product is None:
+        _check_constant(function, x, v)
         product = torch.zeros_like(value)
     return value, product
+
+
+def _check_constant(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> None:
+    """Refuse a function that moves with ``x`` although no tangent came through it.
+
+    Raises:
+        DerivativeError: A network that detaches its input, as one whose answer is a gradient does, or that runs itself
+            in inference mode, drops tangents without a word, and its divergence would be 0.
+    """
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
+        near, far = (function(x + step * v) for step in (-1e-2, 1e-2))
+    if not torch.equal(near, far):
+        raise DerivativeError(
+            "a velocity changes with its state, and no derivative came through it: it detaches its input, or runs in "
+            f"inference mode. {REMEDY}"
+        )
 
 
 def _products(

@@ -124,8 +124,9 @@ def reference_log_prob(
         atol: Absolute tolerance of adaptive solvers.
         near_data: Share of fixed steps that are close to the data, spread evenly in ``log(1 - t)`` from .1 to .0005,
             beside even ones. For data that are sharp there (images with point masses at black or white).
-        seed: Make the probes of a sample a function of this number and of the sample's own values, whatever the batch
-            and the process that it is in; ``None`` draws them from the global generator.
+        seed: The probes of a sample are a function of this number and of the sample's own values, whatever the batch
+            and the process that it is in. ``None`` draws the number from the global generator, and takes a sample's
+            place in the batch for its values.
 
     Returns:
         ``value`` in nats, ``(B,)``. ``evaluations`` counts calls of the network with its derivative. Under
@@ -145,9 +146,9 @@ def reference_log_prob(
     fixed_probes: Tensor | None = None
     if isinstance(estimator, Hutchinson):
         probes = estimator.probes
-        if method in ADAPTIVE:
-            fixed_probes = estimator.draw(x, None if seed is None else row_keys(x, seed))
-    keys = None if seed is None else row_keys(x, seed)
+        places = torch.arange(len(x), device=x.device)
+        keys = hashed(places, int(torch.randint(2**62, ()))) if seed is None else row_keys(x, seed)
+        fixed_probes = estimator.draw(x, keys) if method in ADAPTIVE else None
     calls, scatter = 0, _Scatter(method)
 
     def right_side(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -156,7 +157,7 @@ def reference_log_prob(
         if isinstance(estimator, Hutchinson):
             eps = fixed_probes
             if eps is None:
-                eps = estimator.draw(x, None if keys is None else hashed(keys, mix_seed("evaluation", calls)))
+                eps = estimator.draw(x, hashed(keys, mix_seed("evaluation", calls)))
             v, estimates = estimator.per_probe(field, state[0], t, cond, eps)
             if probes == 1 and fixed_probes is None:
                 scatter.add(t, estimates[0])

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 from f2d2_lightning.quantisation import Quantisation, warn_of_discrete
 from f2d2_lightning.sampling import check_cond, check_state
 
-__all__ = ["HALF", "BatchStates", "check_precision", "check_values", "training_batches"]
+__all__ = ["HALF", "BatchStates", "check_precision", "check_values", "compare_ranges", "training_batches"]
 
 FIT_SAMPLES = 2**17
 """Samples that are looked at of training data without an end."""
@@ -33,6 +33,34 @@ def check_precision(trainer: L.Trainer) -> None:
         raise ValueError(
             f"precision={trainer.precision!r} keeps states and weights in half precision, in which a log-likelihood of "
             "thousands of nats is off by whole ones; use 'bf16-mixed', '16-mixed', '32-true' or '64-true'"
+        )
+
+
+def compare_ranges(
+    who: str, quantisation: Quantisation | None, data: Any, shape: tuple[int, ...] | None = None
+) -> None:
+    """Refuse data that say other levels, another range or another shape than the model's.
+
+    Args:
+        who: The model, for errors.
+        quantisation: Its levels and range.
+        data: A data module with ``quantisation``, or with some of ``levels``, ``low``, ``high`` and ``shape``; or
+            anything else, which says nothing.
+        shape: Of one of the model's states, if it is known.
+
+    Raises:
+        ValueError: Says what differs.
+    """
+    theirs = getattr(data, "quantisation", None)
+    for name in ("levels", "low", "high", "shape"):
+        came = getattr(data, name, getattr(theirs, name, None))
+        mine = shape if name == "shape" else getattr(quantisation, name, None)
+        # a range is that of levels, and continuous data have none
+        if came is None or came == mine or (mine is None and name != "levels"):
+            continue
+        raise ValueError(
+            f"{who} has {name}={mine}, but {type(data).__name__} has {name}={came}; make them agree (in a "
+            f"configuration: model.init_args.{name})"
         )
 
 

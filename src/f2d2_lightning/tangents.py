@@ -31,6 +31,12 @@ __all__ = ["DerivativeError", "TangentRules", "forward_mode"]
 _ONE_AT_A_TIME = threading.RLock()
 """Torch has one level of forward mode for the whole process: a second thread would end the first one's."""
 
+REMEDY = (
+    "Differences of its answers work with any network: give estimator=Hutchinson(mode='finite') and "
+    "reference=Reference(mode='finite') to F2D2Module or F2D2Callback, and mode='finite' to the Lagrangian, Eulerian "
+    "and Consistency objectives; mode='reverse' is exact, where the network can be differentiated backwards"
+)
+
 _SIGNS = ("forward AD", "forward mode", "forward-mode", "jvp")
 """What torch's messages say where an operation has no rule."""
 
@@ -58,10 +64,7 @@ def forward_mode() -> Iterator[None]:
                 raise
             raise DerivativeError(
                 f"{_place(error.__traceback__)} has no derivative in forward mode "
-                f"({str(error).splitlines()[0][:160]}). Differences of its answers work with any network: give "
-                "estimator=Hutchinson(mode='finite') and reference=Reference(mode='finite') to F2D2Module or "
-                "F2D2Callback, and mode='finite' to the Lagrangian, Eulerian and Consistency objectives; "
-                "mode='reverse' is exact, where the network can be differentiated backwards"
+                f"({str(error).splitlines()[0][:160]}). {REMEDY}"
             ) from error
 
 

@@ -35,7 +35,7 @@ from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.sampling import check_cond, check_state
 from f2d2_lightning.sharding import all_finite, is_sharded, shard, whole
-from f2d2_lightning.states import FIT_SAMPLES, check_precision, check_values
+from f2d2_lightning.states import FIT_SAMPLES, check_precision, check_values, compare_ranges
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -214,15 +214,7 @@ class FlowModule(L.LightningModule):
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
         check_precision(self.trainer)
         self._looked_at = ""
-        data = getattr(self.trainer, "datamodule", None)
-        quantisation = getattr(data, "quantisation", None)
-        for name in ("levels", "low", "high", "shape"):
-            theirs, mine = getattr(data, name, getattr(quantisation, name, None)), getattr(self, name)
-            if theirs is not None and theirs != mine and not (self.levels is None and name in ("low", "high")):
-                raise ValueError(
-                    f"the module has {name}={mine}, but {type(data).__name__} has {name}={theirs}; make them agree "
-                    f"(in a configuration: model.init_args.{name})"
-                )
+        compare_ranges("the module", self.quantisation, getattr(self.trainer, "datamodule", None), self.shape)
         self._follow_classes(self.class_names)
 
     def _follow_classes(self, known: list[str] | None) -> None:

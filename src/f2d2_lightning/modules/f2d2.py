@@ -128,7 +128,9 @@ class F2D2Module(FlowModule):
             shape = shape or teacher.shape
             levels = teacher.levels if levels is None else levels
             low, high = teacher.low if low is None else low, teacher.high if high is None else high
-            flow_map = flow_map or _trainable_copy(teacher.average)
+            if flow_map is None or share_weights(teacher, flow_map):
+                # training must not change the teacher
+                flow_map = _trainable_copy(flow_map or teacher.average)
         elif teacher is not None and not isinstance(teacher, (str, Path)) and not callable(teacher):
             raise ValueError(
                 f"the teacher is a {type(teacher).__name__}; a FlowMatchingModule, a flow map, any velocity "
@@ -136,6 +138,12 @@ class F2D2Module(FlowModule):
             )
         if flow_map is None or shape is None:
             raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
+        parameters = list(flow_map.parameters())
+        if not frozen and parameters and not any(p.requires_grad for p in parameters):
+            raise ValueError(
+                f"no parameter of the student's backbone ({type(flow_map).__name__}) requires gradients, so it would "
+                "not be trained: flow_map.requires_grad_(True), or frozen=True to train the head only"
+            )
         low, high = -1.0 if low is None else low, 1.0 if high is None else high
         estimator = estimator or Hutchinson()
         if reference is None:
