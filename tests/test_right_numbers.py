@@ -158,11 +158,13 @@ class Constant(nn.Module):
 def test_dropped_derivatives_are_refused():
     x = torch.randn(3, 4)
     for network in (Energy(), Inference()):
-        with torch.no_grad(), pytest.raises(DerivativeError, match="no derivative came through it"):
-            f2.Reference(steps=2)(network, x)
+        for mode in ("forward", "reverse"):
+            with torch.no_grad(), pytest.raises(DerivativeError, match="no derivative came through it"):
+                f2.Reference(steps=2, mode=mode)(network, x)
         exact = f2.Reference(steps=2, probes=0, mode="finite")(network, x).value
         assert torch.allclose(exact, f2.Reference(steps=2, probes=0)(lambda y, t, c: -2 * y, x).value, atol=1e-4)
-    assert torch.equal(f2.Exact()(Constant(), x, 0.5).divergence, torch.zeros(3))
+    for mode in MODES:
+        assert torch.equal(f2.Exact(mode=mode)(Constant(), x, 0.5).divergence, torch.zeros(3))
 
 
 def test_an_error_of_the_network_itself_is_its_own():

@@ -109,10 +109,12 @@ def _products(
         # a copy in any case: a leaf cannot be changed in place
         leaf = x if wanted and x.requires_grad else _usable(x.detach()).requires_grad_(True)
         value = function(leaf.clone())
-        product = torch.zeros_like(value)
+        product = None
         if value.requires_grad:
-            found = torch.autograd.grad(value, leaf, v, create_graph=wanted, allow_unused=True)[0]
-            product = product if found is None else found
+            (product,) = torch.autograd.grad(value, leaf, v, create_graph=wanted, allow_unused=True)
+        if product is None:
+            _check_constant(function, x, v)
+            product = torch.zeros_like(value)
     return (value if wanted else value.detach()), product
 
 

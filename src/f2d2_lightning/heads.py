@@ -126,6 +126,21 @@ class DivergenceHead(nn.Module, Configured):
         """Whether the head needs the backbone's features."""
         return self.network is None
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Type that divergences are computed in.
+
+        Raises:
+            ValueError: If it is of half precision.
+        """
+        dtype = self.scale.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the divergence head is in {dtype}, in which thousands of nats are rounded to whole ones; keep it in "
+                "float32 (head.float()), and use mixed precision for the network: bf16-mixed"
+            )
+        return dtype
+
     def forward(
         self,
         x: Tensor,
@@ -150,12 +165,7 @@ class DivergenceHead(nn.Module, Configured):
             ValueError: If features are missing or have another number of channels, states have another shape than the
                 baseline's, or the head is of half precision.
         """
-        dtype = self.scale.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"the divergence head is in {dtype}, in which thousands of nats are rounded to whole ones; keep it in "
-                "float32 (head.float()), and use mixed precision for the network: bf16-mixed"
-            )
+        dtype = self.precision
         if self.baseline is not None:
             self.baseline.check(x)
         s, t = expand_time(s, x).to(dtype), expand_time(t, x).to(dtype)
@@ -258,6 +268,7 @@ class JointFlowMap(JointMap):
         return self
 
     def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
+        _ = self.head.precision  # refused before the network says so in its own way
         if not self.head.reads_features:
             return Joint(self.flow_map(x, s, t, cond), self.head(x, s, t, cond))
         u, features = self.flow_map.forward_features(x, s, t, cond)
