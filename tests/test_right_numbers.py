@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
+from f2d2_lightning.counter_noise import row_keys
+from f2d2_lightning.divergence import SampleProbes
 from f2d2_lightning.evaluation import LikelihoodEvaluation
 from f2d2_lightning.metrics import doubt
 from f2d2_lightning.nn import MLP
@@ -270,14 +272,23 @@ def test_a_sample_has_its_reference_in_any_batch(distribution):
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_probes_of_keys_have_the_moments_of_others(distribution):
-    x, keys = torch.zeros(500, 70), torch.arange(500) * 977
-    eps = f2.Hutchinson(4, distribution).draw(x, keys)
-    assert eps.shape == (4, 500, 70)
-    flat = eps.reshape(2000, 70)
-    assert float(flat.mean(0).abs().max()) < 0.12
-    second = flat.T @ flat / 2000
-    assert float((second - torch.eye(70)).abs().max()) < 0.2
-    assert len(flat.unique(dim=0)) == 2000
+    x = torch.randn(500, 70)
+    probes = SampleProbes(f2.Hutchinson(3, distribution), x, 7)
+    eps = torch.cat([probes.draw() for _ in range(15)])
+    assert eps.shape == (45, 500, 70)
+    flat = eps[[0, 1, 31, 32, 44]].reshape(2500, 70)
+    assert float(flat.mean(0).abs().max()) < 0.1
+    second = flat.T @ flat / 2500
+    assert float((second - torch.eye(70)).abs().max()) < 0.15
+    assert len(flat.unique(dim=0)) == 2500
+    # of one element over the probes
+    over = eps.flatten(1).T[:2000]
+    assert float((over.T @ over / 2000 - torch.eye(45)).abs().max()) < 0.15
+    # what another machine rounds otherwise is no other sample
+    again = SampleProbes(f2.Hutchinson(3, distribution), x.double() * (1 + 1e-7), 7).draw()
+    assert float((again - eps[:3]).ne(0).double().mean()) < 0.01
+    assert len(row_keys(x).unique()) == 500
+    assert torch.equal(row_keys(x)[137:138], row_keys(x[137:138]))
 
 
 def test_large_states_do_not_take_a_derivative_per_dimension():
