@@ -191,7 +191,7 @@ class F2D2Callback(L.Callback):
         self.draws = draws
         self.inversion = inversion or Inversion()
         # what the network can be differentiated by is the same for its targets and its likelihood
-        self.reference = reference or Reference(steps=50, mode=getattr(self.estimator, "mode", "forward"))
+        self.reference = reference or Reference(steps=50, mode=self.estimator.mode)
         self.reference_samples, self.fit_samples = reference_samples, fit_samples
         self.backward, self.check = backward, check
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))

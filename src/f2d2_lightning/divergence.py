@@ -144,6 +144,9 @@ def _repeat(value: Tensor | None, times: int) -> Tensor | None:
 class DivergenceEstimator(ABC):
     """Interface of the estimators."""
 
+    mode: str = "forward"
+    """How the network is differentiated: ``"forward"``, ``"reverse"`` or ``"finite"``."""
+
     @abstractmethod
     def __call__(
         self,
@@ -354,6 +357,7 @@ class Conditional(DivergenceEstimator):
             raise ValueError(f"Conditional holds on the linear path, got {type(path).__name__}; use Hutchinson there")
         self.handover = handover
         self.near_data = near_data or Hutchinson()
+        self.mode = self.near_data.mode
 
     def __call__(
         self,

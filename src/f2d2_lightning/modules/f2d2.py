@@ -148,7 +148,7 @@ class F2D2Module(FlowModule):
         estimator = estimator or Hutchinson()
         if reference is None:
             # what the network can be differentiated by is the same for its targets and its likelihood
-            reference = Reference(mode=getattr(estimator, "mode", "forward"))
+            reference = Reference(mode=estimator.mode)
         super().__init__(
             shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
         )
