@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters.adapted import AdaptedFlowMap
-from f2d2_lightning.adapters.adapter import Adapter
+from f2d2_lightning.adapters.adapter import Adapter, check_conditioning
 from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.adapters.variance_exploding import VarianceExploding
 from f2d2_lightning.flow_map import Direction
@@ -60,6 +60,7 @@ def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None
             "maps in this package's own convention have f2d2_lightning.testing.FlowMapContract"
         )
     check_state(data, "data")
+    check_conditioning(cond)
     with _undisturbed(flow_map, data) as device:
         x = data[:LARGEST_BATCH].detach().to(device)
         x = x.clone() if x.is_inference() else x
