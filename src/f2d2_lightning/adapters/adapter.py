@@ -165,7 +165,7 @@ class Adapter:
 
     def _ask(self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         axes = (len(x), *(1 for _ in range(self.time_axes - 1)))
-        dtype = _dtype(network, x)
+        dtype = compute_dtype(network, x)
         state = x.movedim(1, -1) if self.channels_last else x
         # copies: a network may write into what it is given (x.mul_(2), t.mul_(1000)), and these are the caller's
         names: Mapping[str, Any] = {
@@ -256,7 +256,7 @@ def check_conditioning(cond: Any) -> None:
         )
 
 
-def _dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
+def compute_dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
     """What a network computes in: the type of its first floating weights, else that of the state."""
     if isinstance(network, nn.Module):
         for parameter in network.parameters():
