@@ -154,7 +154,7 @@ def test_modes():
         check_convention(Adapter()(Undifferentiated()), x, mode="reverse")
     with pytest.raises(ConventionError, match="in reverse mode"):
         check_convention(Adapter()(DetachedInside()), x, mode="reverse")
-    with pytest.raises(ValueError, match="'backward'; it is one of 'forward', 'reverse', 'finite'"):
+    with pytest.raises(ValueError, match="'backward'; it is 'forward', 'reverse' or 'finite'"):
         check_convention(Adapter()(Body()), x, mode="backward")
 
 

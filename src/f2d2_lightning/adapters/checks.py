@@ -12,13 +12,14 @@ from f2d2_lightning.adapters.adapted import AdaptedFlowMap
 from f2d2_lightning.adapters.adapter import Adapter, check_conditioning
 from f2d2_lightning.adapters.asking import called, signature, undisturbed
 from f2d2_lightning.adapters.call import ConventionError
-from f2d2_lightning.adapters.derivatives import MODES, check_derivative
+from f2d2_lightning.adapters.derivatives import check_derivative
 from f2d2_lightning.adapters.velocities import FEWEST_SAMPLES, check_velocity
+from f2d2_lightning.divergence import check_mode, instantaneous
 from f2d2_lightning.flow_map import Direction
 from f2d2_lightning.paths import LinearPath, expand_time
 from f2d2_lightning.sampling import check_state
 
-__all__ = ["ConventionError", "check_convention"]
+__all__ = ["ConventionError", "check_convention", "check_differentiable"]
 
 LARGEST_BATCH = 64
 
@@ -45,8 +46,7 @@ def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None
             is clearly that of another sign, direction or scale of time. Says which argument mends it.
         ValueError: If ``data``, ``cond`` or ``mode`` are unfit, or ``flow_map`` is not an adapted one.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; it is one of {', '.join(map(repr, MODES))}, as the estimator's")
+    check_mode(mode)
     if not isinstance(flow_map, AdaptedFlowMap):
         raise ValueError(
             f"check_convention takes an adapted network, adapter(network), and got {type(flow_map).__name__}; flow "
@@ -61,9 +61,36 @@ def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None
         noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(device)
         _check_answers(flow_map, x, noise, labels)
         _check_second_time(flow_map, LinearPath().sample(x, noise, expand_time(0.5, x)), labels)
-        if mode != "finite":
-            check_derivative(flow_map, x, noise, labels, mode)
+        # a consistency model has no velocity, and its jump to data is differentiated
+        to_data = flow_map.endpoint_only
+        velocity = (lambda y, t, c: flow_map(y, t, 1.0, c)) if to_data else flow_map.velocity
+        check_derivative(velocity, x, noise, labels, mode, flow_map.network)
         check_velocity(flow_map, x, noise, labels)
+
+
+@torch.no_grad()
+def check_differentiable(
+    velocity: Callable[..., Tensor], data: Tensor, cond: Tensor | None = None, mode: str = "forward"
+) -> None:
+    """Refuse a velocity whose derivative is not that of its answers: its divergence would be wrong without a word.
+
+    Args:
+        velocity: ``(x, t, cond) -> v``: a module, a method of one, or a function.
+        data: Data at ``t = 1``, ``(B, ...)``.
+        cond: Conditioning, first axis ``B``.
+        mode: How divergences will be found, as of :class:`~f2d2_lightning.Hutchinson`.
+
+    Raises:
+        ConventionError: Says what the derivative is, what it should be, and which argument mends it.
+    """
+    check_mode(mode)
+    velocity = instantaneous(velocity)
+    owner = getattr(velocity, "__self__", velocity)
+    with undisturbed(owner if isinstance(owner, nn.Module) else nn.Module(), data) as device:
+        x = data[:LARGEST_BATCH].detach().clone().to(device)
+        labels = None if cond is None else cond[:LARGEST_BATCH].to(device)
+        noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(device)
+        check_derivative(velocity, x, noise, labels, mode)
 
 
 def _pairs(directions: Direction) -> list[tuple[float, float]]:

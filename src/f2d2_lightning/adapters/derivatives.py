@@ -16,7 +16,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from f2d2_lightning.adapters.adapted import AdaptedFlowMap
 from f2d2_lightning.adapters.adapter import Adapter, compute_dtype
 from f2d2_lightning.adapters.asking import TIMES, seed
 from f2d2_lightning.adapters.call import ConventionError
@@ -24,9 +23,7 @@ from f2d2_lightning.divergence import jacobian_product
 from f2d2_lightning.paths import LinearPath, like
 from f2d2_lightning.sharding import is_sharded
 
-__all__ = ["MODES", "check_derivative"]
-
-MODES = ("forward", "reverse", "finite")
+__all__ = ["check_derivative"]
 
 ROWS = 10
 """States, each with a direction of its own; half of them must be clearly wrong."""
@@ -44,51 +41,56 @@ CLEAR = 4.0
 """How far outside of the difference of two finite differences a derivative must lie."""
 
 
-def check_derivative(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Tensor | None, mode: str) -> None:
+def check_derivative(
+    velocity: Callable[..., Tensor], x: Tensor, noise: Tensor, cond: Tensor | None, mode: str, network: Any = None
+) -> None:
     """Compare one derivative of the velocity along random directions with finite differences of it.
 
     A right derivative agrees with the finite difference of some step: large where the network rounds, small where it
     bends. A wrong one disagrees with all, also with two steps that agree with each other.
 
     Args:
-        flow_map: An adapted network, in evaluation mode.
+        velocity: ``(x, t, cond) -> v``, of a network in evaluation mode.
         x: Data, ``(B, ...)``.
         noise: Noise, shape of ``x``.
         cond: Conditioning, first axis ``B``.
-        mode: ``"forward"`` or ``"reverse"``, as of :class:`~f2d2_lightning.Hutchinson`.
+        mode: As of :class:`~f2d2_lightning.Hutchinson`; with ``"finite"`` there is nothing to check.
+        network: The network behind it, whose submodules are named; by default the velocity itself.
 
     Raises:
         ConventionError: If the network cannot be differentiated in this mode, or its derivative is clearly another
             than that of its answers. Names the submodule where it can.
     """
+    network = getattr(velocity, "__self__", velocity) if network is None else network
+    if mode == "finite":
+        return
     rows = torch.arange(ROWS, device=x.device)
     times = x.new_tensor(TIMES)[rows % len(TIMES)]
-    ends = torch.ones_like(times) if flow_map.endpoint_only else times
     states = LinearPath().sample(x[rows % len(x)], noise[rows % len(x)], times)
     labels = None if cond is None else cond[rows % len(x)]
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(states.shape, dtype=x.dtype, generator=generator).to(x.device)
 
-    def velocity(y: Tensor) -> Tensor:
+    def at_times(y: Tensor) -> Tensor:
         seed(x.device)
-        return flow_map(y, times, ends, labels)
+        return velocity(y, times, labels)
 
-    derivative = _derivative(flow_map, velocity, states, directions, mode)
-    epsilon = max(torch.finfo(dtype).eps for dtype in (x.dtype, compute_dtype(flow_map.network, x)))
+    derivative = _derivative(network, at_times, states, directions, mode)
+    epsilon = max(torch.finfo(dtype).eps for dtype in (x.dtype, compute_dtype(network, x)))
     steps = [WIDEST / RATIO**k for k in range(MOST_STEPS)]
     steps = [h for h in steps if h > 4 * epsilon]
     # processes that share a network must call it equally often
-    sharded = isinstance(flow_map.network, nn.Module) and is_sharded(flow_map.network)
+    sharded = isinstance(network, nn.Module) and is_sharded(network)
     differences: dict[int, Tensor] = {}
     agrees = torch.zeros(ROWS, dtype=torch.bool, device=x.device)
     for k in sorted(range(len(steps)), key=lambda k: (k != FIRST, k)):
-        moved = [velocity(states + sign * steps[k] * directions) for sign in (1, -1)]
+        moved = [at_times(states + sign * steps[k] * directions) for sign in (1, -1)]
         differences[k] = (moved[0] - moved[1]) / (2 * steps[k])
         error = _size(derivative(differences[k]) - differences[k])
         agrees |= error <= CLOSE * torch.maximum(_size(differences[k]), _size(derivative(differences[k])))
         if int(agrees.sum()) > ROWS // 2 and not sharded:
             return
-    scale = _size(velocity(states))
+    scale = _size(at_times(states))
     wrong, best = torch.zeros_like(agrees), 0
     for k in range(len(steps) - 1):
         size = torch.minimum(_size(differences[k]), _size(differences[k + 1]))
@@ -101,9 +103,9 @@ def check_derivative(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: T
         wrong |= here
     if 2 * int(wrong.sum()) >= ROWS:
         found, true = (float(_size(v)[wrong].mean()) for v in (derivative(differences[best]), differences[best]))
-        place = _lost(flow_map, velocity, states, directions) if mode == "forward" else None
+        place = _lost(network, at_times, states, directions) if mode == "forward" else None
         raise ConventionError(
-            f"{Adapter.describe(flow_map.network)} answers, but not with its derivative: along random directions it is "
+            f"{Adapter.describe(network)} answers, but not with its derivative: along random directions it is "
             f"{found:.3g} in {mode} mode, and {true:.3g} by finite differences of step {steps[best]:.2g} (mean square "
             "roots over "
             f"{int(wrong.sum())} of {ROWS} states), so every divergence and likelihood would be wrong without a word. "
@@ -114,7 +116,7 @@ def check_derivative(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: T
 
 
 def _derivative(
-    flow_map: AdaptedFlowMap, velocity: Callable[[Tensor], Tensor], states: Tensor, directions: Tensor, mode: str
+    network: Any, velocity: Callable[[Tensor], Tensor], states: Tensor, directions: Tensor, mode: str
 ) -> Callable[[Tensor], Tensor]:
     """The derivative along ``directions`` to be compared with an estimate of it, both of the states' shape.
 
@@ -122,7 +124,9 @@ def _derivative(
     are right.
     """
     if mode == "forward":
-        product = _differentiated(flow_map, lambda: jacobian_product(velocity, states, directions)[1], mode)
+        product = _differentiated(
+            network, lambda: jacobian_product(velocity, states, directions, checked=False)[1], mode
+        )
         return lambda estimate: product
 
     def pulled(estimate: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ def _derivative(
         return torch.zeros_like(states) if gradient is None else gradient
 
     def along(estimate: Tensor) -> Tensor:
-        gradient = _differentiated(flow_map, lambda: pulled(estimate), mode)
+        gradient = _differentiated(network, lambda: pulled(estimate), mode)
         share = _inner(gradient, directions) / _inner(estimate, estimate).clamp(min=torch.finfo(estimate.dtype).tiny)
         return like(share, estimate) * estimate
 
@@ -158,13 +162,12 @@ def _remedy(mode: str) -> str:
     )
 
 
-def _differentiated(flow_map: AdaptedFlowMap, function: Callable[[], Tensor], mode: str) -> Tensor:
+def _differentiated(network: Any, function: Callable[[], Tensor], mode: str) -> Tensor:
     try:
         return function()
     except (ConventionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        network = flow_map.network
         place = _raised_in(error, network) or Adapter.describe(network)
         raise ConventionError(
             f"{Adapter.describe(network)} cannot be differentiated in {mode} mode, which the divergence needs: {place} "
@@ -191,11 +194,8 @@ def _raised_in(error: BaseException, network: Callable[..., Any]) -> str | None:
     return None if found is None else _named(network, found)
 
 
-def _lost(
-    flow_map: AdaptedFlowMap, velocity: Callable[[Tensor], Tensor], states: Tensor, directions: Tensor
-) -> str | None:
+def _lost(network: Any, velocity: Callable[[Tensor], Tensor], states: Tensor, directions: Tensor) -> str | None:
     """The innermost submodule that takes a tangent in and gives none out."""
-    network = flow_map.network
     if not isinstance(network, nn.Module):
         return None
     found: list[str] = []
@@ -215,7 +215,7 @@ def _lost(
 
     handles = [m.register_forward_hook(note(n), with_kwargs=True) for n, m in network.named_modules()]
     try:
-        jacobian_product(velocity, states, directions)
+        jacobian_product(velocity, states, directions, checked=False)
     finally:
         for handle in handles:
             handle.remove()
