@@ -28,13 +28,13 @@ LARGEST_BATCH = 64
 def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None = None, mode: str = "forward") -> None:
     """Refuse a network that is not what its adapter declares.
 
-    It is called without training mode, some thirty times on at most 64 states. Random state, mode and gradients are
-    left as they were. What cannot be told (an untrained network, too few samples) passes.
+    It is called without training mode, some forty times, mostly on at most 64 states. Random state, mode and gradients
+    are left as they were. What cannot be told (an untrained network, too few samples) passes. See docs/CONVENTIONS.md.
 
     Args:
         flow_map: An adapted network.
-        data: Data at ``t = 1``, as in training, ``(B, ...)``; from 8 samples on, the sign of the velocity and the
-            direction of time are checked too.
+        data: Data at ``t = 1``, as in training, ``(B, ...)``; from 8 samples on, sign and scale of the velocity and
+            direction, scale and form of the times are checked too.
         cond: Conditioning, first axis ``B``.
         mode: How divergences will be found, as of :class:`~f2d2_lightning.Hutchinson`: ``"forward"`` and
             ``"reverse"`` compare the network's derivative in that mode with finite differences of its answers;
