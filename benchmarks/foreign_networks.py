@@ -10,8 +10,8 @@ code say "not checked". Per network:
   converted by hand (largest difference over largest value).
 - *divergence*: ours, exact and Hutchinson's, against reverse-mode autograd through that same call.
 - *log p*: ``reference_log_prob`` against ``scipy.integrate.solve_ivp`` (DOP853) on state and exact trace, in nats.
-- *student*: 200 steps of :class:`F2D2Module` on 8 x 8 digits; mean difference in nats and correlation of its four-step
-  likelihoods with the reference. That it runs is what counts; 200 steps teach little.
+- *student*: 200 steps of :class:`F2D2Module` on digits of 4 x 4 pixels; mean difference in nats and correlation of its
+  four-step likelihoods with the reference. That it runs is what counts; 200 steps teach little.
 
 Networks compute in double precision, those that name single precision in their code as well: there the name ``torch``
 is one that says ``float64`` instead. Layers that start at zero get noise, else every divergence would be zero.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.metadata
 import os
 import subprocess
@@ -38,9 +39,12 @@ from typing import Any
 from unittest import mock
 
 PACKAGES = ("torchcfm", "flow_matching", "diffusers", "timm", "rectified-flow-pytorch", "scipy")
-ABSENT = ("flash_attn", "flash_attn.flash_attention", "flash_attn.flash_attn_interface", "flash_attn.bert_padding")
-ABSENT += ("xformers", "xformers.components", "xformers.components.attention", "mpi4py", "blobfile")
-"""Modules that repositories import for GPUs and clusters, and that the networks run without."""
+LOGS = ("wandb", "ftfy")
+ABSENT = (
+    *("flash_attn", "flash_attn.flash_attention", "flash_attn.flash_attn_interface", "flash_attn.bert_padding"),
+    *("xformers", "xformers.components", "xformers.components.attention", "mpi4py", "blobfile"),
+)
+"""Modules that repositories import for logs, GPUs and clusters, and that the networks run without."""
 
 HERE = Path(__file__).resolve()
 
@@ -73,7 +77,9 @@ def repository(folder: Path | None, without: tuple[str, ...] = ()) -> Iterator[N
     if folder is None:
         yield
         return
-    absent = {name: mock.MagicMock(__spec__=None) for name in without if not _there(name)}
+    absent = {name: mock.MagicMock() for name in without if not _there(name)}
+    for name, module in absent.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     if "flash_attn.flash_attention" in absent:
         absent["flash_attn.flash_attention"].FlashAttention = plain_attention()
     before = set(sys.modules)
@@ -170,7 +176,7 @@ def wake(network: Any) -> Any:
 
 # --- the networks ---
 
-SIZE = 8
+SIZE = 4
 IMAGE = (1, SIZE, SIZE)
 
 
@@ -195,13 +201,13 @@ class Case:
     """Conditioning from labels 0 to 9."""
     mode: str = "forward"
     """Of differentiation; reverse where the code has operations of its own without a forward rule."""
-    tolerance: float = 1e-6
+    tolerance: float = 1e-5
     """Of both solvers."""
     endpoint_only: bool = False
     teacher: str | None = None
     """A consistency model's student learns from a denoiser: its adapter line, on the same class."""
     two_times: bool = True
-    without: tuple[str, ...] = ()
+    without: tuple[str, ...] = LOGS
     """Modules that the code imports and does not need here."""
 
     @property
@@ -249,7 +255,9 @@ def packaged() -> list[Case]:
         class Perceptron(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.layers = nn.Sequential(nn.Linear(65, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64))
+                self.layers = nn.Sequential(
+                    nn.Linear(17, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 16)
+                )
 
             def forward(self, x: Any, t: Any) -> Any:
                 return self.layers(torch.cat((x, t.reshape(-1, 1).expand(len(x), 1)), -1))
@@ -285,10 +293,10 @@ def packaged() -> list[Case]:
             out_channels=1,
             layers_per_block=1,
             block_out_channels=(16, 16),
-            norm_num_groups=4,
+            norm_num_groups=2,
             attention_head_dim=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D"),
             num_class_embeds=10,
         )
 
@@ -315,7 +323,7 @@ def packaged() -> list[Case]:
             out_channels=1,
             layers_per_block=1,
             block_out_channels=(16, 16),
-            norm_num_groups=4,
+            norm_num_groups=2,
             attention_head_dim=2,
             cross_attention_dim=12,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -328,15 +336,15 @@ def packaged() -> list[Case]:
         def __init__(self, layers: nn.Module, width: int = 16) -> None:
             super().__init__()
             self.inlet = nn.Linear(4, width)
-            self.place = nn.Parameter(0.5 * torch.randn(1, 16, width))
+            self.place = nn.Parameter(0.5 * torch.randn(1, 4, width))
             self.time_embedding = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
             self.layers, self.outlet = layers, nn.Linear(width, 4)
 
         def forward(self, x: Any, t: Any) -> Any:
-            tokens = x.reshape(-1, 4, 2, 4, 2).transpose(2, 3).flatten(1, 2).flatten(2)
+            tokens = x.reshape(-1, 2, 2, 2, 2).transpose(2, 3).flatten(1, 2).flatten(2)
             h = self.inlet(tokens) + self.place + self.time_embedding(t[:, None])[:, None]
             h = self.outlet(self.layers(h))
-            return h.reshape(-1, 4, 4, 2, 2).transpose(2, 3).reshape(x.shape)
+            return h.reshape(-1, 2, 2, 2, 2).transpose(2, 3).reshape(x.shape)
 
     def timm_blocks() -> Any:
         from timm.models.vision_transformer import Block
@@ -369,7 +377,16 @@ def packaged() -> list[Case]:
     extra = lambda net, x, s, t, y: net(x, s, extra={"label": y})  # noqa: E731
     return [
         Case("UNetModel", "torchcfm", "TorchCFM()", torchcfm, labelled(None), embedding, **one),
-        Case("UNetModel, labels", "torchcfm", "TorchCFM()", lambda: torchcfm(10), labelled(10), embedding, classes=10, **one),
+        Case(
+            "UNetModel, labels",
+            "torchcfm",
+            "TorchCFM()",
+            lambda: torchcfm(10),
+            labelled(10),
+            embedding,
+            classes=10,
+            **one,
+        ),
         Case(
             "a perceptron in ModelWrapper",
             "flow_matching",
@@ -377,7 +394,7 @@ def packaged() -> list[Case]:
             wrapped,
             keyword,
             "interval='model.layers.0'",
-            shape=(64,),
+            shape=(16,),
             **one,
         ),
         Case(
@@ -398,6 +415,7 @@ def packaged() -> list[Case]:
             noise_minus_data,
             "interval='time_embedding'",
             classes=10,
+            tolerance=1e-4,
             **one,
         ),
         Case(
@@ -408,6 +426,7 @@ def packaged() -> list[Case]:
             noise_minus_data,
             "interval='transformer_blocks.0.norm1.emb.timestep_embedder'",
             classes=10,
+            tolerance=1e-4,
             **one,
         ),
         Case(
@@ -418,9 +437,18 @@ def packaged() -> list[Case]:
             noise_minus_data,
             "interval='time_embedding'",
             label=prompts,
+            tolerance=1e-4,
             **one,
         ),
-        Case("two Blocks of VisionTransformer", "timm", "FlowMatching()", timm_blocks, plain, "interval='time_embedding'", **one),
+        Case(
+            "two Blocks of VisionTransformer",
+            "timm",
+            "FlowMatching()",
+            timm_blocks,
+            plain,
+            "interval='time_embedding'",
+            **one,
+        ),
         Case("TransformerEncoder", "torch", "FlowMatching()", encoder, plain, "interval='time_embedding'", **one),
     ]
 
@@ -469,7 +497,14 @@ def mean_flows() -> list[Case]:
         from models.dmft import DMFT
 
         return DMFT(
-            input_size=SIZE, patch_size=2, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=1000, dmf_depth=2
+            input_size=SIZE,
+            patch_size=2,
+            in_channels=1,
+            hidden_size=32,
+            depth=3,
+            num_heads=2,
+            num_classes=1000,
+            dmf_depth=2,
         )
 
     def fastgen() -> Any:
@@ -518,7 +553,7 @@ def mean_flows() -> list[Case]:
             lambda net, x, s, t, y: -net(x, 1 - s, 1 - t, y=y)[0],
             both,
             classes=10,
-            tolerance=1e-5,
+            tolerance=1e-4,
         ),
         Case(
             "SiT, labels",
@@ -563,9 +598,11 @@ def shortcuts() -> list[Case]:
     """The official code of F2D2: time runs up, the second one is a length."""
     import torch
 
+    # in training their networks drop an axis of length one, so there is no one channel
+    shape = (3, SIZE, SIZE)
     sizes = {
         "img_resolution": SIZE,
-        "img_channels": 1,
+        "img_channels": 3,
         "model_channels": 16,
         "channel_mult": [1, 1],
         "num_blocks": 1,
@@ -596,6 +633,7 @@ def shortcuts() -> list[Case]:
             lambda: student(0),
             jump,
             interval,
+            shape=shape,
             mode="reverse",
         ),
         Case(
@@ -606,6 +644,7 @@ def shortcuts() -> list[Case]:
             jump,
             interval,
             classes=10,
+            shape=shape,
             mode="reverse",
         ),
         Case(
@@ -615,6 +654,7 @@ def shortcuts() -> list[Case]:
             teacher,
             lambda net, x, s, t, y: net(x, s.clamp(min=1e-9)),
             interval,
+            shape=shape,
             mode="reverse",
             two_times=False,
         ),
@@ -671,7 +711,7 @@ def exploding() -> list[Case]:
             model_channels=16,
             channel_mult=[1, 1],
             num_blocks=1,
-            attn_resolutions=[4],
+            attn_resolutions=[2],
             channels_per_head=8,
         )
 
@@ -776,7 +816,7 @@ def exploding() -> list[Case]:
             classes=10,
             endpoint_only=True,
             teacher="Denoiser('net(x, 250 * log(s), cond)', precondition='edm')",
-            tolerance=1e-5,
+            tolerance=1e-4,
             without=ABSENT,
         ),
         Case(
@@ -798,7 +838,7 @@ def exploding() -> list[Case]:
             "interval='time_embed'",
             classes=10,
             mode="reverse",
-            tolerance=1e-5,
+            tolerance=1e-4,
             without=ABSENT,
         ),
     ]
@@ -850,8 +890,8 @@ def independent_log_prob(case: Case, network: Any, x: Any, y: Any) -> Any:
     return prior + torch.from_numpy(answer[-batch:])
 
 
-def make_estimator(mode: str, probes: int = 1) -> Any:
-    """Ours, of the mode that the network needs; ``probes=0`` for the exact trace."""
+def make_estimator(mode: str, probes: int = 1, dim: int = 0) -> Any:
+    """Ours, of the mode that the network needs; the exact trace where ``dim``, of the states, is given."""
     import torch
 
     import f2d2_lightning as f2
@@ -860,13 +900,12 @@ def make_estimator(mode: str, probes: int = 1) -> Any:
         """The exact trace where only reverse mode runs: every axis is a probe."""
 
         def draw(self, x: Any) -> Any:
-            dim = x[0].numel()
             axes = torch.eye(dim, dtype=x.dtype) * dim**0.5
             return axes.reshape(dim, 1, *x.shape[1:]).expand(dim, *x.shape)
 
-    if probes:
+    if not dim:
         return f2.Hutchinson(probes, mode=mode)
-    return f2.Exact(SIZE * SIZE) if mode == "forward" else EveryAxis(SIZE * SIZE, mode=mode)
+    return f2.Exact(dim) if mode == "forward" else EveryAxis(dim, mode=mode)
 
 
 def difference(ours: Any, theirs: Any) -> float:
@@ -901,7 +940,7 @@ def measured(case: Case, network: Any, images: Any, labels: Any) -> dict[str, fl
     pairs = [(0.0, 1.0), (0.3, 1.0), (0.8, 1.0)] if case.endpoint_only else pairs
     ours, theirs = [], []
     for s, t in pairs or [(0.0, 0.0), (0.3, 0.3), (0.95, 0.95)]:
-        start, end = (torch.full((3,), time, dtype=x.dtype) for time in (s, t))
+        start, end = (torch.full((3,), value, dtype=x.dtype) for value in (s, t))
         state = column(start, x) * x + column(1 - start, x) * noise
         with torch.no_grad():
             ours.append(flow_map(state, start, end, y) if pairs else flow_map.velocity(state, start, y))
@@ -911,17 +950,17 @@ def measured(case: Case, network: Any, images: Any, labels: Any) -> dict[str, fl
         return results
 
     dim = x[0].numel()
-    exact, ours, theirs = make_estimator(case.mode, 0), [], []
+    exact, ours, theirs = make_estimator(case.mode, dim=dim), [], []
     random = make_estimator(case.mode)
     probe = torch.randint(0, 2, (1, *x.shape), generator=torch.Generator().manual_seed(2)).to(x) * 2 - 1
-    for time in (0.05, 0.4, 0.75, 0.95):
-        at = torch.full((3,), time, dtype=x.dtype)
+    for moment in (0.05, 0.4, 0.75, 0.95):
+        at = torch.full((3,), moment, dtype=x.dtype)
         state = column(at, x) * x + column(1 - at, x) * noise
         with torch.no_grad():
             ours.append(exact(flow_map.velocity, state, at, y).divergence)
             ours.append(random.per_probe(flow_map.velocity, state, at, y, probe)[1][0])
-        many = lambda z, at=at: case.jump(network, z, at.repeat_interleave(dim), at.repeat_interleave(dim), repeated(y, dim))
-        theirs.append(probed(many, state))
+        copies = at.repeat_interleave(dim)
+        theirs.append(probed(lambda z: case.jump(network, z, copies, copies, repeated(y, dim)), state))
         leaf = state.clone().requires_grad_(True)
         (row,) = torch.autograd.grad((case.jump(network, leaf, at, at, y) * probe[0]).sum(), leaf)
         theirs.append((row * probe[0]).reshape(3, -1).sum(-1))
@@ -1014,7 +1053,9 @@ def row(case: Case, results: dict[str, Any]) -> str:
         return format(results[name], form) if name in results else "-"
 
     state = results.get("state")
-    log_prob = f"{number('log_prob_difference', '.0e')} of {number('log_prob', '.1f')}" if "log_prob" in results else "-"
+    log_prob = (
+        f"{number('log_prob_difference', '.0e')} of {number('log_prob', '.1f')}" if "log_prob" in results else "-"
+    )
     student = f"{number('gap', '+.1f')}, {number('r', '.2f')}" if "gap" in results else "-"
     if "student_error" in results:
         student = results["student_error"]
@@ -1032,14 +1073,17 @@ def inside(options: argparse.Namespace) -> int:
     repositories = None if options.repositories is None else Path(options.repositories).resolve()
     pixels, labels = load_digits(return_X_y=True)
     generator = torch.Generator().manual_seed(3)
-    values = torch.from_numpy(pixels).double()
+    values = torch.from_numpy(pixels).double().reshape(-1, SIZE, 8 // SIZE, SIZE, 8 // SIZE).mean((2, 4))
     values = (values + torch.rand(values.shape, generator=generator, dtype=torch.float64)) / 17 * 2 - 1
     labels = torch.from_numpy(labels).long()
     lines, failures, sources = [], 0, []
     for case in cases():
-        if options.only and options.only not in f"{case.source} {case.name}":
+        if options.only and not any(part in f"{case.source} {case.name}" for part in options.only):
             continue
-        images, started, results = values.reshape(-1, *case.shape), time.perf_counter(), {}
+        started, results = time.perf_counter(), {}
+        # several channels are several digits
+        channels = case.shape[0] if len(case.shape) == 3 else 1
+        images = torch.stack([values.roll(i, 0) for i in range(channels)], 1).reshape(-1, *case.shape)
         folder = where(case, repositories)
         if case.repository and folder is None:
             results["state"] = "not checked"
@@ -1074,7 +1118,7 @@ def main() -> int:
     parser.add_argument("--env", help="folder of the virtual environment; made if it is not there")
     parser.add_argument("--repositories", help="folder of clones, OWNER/NAME in it")
     parser.add_argument("--system-site-packages", action="store_true", help="see this interpreter's packages from it")
-    parser.add_argument("--only", help="rows whose source and name contain this")
+    parser.add_argument("--only", nargs="+", help="rows whose source and name contain one of these")
     parser.add_argument("--steps", type=int, default=200, help="training steps of students")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
