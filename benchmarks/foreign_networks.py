@@ -39,7 +39,7 @@ from typing import Any
 from unittest import mock
 
 PACKAGES = ("torchcfm", "flow_matching", "diffusers", "timm", "rectified-flow-pytorch", "scipy")
-LOGS = ("wandb", "ftfy")
+LOGS = ("wandb", "ftfy", "imageio", "imageio.v3")
 ABSENT = (
     *("flash_attn", "flash_attn.flash_attention", "flash_attn.flash_attn_interface", "flash_attn.bert_padding"),
     *("xformers", "xformers.components", "xformers.components.attention", "mpi4py", "blobfile"),
@@ -664,15 +664,15 @@ def shortcuts() -> list[Case]:
 LOWEST, HIGHEST = 0.002, 80.0
 
 
-def clean_velocity(clean: Callable[[Any, Any, Any], Any], x: Any, s: Any, t: Any) -> Any:
+def clean_velocity(clean: Callable[[Any, Any, Any], Any], x: Any, s: Any, t: Any, lowest: float = LOWEST) -> Any:
     """Velocity in our convention from an answer ``clean(x_ve, sigma, sigma_end)``, within the noise levels known."""
     import torch
 
-    sigma = ((1 - s) / s.clamp(min=1e-12)).clamp(LOWEST, HIGHEST)
-    end = ((1 - t) / t.clamp(min=1e-12)).clamp(LOWEST, HIGHEST)
+    sigma = ((1 - s) / s.clamp(min=1e-12)).clamp(lowest, HIGHEST)
+    end = ((1 - t) / t.clamp(min=1e-12)).clamp(lowest, HIGHEST)
     factor = torch.where(s < 1 / (1 + HIGHEST), HIGHEST / (1 - s), 1 / s.clamp(min=1e-12))
     answer = clean(column(factor, x) * x, sigma, end)
-    latest = 1 / (1 + LOWEST)
+    latest = 1 / (1 + lowest)
     late = s > latest
     start = torch.where(late, latest / s.clamp(min=0.5), torch.ones_like(s))
     return (answer - column(start, x) * x) / column(torch.where(late, torch.full_like(s, 1 - latest), 1 - s), x)
@@ -718,7 +718,7 @@ def exploding() -> list[Case]:
     def ect() -> Any:
         from training.networks import ECMPrecond
 
-        return ECMPrecond(model_type="SongUNet", sigma_min=LOWEST, **song)
+        return ECMPrecond(model_type="SongUNet", **song)
 
     def openai(module: str, **more: Any) -> Any:
         unet = importlib.import_module(module).UNetModel
@@ -742,8 +742,8 @@ def exploding() -> list[Case]:
 
         return EDMPrecond_CTM(training_mode="ctm", arch="ddpmpp", **{**song, "label_dim": 0})
 
-    def denoised(net: Any, x: Any, s: Any, t: Any, y: Any) -> Any:
-        return clean_velocity(lambda z, sigma, end: net(z, sigma, one_hot(y, z)), x, s, t)
+    def denoised(net: Any, x: Any, s: Any, t: Any, y: Any, lowest: float = LOWEST) -> Any:
+        return clean_velocity(lambda z, sigma, end: net(z, sigma, one_hot(y, z)), x, s, t, lowest)
 
     def weights(sigma: Any, shift: float) -> tuple[Any, Any, Any]:
         total = (sigma**2 + 0.25).sqrt()
@@ -797,9 +797,9 @@ def exploding() -> list[Case]:
         Case(
             "ECMPrecond, labels",
             "locuslab/ect",
-            "Consistency('net(x, s, cond)', classes=10)",
+            "Consistency(classes=10, sigma_min=0.003)",
             ect,
-            denoised,
+            lambda net, x, s, t, y: denoised(net, x, s, t, y, 0.003),
             "interval='model.map_layer1'",
             classes=10,
             endpoint_only=True,
