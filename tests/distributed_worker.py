@@ -245,6 +245,36 @@ def resume(folder: Path, name: str, replicas: int, which: str) -> dict[str, Any]
     return answer | {"first_trajectory": objective.state_dict()["pool"]["entries"][0]["x"]}
 
 
+class Odd(Pair):
+    """As many samples as no two processes can share evenly."""
+
+    def splits(self):
+        return {name: (values[:51], labels) for name, (values, labels) in super().splits().items()}
+
+
+def evaluate(folder: Path, name: str, replicas: int, who: str) -> dict[str, Any]:
+    """Figures of validation and test, with random probes and a reference of some samples."""
+    data, added = Odd(), []
+    data.eval_batch_size = 16 // replicas
+    reference = f2.Reference(steps=4)
+    if who == "teacher":
+        module: L.LightningModule = teacher()
+        module.reference, module.validate_nll = reference, True
+    elif who == "student":
+        module = student(reference=reference, reference_samples=13)
+    else:
+        module, added = Foreign(), [f2d2(reference=reference, reference_samples=13)]
+    metrics: dict[str, float] = {}
+    if added:
+        fit(folder, name, module, added, replicas, max_steps=1)
+    for stage in ("validate", "test"):
+        made = trainer(folder, devices=replicas, strategy=strategy(name), callbacks=added)
+        getattr(made, stage)(module, datamodule=data, verbose=False)
+        kept = (n for n in made.callback_metrics if who != "callback" or "f2d2" in n)
+        metrics |= {n: float(made.callback_metrics[n]) for n in kept}
+    return metrics
+
+
 def cases(replicas: int) -> dict[str, Any]:
     """Name to function of a folder. One process does those that two are compared with."""
     names = ("ddp", "fsdp") if replicas == 2 else ("one",)
@@ -259,6 +289,8 @@ def cases(replicas: int) -> dict[str, Any]:
         made[f"{name} callback accumulating"] = lambda folder, n=name: train_callback(
             folder, n, replicas, trainer_options=options
         )
+    for who in ("teacher", "student", "callback"):
+        made[f"evaluation {who}"] = lambda folder, w=who: evaluate(folder, names[0], replicas, w)
     if replicas == 2:
         for name in ("ddp", "fsdp", "fsdp-sharded"):
             for which in ("module", "callback"):

@@ -7,13 +7,16 @@ In double precision, with a number of samples and of images that two processes c
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import f2d2_lightning as f2
 from distributed_worker import strategy
@@ -51,6 +54,45 @@ class Pictures(f2.FlowDataModule):
             return (16 * (0.3 * spot + 0.7 * noise)).round().long(), classes if self.with_labels else None
 
         return {"train": draw(self.count), "val": draw(20), "test": draw(20)}
+
+
+class Augmented(Dataset):
+    """Somebody's data set: images one at a time, with transforms that are random in three ways."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.data[index] * random.choice((0.6, 0.9)) * float(np.random.uniform(0.8, 1.0))
+        return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+class Transformed(Pictures):
+    """Augmented training data, and workers that load them."""
+
+    def __init__(self, workers: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.workers = workers
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Augmented(self.dataset("train")), batch_size=7, num_workers=self.workers)
+
+
+class Streamed(Pictures):
+    """A stream that is not divided between processes."""
+
+    class Stream(IterableDataset):
+        def __init__(self, data: Any) -> None:
+            self.data = data
+
+        def __iter__(self) -> Any:
+            return iter(self.data)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.Stream(self.dataset("train")), batch_size=7)
 
 
 class Projection(nn.Module):
@@ -156,6 +198,8 @@ def cases(replicas: int) -> dict[str, Any]:
     made: dict[str, Any] = {
         "plain": lambda folder: measure(folder, replicas, name, student(), Pictures()),
         "conditional": lambda folder: measure(folder, replicas, name, student(classes=3), Pictures(labels=True)),
+        "augmented": lambda folder: measure(folder, replicas, name, student(), Transformed()),
+        "streamed": lambda folder: measure(folder / "stream", replicas, name, student(), Streamed(), real_samples=41),
         "spoiled": lambda folder: spoiled(folder, replicas, name),
     }
     if replicas == 2:

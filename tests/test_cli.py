@@ -194,6 +194,48 @@ def test_every_run_ends_with_what_it_trained(at_home, name):
     assert torch.load(at_home / f"runs/{run}/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize("given", [(), ("--ckpt_path=",), ("--ckpt_path=null",)])
+def test_a_model_that_was_not_trained_has_no_figures(at_home, command, given, capsys):
+    config = CONFIGS / "digits_teacher.yaml"
+    model = ("--config", config, *QUICK, *small(config.name))
+    trained = r"not trained; say which: --ckpt_path last \(runs/digits/teacher/checkpoints/last.ckpt\)"
+    with pytest.raises(ValueError, match=trained):
+        f2d2(command, *model, *given)
+    with pytest.raises(ValueError, match=r"digits/none holds none either: train first \(f2d2 fit"):
+        f2d2(command, *model, *given, "--trainer.logger.init_args.version=none")
+    assert "nll" not in capsys.readouterr().out
+
+
+# what a file may hold that YAML reads as something else than its name
+CONTENTS = {"empty": b"", "nothing": b"null", "number": b"3.5", "text": b"runs/digits/teacher/checkpoints/last.ckpt",
+            "mapping": b"class_path: f2d2_lightning.FlowMatchingModule"}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", list(CONTENTS))
+@pytest.mark.parametrize("where", ["option", "file"])
+def test_a_teacher_is_the_file_that_was_named(at_home, content, where):
+    """A file that is empty was no teacher at all, and the student trained without one."""
+    name, config = f"{content}.ckpt", CONFIGS / "digits_student.yaml"
+    (at_home / name).write_bytes(CONTENTS[content])
+    given = [f"--model.init_args.teacher={name}"]
+    if where == "file":
+        (at_home / "teacher.yaml").write_text(f"model: {{init_args: {{teacher: {name}}}}}")
+        given = ["--config", "teacher.yaml"]
+    with pytest.raises(ValueError, match=f"{name} cannot be read as a checkpoint"):
+        f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher="none"), *given, "--trainer.fast_dev_run=1")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at none"):
+        f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher="none"), "--trainer.fast_dev_run=1")
+
+
+def test_a_feature_network_is_the_file_that_was_named(at_home):
+    config = CONFIGS / "digits_teacher.yaml"
+    (at_home / "features.pt").write_bytes(b"inception")
+    options = ["--trainer.callbacks+=f2d2_lightning.SampleQuality", "--trainer.callbacks.features=features.pt"]
+    with pytest.raises(ValueError, match=r"features\.pt"):
+        f2d2("fit", "--config", config, *QUICK, *small(config.name), *options, "--trainer.fast_dev_run=1")
+
+
 def test_options_of_a_test_hold_over_the_checkpoint(at_home):
     config, teacher = CONFIGS / "digits_student.yaml", "runs/digits/teacher/checkpoints/last.ckpt"
     f2d2("test", "--config", config, *QUICK, *small(config.name, teacher=teacher), "--ckpt_path=last",

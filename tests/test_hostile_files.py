@@ -626,7 +626,7 @@ BOMBS = {
     "width": (mapped("MLP", width=10**6), LARGE),
     "classes": (mapped("MLP", width=8, classes=10**10), LARGE),
     "a preconditioner": (
-        {"flow_map": part("f2d2_lightning.nn.PreconditionedMLP", shape=[50_000], covariance="full")},
+        {"flow_map": part("f2d2_lightning.nn.PreconditionedMLP", shape=[4_000], covariance="full")},
         LARGE,
     ),
     "depth": (
@@ -651,13 +651,13 @@ BOMBS = {
             "head": part(
                 "f2d2_lightning.DivergenceHead",
                 features=8,
-                baseline=part("f2d2_lightning.GaussianBaseline", shape=[100_000], covariance="full"),
+                baseline=part("f2d2_lightning.GaussianBaseline", shape=[4_000], covariance="full"),
             )
         },
         LARGE,
     ),
     "a default head": (
-        {"shape": [100_000], "head": None, "flow_map": part("f2d2_lightning.nn.MLP", shape=[2], width=8)},
+        {"shape": [10**9], "head": None, "flow_map": part("f2d2_lightning.nn.MLP", shape=[2], width=8)},
         LARGE,
     ),
     "a hidden layer": ({"head": part("f2d2_lightning.DivergenceHead", features=8, hidden=10**6)}, LARGE),
@@ -942,7 +942,7 @@ FOLDERS = {
     "classes": (set_in(*A_MAP, "arguments", "classes", 10**9), LARGE),
     "a covariance": (set_in("model", "arguments", "head", "arguments", "baseline", {
         "class": "f2d2_lightning.baseline.GaussianBaseline", "number": 9,
-        "arguments": {"shape": [100_000], "covariance": "full"}}), LARGE),
+        "arguments": {"shape": [4_000], "covariance": "full"}}), LARGE),
     "layers": (set_in("model", "arguments", "head", "arguments", "layers", 10**9), LARGE),
     "a part in place": (set_in("replaced", {"head": {
         "class": "f2d2_lightning.heads.DivergenceHead", "number": "x",

@@ -66,13 +66,13 @@ def test_one_file_is_one_image(tmp_path):
     assert np.array_equal(read.values[0, 0].numpy(), array)
 
 
-def test_labels_are_the_topmost_folders(tmp_path):
+def test_classes_are_the_topmost_folders(tmp_path):
     for name in ("0/a.png", "0/deep/b.png", "12/a.png"):
         write(tmp_path / name, pixels(5, 4))
-    assert read_images(tmp_path, GREY).labels().tolist() == [0, 0, 12]
-    write(tmp_path / "cat/a.png", pixels(5, 4))
-    with pytest.raises(ValueError, match=r"cat/a.png is in no folder that is named by a class label"):
-        read_images(tmp_path, GREY).labels()
+    assert read_images(tmp_path, GREY).classes() == ["0", "0", "12"]
+    write(tmp_path / "a.png", pixels(5, 4))
+    with pytest.raises(ValueError, match=r"a.png is in no folder that is named by a class label or name"):
+        read_images(tmp_path, GREY).classes()
 
 
 def test_conversion_is_of_luma_and_only_on_request(tmp_path):

@@ -38,7 +38,7 @@ from lightning_parts import Pair, trainer
 from lightning_parts import student as pair_student
 from quality_worker import LEVELS, SAMPLES, SHAPE, Pictures, Projection, quality, student, teacher
 
-METHODS = ("plain", "conditional", "sharded")
+METHODS = ("plain", "conditional", "sharded", "augmented", "streamed")
 
 
 @pytest.fixture(autouse=True)
@@ -646,6 +646,23 @@ def test_streams_are_compared_with_as_many_images_as_asked_for(tmp_path):
     expected = feature_statistics(Projection(), real_images(Pictures())[:40])
     assert callback.real.count == 40
     assert torch.allclose(callback.real.covariance, expected.covariance, rtol=1e-9)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_figures_do_not_hang_on_batches_and_workers(tmp_path, workers, batch_size):
+    """What is random in an image is of the image, whoever loads it beside which others."""
+
+    def measured(workers, batch_size):
+        callback = quality(tmp_path / f"{workers} {batch_size}", samples=20, kid=True, batch_size=batch_size)
+        data = worker.Transformed(workers)
+        trainer(tmp_path, callbacks=[callback]).test(student(), datamodule=data, verbose=False)
+        return callback.real, callback.results
+
+    (real, figures), (other, others) = measured(0, 16), measured(workers, batch_size)
+    assert torch.allclose(real.features, other.features, atol=1e-12)
+    assert torch.allclose(real.covariance, other.covariance, atol=1e-12)
+    assert strategies.difference(figures, others) < 1e-8
 
 
 class Counting(Projection):

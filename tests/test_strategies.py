@@ -51,6 +51,16 @@ def get(results, process, case):
     return answer
 
 
+@pytest.mark.parametrize("who", ["teacher", "student", "callback"])
+def test_figures_do_not_depend_on_the_number_of_processes(results, who):
+    one, *two = (get(results, process, f"evaluation {who}") for process in ("1-0", "2-0", "2-1"))
+    assert len(one) > 4
+    for other in two:
+        assert one.keys() == other.keys()
+        # of the test's 51 samples one is repeated in two processes, and the reference is of 13
+        assert {name: other[name] for name in one} == pytest.approx(one, abs=1e-6)
+
+
 @pytest.mark.parametrize("case", COMPARED)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_agree_with_each_other_and_with_one(results, strategy, case):

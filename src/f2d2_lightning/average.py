@@ -10,12 +10,18 @@ from torch import Tensor, nn
 
 from f2d2_lightning.sharding import reshard
 
-__all__ = ["copy_frozen", "update_average", "warmed_decay"]
+__all__ = ["copy_frozen", "share_weights", "update_average", "warmed_decay"]
 
 
 def copy_frozen(module: Any, shared: dict[int, Any] | None = None) -> Any:
     """A copy in evaluation mode whose parameters are not trained; objects in ``shared``, by ``id``, are not copied."""
     return copy.deepcopy(module, shared or {}).requires_grad_(False).eval()
+
+
+def share_weights(one: Any, other: nn.Module) -> bool:
+    """Whether two modules have a parameter in common."""
+    own = {id(p) for p in other.parameters()}
+    return isinstance(one, nn.Module) and any(id(p) in own for p in one.parameters())
 
 
 def warmed_decay(decay: float, steps: int) -> float:

@@ -19,6 +19,7 @@ The fit also gives each axis its natural clock, the angle :math:`\theta_i(t) = \
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,13 @@ from f2d2_lightning.flow_map import Joint, JointMap
 from f2d2_lightning.paths import LinearPath, Path, TrigonometricPath, distinct, like
 
 __all__ = ["GaussianBaseline", "GaussianFlow"]
+
+ENOUGH = 4
+"""Samples per dimension from which a full covariance is taken as it is."""
+FEWEST = 16
+"""Samples from which a variance per coordinate is taken without a warning."""
+WIDEST = 4096
+"""Dimensions of a full covariance: its axes are a 64 MiB buffer there, and grow with the square."""
 
 
 def _log1p_ratio(y: Tensor) -> Tensor:
@@ -50,6 +58,9 @@ class GaussianBaseline(nn.Module, Configured):
         shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
         covariance: ``"full"`` keeps principal axes, ``"diagonal"`` a variance per coordinate, ``"isotropic"`` one.
         path: Probability path; the linear one by default.
+
+    Raises:
+        ValueError: If there is no such covariance, or the full one of so many dimensions would fill the memory.
     """
 
     mean: Tensor
@@ -64,6 +75,12 @@ class GaussianBaseline(nn.Module, Configured):
         self.shape = tuple(shape)
         self.dim = math.prod(self.shape)
         self.covariance = covariance
+        if covariance == "full" and self.dim > WIDEST:
+            raise ValueError(
+                f"a full covariance of states of shape {self.shape} has axes of {self.dim:,} x {self.dim:,} numbers, "
+                f"{4 * self.dim**2 / 2**30:.1f} GiB in each copy of the model; up to {WIDEST:,} dimensions are taken: "
+                "set covariance='diagonal'"
+            )
         self.path = path or LinearPath()
         self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("variances", torch.ones(1 if covariance == "isotropic" else self.dim))
@@ -93,6 +110,9 @@ class GaussianBaseline(nn.Module, Configured):
     ) -> GaussianBaseline:
         """Set mean and covariance from data, in one pass with float64 sums.
 
+        Of fewer than four samples a dimension, a full covariance is shrunk towards its diagonal, and a warning says so:
+        the sample covariance of fewer samples than dimensions has no variance at all along some axes.
+
         Args:
             batches: States ``(B, *shape)``, dequantised as in training.
             floor: Smallest variance, in units of the data squared.
@@ -120,7 +140,24 @@ class GaussianBaseline(nn.Module, Configured):
             raise ValueError(f"a Gaussian fit needs at least two samples, got {count}")
         mean = total / count
         square = torch.outer(mean, mean) if full else mean.square()
-        self._set(mean, (moment - count * square) / (count - 1), floor)
+        covariance = (moment - count * square) / (count - 1)
+        if full and count < ENOUGH * self.dim:
+            covariance, weight = _shrunk(covariance, count, floor)
+            warnings.warn(
+                f"a full covariance of {self.dim:,} dimensions is fitted to {count:,} samples; of "
+                f"{ENOUGH * self.dim:,} or more it would be their own, and here it is shrunk towards its diagonal "
+                f"(weight {weight:.2g}), so that fresh data keep a likelihood: give more samples, or "
+                "covariance='diagonal'",
+                stacklevel=3,
+            )
+        elif self.covariance == "diagonal" and count < FEWEST:
+            warnings.warn(
+                f"a variance for each of {self.dim:,} coordinates is fitted to {count} samples, and some come out far "
+                f"too small: fresh data get too low a likelihood. Give {FEWEST} samples or more, or "
+                "covariance='isotropic'",
+                stacklevel=3,
+            )
+        self._set(mean, covariance, floor)
         return self
 
     def _set(self, mean: Tensor, covariance: Tensor, floor: float = 1e-12) -> None:
@@ -152,7 +189,12 @@ class GaussianBaseline(nn.Module, Configured):
             raise ValueError(f"the Gaussian fit is on a path {config['path']!r}; known are {', '.join(paths)}")
         return cls(config["shape"], config["covariance"], paths[config["path"]]())
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Refuse states of another shape than the fit's.
+
+        Raises:
+            ValueError: Says both shapes.
+        """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"states have shape {tuple(x.shape)}, but the Gaussian fit is of states of shape {self.shape}; "
@@ -161,7 +203,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     def to_axes(self, x: Tensor) -> Tensor:
         """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""
-        self._check(x)
+        self.check(x)
         flat = x.reshape(len(x), -1)
         return flat if self.axes is None else self._turn(flat, self.axes)
 
@@ -212,7 +254,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """``u_0(x, s, t)``, shape of ``x``."""
-        self._check(x)
+        self.check(x)
         mean = self.mean.reshape(1, *self.shape)
         drift = like(self.path.alpha_slope(s, t), x) * mean
         return drift + self.jacobian_product(x - like(self.path.alpha(s), x) * mean, s, t)
@@ -249,7 +291,13 @@ class GaussianBaseline(nn.Module, Configured):
         Training spread by the clock sees each stretch of the flow as much as something happens in it.
         """
         device = self.mean.device
-        level = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
+        return self.times_at(
+            (torch.arange(count, device=device) + torch.rand(count, device=device)) / count, uniform_share
+        )
+
+    def times_at(self, level: Tensor, uniform_share: float = 0.25) -> Tensor:
+        """Times below which shares ``level``, in [0, 1], of the draws of :meth:`draw_times` lie, ``(N,) -> (N,)``."""
+        device = self.mean.device
         t = torch.linspace(0, 1, 2001, device=device)
         clock = (1 - uniform_share) * self.clock(t.to(self.mean.dtype)).to(t) + uniform_share * t
         upper = torch.searchsorted(clock, level).clamp(1, len(t) - 1)
@@ -263,7 +311,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     def whiten(self, x: Tensor, t: Tensor) -> Tensor:
         """State at time ``t`` as unit-variance coordinates along the axes, ``(B, *shape) -> (B, dim)``."""
-        self._check(x)
+        self.check(x)
         centred = x - like(self.path.alpha(t), x) * self.mean.reshape(1, *self.shape)
         return self.deviations(centred, t)
 
@@ -278,6 +326,38 @@ class GaussianBaseline(nn.Module, Configured):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, covariance={self.covariance!r}, fitted={bool(self.fitted)}"
+
+
+def _shrunk(covariance: Tensor, count: int, floor: float) -> tuple[Tensor, float]:
+    """A sample covariance of few samples, its correlations shrunk towards none, and the weight of none, in (0, 1].
+
+    The weight is the one under which the average sample is likeliest by the covariance of the others. For a covariance
+    ``S + g I`` of ``n`` samples, leaving a sample out takes its squared length ``q`` to ``q / (1 - a / n)`` with ``a``
+    the sum of ``l / (l + g)`` over eigenvalues of ``S`` (generalised cross-validation: Golub, Heath and Wahba, 1979,
+    https://doi.org/10.1080/00401706.1979.10489751), so that sums over the data are enough. The weight that is best in
+    squares (OAS, Chen et al., 2010, https://doi.org/10.1109/TSP.2010.2053029) is too small by far where all
+    coordinates share one factor, as the pixels of light and dark pictures do.
+
+    Args:
+        covariance: Of the sample, ``(d, d)``.
+        count: Number of samples.
+        floor: Variance of coordinates that do not vary; their correlations are 0.
+    """
+    deviation = covariance.diagonal().clamp(min=floor).sqrt()
+    moving = covariance.diagonal() > floor
+    scale = torch.outer(deviation, deviation)
+    correlation = torch.where(torch.outer(moving, moving), covariance / scale, torch.zeros_like(covariance))
+    values = torch.linalg.eigvalsh(correlation[moving][:, moving]).clamp(min=0)
+    weights = torch.logspace(-6, 0, 121, dtype=torch.float64)
+    kept = (1 - weights)[:, None] * values
+    mixed = kept + weights[:, None]
+    share = (kept / mixed).sum(-1) / (count - 1)
+    loss = (values / mixed).sum(-1) / (1 - share) + mixed.log().sum(-1)
+    # no samples are left of a sample that has an axis to itself
+    weight = weights[torch.where(share < 1, loss, torch.inf).argmin()]
+    correlation = (1 - weight) * correlation
+    correlation.fill_diagonal_(1.0)
+    return correlation * scale, float(weight)
 
 
 class GaussianFlow(JointMap):

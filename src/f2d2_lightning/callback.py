@@ -19,12 +19,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention
 from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.added_weights import AddedWeights
+from f2d2_lightning.average import copy_frozen, share_weights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
@@ -38,14 +40,15 @@ from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.inversion import Inversion
 from f2d2_lightning.likelihood import LogProb, log_prob
 from f2d2_lightning.objectives import Objective
-from f2d2_lightning.processes import gather_states, own_state
+from f2d2_lightning.processes import Places, gather_states, own_state
 from f2d2_lightning.progress import begin_epoch, mend_progress
+from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.reference import Reference
 from f2d2_lightning.sampling import Samples, draw_noise, sample
 from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import whole_state
 from f2d2_lightning.sources import TeacherSource, VelocitySource
-from f2d2_lightning.states import BatchStates, training_batches
+from f2d2_lightning.states import HALF, BatchStates, check_values, compare_ranges, training_batches
 from f2d2_lightning.trajectory import TrajectoryRegression
 
 __all__ = ["F2D2Callback"]
@@ -73,7 +76,7 @@ class F2D2Callback(L.Callback):
         interval: Submodule that embeds the network's time, to which a pair of times is added
             (:class:`~f2d2_lightning.adapters.AddedInterval`), for networks whose second time cannot say a direction.
         teacher: Velocity ``(x, t, cond) -> v``, flow map or module to learn from; by default the model's own diagonal
-            as it trains.
+            as it trains. One that holds the network itself is kept as it is when training starts.
         head: Divergence head; by default one on the network's features with a diagonal Gaussian baseline.
         objective: What relates ``(u, D)`` to the velocity; trajectory regression by default.
         estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
@@ -88,14 +91,15 @@ class F2D2Callback(L.Callback):
         data_to_state: ``batch -> (x, cond)``, states ``(B, ...)`` at ``t = 1`` as the network sees them in training,
             or the name of a method of the module that does so; by default a tensor, or the first two items of a
             sequence.
-        levels: Levels of discrete data: likelihoods are logged in bits per dimension; ``None``: in nats.
+        levels: Levels of discrete data: likelihoods are logged in bits per dimension; ``None`` takes those and the
+            range of a teacher that says them, else likelihoods are in nats.
         low: Lower edge of the range that the levels fill.
         high: Upper edge.
         steps: Step counts that validation and test report.
         draws: Dequantisation draws per sample that validation averages few-step likelihoods over.
         inversion: How maps that only go to data are inverted.
         reference: Solver of the likelihood of the network's own velocity, for comparison.
-        reference_samples: Samples per evaluation and process that are compared with it; 0 for none.
+        reference_samples: Samples per evaluation that are compared with it, the first ones of the data; 0 for none.
         fit_samples: Samples that the baseline and the head's scale are set from, once.
         backward: Which ``manual_backward`` of a training step carries the added loss, from 0, in manual optimisation;
             by default the first one while the network's parameters require gradients (a GAN's generator).
@@ -135,6 +139,11 @@ class F2D2Callback(L.Callback):
         backward: int | None = None,
         check: bool = True,
     ) -> None:
+        theirs = getattr(teacher, "quantisation", None)
+        if levels is None and isinstance(theirs, Quantisation):
+            levels, low, high = theirs.levels, theirs.low, theirs.high
+        if not low < high:
+            raise ValueError(f"low={low} and high={high} are the edges of the data's range; low < high is needed")
         if not 0 <= ema_decay < 1 or not weight > 0 or fit_samples < 2 or reference_samples < 0:
             raise ValueError(
                 f"ema_decay={ema_decay} lies in [0, 1), weight={weight} is positive, fit_samples={fit_samples} is at "
@@ -165,6 +174,12 @@ class F2D2Callback(L.Callback):
                 f"the objective trains {self.objective.directions}, but the adapter declares {directions}; a map that "
                 "answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
             )
+        self.quantisation = None if levels is None else Quantisation(levels, low, high)
+        if isinstance(theirs, Quantisation) and theirs != self.quantisation:
+            raise ValueError(
+                f"the teacher was trained on {theirs}, F2D2Callback has {self.quantisation}; make them agree"
+            )
+        self.objective.quantise(self.quantisation)
         self.estimator = estimator or Hutchinson()
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
@@ -175,7 +190,8 @@ class F2D2Callback(L.Callback):
         check_draws(draws, levels)
         self.draws = draws
         self.inversion = inversion or Inversion()
-        self.reference = reference or Reference(steps=50)
+        # what the network can be differentiated by is the same for its targets and its likelihood
+        self.reference = reference or Reference(steps=50, mode=getattr(self.estimator, "mode", "forward"))
         self.reference_samples, self.fit_samples = reference_samples, fit_samples
         self.backward, self.check = backward, check
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
@@ -183,6 +199,9 @@ class F2D2Callback(L.Callback):
         self._pending: Mapping[str, Any] | None = None
         self._own: dict[str, Any] = {}
         self._network: nn.Module
+        self._looked_at = ""  # the stage whose first batch was
+        self._student: JointFlowMap | None = None
+        self._before_trial: dict[str, Any] | None = None
         self._evaluation: LikelihoodEvaluation | None = None
         self._forget_step()
 
@@ -230,6 +249,7 @@ class F2D2Callback(L.Callback):
     def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
         """Log-likelihood of states at ``t = 1``, nats; see :func:`f2d2_lightning.log_prob`."""
         joint = self.joint
+        self._check_shape(x)
         inversion = None if Direction.TO_NOISE in joint.directions else self.inversion
         with evaluating(self._network):
             return log_prob(joint, x, steps, cond, inversion=inversion)
@@ -250,10 +270,18 @@ class F2D2Callback(L.Callback):
         joint = self.joint
         if isinstance(noise, int):
             noise = draw_noise(noise, self.shape, next(self._network.parameters()).device)
+        self._check_shape(noise)
         with evaluating(self._network):
             if guidance is not None:
                 return guidance(joint, noise, steps, cond, log_prob=with_log_prob)
             return sample(joint, noise, steps, cond, log_prob=with_log_prob)
+
+    def _check_shape(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"states have shape {tuple(x.shape)}, but the head was trained for (B, "
+                f"{', '.join(map(str, self.shape))}); a likelihood of another size means nothing: resize the data"
+            )
 
     def export(self, path: str | Path) -> None:
         """Write network, head and conventions to one file, for :func:`f2d2_lightning.load_joint`.
@@ -283,6 +311,20 @@ class F2D2Callback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and wrap the module's methods."""
+        if not isinstance(pl_module, L.LightningModule):
+            raise ValueError(
+                f"{type(pl_module).__name__} is no lightning.LightningModule, but perhaps one of pytorch_lightning, "
+                "whose classes are others: write `import lightning as L` in place of `import pytorch_lightning as pl`, "
+                "for the module and for the Trainer"
+            )
+        if str(trainer.precision) in HALF:
+            rank_zero_warn(
+                f"with precision={trainer.precision!r} the network computes in half precision, and likelihoods are "
+                "those of its rounded answers, off by a percent of their divergence; head and states stay in float32. "
+                "'bf16-mixed' and '32-true' keep weights whole"
+            )
+        compare_ranges("F2D2Callback", self.quantisation, getattr(trainer, "datamodule", None))
+        self._looked_at = ""
         if not is_overridden("configure_model", pl_module):
             self._find(pl_module)
         self._trainer, self._module = trainer, pl_module
@@ -328,6 +370,7 @@ class F2D2Callback(L.Callback):
         self._restore()
 
     def _restore(self) -> None:
+        self._student = None
         for name, before in self._own.items():
             if before is None:
                 vars(self._module).pop(name, None)
@@ -353,6 +396,15 @@ class F2D2Callback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make or restore the head, check the adapter, set baseline and scale from data, and share them."""
         begin_epoch(trainer)
+        if self._before_trial is not None:
+            # what a Tuner tried out is no part of the run
+            self.objective.load_state_dict(self._before_trial)
+            self._before_trial = None
+            if self.added.steps == 0:
+                self._added = None
+        self._start(trainer, pl_module)
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.random.fork_rng([]):
             torch.manual_seed(mix_seed(self._seed, "start"))
             x, cond = self._state(next(training_batches(trainer, self.fit_samples)))
@@ -392,6 +444,7 @@ class F2D2Callback(L.Callback):
     def _prepare_training(self) -> None:
         mapped = self._mapped("live")
         held = HeldFlowMap(mapped)
+        self.added.optimizer.zero_grad(set_to_none=True)
         self._student = JointFlowMap(held if self.frozen else mapped, self._head("live"))
         self._source: VelocitySource
         if self.teacher is None:
@@ -402,8 +455,12 @@ class F2D2Callback(L.Callback):
                 )
             self._source = TeacherSource(held.velocity, self.estimator, stationary=False)
         else:
-            if isinstance(self.teacher, nn.Module):
-                self.teacher.requires_grad_(False).eval().to(self._module.device)
+            teacher = self.teacher
+            if isinstance(teacher, nn.Module):
+                if share_weights(teacher, self._network):
+                    teacher = copy_frozen(teacher)
+                # nothing is differentiated with respect to its weights, whose owner may want to train them elsewhere
+                self.teacher = teacher.eval().to(self._module.device)
             self._source = TeacherSource(self.teacher, self.estimator)
 
     @torch.no_grad()
@@ -417,7 +474,13 @@ class F2D2Callback(L.Callback):
         self.added.broadcast()
 
     def _state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        return self.states(batch, self._module)
+        """States and conditioning; the first states of each stage are compared with levels and range."""
+        x, cond = self.states(batch, self._module)
+        stage = str(self._trainer.state.stage)
+        if self._looked_at != stage:
+            check_values(x, self.quantisation)
+            self._looked_at = stage
+        return x, cond
 
     # --- training ---
 
@@ -428,6 +491,11 @@ class F2D2Callback(L.Callback):
         self._gradient_scale = 1.0
 
     def _stepping(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._student is None:
+            # a Tuner takes steps of a run that has not begun, without its callbacks
+            self._before_trial = self.objective.state_dict()
+            self._find(self._module)
+            self._start(self._trainer, self._module)
         batch = args[0] if args else kwargs["batch"]
         index = int(kwargs.get("batch_idx", args[1] if len(args) > 1 else 0))
         self._forget_step()
@@ -463,6 +531,7 @@ class F2D2Callback(L.Callback):
 
     def _loss(self, batch: Any, batch_index: int) -> Tensor:
         trainer, module = self._trainer, self._module
+        assert self._student is not None
         x, cond = self._state(batch)
         devices = [x.device] if x.device.type == "cuda" else []
         parts = (self._seed, trainer.current_epoch, batch_index)
@@ -524,6 +593,7 @@ class F2D2Callback(L.Callback):
             )
             return
         self.added.to(pl_module.device)
+        self._places = Places(trainer)
         dim = math.prod(self.shape)
         self._evaluation = LikelihoodEvaluation(
             self.steps, dim, self.levels, self.low, self.high, pl_module.device, self.draws
@@ -536,19 +606,21 @@ class F2D2Callback(L.Callback):
     on_test_epoch_start = on_validation_epoch_start
 
     @torch.no_grad()
-    def _evaluate(self, batch: Any) -> None:
+    def _evaluate(self, batch: Any, loader: int) -> None:
         evaluation = self._evaluation
         if evaluation is None:
             return
         x, cond = self._state(batch)
-        compared = min(len(x), self.reference_samples - evaluation.compared)
+        place, counted = self._places.take(len(x), loader)
+        compared = int((counted & (place < self.reference_samples)).sum())  # places ascend
         velocity = self.reference_velocity()
-        reference = None
+        reference = error = None
         if compared > 0 and velocity is not None:
             with evaluating(self._network):
-                reference = self.reference(velocity, x[:compared], None if cond is None else cond[:compared]).value
+                answer = self.reference(velocity, x[:compared], None if cond is None else cond[:compared])
+            reference, error = answer.value, answer.standard_error
         goes_back = Direction.TO_DATA in self.joint.directions
-        evaluation.evaluate(self.log_prob, self.sample if goes_back else None, x, cond, reference)
+        evaluation.evaluate(self.log_prob, self.sample if goes_back else None, x, cond, reference, error, counted)
 
     def reference_velocity(self) -> Callable[..., Tensor] | None:
         """``(x, t, cond) -> v`` that likelihoods are compared with: the teacher's, else the network's own diagonal.
@@ -568,7 +640,7 @@ class F2D2Callback(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Few-step likelihoods of the batch."""
-        self._evaluate(batch)
+        self._evaluate(batch, dataloader_idx)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -577,8 +649,10 @@ class F2D2Callback(L.Callback):
             return
         inverted = Direction.TO_NOISE not in self.joint.directions
         for name, value in self._evaluation.results().items():
-            if inverted or not name.startswith("unconverged"):
+            if inverted or not name.startswith("unconverged") or bool(value > 0):
                 pl_module.log(f"{stage}/f2d2_{name}", value)
+        if doubts := self._evaluation.doubts():
+            rank_zero_warn(doubts)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what was gathered."""

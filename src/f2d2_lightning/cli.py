@@ -32,8 +32,8 @@ USAGE = """usage: f2d2 COMMAND ...
 commands:
   fit        train a teacher or a student:  f2d2 fit --config configs/digits_teacher.yaml
              the same command goes on with a run that was interrupted
-  validate   run the validation loop of a checkpoint
-  test       run the test loop; a student writes a table and pictures
+  validate   run the validation loop of a checkpoint:  f2d2 validate --config ... --ckpt_path last
+  test       run the test loop of one; a student writes a table and pictures
   sample     draw samples from a student's checkpoint:  f2d2 sample --ckpt ... --steps 2 --num 64 --out grid.png
   nll        log-likelihood of every sample of a data set:  f2d2 nll --ckpt ... --data digits --steps 4 --out nll.csv
 
@@ -164,9 +164,27 @@ class F2D2CLI(LightningCLI):
         say(f"going on from {newest}" + (f", with another configuration: {'; '.join(changed)}" if changed else ""))
 
     def _before_evaluation(self) -> None:
+        """Take a checkpoint of the model, whose figures are wanted.
+
+        Raises:
+            ValueError: If none was named, as the weights would be random, or it is damaged.
+            FileNotFoundError: If it is not there.
+        """
         config = self.config_init[self.subcommand]
+        newest = self._newest()
+        # empty: a variable of a shell that was not set
+        if not config["ckpt_path"]:
+            raise ValueError(
+                f"f2d2 {self.subcommand} without a checkpoint would give the figures of a model that was not trained; "
+                + (
+                    f"say which: --ckpt_path last ({newest})"
+                    if newest is not None
+                    else f"{run_folder(self.trainer)} holds none either: train first (f2d2 fit ...) or name one "
+                    "(--ckpt_path FILE)"
+                )
+                + f". For a model whose weights come with its class: Trainer().{self.subcommand}(model, data) in Python"
+            )
         if config["ckpt_path"] == "last":
-            newest = self._newest()
             if newest is None:
                 raise FileNotFoundError(f"{run_folder(self.trainer)} holds no checkpoint; train first: f2d2 fit ...")
             config["ckpt_path"] = str(newest)

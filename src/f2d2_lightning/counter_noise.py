@@ -7,11 +7,12 @@ of workers or processes, and however often a run was interrupted.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["counter_uniform", "mix_seed"]
+__all__ = ["counter_normal", "counter_uniform", "hashed", "mix_seed", "row_keys"]
 
 
 def _signed(value: int) -> int:
@@ -28,8 +29,8 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def counter_uniform(counters: Tensor, seed: int) -> Tensor:
-    """Uniform numbers in [0, 1), one for each counter: SplitMix64 at that position.
+def hashed(counters: Tensor, seed: int) -> Tensor:
+    """64 random bits for each counter, as ``int64``, shape of ``counters``: SplitMix64 at that position.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014,
     https://doi.org/10.1145/2660193.2660195
@@ -37,15 +38,33 @@ def counter_uniform(counters: Tensor, seed: int) -> Tensor:
     Args:
         counters: Integers, any shape, ``int64``.
         seed: Stream; different seeds give independent numbers.
-
-    Returns:
-        float32, shape of ``counters``, with 24 random bits.
     """
     z = counters * _GOLDEN + _signed(mix_seed(seed))
     z = (z ^ _shift_right(z, 30)) * _MIX1
     z = (z ^ _shift_right(z, 27)) * _MIX2
-    z = z ^ _shift_right(z, 31)
-    return _shift_right(z, 40).to(torch.float32) * 2.0**-24
+    return z ^ _shift_right(z, 31)
+
+
+def counter_uniform(counters: Tensor, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1), one for each counter; arguments as :func:`hashed`.
+
+    Returns:
+        float32, shape of ``counters``, with 24 random bits.
+    """
+    return _shift_right(hashed(counters, seed), 40).to(torch.float32) * 2.0**-24
+
+
+def counter_normal(counters: Tensor, seed: int) -> Tensor:
+    """Standard normal numbers, one for each counter, float32; arguments as :func:`hashed`."""
+    uniform = counter_uniform(counters, seed) + 2.0**-25  # in (0, 1)
+    return math.sqrt(2) * torch.erfinv(2 * uniform - 1)
+
+
+def row_keys(x: Tensor, seed: int = 0) -> Tensor:
+    """A number for each sample that is a function of its own values, ``(B, ...) -> (B,)``, ``int64``."""
+    bits = x.detach().float().contiguous().view(torch.int32).long().reshape(len(x), -1)
+    place = torch.arange(bits.shape[1], device=x.device)
+    return hashed(bits + (place << 32), seed).sum(1)
 
 
 def mix_seed(*parts: int | str) -> int:

@@ -19,18 +19,35 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.counter_noise import counter_normal, hashed, mix_seed
 from f2d2_lightning.paths import LinearPath, Path, expand_time, repeat_time
-from f2d2_lightning.tangents import TangentRules
+from f2d2_lightning.tangents import REMEDY, DerivativeError, forward_mode
 
 __all__ = [
+    "MODES",
     "Conditional",
     "Divergence",
     "DivergenceEstimator",
     "Exact",
     "Hutchinson",
+    "check_mode",
     "instantaneous",
     "jacobian_product",
 ]
+
+MODES = ("forward", "reverse", "finite")
+
+
+def check_mode(mode: str, step: float) -> None:
+    """Refuse a way to differentiate that there is not.
+
+    Raises:
+        ValueError: Says the ways that there are.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; it is 'forward', 'reverse' or 'finite'")
+    if not step > 0:
+        raise ValueError(f"step is {step}; it must be positive")
 
 
 class Divergence(NamedTuple):
@@ -48,12 +65,57 @@ def jacobian_product(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor)
     """``(f(x), J_f(x) v)`` in one forward-mode pass, shapes of ``f(x)``.
 
     Lightning tests and predicts in inference mode, where tangents are dropped without a word; it is left for the pass.
+
+    Raises:
+        DerivativeError: If an operation of ``function`` has no rule for forward mode, or it drops tangents.
     """
-    with _derivatives_allowed(), forward_ad.dual_level(), TangentRules():
-        value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(_usable(x), _usable(v))))
-    if product is None:  # f does not depend on x
+    with _derivatives_allowed(), forward_mode():
+        # copies: a network may change its input in place
+        value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(x.clone(), v.clone())))
+    if product is None:
+        _check_constant(function, x, v)
         product = torch.zeros_like(value)
     return value, product
+
+
+def _check_constant(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> None:
+    """Refuse a function that moves with ``x`` although no tangent came through it.
+
+    Raises:
+        DerivativeError: A network that detaches its input, as one whose answer is a gradient does, or that runs itself
+            in inference mode, drops tangents without a word, and its divergence would be 0.
+    """
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
+        near, far = (function(x + step * v) for step in (-1e-2, 1e-2))
+    if not torch.equal(near, far):
+        raise DerivativeError(
+            "a velocity changes with its state, and no derivative came through it: it detaches its input, or runs in "
+            f"inference mode. {REMEDY}"
+        )
+
+
+def _products(
+    function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, mode: str, step: float
+) -> tuple[Tensor, Tensor]:
+    """``f(x)`` and ``J v``, or ``J^T v`` in reverse mode: either will do for ``v^T J v``."""
+    if mode == "forward":
+        return jacobian_product(function, x, v)
+    if mode == "finite":
+        with _derivatives_allowed():
+            x = _usable(x)
+            return function(x.clone()), (function(x + step * v) - function(x - step * v)) / (2 * step)
+    wanted = torch.is_grad_enabled()
+    with _derivatives_allowed(), torch.enable_grad():
+        # a copy in any case: a leaf cannot be changed in place
+        leaf = x if wanted and x.requires_grad else _usable(x.detach()).requires_grad_(True)
+        value = function(leaf.clone())
+        product = None
+        if value.requires_grad:
+            (product,) = torch.autograd.grad(value, leaf, v, create_graph=wanted, allow_unused=True)
+        if product is None:
+            _check_constant(function, x, v)
+            product = torch.zeros_like(value)
+    return (value if wanted else value.detach()), product
 
 
 @contextmanager
@@ -109,12 +171,15 @@ class Exact(DivergenceEstimator):
 
     Args:
         chunk: Directions evaluated in one batched call; bounds memory at ``chunk * B`` states.
+        mode: How the network is differentiated, as in :class:`Hutchinson`.
+        step: Half-width of the finite difference, in units of the state.
     """
 
-    def __init__(self, chunk: int = 32) -> None:
+    def __init__(self, chunk: int = 32, mode: str = "forward", step: float = 1e-2) -> None:
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it counts directions, at least 1")
-        self.chunk = chunk
+        check_mode(mode, step)
+        self.chunk, self.mode, self.step = chunk, mode, step
 
     def __call__(
         self,
@@ -137,9 +202,8 @@ class Exact(DivergenceEstimator):
             tangent = basis.repeat(batch, 1).reshape(batch * count, *x.shape[1:])
             times = t[:1].expand(batch * count) if t.stride(0) == 0 else t.repeat_interleave(count)
             conds = _repeat(cond, count)
-            value, product = jacobian_product(
-                partial(_at, velocity, times, conds), x.repeat_interleave(count, 0), tangent
-            )
+            function = partial(_at, velocity, _usable(times), None if conds is None else _usable(conds))
+            value, product = _products(function, x.repeat_interleave(count, 0), tangent, self.mode, self.step)
             trace = trace + (product * tangent).reshape(batch, -1).sum(-1)
             if v is None:
                 v = value.reshape(batch, count, *x.shape[1:])[:, 0]
@@ -178,22 +242,35 @@ class Hutchinson(DivergenceEstimator):
             raise ValueError(f"probes is {probes}; at least 1 is needed")
         if distribution not in ("rademacher", "gaussian"):
             raise ValueError(f"distribution is {distribution!r}; it is 'rademacher' or 'gaussian'")
-        if mode not in ("forward", "reverse", "finite"):
-            raise ValueError(f"mode is {mode!r}; it is 'forward', 'reverse' or 'finite'")
-        if not step > 0:
-            raise ValueError(f"step is {step}; it must be positive")
+        check_mode(mode, step)
         self.probes = probes
         self.distribution = distribution
         self.mode = mode
         self.step = step
         self.control = control
 
-    def draw(self, x: Tensor) -> Tensor:
-        """Probe vectors for a batch of states, ``(B, ...) -> (probes, B, ...)``."""
+    def draw(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Probe vectors for a batch of states, ``(B, ...) -> (probes, B, ...)``.
+
+        Args:
+            x: States, ``(B, ...)``.
+            keys: A number for each sample, ``(B,)``, ``int64``, that its probes are a function of, whatever other
+                samples are in the batch; by default they are drawn from the global generator.
+        """
         shape = (self.probes, *x.shape)
-        if self.distribution == "gaussian":
-            return torch.randn(shape, dtype=x.dtype, device=x.device)
-        return torch.randint(0, 2, shape, dtype=x.dtype, device=x.device) * 2 - 1
+        gaussian = self.distribution == "gaussian"
+        if keys is None:
+            if gaussian:
+                return torch.randn(shape, dtype=x.dtype, device=x.device)
+            return torch.randint(0, 2, shape, dtype=x.dtype, device=x.device) * 2 - 1
+        dim = x[0].numel()
+        streams = torch.stack([hashed(keys, mix_seed("probe", probe)) for probe in range(self.probes)])[..., None]
+        if gaussian:
+            return counter_normal(streams + torch.arange(dim, device=x.device), 0).to(x.dtype).reshape(shape)
+        # one number has the signs of 32 elements
+        words = hashed(streams + torch.arange(-(-dim // 32), device=x.device), 0)
+        bits = (words[..., None] >> torch.arange(16, 48, device=x.device)) & 1
+        return (bits.flatten(2)[..., :dim].to(x.dtype) * 2 - 1).reshape(shape)
 
     def per_probe(
         self, velocity: Callable[..., Tensor], x: Tensor, t: Tensor | float, cond: Tensor | None, probes: Tensor
@@ -202,25 +279,11 @@ class Hutchinson(DivergenceEstimator):
         t = expand_time(t, x)
         count, batch = len(probes), len(x)
         eps = probes.reshape(count * batch, *x.shape[1:])
-        if self.mode == "reverse":
-            wanted = torch.is_grad_enabled()
-            with _derivatives_allowed(), torch.enable_grad():
-                y = x if wanted and x.requires_grad else _usable(x.detach()).requires_grad_(True)
-                # what the graph keeps must not be made in inference mode either
-                value = velocity(y, _usable(t), None if cond is None else _usable(cond))
-                rows = [torch.autograd.grad(value, y, e, retain_graph=True, create_graph=wanted)[0] for e in probes]
-            v, product = value if wanted else value.detach(), torch.cat(rows)
-        else:
-            xs = x.repeat(count, *(1 for _ in x.shape[1:]))
-            ts = repeat_time(t, count)
-            cs = None if cond is None else cond.repeat(count, *(1 for _ in cond.shape[1:]))
-            if self.mode == "forward":
-                values, product = jacobian_product(lambda y: velocity(y, ts, cs), xs, eps)
-                v = values[:batch]
-            else:
-                v = velocity(x, t, cond)
-                difference = velocity(xs + self.step * eps, ts, cs) - velocity(xs - self.step * eps, ts, cs)
-                product = difference / (2 * self.step)
+        xs = x.repeat(count, *(1 for _ in x.shape[1:]))
+        cs = None if cond is None else _usable(cond.repeat(count, *(1 for _ in cond.shape[1:])))
+        function = partial(_at, velocity, _usable(repeat_time(t, count)), cs)
+        values, product = _products(function, xs, eps, self.mode, self.step)
+        v = values[:batch]
         if self.control is not None:
             times = repeat_time(t, count)
             product = product - self.control.jacobian_product(eps, times, times)

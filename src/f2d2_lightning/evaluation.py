@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torchmetrics import MeanMetric, SumMetric
 
 from f2d2_lightning.counter_noise import counter_uniform, mix_seed
 from f2d2_lightning.likelihood import LogProb
-from f2d2_lightning.metrics import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError
+from f2d2_lightning.metrics import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError, doubt
 from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.sampling import Samples
 
@@ -53,15 +54,19 @@ class LikelihoodEvaluation:
         agreement = lambda: LikelihoodAgreement(dim, levels, low, high)  # noqa: E731
         self._all = {k: MeanLikelihood(dim, levels, low, high).to(device) for k in self.steps}
         self._compared = {k: agreement().to(device) for k in self.steps}
+        self._negative = {k: MeanMetric().to(device) for k in self.steps}
         self._failed = {k: MeanMetric().to(device) for k in self.steps}
         self._counts = {k: SumMetric().to(device) for k in self.steps}
         self._round_trips = {k: RoundTripError().to(device) for k in self.steps}
+        self._reference_errors = RoundTripError().to(device)  # likewise a root mean square
+        self._moments = [MeanMetric(nan_strategy="error").to(device) for _ in range(2)]
         # a process without samples takes part in gathering all the same, or the others would wait for it
         nothing = torch.zeros(0, device=device)
         for k in self.steps:
             self._all[k].update(nothing)
             self._compared[k].update(nothing, nothing)
             self._round_trips[k].update(nothing)
+        self._reference_errors.update(nothing)
         self.compared = 0
         self.seconds = dict.fromkeys(self.steps, 0.0)
         """Spent on few-step likelihoods by this process."""
@@ -75,6 +80,8 @@ class LikelihoodEvaluation:
         x: Tensor,
         cond: Tensor | None,
         reference: Tensor | None,
+        reference_error: Tensor | None = None,
+        counted: Tensor | None = None,
     ) -> None:
         """Likelihoods of a batch at every step count, and its way to noise and back.
 
@@ -84,6 +91,8 @@ class LikelihoodEvaluation:
             x: Data at ``t = 1``, ``(B, ...)``, dequantised if they were discrete.
             cond: Conditioning, first axis ``B``, or ``None``.
             reference: The reference's log-likelihoods of the first samples, ``(C,)``, nats, ``C <= B``.
+            reference_error: Their standard errors over random probes, ``(C,)``, nats, where they are known.
+            counted: Which samples count, ``(B,)`` bool: repeated ones, at the end, do not. All by default.
         """
         values, errors = {}, {}
         for k in self.steps:
@@ -100,10 +109,20 @@ class LikelihoodEvaluation:
             again = draw_again(x, self.quantisation, draw)
             for k in self.steps:
                 values[k] = torch.cat((values[k], log_prob(again, k, cond).value[None]))
-        self.update(values, reference, errors)
+        if counted is not None and not bool(counted.all()):
+            rows = counted.to(x.device)
+            x, values = x[rows], {k: value[:, rows] for k, value in values.items()}
+            errors = {k: error[rows] for k, error in errors.items()}
+        for power, moment in enumerate(self._moments, start=1):
+            moment.update(x.double() ** power)
+        self.update(values, reference, errors, reference_error)
 
     def update(
-        self, values: Mapping[int, Tensor], reference: Tensor | None, errors: Mapping[int, Tensor] | None = None
+        self,
+        values: Mapping[int, Tensor],
+        reference: Tensor | None,
+        errors: Mapping[int, Tensor] | None = None,
+        reference_error: Tensor | None = None,
     ) -> None:
         """Add a batch.
 
@@ -113,12 +132,17 @@ class LikelihoodEvaluation:
             reference: The reference's for the first samples of the batch and the first draw, ``(C,)``, nats,
                 ``C <= B``.
             errors: Mean squared error per dimension of each sample's way to noise and back, ``(B,)``, by step count.
+            reference_error: Standard errors of ``reference``, ``(C,)``, nats, where they are known.
         """
+        if reference_error is not None:
+            self._reference_errors.update(reference_error.square())
         for k, value in values.items():
             value = value.reshape(-1, value.shape[-1])
             good = value.isfinite().all(0)
             self._failed[k].update((~good).float())
             self._all[k].update(value.mean(0)[good])
+            if bool(good.any()):
+                self._negative[k].update((self._all[k].nll(value.mean(0)[good]) < 0).float())
             kept = good[:0] if reference is None else good[: len(reference)]
             if reference is not None:
                 self._compared[k].update(value[0, : len(reference)][kept], reference[kept])
@@ -133,9 +157,14 @@ class LikelihoodEvaluation:
         ``nll_k`` and its standard error are over all samples; ``gap_k``, ``absolute_error_k``, ``correlation_k``,
         ``rank_correlation_k`` and ``reference_nll_k`` over those that were compared; ``round_trip_k`` is the root mean
         square per dimension, in units of the state, of data to noise to data in k steps each way; ``unconverged_k``
-        is the share of samples without a likelihood. What no sample has is left out.
+        is the share of samples without a likelihood; ``reference_error`` the root mean square of the standard errors
+        that each sample's reference has over random probes; ``doubtful_k`` is 1 where
+        :func:`~f2d2_lightning.metrics.doubt` finds something (:meth:`doubts`). What no sample has is left out.
         """
         named: dict[str, Tensor] = {}
+        error = self._reference_errors.compute()
+        if bool(error.isfinite()):
+            named["reference_error"] = error / self._all[self.steps[0]].unit
         for k in self.steps:
             mean, error, count = self._all[k].compute()
             if count > 0:
@@ -148,16 +177,24 @@ class LikelihoodEvaluation:
             if bool(round_trip.isfinite()):
                 named[f"round_trip_{k}"] = round_trip
             named[f"unconverged_{k}"] = self._failed[k].compute()
+        named |= {f"doubtful_{row['steps']}": error.new_ones(()) for row in self.rows() if row["doubt"]}
         return {name: value.float() for name, value in named.items()}
 
-    def rows(self) -> list[dict[str, float]]:
+    def rows(self) -> list[dict[str, Any]]:
         """One row per step count, over all processes: every field of :class:`~f2d2_lightning.metrics.Agreement`.
 
-        NaN where no sample has it. ``milliseconds`` are this process's, per sample.
+        NaN where no sample has it. ``milliseconds`` are this process's, per sample. ``doubt`` is text,
+        :func:`~f2d2_lightning.metrics.doubt`.
         """
-        rows = []
+        rows: list[dict[str, Any]] = []
+        deviation = math.nan
+        if all(bool(moment.weight > 0) for moment in self._moments):
+            mean, square = (moment.compute() for moment in self._moments)
+            deviation = float((square - mean.square()).clamp(min=0).sqrt())
+        unit = self._all[self.steps[0]].unit
+        reference_error = float(self._reference_errors.compute()) / unit
         for k in self.steps:
-            row = dict.fromkeys(Agreement._fields, math.nan)
+            row: dict[str, Any] = dict.fromkeys(Agreement._fields, math.nan)
             if self._counts[k].compute() > 0:
                 row |= {name: float(value) for name, value in self._compared[k].compute()._asdict().items()}
             mean, error, _ = self._all[k].compute()
@@ -166,8 +203,20 @@ class LikelihoodEvaluation:
             row |= {"unconverged": float(self._failed[k].compute())}
             count = max(1, int(self._all[k].count))
             row |= {"steps": k, "evaluations": self.evaluations[k], "milliseconds": 1e3 * self.seconds[k] / count}
-            rows.append(row)
+            negative = float(self._negative[k].compute()) if bool(self._negative[k].weight > 0) else 0.0
+            row |= {"reference_error": reference_error, "negative": negative}
+            rows.append(row | {"doubt": doubt(row, self.quantisation is not None, deviation)})
         return rows
+
+    def doubts(self) -> str:
+        """What is wrong with the likelihoods, in one sentence a step count; empty where nothing is."""
+        said = []
+        for row in self.rows():
+            steps = f"the likelihood in {row['steps']} step{'s' * (row['steps'] > 1)}"
+            said += [f"{steps} is doubtful: {row['doubt']}"] if row["doubt"] else []
+            if row["unconverged"] > 0:
+                said.append(f"{steps} is missing, NaN or infinite, for {100 * row['unconverged']:.3g} % of the samples")
+        return ". ".join(said)
 
     def compared_values(self) -> tuple[dict[int, Tensor], Tensor]:
         """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, in the metrics' unit.

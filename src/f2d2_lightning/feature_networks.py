@@ -111,7 +111,7 @@ def check_network(network: nn.Module, images: Tensor) -> int:
     return count
 
 
-def load_network(features: str | nn.Module, weights: str | Path | None = None) -> nn.Module:
+def load_network(features: str | Path | nn.Module, weights: str | Path | None = None) -> nn.Module:
     """A feature network by name, by file, or as it is.
 
     Args:

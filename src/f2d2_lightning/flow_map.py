@@ -138,6 +138,14 @@ class FlowMap(nn.Module, Configured):
 
     directions: Direction = Direction.BOTH
 
+    @property
+    def conditional(self) -> bool | None:
+        """Whether the map needs ``cond`` (``True``), or takes none (``False``); ``None``: it takes what there is.
+
+        By default what an attribute ``labels`` says, an embedding or ``None``, and ``None`` without one.
+        """
+        return self.labels is not None if hasattr(self, "labels") else None
+
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
         """Average velocity from ``s`` to ``t``.
 
@@ -204,6 +212,11 @@ class JointMap(nn.Module, Configured, ABC):
     """Anything that answers ``(u, D)``: a flow map with a head, or a closed form."""
 
     directions: Direction = Direction.BOTH
+
+    @property
+    def conditional(self) -> bool | None:
+        """As :attr:`FlowMap.conditional`."""
+        return None
 
     @abstractmethod
     def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:

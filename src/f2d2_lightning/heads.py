@@ -126,6 +126,21 @@ class DivergenceHead(nn.Module, Configured):
         """Whether the head needs the backbone's features."""
         return self.network is None
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Type that divergences are computed in.
+
+        Raises:
+            ValueError: If it is of half precision.
+        """
+        dtype = self.scale.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the divergence head is in {dtype}, in which thousands of nats are rounded to whole ones; keep it in "
+                "float32 (head.float()), and use mixed precision for the network: bf16-mixed"
+            )
+        return dtype
+
     def forward(
         self,
         x: Tensor,
@@ -147,17 +162,23 @@ class DivergenceHead(nn.Module, Configured):
             ``D``, ``(B,)``, nats per unit of time.
 
         Raises:
-            ValueError: If features are missing or have another number of channels.
+            ValueError: If features are missing or have another number of channels, states have another shape than the
+                baseline's, or the head is of half precision.
         """
-        s, t = expand_time(s, x), expand_time(t, x)
+        dtype = self.precision
+        if self.baseline is not None:
+            self.baseline.check(x)
+        s, t = expand_time(s, x).to(dtype), expand_time(t, x).to(dtype)
         # thousands of nats do not fit into half precision, and the head is small
         with torch.autocast(x.device.type, enabled=False):
             if self.network is not None:
-                residual = self.network(x, s, t, cond).reshape(len(x))
+                residual = self.network(x.to(dtype), s, t, cond).reshape(len(x))
             else:
-                residual = self._from_features(None if features is None else features.to(self.scale.dtype), s, t)
+                residual = self._from_features(None if features is None else features.to(dtype), s, t)
             divergence = self.scale * residual
-            return divergence if self.baseline is None else divergence + self.baseline.divergence(s, t)
+            divergence = divergence if self.baseline is None else divergence + self.baseline.divergence(s, t)
+            # of a lower precision, a state's log-density still counts in the head's own
+            return divergence.to(torch.promote_types(x.dtype, dtype))
 
     def _from_features(self, features: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         if features is None or features.ndim < 2 or features.shape[1] != self.features:
@@ -234,6 +255,11 @@ class JointFlowMap(JointMap):
         """Those of the backbone."""
         return self.flow_map.directions
 
+    @property
+    def conditional(self) -> bool | None:
+        """That of the backbone; not known for a head with a network of its own, unless the backbone needs ``cond``."""
+        return self.flow_map.conditional or (self.flow_map.conditional if self.head.reads_features else None)
+
     def train(self, mode: bool = True) -> JointFlowMap:
         """Training mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
@@ -242,6 +268,7 @@ class JointFlowMap(JointMap):
         return self
 
     def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
+        _ = self.head.precision  # refused before the network says so in its own way
         if not self.head.reads_features:
             return Joint(self.flow_map(x, s, t, cond), self.head(x, s, t, cond))
         u, features = self.flow_map.forward_features(x, s, t, cond)

@@ -38,6 +38,10 @@ class HeldFlowMap(FlowMap):
         self.flow_map = flow_map
         self.directions = flow_map.directions
 
+    @property
+    def conditional(self) -> bool | None:
+        return self.flow_map.conditional
+
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
         with evaluating(self.flow_map), torch.no_grad():
             return self.flow_map(x, s, t, cond)
@@ -49,5 +53,6 @@ class HeldFlowMap(FlowMap):
             return self.flow_map.forward_features(x, s, t, cond)
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        with evaluating(self.flow_map), torch.no_grad():
+        # where a state asks for gradients it is differentiated itself, by reverse mode
+        with evaluating(self.flow_map), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             return self.flow_map.velocity(x, t, cond)

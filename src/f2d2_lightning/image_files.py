@@ -50,19 +50,19 @@ class ImageFiles:
     names: list[str]
     """Paths relative to the folder, with forward slashes, in the order of ``values``."""
 
-    def labels(self) -> Tensor:
-        """Class labels ``(N,)``, ``int64``: the names of the topmost folders, which must be whole numbers.
+    def classes(self) -> list[str]:
+        """Class of each image: the name of its topmost folder.
 
         Raises:
-            ValueError: If an image is in no such folder.
+            ValueError: If an image is in no folder.
         """
-        folders = [name.partition("/")[0] if "/" in name else "" for name in self.names]
-        if wrong := [name for name, folder in zip(self.names, folders, strict=True) if not folder.isdecimal()]:
+        if alone := [name for name in self.names if "/" not in name]:
             raise ValueError(
-                f"{wrong[0]} is in no folder that is named by a class label; put the images into folders 0, 1, ... "
-                "(the numbers that the model was trained with), or give an .npz file with x and y"
+                f"{alone[0]} is in no folder that is named by a class label or name; put each image into a folder "
+                "that is called as its class in training is (or by its label, where classes have no names), or give an "
+                ".npz file with x and y"
             )
-        return torch.tensor([int(folder) for folder in folders])
+        return [name.partition("/")[0] for name in self.names]
 
 
 def image_paths(folder: Path) -> list[Path]:

@@ -8,12 +8,14 @@ needs ``y`` from ``x``. Both solvers work on the residual :math:`F(y) = y + (t -
 - ``"newton"``: exact Jacobian, ``d`` directional derivatives an iteration; converges where the step is far from the
   identity, for small ``d``.
 
-Gradients are those of the implicit function, so the solver's iterations are not kept in memory.
+Gradients are those of the implicit function, so the solver's iterations are not kept in memory. They are the solution
+of a linear system, by the same method: iterations with ``"anderson"``, the exact Jacobian with ``"newton"``.
 """
 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,9 +48,9 @@ class Inversion:
     Args:
         method: ``"anderson"`` or ``"newton"``.
         tolerance: Root-mean-square residual that counts as converged; ``None`` is ``1e-5`` in single and ``1e-10``
-            in double precision.
+            in double precision. Of gradients, relative to each sample's own.
         max_iterations: Iterations before giving up.
-        memory: Past iterates that Anderson mixing keeps.
+        memory: Past iterates that Anderson mixing keeps; 1 is the plain fixed-point iteration.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -78,13 +80,16 @@ class Inversion:
 
         Returns:
             The solution per sample; differentiable with respect to ``x`` and to the parameters of ``displacement``
-            where gradients are enabled.
+            where gradients are enabled. A gradient whose solver does not converge is NaN, and a warning counts them.
         """
         tolerance = self.tolerance or (1e-10 if x.dtype == torch.float64 else 1e-5)
         find = self._anderson if self.method == "anderson" else self._newton
         with torch.no_grad():
             y, residual, evaluations = find(displacement, x.detach(), tolerance)
-        converged = residual <= tolerance
+        # far out rounding is larger than the tolerance, and where it cancels it looks like a solution
+        lengths = (v.reshape(len(x), -1).square().mean(-1).sqrt() for v in (y, x.detach()))
+        rounding, least = (torch.finfo(x.dtype).eps * length for length in lengths)
+        converged = (residual <= tolerance) & (rounding <= tolerance + least)
         if torch.is_grad_enabled():
             y, evaluations = self._attach_gradient(displacement, x, y, tolerance), evaluations + 2
         return Solution(y, converged, residual, evaluations)
@@ -116,7 +121,7 @@ class Inversion:
                 # a touch of Tikhonov keeps the system solvable once differences vanish in converged samples
                 ridge = gram.diagonal(dim1=1, dim2=2).mean(-1) * 1e-10 + torch.finfo(x.dtype).tiny
                 gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-                weights = torch.linalg.lstsq(gram, move_differences.transpose(1, 2) @ flat(move)[..., None]).solution
+                weights = _least_squares(gram, move_differences.transpose(1, 2) @ flat(move)[..., None])
                 step = step - ((state_differences + move_differences) @ weights).squeeze(-1)
             step = torch.where(step.isfinite(), step, flat(best))
             y = step.reshape(x.shape)
@@ -142,7 +147,7 @@ class Inversion:
                 break
             # a step that did not help is halved, from the best point
             damping = torch.where(better, torch.ones_like(damping), damping / 2)
-            newton = -torch.linalg.lstsq(jacobian, residual_vector[..., None]).solution.squeeze(-1)
+            newton = -_least_squares(jacobian, residual_vector[..., None]).squeeze(-1)
             direction = torch.where(better[:, None], newton, direction)
             y = (best.reshape(len(x), -1) + damping[:, None] * direction).reshape(x.shape)
         return best, best_residual, evaluations
@@ -158,13 +163,52 @@ class Inversion:
         point = y.clone().requires_grad_(True)
         moved = displacement(point)
 
+        def product(w: Tensor) -> Tensor:
+            return torch.autograd.grad(moved, point, w, retain_graph=True)[0]
+
+        @torch.no_grad()
         def solve_adjoint(gradient: Tensor) -> Tensor:
-            adjoint = lambda w: torch.autograd.grad(moved, point, w, retain_graph=True)[0]  # noqa: E731
-            with torch.no_grad():
-                return self._anderson(adjoint, gradient, tolerance * float(gradient.abs().max() + 1e-30))[0]
+            if not moved.requires_grad:
+                return gradient  # the displacement is the same everywhere
+            # of each sample its own: one of a steep sample must not be what those of flat ones are measured by
+            size = gradient.reshape(len(x), -1).square().mean(-1).sqrt().reshape(-1, *(1 for _ in x.shape[1:]))
+            scaled = gradient / size.clamp(min=torch.finfo(x.dtype).tiny)
+            if self.method == "newton":
+                found = _solve_transposed(product, scaled)
+                converged = found.reshape(len(x), -1).isfinite().all(-1)
+            else:
+                found, residual, _ = self._anderson(product, scaled, tolerance)
+                converged = residual <= tolerance
+            # what came in as NaN goes out as NaN, which is nothing to say here
+            failed = ~converged & gradient.reshape(len(x), -1).isfinite().all(-1)
+            if bool(failed.any()):
+                warnings.warn(
+                    f"the gradient of an inversion did not converge for {int(failed.sum())} of {len(x)} samples; it is "
+                    "NaN for them (more iterations, memory above 1, more steps, or method='newton' may help)",
+                    stacklevel=2,
+                )
+            found = torch.where(converged.reshape(size.shape), found, torch.full_like(found, torch.nan))
+            return found * size
 
         attached.register_hook(solve_adjoint)
         return attached
+
+
+def _least_squares(matrix: Tensor, right: Tensor) -> Tensor:
+    """``(B, m, n), (B, m, 1) -> (B, n, 1)``; of samples that have diverged, anything: the backend refuses the batch."""
+    return torch.linalg.lstsq(*(torch.nan_to_num(part, posinf=0.0, neginf=0.0) for part in (matrix, right))).solution
+
+
+def _solve_transposed(product: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    """``(I + J^T)^-1 g``, shape of ``g``, from ``w -> J^T w``, one product a dimension; in double precision."""
+    rows = []
+    for i in range(gradient[0].numel()):
+        unit = torch.zeros_like(gradient).reshape(len(gradient), -1)
+        unit[:, i] = 1
+        rows.append(product(unit.reshape(gradient.shape)).reshape(len(gradient), -1))
+    transposed = torch.stack(rows, -1).double() + torch.eye(len(rows), dtype=torch.float64, device=gradient.device)
+    solved, _ = torch.linalg.solve_ex(transposed, gradient.reshape(len(gradient), -1, 1).double())
+    return solved.reshape(gradient.shape).to(gradient.dtype)
 
 
 def map_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

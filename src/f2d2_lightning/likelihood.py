@@ -17,7 +17,7 @@ from torch import Tensor
 
 from f2d2_lightning.flow_map import Direction, JointMap
 from f2d2_lightning.inversion import Inversion
-from f2d2_lightning.sampling import check_state, normal_log_prob, time_grid
+from f2d2_lightning.sampling import check_cond, check_state, normal_log_prob, time_grid
 
 __all__ = ["LogProb", "log_prob"]
 
@@ -74,6 +74,7 @@ def log_prob(
             f"log_prob needs a joint map, and {type(joint_map).__name__} has no divergence; "
             "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
         )
+    check_cond(cond, len(x), joint_map)
     grid = time_grid(steps, to_noise=True)
     if inversion is not None:
         return _by_inversion(joint_map, x, grid, cond, inversion)

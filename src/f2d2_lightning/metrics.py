@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,20 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
-__all__ = ["Agreement", "LikelihoodAgreement", "LikelihoodMetric", "MeanLikelihood", "RoundTripError", "agreement"]
+__all__ = [
+    "Agreement",
+    "LikelihoodAgreement",
+    "LikelihoodMetric",
+    "MeanLikelihood",
+    "RoundTripError",
+    "agreement",
+    "doubt",
+]
+
+MOST_NEGATIVE = 0.01
+"""Share of samples below 0 bits that is still chance: one draw of noise within a bin may be likelier than all of it."""
+MOST_ASTRAY = 0.5
+"""Share of the data's standard deviation that the way to noise and back may miss them by."""
 
 
 class Agreement(NamedTuple):
@@ -32,6 +46,8 @@ class Agreement(NamedTuple):
     """Pearson's, of log p per sample; NaN below two samples."""
     rank_correlation: Tensor
     """Spearman's, of log p per sample; NaN below two samples."""
+    reference_deviation: Tensor
+    """Standard deviation of the reference over the samples; NaN below two."""
 
 
 def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: float = 0.0) -> Agreement:
@@ -67,7 +83,40 @@ def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: fl
         difference.abs().mean(),
         pearson_corrcoef(values, references) if count > 1 else undefined,
         spearman_corrcoef(values, references) if count > 1 else undefined,
+        references.std() if count > 1 else undefined,
     )
+
+
+def doubt(row: Mapping[str, float], quantised: bool, data_deviation: float = math.nan) -> str:
+    """Why a likelihood cannot be, or says nothing; empty if nothing is wrong that can be seen.
+
+    Args:
+        row: Some of ``nll``, ``negative`` (share of samples with ``nll < 0``), ``gap``, ``reference_nll``,
+            ``reference_deviation``, ``round_trip``; what is missing or NaN is not judged.
+        quantised: Whether ``nll`` is in bits per dimension of discrete data.
+        data_deviation: Standard deviation of the data, in units of the state.
+    """
+    reasons = []
+    if quantised:
+        negative = row.get("negative", 0.0)
+        codes = [f"{100 * negative:.3g} % of the samples are below 0 bits/dim"] if negative > MOST_NEGATIVE else []
+        for name, whose in (("nll", "it is"), ("reference_nll", "the reference is")):
+            codes += [f"{whose} {row[name]:.4g} bits/dim"] if row.get(name, math.nan) < 0 else []
+        if codes:
+            reasons.append(
+                f"{', '.join(codes)}, and discrete data have no code of negative length (check levels, range and "
+                "dequantisation, of the data and of the model's training)"
+            )
+    gap, spread = abs(row.get("gap", math.nan)), row.get("reference_deviation", math.nan)
+    if gap > spread:
+        reasons.append(f"it is {gap:.3g} from the reference, more than samples differ among each other ({spread:.3g})")
+    trip = row.get("round_trip", math.nan)
+    if trip > MOST_ASTRAY * data_deviation:
+        reasons.append(
+            f"the way to noise and back misses the data by {trip:.3g}, and their standard deviation is "
+            f"{data_deviation:.3g}"
+        )
+    return "; ".join(reasons)
 
 
 class LikelihoodMetric(Metric):

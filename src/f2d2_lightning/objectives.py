@@ -18,7 +18,7 @@ The student's answer is regressed on the right-hand side, which is detached. On 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,11 +27,13 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from f2d2_lightning.baseline import GaussianBaseline
+from f2d2_lightning.divergence import check_mode
 from f2d2_lightning.flow_map import Direction, Joint, JointMap
 from f2d2_lightning.intervals import Intervals
 from f2d2_lightning.paths import LinearPath, Path, like
+from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.sources import VelocitySource
-from f2d2_lightning.tangents import TangentRules
+from f2d2_lightning.tangents import forward_mode
 
 __all__ = ["Consistency", "Eulerian", "Examples", "Lagrangian", "Objective", "Semigroup", "Terms", "Weighting"]
 
@@ -183,6 +185,7 @@ class Objective(ABC):
         self.intervals = intervals or Intervals()
         self.weighting = weighting or Weighting()
         self.path = path or LinearPath()
+        self.quantisation: Quantisation | None = None
         self.structure: torch.Generator | None = None
         """Where choices that decide how often the network is called are drawn from; ``None`` for the global generator.
 
@@ -270,6 +273,20 @@ class Objective(ABC):
         predicted = student(examples.x, examples.s, examples.t, examples.cond)
         return self.weighting(predicted, examples, baseline_of(student))
 
+    def quantise(self, quantisation: Quantisation | None) -> None:
+        """Take over the levels and range of the data, to which states that are made to look like data are put back.
+
+        Raises:
+            ValueError: If the objective has others.
+        """
+        if self.quantisation is None:
+            self.quantisation = quantisation
+        elif self.quantisation != quantisation:
+            raise ValueError(
+                f"the objective has {self.quantisation}, but the model's data have {quantisation}; leave out the "
+                "objective's, or make them agree"
+            )
+
     # trajectory regression has a state to keep; the others have none
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on as if nothing had happened."""
@@ -329,7 +346,56 @@ class Semigroup(Objective):
         return Joint(weight * u1 + (1 - weight) * u2, share * d1 + (1 - share) * d2)
 
 
-class Lagrangian(Objective):
+class _MovingTime(Objective):
+    """Objectives that differentiate the student along time.
+
+    Args:
+        intervals: Distribution of ``(s, t)``; both directions by default.
+        weighting: How errors become a loss.
+        path: Probability path.
+        mode: ``"forward"``, or ``"finite"``, central differences, for backbones without a forward-mode rule.
+        step: Half-width of the difference, in time.
+
+    Raises:
+        ValueError: If the mode is neither, or the step not positive.
+    """
+
+    def __init__(
+        self,
+        intervals: Intervals | None = None,
+        weighting: Weighting | None = None,
+        path: Path | None = None,
+        mode: str = "forward",
+        step: float = 2e-3,
+    ) -> None:
+        super().__init__(intervals, weighting, path)
+        check_mode(mode, step)
+        if mode == "reverse":
+            raise ValueError(f"mode is {mode!r}; a derivative along time is 'forward' or 'finite'")
+        self.mode, self.step = mode, step
+
+    def _along(
+        self, function: Callable[[Tensor, Tensor], Joint], x: Tensor, dx: Tensor, time: Tensor, other: Tensor
+    ) -> tuple[Joint, Joint]:
+        """``f(x, time)`` and its derivative along ``(dx, 1)``; ``other`` is the interval's other end."""
+        if self.mode == "forward":
+            with forward_mode():
+                # copies: a network may change its inputs in place
+                state = forward_ad.make_dual(x.clone(), dx.clone())
+                pair = function(state, forward_ad.make_dual(time.clone(), torch.ones_like(time)))
+                (u, u_dt), (divergence, divergence_dt) = _unpack(pair.velocity), _unpack(pair.divergence)
+            return Joint(u, divergence), Joint(u_dt, divergence_dt)
+        # the interval keeps its order, and its times stay in [0, 1]
+        later = torch.minimum(time + self.step, torch.where(time < other, other, torch.ones_like(time)))
+        earlier = torch.maximum(time - self.step, torch.where(time > other, other, torch.zeros_like(time)))
+        up = function(x + like(later - time, x) * dx, later)
+        down = function(x + like(earlier - time, x) * dx, earlier)
+        span = later - earlier
+        slope = Joint((up.velocity - down.velocity) / like(span, x), (up.divergence - down.divergence) / span)
+        return function(x.clone(), time), slope
+
+
+class Lagrangian(_MovingTime):
     """The end of the interval moves. Needs a source that answers anywhere."""
 
     @torch.no_grad()
@@ -349,15 +415,13 @@ class Lagrangian(Objective):
                 f"the Lagrangian objective asks for the velocity where the student lands, and {type(source).__name__} "
                 "answers on the data pair's path only; use a teacher or the student's own diagonal"
             )
-        with forward_ad.dual_level(), TangentRules():
-            pair = student(x, s, forward_ad.make_dual(t, torch.ones_like(t)), cond)
-            u, u_dt = _unpack(pair.velocity)
-            _, divergence_dt = _unpack(pair.divergence)
-        v, divergence = source(x + like(t - s, x) * u, t, cond)
-        return Joint(v - like(t - s, x) * u_dt, divergence - (t - s) * divergence_dt)
+        still = torch.zeros_like(x)
+        here, slope = self._along(lambda y, end: student(y, s, end, cond), x, still, t, s)
+        v, divergence = source(x + like(t - s, x) * here.velocity, t, cond)
+        return Joint(v - like(t - s, x) * slope.velocity, divergence - (t - s) * slope.divergence)
 
 
-class Eulerian(Objective):
+class Eulerian(_MovingTime):
     """The start of the interval moves along the flow: MeanFlow, for the pair."""
 
     @torch.no_grad()
@@ -373,12 +437,8 @@ class Eulerian(Objective):
         noise: Tensor | None = None,
     ) -> Joint:
         v, divergence = source(x, s, cond, data=data, noise=noise)
-        with forward_ad.dual_level(), TangentRules():
-            dual_x, dual_s = forward_ad.make_dual(x, v), forward_ad.make_dual(s, torch.ones_like(s))
-            pair = student(dual_x, dual_s, t, cond)
-            _, u_ds = _unpack(pair.velocity)
-            _, divergence_ds = _unpack(pair.divergence)
-        return Joint(v + like(t - s, x) * u_ds, divergence + (t - s) * divergence_ds)
+        _, slope = self._along(lambda y, start: student(y, start, t, cond), x, v, s, t)
+        return Joint(v + like(t - s, x) * slope.velocity, divergence + (t - s) * slope.divergence)
 
 
 class Consistency(Eulerian):
@@ -388,9 +448,14 @@ class Consistency(Eulerian):
     """
 
     def __init__(
-        self, intervals: Intervals | None = None, weighting: Weighting | None = None, path: Path | None = None
+        self,
+        intervals: Intervals | None = None,
+        weighting: Weighting | None = None,
+        path: Path | None = None,
+        mode: str = "forward",
+        step: float = 2e-3,
     ) -> None:
-        super().__init__(intervals or Intervals("to_data", diagonal=0.0, grid=0.0), weighting, path)
+        super().__init__(intervals or Intervals("to_data", diagonal=0.0, grid=0.0), weighting, path, mode, step)
         if self.intervals.directions != Direction.TO_DATA:
             raise ValueError('consistency maps only go to data; use Intervals(directions="to_data")')
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["gather_states", "own_state", "process_count"]
+__all__ = ["Places", "gather_states", "own_state", "process_count"]
 
 
 def process_count() -> int:
@@ -32,3 +35,35 @@ def own_state(states: Sequence[Any]) -> Any:
     """This process's state among those of :func:`gather_states`; another one's if the number of processes changed."""
     rank = dist.get_rank() if process_count() > 1 else 0
     return states[rank % len(states)]
+
+
+class Places:
+    """Where the samples of this process's batches stand in the data of an evaluation, and which are repeated.
+
+    Lightning's distributed sampler deals samples to the processes in turn, and repeats some so that all have as many.
+    A figure counts each once, and compares the same ones, whatever the number of processes.
+
+    Args:
+        trainer: The Trainer, in validation or test.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._seen: dict[int, int] = {}
+
+    def take(self, count: int, loader: int = 0) -> tuple[Tensor, Tensor]:
+        """Places of the next ``count`` samples of a loader, ``(count,)``, and whether they count, ``(count,)`` bool."""
+        seen = self._seen.get(loader, 0)
+        self._seen[loader] = seen + count
+        place = torch.arange(seen, seen + count)
+        sampler = getattr(self._loaders()[loader], "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return place, torch.ones(count, dtype=torch.bool)
+        place = place * sampler.num_replicas + sampler.rank
+        return place, place < len(sampler.dataset)  # type: ignore[arg-type]
+
+    def _loaders(self) -> list[Any]:
+        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        if isinstance(loaders, Mapping):
+            return list(loaders.values())
+        return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]

@@ -13,12 +13,13 @@ and Bethge, "A note on the evaluation of generative models", 2015, https://arxiv
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Quantisation", "bits_per_dim"]
+__all__ = ["Quantisation", "bits_per_dim", "warn_of_discrete"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,58 @@ class Quantisation:
                 f"would count levels that the data do not have: set levels={int(k.max()) + 1}"
             )
 
+    def check_states(self, x: Tensor) -> None:
+        """Refuse states that are not dequantised data of these levels on this range.
+
+        A model's own samples, which lie a little outside of the range, are fine.
+
+        Args:
+            x: Some states, ``(B, ...)``; a few hundred values tell most.
+
+        Raises:
+            ValueError: If more than a twentieth of the values lie far outside of the range, if they fill another
+                range, or if they are discrete. Says what came and the remedy.
+        """
+        values = x.detach().reshape(-1).double()
+        low, high, span = self.low, self.high, self.high - self.low
+        smallest, largest = float(values.min()), float(values.max())
+        remedy = (
+            f"give states low + (k + U) * (high - low) / levels of integers k: {self!r}.dequantise(k), or say the "
+            "range that your data have: low=, high="
+        )
+        outside = ((values < low - 0.1 * span) | (values > high + 0.1 * span)).double().mean()
+        if float(outside) > 0.05:
+            raise ValueError(
+                f"states lie in [{smallest:.4g}, {largest:.4g}], {100 * float(outside):.0f} % of the values outside of "
+                f"[{low:g}, {high:g}], which {self.levels} levels fill here; {remedy}"
+            )
+        if len(values) >= 256 and (other := self._other_range(smallest, largest)):
+            raise ValueError(
+                f"states lie in [{smallest:.4g}, {largest:.4g}] and so seem to fill [{other[0]:g}, {other[1]:g}], but "
+                f"{self.levels} levels fill [{low:g}, {high:g}] here; {remedy}"
+            )
+        place = (values - low) / span
+        # in units of a level, how far from bin centres, from lower edges, and from a grid that reaches both ends
+        apart = (place * self.levels - 0.5, place * self.levels, place * (self.levels - 1))
+        grid = len(values) >= 4 and any(bool(((a - a.round()).abs() < 1e-3).all()) for a in apart)
+        some = values[: 2**14]
+        different = len(some.unique())
+        if grid or (len(some) >= 256 and 2 * different <= len(some)):
+            raise ValueError(
+                f"states were never dequantised: {len(some)} values are {different} different ones, on a grid. A "
+                f"density at single points is no likelihood of discrete data; {remedy}"
+            )
+
+    def _other_range(self, smallest: float, largest: float) -> tuple[float, float] | None:
+        """A usual range, other than this one, that values from ``smallest`` to ``largest`` fill."""
+        span = self.high - self.low
+        for low, high in ((0.0, 1.0), (-1.0, 1.0), (-0.5, 0.5), (0.0, 255.0), (0.0, self.levels - 1.0)):
+            mine = abs(low - self.low) < 0.1 * span and abs(high - self.high) < 0.1 * span
+            near = 0.03 * (high - low)
+            if not mine and abs(smallest - low) < near and abs(largest - high) < near:
+                return low, high
+        return None
+
     def dequantise(self, k: Tensor, uniform: Tensor | None = None) -> Tensor:
         """States ``low + (k + U) * width`` in the default floating type, shape of ``k``.
 
@@ -126,3 +179,15 @@ def bits_per_dim(log_prob: Tensor, dim: int, levels: int | None = None, low: flo
         raise ValueError(f"dim is {dim}; at least one dimension is needed")
     nats = log_prob if levels is None else log_prob + dim * math.log(Quantisation(levels, low, high).width)
     return -nats / (dim * math.log(2))
+
+
+def warn_of_discrete(x: Tensor) -> None:
+    """Warn where data that are said to be continuous take few different values, ``(B, ...)``."""
+    values = x.detach().reshape(-1)[: 2**14]
+    different = len(values.unique())
+    if len(values) >= 1024 and 16 * different <= len(values):
+        warnings.warn(
+            f"{len(values)} values of the states are {different} different ones: these data look discrete, and the "
+            "density of discrete data has no bound. Say levels=, low= and high=, and give dequantised states",
+            stacklevel=2,
+        )

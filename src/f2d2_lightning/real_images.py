@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.pixels import state_images
 from f2d2_lightning.subject import Subject
 
@@ -52,8 +54,9 @@ def find_loader(trainer: L.Trainer, module: L.LightningModule, split: str) -> An
 class RealImages:
     """Images of a loader's data set, in one fixed random order, and conditioning that belongs to them.
 
-    A map-style data set is divided between processes, and the same whatever their number; of a stream each process
-    takes what its own loader gives.
+    A map-style data set is divided between processes, and the same whatever their number, the size of batches and the
+    number of workers: random augmentations are seeded for each image. Of a stream each process takes what its own
+    loader gives; where that is the same in all of them (:meth:`settle`), the first one's is taken.
 
     Args:
         trainer: The Trainer, which brings batches to the device.
@@ -68,14 +71,34 @@ class RealImages:
         self.rank, self.world = trainer.global_rank, trainer.world_size
         self.dataset: Any = getattr(loader, "dataset", None)
         self.streams = not isinstance(loader, DataLoader) or isinstance(self.dataset, IterableDataset)
+        self.count = count
+        self.copies = False
+        """Whether the first process's stream is taken, as the others' are copies of it."""
         if self.streams:
-            self.wanted = None if count is None else math.ceil(count / self.world)
             return
         size = len(loader.dataset)
         order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
         self.order = order[: size if count is None else count].tolist()
-        self.share = math.ceil(len(self.order) / self.world)
+        self.share = -(-len(self.order) // self.world)
         """Images per process; the last ones may have fewer."""
+
+    def part(self, count: int) -> int:
+        """This process's part of ``count`` images of a stream."""
+        if self.copies:
+            return count if self.rank == 0 else 0
+        return count // self.world + (self.rank < count % self.world)
+
+    def settle(self, digests: list[list[bytes]]) -> bool:
+        """Whether what is iterated over has changed, as all processes have the same stream: it would count often.
+
+        Args:
+            digests: Those of each process (:meth:`digests`).
+        """
+        if not self.streams or self.world == 1 or self.copies:
+            return False
+        longest = max(digests, key=len)
+        self.copies = bool(longest) and all(own == longest[: len(own)] for own in digests)
+        return self.copies
 
     def first(self, count: int = 8) -> tuple[Tensor, Tensor | None]:
         """States and conditioning of the first images, the same on every process.
@@ -94,13 +117,17 @@ class RealImages:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Place among all of this process's next images, and the images, ``uint8 (B, C, H, W)``."""
-        rows, place = None, 0
+        rows, place, wanted = None, 0, None
         if not self.streams:
             place = self.rank * self.share
             rows = self.order[place : place + self.share]
+        elif self.copies and self.rank > 0:
+            return
+        elif self.count is not None:
+            wanted = self.part(self.count)
         for x, _ in self._batches(rows):
-            if self.streams and self.wanted is not None:
-                x = x[: self.wanted - place]
+            if wanted is not None:
+                x = x[: wanted - place]
                 if len(x) == 0:
                     return
             yield place, self.images(x)
@@ -140,9 +167,28 @@ class RealImages:
     def _loader(self, rows: list[int]) -> DataLoader:
         # another loader: a second iterator of one with persistent workers would reset the first
         return DataLoader(
-            Subset(self.dataset, rows),
+            _Seeded(self.dataset, rows),
             batch_size=self.batch_size,
             num_workers=self.loader.num_workers,
             worker_init_fn=self.loader.worker_init_fn,
             collate_fn=default_collate if self.loader.batch_sampler is None else self.loader.collate_fn,
         )
+
+
+class _Seeded(Subset):
+    """Rows of a data set; what is random in an image depends on its row alone, not on those that came before."""
+
+    def __init__(self, dataset: Dataset, rows: list[int]) -> None:
+        super().__init__(dataset, rows)
+        # a data set that reads whole batches has no transforms of single images
+        self.whole = callable(getattr(dataset, "__getitems__", None)) and not isinstance(dataset, Subset)
+
+    def __getitem__(self, index: Any) -> Any:
+        seed = mix_seed("real image", self.indices[index])
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return super().__getitem__(index)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return super().__getitems__(indices) if self.whole else [self[index] for index in indices]

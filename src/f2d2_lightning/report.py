@@ -168,6 +168,9 @@ def print_table(rows: list[dict[str, Any]], unit: str, reference_name: str = "te
     table = Table(title=f"log-likelihood of the test set, {unit} (± standard error)")
     for name in ("steps", "evaluations", "NLL", f"gap to {reference_name}", "r", "rank r", "|error|", "ms per sample"):
         table.add_column(name, justify="right", no_wrap=True)
+    doubts = [f"{row['steps']} steps: {row['doubt']}" for row in rows if row.get("doubt")]
+    if doubts:
+        table.add_column("doubtful")
     for row in rows:
         reference = row["steps"] is None
         table.add_row(
@@ -179,7 +182,11 @@ def print_table(rows: list[dict[str, Any]], unit: str, reference_name: str = "te
             "" if reference else f"{row['rank_correlation']:.3f}",
             "" if reference else f"{row['absolute_error']:.3f}",
             f"{row['milliseconds']:.3g}",
+            *(["yes" if row.get("doubt") else ""] if doubts else []),
         )
     console = Console()
     # a pipe or a file has no width, and rich would fold the columns into 80
-    (console if console.is_terminal else Console(width=110)).print(table)
+    console = console if console.is_terminal else Console(width=110)
+    console.print(table)
+    for text in doubts:
+        console.print(f"doubtful in {text}", markup=False, highlight=False)

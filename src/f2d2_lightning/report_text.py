@@ -31,6 +31,8 @@ IN_TABLE = (
     "rank_correlation",
     "round_trip",
     "unconverged",
+    "reference_error",
+    "doubtful",
 )
 
 
@@ -94,6 +96,7 @@ class Report:
         few = [row for row in self.rows if row["steps"] is not None]
         # NaN, or nothing at all, for a map that does not come back
         trips = any(math.isfinite(row.get("round_trip", math.nan)) for row in few)
+        doubts = any(row.get("doubt") for row in few)
         failures = any(row.get("unconverged", 0.0) > 0 for row in few)
         head = [
             "steps",
@@ -106,6 +109,7 @@ class Report:
         ]
         head += ["round trip"] if trips else []
         head += ["unconverged"] if failures else []
+        head += ["doubt"] if doubts else []
         lines = []
         for row in self.rows:
             few_step = row["steps"] is not None
@@ -117,6 +121,7 @@ class Report:
             line += [number(row[name]) if few_step else "" for name in names]
             line += [f"{row['round_trip']:.3g}" if few_step else ""] if trips else []
             line += [f"{100 * row['unconverged']:.1f} %" if few_step else ""] if failures else []
+            line += ["doubtful, see below" if row.get("doubt") else ""] if doubts else []
             lines.append([*line, f"{row['milliseconds']:.3g}"])
         bound = " (an upper bound: uniform dequantisation)" if self.quantised else ""
         notes = [
@@ -135,6 +140,13 @@ class Report:
                 "The round trip is the root mean square, per dimension and in units of the state, of data to noise and "
                 "back in as many steps."
             )
+        error = few[-1].get("reference_error", math.nan) if few else math.nan
+        if error > 0:
+            notes.append(
+                f"The {self.reference_name}'s own likelihood of a sample has a standard error of {number(error)}, root "
+                "mean square over samples, from its random probes."
+            )
+        notes += [f"**In {row['steps']} steps doubtful**: {row['doubt']}." for row in few if row.get("doubt")]
         if failures:
             notes.append(
                 "Unconverged is the share of samples whose inversion failed; the other columns leave them out."

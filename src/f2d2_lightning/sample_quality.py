@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -73,7 +74,7 @@ class SampleQuality(L.Callback):
 
     def __init__(
         self,
-        features: str | nn.Module,
+        features: str | Path | nn.Module,
         weights: str | None = None,
         steps: Sequence[int] = (1, 2, 4, 8),
         samples: int = 10_000,
@@ -179,7 +180,11 @@ class SampleQuality(L.Callback):
             start, end = self._share(trainer)
             self._cond = None if cond is None else real.conditions(start, max(end, start + 1))
             self._seed()
-            digests = sorted(digest for part in gather_states(real.digests()) for digest in part)
+            parts = gather_states(real.digests())
+            if real.settle(parts):
+                self._seed()
+                parts = gather_states(real.digests())
+            digests = sorted(digest for part in parts for digest in part)
             key = self._fingerprint(digests)
             if self.real is None or key != self._key:
                 self.real = self._statistics(trainer, real, key, extract_features(self.network, images))
@@ -208,7 +213,7 @@ class SampleQuality(L.Callback):
         moments.update(probe[:0])
         kept = self.samples if self.kid or self.precision_recall else 0
         if real.streams:
-            kept = math.ceil(kept / trainer.world_size)
+            kept = real.part(kept)
         self._seed()
         for place, images in real:
             moments.update(extract_features(self.network, images, probe.shape[1]), max(0, kept - place))

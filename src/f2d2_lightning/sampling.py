@@ -14,7 +14,7 @@ from torch import Tensor
 from f2d2_lightning.flow_map import FlowMap, JointMap
 from f2d2_lightning.paths import expand_time
 
-__all__ = ["Samples", "draw_noise", "normal_log_prob", "sample", "time_grid"]
+__all__ = ["Samples", "check_cond", "draw_noise", "normal_log_prob", "sample", "time_grid"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,32 @@ def check_state(x: Tensor, what: str) -> None:
         raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
 
 
+def check_cond(cond: object, count: int, model: object = None) -> None:
+    """Refuse conditioning that a map cannot be given.
+
+    Args:
+        cond: Conditioning, or ``None``.
+        count: Number of states that it is for.
+        model: The map, whose ``conditional`` says whether it takes any.
+
+    Raises:
+        ValueError: If ``cond`` is no tensor ``(B, ...)``, or the map ignores it.
+    """
+    if cond is None:
+        return
+    if not isinstance(cond, Tensor) or cond.ndim < 1 or len(cond) != count:
+        came = f"shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else f"a {type(cond).__name__}"
+        raise ValueError(
+            f"cond is {came}; a tensor whose first axis is that of the {count} states is needed. Several conditions "
+            "(a dictionary, a tuple) go into one tensor, which the network takes apart"
+        )
+    if getattr(model, "conditional", None) is False:
+        raise ValueError(
+            f"cond was given, but {type(model).__name__} takes none: its answer would be that without it; leave cond "
+            "out, or train a conditional model"
+        )
+
+
 def sample(
     flow_map: FlowMap | JointMap,
     noise: Tensor,
@@ -124,6 +150,7 @@ def sample(
     tensor([[2., 2.]])
     """
     check_state(noise, "noise")
+    check_cond(cond, len(noise), flow_map)
     if log_prob and not isinstance(flow_map, JointMap):
         raise ValueError(
             f"log_prob=True needs a joint map, and {type(flow_map).__name__} has no divergence; "

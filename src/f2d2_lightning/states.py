@@ -10,9 +10,71 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
-from f2d2_lightning.sampling import check_state
+from f2d2_lightning.quantisation import Quantisation, warn_of_discrete
+from f2d2_lightning.sampling import check_cond, check_state
 
-__all__ = ["BatchStates", "training_batches"]
+__all__ = ["HALF", "BatchStates", "check_precision", "check_values", "compare_ranges", "training_batches"]
+
+FIT_SAMPLES = 2**17
+"""Samples that are looked at of training data without an end."""
+
+
+HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+"""Precisions of a Trainer in which weights and states are of half precision."""
+
+
+def check_precision(trainer: L.Trainer) -> None:
+    """Refuse a Trainer whose weights and states are of half precision.
+
+    Raises:
+        ValueError: Says what to set instead.
+    """
+    if str(trainer.precision) in HALF:
+        raise ValueError(
+            f"precision={trainer.precision!r} keeps states and weights in half precision, in which a log-likelihood of "
+            "thousands of nats is off by whole ones; use 'bf16-mixed', '16-mixed', '32-true' or '64-true'"
+        )
+
+
+def compare_ranges(
+    who: str, quantisation: Quantisation | None, data: Any, shape: tuple[int, ...] | None = None
+) -> None:
+    """Refuse data that say other levels, another range or another shape than the model's.
+
+    Args:
+        who: The model, for errors.
+        quantisation: Its levels and range.
+        data: A data module with ``quantisation``, or with some of ``levels``, ``low``, ``high`` and ``shape``; or
+            anything else, which says nothing.
+        shape: Of one of the model's states, if it is known.
+
+    Raises:
+        ValueError: Says what differs.
+    """
+    theirs = getattr(data, "quantisation", None)
+    for name in ("levels", "low", "high", "shape"):
+        came = getattr(data, name, getattr(theirs, name, None))
+        mine = shape if name == "shape" else getattr(quantisation, name, None)
+        # a range is that of levels, and continuous data have none
+        if came is None or came == mine or (mine is None and name != "levels"):
+            continue
+        raise ValueError(
+            f"{who} has {name}={mine}, but {type(data).__name__} has {name}={came}; make them agree (in a "
+            f"configuration: model.init_args.{name})"
+        )
+
+
+def check_values(x: Tensor, quantisation: Quantisation | None) -> None:
+    """Look at the first states of a run, ``(B, ...)``: are they what ``levels``, ``low`` and ``high`` say?
+
+    Raises:
+        ValueError: If they are not (:meth:`~f2d2_lightning.Quantisation.check_states`). Continuous data that look
+            discrete get a warning.
+    """
+    if quantisation is None:
+        warn_of_discrete(x)
+    else:
+        quantisation.check_states(x)
 
 
 class BatchStates:
@@ -46,7 +108,10 @@ class BatchStates:
                 f"states have shape {tuple(x.shape[1:])}, and the head was made for {self.shape}; give it the data of "
                 "its training, or train another head"
             )
-        return x, cond if self.conditional else None
+        if not self.conditional:
+            return x, None
+        check_cond(cond, len(x))
+        return x, cond
 
     def _convert(self, batch: Any, module: L.LightningModule) -> tuple[Tensor, Tensor | None]:
         convert = self.convert

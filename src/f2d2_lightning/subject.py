@@ -157,7 +157,7 @@ class StudentSubject(Subject):
         return self.owner.teacher is not None
 
     def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        return self.owner.data_to_state(batch)
+        return self.owner.state(batch)
 
     def velocity(self) -> Callable[..., Tensor] | None:
         return self.owner.teacher_velocity()
@@ -244,7 +244,7 @@ class TeacherSubject(Subject):
         return "teacher"
 
     def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        return self.owner.data_to_state(batch)
+        return self.owner.state(batch)
 
     def velocity(self) -> Callable[..., Tensor]:
         return self.owner.average.velocity

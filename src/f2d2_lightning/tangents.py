@@ -1,4 +1,4 @@
-r"""Cheaper rules for derivatives in forward mode, where a layer's weights are constants.
+r"""Derivatives of other people's networks in forward mode, and cheaper rules where a layer's weights are constants.
 
 Torch gives every operand that has no tangent one of zeros. A convolution or a linear layer then multiplies its input
 with a weight of zeros beside the product that matters, three products where two would do, and a sum or product with a
@@ -13,16 +13,85 @@ tangents up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["TangentRules"]
+__all__ = ["DerivativeError", "TangentRules", "forward_mode"]
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Torch has one level of forward mode for the whole process: a second thread would end the first one's."""
+
+REMEDY = (
+    "Differences of its answers work with any network: give estimator=Hutchinson(mode='finite') and "
+    "reference=Reference(mode='finite') to F2D2Module or F2D2Callback, and mode='finite' to the Lagrangian, Eulerian "
+    "and Consistency objectives; mode='reverse' is exact, where the network can be differentiated backwards"
+)
+
+_SIGNS = ("forward AD", "forward mode", "forward-mode", "jvp")
+"""What torch's messages say where an operation has no rule."""
+
+
+class DerivativeError(ValueError):
+    """A network has no derivative in the mode that was asked for."""
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """A block in which dual numbers pass through a network; one thread at a time, the others wait.
+
+    Fused attention has no rule for tangents: within the block it takes torch's plain kernel, also in
+    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``.
+
+    Raises:
+        DerivativeError: If an operation has no rule all the same. Names the submodule that it is in.
+    """
+    with _ONE_AT_A_TIME, _plain_attention():
+        try:
+            with forward_ad.dual_level(), TangentRules():
+                yield
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(sign in str(error) for sign in _SIGNS):
+                raise
+            raise DerivativeError(
+                f"{_place(error.__traceback__)} has no derivative in forward mode "
+                f"({str(error).splitlines()[0][:160]}). {REMEDY}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _place(traceback: TracebackType | None) -> str:
+    """Which module an error came from: the innermost that was running, by its name in the outermost."""
+    running: list[nn.Module] = []
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("f2d2_lightning."):
+            running.append(owner)
+        traceback = traceback.tb_next
+    if not running:
+        return "the velocity"
+    root, inner = running[0], running[-1]
+    name = next((name for name, module in root.named_modules() if module is inner), "")
+    return f"{name!r} ({type(inner).__name__}) of {type(root).__name__}" if name else type(inner).__name__
 
 
 class TangentRules(TorchFunctionMode):
@@ -97,7 +166,8 @@ def _sum(sign: int) -> Callable[..., Tensor | None]:
         else:
             return None
         value = func(forward_ad.unpack_dual(left).primal, forward_ad.unpack_dual(right).primal)
-        return forward_ad.make_dual(value, tangent.to(value.dtype).expand_as(value))
+        # a copy: were it the operand's own tangent, an operation in place on either would change both
+        return forward_ad.make_dual(value, torch.empty_like(value).copy_(tangent))
 
     return rule
 

@@ -318,7 +318,7 @@ class TrajectoryRegression(Objective):
             student from learning them by heart (docs/CALIBRATION.md).
         perturbation: Smallest and largest standard deviation of the noise for ``"perturbed"``.
         quantisation: Levels of discrete data: perturbed and mixed states are put back on levels and dequantised
-            afresh, so that they look like data. ``None`` for continuous data.
+            afresh, so that they look like data. ``None`` for continuous data; module and callback then give theirs.
         unroll: Last share of training in which whole paths are regressed, in [0, 1]; 0 for none.
         intervals: Distribution of ``(s, t)``; its diagonal share is regressed on the source at the batch's own
             noised states, its grids are those that are unrolled.

@@ -174,6 +174,7 @@ class VolumeRegression(Objective):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._kept, self._next, self._due = {}, int(state["next"]), float(state["due"])
+        self._count = 0
         for name, value in state["kept"].items():
             if value is None:
                 self._kept[name] = None

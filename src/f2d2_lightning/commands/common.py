@@ -10,11 +10,13 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor, nn
 
+from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.modules import F2D2Module
 
-__all__ = ["add_student", "find_device", "load_student", "run"]
+__all__ = ["add_student", "check_labels", "class_count", "find_device", "load_student", "run", "warn"]
 
 
 def add_student(parser: ArgumentParser) -> None:
@@ -47,6 +49,49 @@ def find_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+
+
+def class_count(module: F2D2Module) -> int | None:
+    """Number of classes of a model; ``None`` if its network does not say."""
+    for part in module.average.modules():
+        table = getattr(part, "labels", None)
+        if isinstance(table, nn.Embedding):
+            # the last one may stand for no class
+            return table.num_embeddings - int(getattr(part, "null_label", False) is True)
+        if isinstance(part, AdaptedFlowMap) and part.adapter.classes is not None:
+            return part.adapter.classes
+    return None
+
+
+def check_labels(module: F2D2Module, cond: Tensor, source: str) -> None:
+    """Refuse labels that are none of a model's classes.
+
+    Args:
+        module: A conditional model.
+        cond: Conditioning of a batch.
+        source: Where it is from, for errors.
+
+    Raises:
+        ValueError: If the model takes labels, and these are not integers ``(B,)`` in range.
+    """
+    count = class_count(module)
+    adapters = [part.adapter for part in module.average.modules() if isinstance(part, AdaptedFlowMap)]
+    if count is None and all(adapter.null_label is None for adapter in adapters):
+        return  # conditioning of another kind
+    if torch.is_floating_point(cond) or cond.ndim != 1:
+        raise ValueError(
+            f"{source} has labels of type {cond.dtype} and shape {tuple(cond.shape)}; the model takes class labels: "
+            "integers, one a sample"
+        )
+    low, high = int(cond.min()), int(cond.max())
+    if low < 0 or (count is not None and high >= count):
+        expected = "labels count from 0" if count is None else f"the model is for {count} classes, 0 to {count - 1}"
+        raise ValueError(f"{source} has labels {low} to {high}, but {expected}")
+
+
+def warn(message: str) -> None:
+    """Something that the user should look at, where it does not end in a file of results."""
+    Console(stderr=True).print(f"[bold yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def run(command: Callable[[], None]) -> None:

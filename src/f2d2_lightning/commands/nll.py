@@ -12,12 +12,15 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from f2d2_lightning.bounds import dequantisation_bounds
-from f2d2_lightning.commands.common import add_student, load_student, run
+from f2d2_lightning.class_names import as_names
+from f2d2_lightning.commands.common import add_student, check_labels, load_student, run
 from f2d2_lightning.commands.points import DATA, Points, Reading, load_points
 from f2d2_lightning.counter_noise import mix_seed
+from f2d2_lightning.flow_map import Direction
+from f2d2_lightning.impossible import said_of_bits, said_of_values
 from f2d2_lightning.likelihood import LogProb
 from f2d2_lightning.mirror import mirrored_log_prob
 from f2d2_lightning.modules import F2D2Module
@@ -27,6 +30,7 @@ from f2d2_lightning.tables import Column, check_table_path, write_table
 
 __all__ = ["nll_command"]
 
+REFERENCE_ERROR = "reference_standard_error"
 DATA_HELP = (
     f"{', '.join(DATA)}, or the class path of a data module (test split; digits:train, my.Data:val for others); "
     ".npy or .npz: integers (dequantised here) or states as x, labels as y; an image, or a folder of images (PNG, "
@@ -40,6 +44,13 @@ def nll_command(arguments: list[str]) -> None:
     add_student(parser)
     parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
     parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
+    parser.add_argument(
+        "--classes",
+        type=str,
+        default=None,
+        help="names of the model's classes in the order of their labels, with commas between them: for folders of "
+        "classes, and checkpoints that do not hold the names",
+    )
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
     parser.add_argument("--out", type=str, default="nll.csv", help=".csv or .parquet, one row a sample")
     parser.add_argument(
@@ -84,6 +95,8 @@ class _Likelihoods:
     log_prob: Tensor
     reference: Tensor | None
     evaluations: int
+    reference_error: Tensor | None = None
+    """Standard errors of ``reference`` over its probes, where they are known."""
 
 
 @torch.no_grad()
@@ -95,6 +108,11 @@ def _nll(options: Any) -> None:
     if options.compare is None and options.compare_args:
         raise ValueError("--compare_args are arguments of the data module that --compare names, and it names none")
     module = load_student(options)
+    if options.classes is not None:
+        names = as_names(options.classes.split(","), "--classes")
+        if module.class_names and names != module.class_names:
+            raise ValueError(f"--classes are {names}, and the checkpoint has {module.class_names}; leave --classes out")
+        module.class_names = names
     files = {"convert": options.convert, "resize": options.resize, "requantise": options.requantise}
     points = load_points(options.data, options.data_args, module, Reading(options.seed, **files))
     others = None
@@ -124,7 +142,7 @@ def _nll(options: Any) -> None:
         "unit": "log_prob: nats per sample; bits_per_dim: bits per dimension",
     } | ({} if options.compare is None else {"compare": options.compare})
     write_table(out, columns, metadata, options.overwrite)
-    _summarise(columns, options)
+    _summarise(columns, options, module)
     bound = " (an upper bound: uniform dequantisation)" if module.levels is not None else ""
     draws = f", {options.draws} draws" if options.draws > 1 else ""
     Console().print(
@@ -138,6 +156,7 @@ def _nll(options: Any) -> None:
 def _evaluate(module: F2D2Module, points: Points, options: Any, reference: bool) -> _Likelihoods:
     values: list[Tensor] = []
     references: list[Tensor] = []
+    errors: list[Tensor] = []
     evaluations = 0
 
     def batches() -> Iterator[Any]:
@@ -151,33 +170,50 @@ def _evaluate(module: F2D2Module, points: Points, options: Any, reference: bool)
         x, cond = module.data_to_state(batch)
         _check_labels(module, points, cond)
         x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
-        value, count = few_step(x, cond)
+        value, count, _ = few_step(x, cond)
         values.append(value)
         evaluations = max(evaluations, count)
         if reference:
-            references.append(exact(x, cond)[0])
+            value, _, error = exact(x, cond)
+            references.append(value)
+            errors += [] if error is None else [error]
     if not values:
         raise ValueError(f"{points.source} gives no samples")
     by_draw = lambda parts: torch.cat(parts).reshape(options.draws, -1)  # noqa: E731
-    return _Likelihoods(by_draw(values), by_draw(references) if reference else None, evaluations)
+    return _Likelihoods(
+        by_draw(values),
+        by_draw(references) if reference else None,
+        evaluations,
+        by_draw(errors) if errors and len(errors) == len(references) else None,
+    )
 
 
 class _Likelihood:
-    """Log-likelihoods of a batch, ``(B,)``, float64, nats, and the evaluations that they took a sample."""
+    """Log-likelihoods of a batch, ``(B,)``, float64, nats, the evaluations that they took a sample, and their errors.
+
+    Standard errors over probes are ``None`` where there are none.
+    """
 
     def __init__(self, log_prob: Callable[[Tensor, Tensor | None], LogProb], mirrored: bool) -> None:
         self.log_prob, self.mirrored = log_prob, mirrored
 
-    def __call__(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, int]:
-        evaluations = []
+    def __call__(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+        evaluations, values, errors = [], [], []
 
         def once(state: Tensor) -> Tensor:
             answer = self.log_prob(state, cond)
             evaluations.append(answer.evaluations)
-            return answer.value.cpu().double()
+            values.append(answer.value.cpu().double())
+            if answer.standard_error is not None:
+                errors.append(answer.standard_error.cpu().double())
+            return values[-1]
 
         value = mirrored_log_prob(once, x) if self.mirrored else once(x)
-        return value, sum(evaluations)
+        error = None
+        if errors and len(errors) == len(values):
+            # of both images the probes are the same, so that their errors may go together
+            error = (torch.stack(values).softmax(0) * torch.stack(errors)).sum(0)
+        return value, sum(evaluations), error
 
 
 def _check_labels(module: F2D2Module, points: Points, cond: Tensor | None) -> None:
@@ -185,13 +221,7 @@ def _check_labels(module: F2D2Module, points: Points, cond: Tensor | None) -> No
         return
     if cond is None:
         raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
-    tables = [getattr(m, "labels", None) for m in module.average.modules()]
-    classes = next((table.num_embeddings for table in tables if isinstance(table, nn.Embedding)), None)
-    if classes is not None and (int(cond.min()) < 0 or int(cond.max()) >= classes):
-        raise ValueError(
-            f"{points.source} has labels {int(cond.min())} to {int(cond.max())}, but the model is for {classes} "
-            f"classes, 0 to {classes - 1}"
-        )
+    check_labels(module, cond, points.source)
 
 
 def _columns(module: F2D2Module, points: Points, found: _Likelihoods, among: _Likelihoods | None) -> list[Column]:
@@ -210,21 +240,36 @@ def _columns(module: F2D2Module, points: Points, found: _Likelihoods, among: _Li
         columns += both("log_prob_iw", bounds.importance_weighted)
     if found.reference is not None:
         columns += both("reference_log_prob", found.reference.mean(0))
+    if found.reference_error is not None:
+        # as with mirror images, draws share the probes
+        columns.append(Column(REFERENCE_ERROR, found.reference_error.mean(0).tolist(), "nats"))
     if among is not None:
         rank = percentile_rank(bounds.mean, among.log_prob.mean(0))
         columns.append(Column("percentile", rank.tolist(), "percent"))
     return columns
 
 
-def _summarise(columns: list[Column], options: Any) -> None:
+def _summarise(columns: list[Column], options: Any, module: F2D2Module) -> None:
+    inverted = Direction.TO_NOISE not in module.average.directions
     say = Console(highlight=False, markup=False, soft_wrap=True).print
     for name, values, unit in columns:
         if unit is None:
             continue
         value = torch.tensor(values, dtype=torch.float64)
         known = value[~value.isnan()]
-        if len(known) < len(value):
+        if name == REFERENCE_ERROR:
+            say(f"{name}: {float(value.square().mean().sqrt()):.4f} nats a sample, of the reference's probes")
+            continue
+        if len(known) < len(value) and inverted and not name.startswith("reference"):
             say(f"{name}: {len(value) - len(known)} of {len(value)} samples have none (an inversion did not converge)")
+        flag = None
+        if unit == "nats" and not name.endswith("_sd"):
+            flag = said_of_values(value, name, inverted and not name.startswith("reference"))
+        elif unit == "bits/dim":
+            flag = said_of_bits(value, name, module.levels, module.low, module.high)
+        if flag is not None:
+            say(f"warning: {flag}")
+        known = known[known.isfinite()]
         if len(known) == 0:
             continue
         if name == "percentile":

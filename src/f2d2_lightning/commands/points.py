@@ -20,9 +20,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from f2d2_lightning import image_files
 from f2d2_lightning.arrays import read_numbers
+from f2d2_lightning.class_names import agree_on_classes, guessed_labels, labels_of
+from f2d2_lightning.commands.common import class_count, warn
 from f2d2_lightning.data import DequantisedDataset, FlowDataModule
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.quantisation import Quantisation
+from f2d2_lightning.states import check_values
 
 __all__ = ["DATA", "Points", "Reading", "load_points"]
 
@@ -112,10 +115,10 @@ class _Loaded(Points):
             loader = DataLoader(
                 loader.dataset, batch_size=size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
             )
-        for batch in loader:
+        for index, batch in enumerate(loader):
             x = self.module.data_to_state(batch)[0]
-            if torch.is_floating_point(x):
-                check_range(x, self.module)
+            if index == 0 and torch.is_floating_point(x):
+                check_values(x, self.module.quantisation)
             yield batch
 
     @property
@@ -161,19 +164,6 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: F2D2Modu
     )
 
 
-def check_range(values: Tensor, module: F2D2Module) -> None:
-    """Refuse states outside of the model's range.
-
-    Raises:
-        ValueError: Says both ranges.
-    """
-    if module.levels is not None and (float(values.min()) < module.low or float(values.max()) > module.high):
-        raise ValueError(
-            f"states lie in [{float(values.min()):.4g}, {float(values.max()):.4g}], but the model is for "
-            f"[{module.low}, {module.high}]; give integers 0 to {module.levels - 1}, or rescale"
-        )
-
-
 def _class(path: str) -> type:
     package, _, attribute = path.rpartition(".")
     try:
@@ -200,10 +190,14 @@ def _from_data_module(name: str, path: str, split: str, arguments: Mapping[str, 
         raise ValueError(f"split is {split!r}; {cls.__name__} has {', '.join(SPLITS)}")
     if isinstance(data, FlowDataModule):
         _check_data_module(name, data, module)
+        data.setup()
+        _agree_on_classes(data, module)
         points: Points = _Held(name, data.dataset(split))
     else:
         data.prepare_data()
         data.setup({"train": "fit", "val": "validate", "test": "test"}[split])
+        _check_data_module(name, data, module)
+        _agree_on_classes(data, module)
         try:
             loader = getattr(data, f"{split}_dataloader")()
         except (NotImplementedError, MisconfigurationException) as error:
@@ -217,16 +211,32 @@ def _from_data_module(name: str, path: str, split: str, arguments: Mapping[str, 
     return points
 
 
-def _check_data_module(name: str, data: FlowDataModule, module: F2D2Module) -> None:
-    theirs, mine = data.quantisation, None
-    if module.levels is not None:
-        mine = Quantisation(module.levels, module.low, module.high)
-    if data.shape != module.shape or data.levels != module.levels:
-        raise ValueError(
-            f"--data {name} has shape {data.shape} and levels {data.levels}, but the checkpoint is of a model for "
-            f"shape {module.shape} and levels {module.levels}"
+def _agree_on_classes(data: L.LightningDataModule, module: F2D2Module) -> None:
+    if not module.conditional:
+        return
+    if module.class_names is not None:
+        agree_on_classes(data, module.class_names)
+    elif names := agree_on_classes(data, None):
+        warn(
+            f"the checkpoint does not say its classes; their order is taken from the data: {', '.join(names[:12])}; if "
+            "that is wrong, name them in the order of the model's labels: --classes NAME,NAME,..."
         )
-    if theirs != mine:
+
+
+def _check_data_module(name: str, data: L.LightningDataModule, module: F2D2Module) -> None:
+    """Refuse data of another shape or of other levels, of somebody's data module where it says them."""
+    mine = None if module.levels is None else Quantisation(module.levels, module.low, module.high)
+    own = isinstance(data, FlowDataModule)
+    levels, shape = getattr(data, "levels", None), getattr(data, "shape", None)
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else None
+    levels_differ = levels != module.levels if own else type(levels) is int and levels != module.levels
+    if levels_differ or (shape is not None and shape != module.shape):
+        raise ValueError(
+            f"--data {name} has shape {shape} and levels {levels}, but the checkpoint is of a model for shape "
+            f"{module.shape} and levels {module.levels}"
+        )
+    theirs = getattr(data, "quantisation", None)
+    if (own or isinstance(theirs, Quantisation)) and theirs != mine:
         raise ValueError(f"--data {name} has {theirs}, but the checkpoint is of a model for {mine}")
 
 
@@ -245,7 +255,7 @@ def _from_array(path: Path, module: F2D2Module, reading: Reading) -> Points:
     classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     if loaded.dtype.kind == "f":
         states = torch.from_numpy(loaded.astype(np.float32))
-        check_range(states, module)
+        check_values(states, module.quantisation)
         points = _Held(str(path), DequantisedDataset(states, classes))
     elif loaded.dtype.kind in "iub":
         values = torch.from_numpy(loaded if loaded.dtype == np.uint8 else loaded.astype(np.int64))
@@ -258,8 +268,22 @@ def _from_array(path: Path, module: F2D2Module, reading: Reading) -> Points:
 
 def _from_images(path: Path, module: F2D2Module, reading: Reading) -> Points:
     images = image_files.read_images(path, module.shape, convert=reading.convert, resize=reading.resize)
-    labels = images.labels() if module.conditional else None
+    labels = _folder_labels(path, images, module) if module.conditional else None
     return _Held(str(path), _dequantised(path, images.values, labels, module, reading, eight_bit=True), images.names)
+
+
+def _folder_labels(path: Path, images: image_files.ImageFiles, module: F2D2Module) -> Tensor:
+    """Labels of images by the names of their folders, ``(N,)``, ``int64``."""
+    classes = images.classes()
+    found = sorted({*classes})
+    if module.class_names is not None:
+        labels = labels_of(found, module.class_names, path)
+    else:
+        labels, said = guessed_labels(found, class_count(module), path)
+        if said is not None:
+            warn(said)
+    number = dict(zip(found, labels, strict=True))
+    return torch.tensor([number[name] for name in classes])
 
 
 def _dequantised(

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.commands.common import add_student, load_student, run
+from f2d2_lightning.commands.common import add_student, check_labels, load_student, run
 from f2d2_lightning.files import refuse_to_overwrite, whole_file
 from f2d2_lightning.guidance import GuidedSamples, SelfGuidance
+from f2d2_lightning.impossible import said_of_bits, said_of_values
+from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.plots import sample_figure, save_figure
+from f2d2_lightning.quantisation import bits_per_dim
 from f2d2_lightning.sampling import Samples
 
 __all__ = ["sample_command"]
@@ -47,12 +50,27 @@ def sample_command(arguments: list[str]) -> None:
         default=False,
         help="leave guided noise at its distance from the origin",
     )
-    parser.add_argument("--label", type=int | None, default=None, help="class of the samples, for such models")
+    parser.add_argument(
+        "--label", type=str | None, default=None, help="class of the samples, for such models: its name, or its label"
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
     options = parser.parse_args(arguments)
     run(lambda: _sample(options))
+
+
+def _label(given: str, module: F2D2Module) -> int:
+    """Label of the class that was asked for: by its name where classes have names, else the number itself."""
+    names = module.class_names or []
+    if given in names:
+        return names.index(given)
+    numbered = any(name.isdecimal() for name in names)
+    if numbered or not given.lstrip("-").isdecimal():
+        known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "labels, which are whole numbers"
+        raise ValueError(f"--label is {given!r}, and the model has {known}; say one of them")
+    check_labels(module, torch.tensor([int(given)]), "--label")
+    return int(given)
 
 
 def _guidance(options: Any) -> SelfGuidance | None:
@@ -80,9 +98,10 @@ def _sample(options: Any) -> None:
             f"--label is {options.label}, and the model {'needs a class' if module.conditional else 'has no classes'}; "
             f"{'say which' if module.conditional else 'leave it out'}"
         )
+    label = None if options.label is None else _label(options.label, module)
     made = []
     for chunk in track(noise.split(options.batch_size), description="sampling", transient=True):
-        cond = None if options.label is None else torch.full((len(chunk),), options.label, device=module.device)
+        cond = None if label is None else torch.full((len(chunk),), label, device=module.device)
         made.append(module.sample(chunk.to(module.device), options.steps, cond, with_log_prob=True, guidance=guidance))
     state, log_prob = _joined(made, "state"), _joined(made, "log_prob")
     if out.suffix == ".npz":
@@ -101,6 +120,13 @@ def _sample(options: Any) -> None:
             f"log p {before:.3f} before, {after:.3f} nats after",
             soft_wrap=True,
         )
+    bits = bits_per_dim(log_prob.double(), module.dim, module.levels, module.low, module.high)
+    for flag in (
+        said_of_values(log_prob, "log_prob"),
+        said_of_bits(bits, "bits_per_dim", module.levels, module.low, module.high),
+    ):
+        if flag is not None:
+            console.print(f"warning: {flag}", soft_wrap=True, markup=False)
     console.print(
         f"{options.num} samples, {_cost(made[0])}, mean log p {float(log_prob.mean()):.3f} nats; wrote {out}",
         soft_wrap=True,

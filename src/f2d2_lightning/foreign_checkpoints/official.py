@@ -54,6 +54,10 @@ class OfficialFlowMap(FlowMap):
         self._tap = FeatureTap(network, f"up.{len(network.up) - 1}")
 
     @property
+    def conditional(self) -> bool | None:
+        return self.network.conditional
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one image."""
         return self.network.shape

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from f2d2_lightning.class_names import labels_of
 from f2d2_lightning.data import FlowDataModule
 from f2d2_lightning.lazy_values import Values, take
 from f2d2_lightning.quantisation import Quantisation
@@ -40,6 +43,35 @@ class ImageDataModule(FlowDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed, Quantisation(256), flip)
         self.with_labels = labels
+        self.classes: list[str] | None = None
+        """Names of the classes in the order of their labels, once the data are set up; ``None`` if they have none."""
+        self._own_classes: list[str] = []
+        self._own_labels: dict[str, Tensor] = {}
+
+    def relabel(self, classes: Sequence[str]) -> None:
+        """Number the labels by another list of names, such as the one that a model was trained with.
+
+        Args:
+            classes: All names in the order of their labels; more than the data have will do. An empty list takes the
+                data's names for the labels themselves.
+
+        Raises:
+            ValueError: If the data have no names, or one that is not among them.
+        """
+        self.setup()
+        if not self._own_labels:
+            if not self.classes:
+                raise ValueError(
+                    f"{type(self).__name__} has no names of classes; set labels=True, or leave it as it is"
+                )
+            self._own_classes = self.classes
+            own = {name: data.labels for name, data in self._sets.items() if data.labels is not None}
+            self._own_labels = {name: labels.clone() for name, labels in own.items()}
+        numbers = torch.tensor(labels_of(self._own_classes, classes, type(self).__name__))
+        for name, labels in self._own_labels.items():
+            # in place: loaders may have been made
+            self._sets[name].labels.copy_(numbers[labels])  # type: ignore[union-attr]
+        self.classes = list(classes) or [*map(str, range(int(numbers.max()) + 1))]
 
     def prepare_data(self) -> None:
         """Fetch and convert what is to be, before other processes look for it."""

@@ -85,6 +85,7 @@ class CelebA64(ImageDataModule):
         super().__init__(attribute is not None, **kwargs)
         self.folder, self.attribute, self.cache, self.download = Path(folder).expanduser(), attribute, cache, download
         self.framing = Framing(64, crop, resize, source=(178, 218))
+        self.classes = None if attribute is None else [f"not {attribute}", attribute]
         self.used = {"train": count, "val": val, "test": test}
 
     def splits(self) -> dict[str, Examples]:

@@ -34,7 +34,8 @@ class ImageFolder(ImageDataModule):
             or ``box``); ``None`` refuses them.
         convert: Convert grey images to RGB, or colour to luma; else they are refused.
         labels: Give batches ``(states, labels)``: the topmost folders, one for each class, counted from 0 in the order
-            of their names.
+            of their names as text (``"10"`` comes before ``"2"``), which ``classes`` gives. A model keeps the names:
+            where it is resumed or tested on another folder, labels follow it (:meth:`relabel`).
         val_folder: Folder of validation images; ``None`` to take ``val`` images of ``folder``.
         test_folder: Folder of test images; ``None`` to take ``test`` images of ``folder``.
         count: Training images to use; ``None`` for all.
@@ -76,6 +77,7 @@ class ImageFolder(ImageDataModule):
     def splits(self) -> dict[str, Examples]:
         """List the files; images are read later."""
         train, classes = self._examples(self.folder, None)
+        self.classes = classes or None
         parts = {
             name: None if folder is None else self._examples(Path(folder).expanduser(), classes)[0]
             for name, folder in (("val", self.val_folder), ("test", self.test_folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import warnings
@@ -16,20 +17,25 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import read_checkpoint, restore_module
+from f2d2_lightning.class_names import agree_on_classes, as_names
 from f2d2_lightning.compiled import compile_network
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.evaluation import clock
+from f2d2_lightning.fingerprints import update_with
 from f2d2_lightning.heads import JointFlowMap
-from f2d2_lightning.processes import gather_states
+from f2d2_lightning.processes import Places, gather_states
 from f2d2_lightning.progress import begin_epoch, mend_progress
+from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.reference import Reference
+from f2d2_lightning.sampling import check_cond, check_state
 from f2d2_lightning.sharding import all_finite, is_sharded, shard, whole
+from f2d2_lightning.states import FIT_SAMPLES, check_precision, check_values, compare_ranges
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,19 +87,26 @@ class FlowModule(L.LightningModule):
         super().__init__()
         if not 0 <= ema_decay < 1 or warmup < 0:
             raise ValueError(f"ema_decay={ema_decay} lies in [0, 1) and warmup={warmup} is at least 0")
+        if not low < high:
+            raise ValueError(f"low={low} and high={high} are the edges of the data's range; low < high is needed")
         self.shape = tuple(shape)
         self.dim = math.prod(self.shape)
         self.levels, self.low, self.high = levels, low, high
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.ema_decay = ema_decay
+        self.class_names: list[str] | None = None
+        """Names of the classes in the order of their labels (:mod:`f2d2_lightning.class_names`)."""
         self.reference = reference or Reference()
         self.channels_last, self.compile_how = channels_last, compile
+        self.lr: float | None = None
+        """Learning rate in place of the optimiser's own, which ``Tuner.lr_find`` sets; ``None`` leaves it."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
         self._averaged_steps = 0
         self._batch: Any = None
         self._batch_index = 0
-        self._references: dict[str, Tensor] = {}
+        self._references: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._reference_cost = (0.0, 0)  # seconds, evaluations per sample
+        self._looked_at = ""  # the stage whose first batch was
 
     # --- what a subclass may override ---
 
@@ -106,7 +119,7 @@ class FlowModule(L.LightningModule):
             ValueError: If the states have another shape than the module's.
         """
         x, cond = batch, None
-        if isinstance(batch, (tuple, list)):
+        if isinstance(batch, (tuple, list)) and batch:
             x, cond = batch[0], batch[1] if len(batch) > 1 else None
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape:
             came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -114,7 +127,24 @@ class FlowModule(L.LightningModule):
                 f"a batch of states has {came}, but the module was made for (B, {', '.join(map(str, self.shape))}); "
                 "set shape to that of the data, or override data_to_state"
             )
-        return x, cond if self.conditional else None
+        if self.conditional is False:
+            return x, None
+        check_cond(cond, len(x))
+        return x, cond
+
+    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """:meth:`data_to_state`; the first states of each stage are compared with ``levels``, ``low`` and ``high``.
+
+        Raises:
+            ValueError: If they are of another range, or were never dequantised.
+        """
+        x, cond = self.data_to_state(batch)
+        stage = "" if self._trainer is None else str(self._trainer.state.stage)
+        if self._looked_at != stage or not x.is_floating_point():
+            check_state(x, "the batch of states")
+            check_values(x, self.quantisation)
+            self._looked_at = stage
+        return x.to(self.dtype), cond
 
     @property
     @abstractmethod
@@ -122,12 +152,14 @@ class FlowModule(L.LightningModule):
         """The model in training, which ``average`` follows."""
 
     @property
-    def conditional(self) -> bool:
-        """Whether the backbone takes ``cond``; labels of the data are ignored otherwise."""
-        adapted = [m for m in self.live.modules() if isinstance(m, AdaptedFlowMap)]
-        if adapted:
-            return any(m.conditional for m in adapted)
-        return any(getattr(m, "labels", None) is not None for m in self.live.modules())
+    def conditional(self) -> bool | None:
+        """Whether the backbone needs ``cond``; ``False``: labels of the data are left out, ``None``: passed on."""
+        return getattr(self.live, "conditional", None)
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """Levels and range of discrete data; ``None`` for continuous data."""
+        return None if self.levels is None else Quantisation(self.levels, self.low, self.high)
 
     # --- set-up ---
 
@@ -180,14 +212,16 @@ class FlowModule(L.LightningModule):
         """Compare the module's data settings with the data module's."""
         # the average evaluates on purpose, and Lightning takes that for a mistake
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
-        data = getattr(self.trainer, "datamodule", None)
-        for name in ("levels", "shape"):
-            theirs, mine = getattr(data, name, None), getattr(self, name)
-            if data is not None and theirs is not None and theirs != mine:
-                raise ValueError(
-                    f"the module has {name}={mine}, but {type(data).__name__} has {name}={theirs}; make them agree "
-                    f"(in a configuration: model.init_args.{name})"
-                )
+        check_precision(self.trainer)
+        self._looked_at = ""
+        compare_ranges("the module", self.quantisation, getattr(self.trainer, "datamodule", None), self.shape)
+        self._follow_classes(self.class_names)
+
+    def _follow_classes(self, known: list[str] | None) -> None:
+        """Keep the names of classes that are known, else the data's; labels of the data follow."""
+        if self._trainer is not None and self.conditional:
+            known = agree_on_classes(getattr(self.trainer, "datamodule", None), known)
+        self.class_names = known
 
     @torch.no_grad()
     def fit_baselines(self) -> None:
@@ -203,7 +237,7 @@ class FlowModule(L.LightningModule):
             if twins:
                 baseline.load_state_dict(twins[0].state_dict())
             else:
-                states = (self.data_to_state(batch)[0] for batch in self.training_batches())
+                states = (self.state(batch)[0] for batch in self.training_batches())
                 baseline.fit(states, reduce=self.sum_over_processes)
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
@@ -213,10 +247,18 @@ class FlowModule(L.LightningModule):
         return self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum").cpu()
 
     def training_batches(self) -> Iterable[Any]:
-        """One pass over the trainer's training data, as batches."""
+        """One pass over the trainer's training data, as batches; of data that have no end the first 131,072 samples."""
         loader = self.trainer.train_dataloader
         if loader is None:
             raise RuntimeError("there are no training data yet; call this from on_train_start or later")
+        try:
+            len(loader)
+        except (TypeError, NotImplementedError, AttributeError):
+            count = max(1, FIT_SAMPLES // (getattr(loader, "batch_size", None) or 1))
+            rank_zero_info(
+                f"the training data have no length: what is set from them comes from {count} batches at most"
+            )
+            return itertools.islice(loader, count)
         return loader
 
     def configure_model(self) -> None:
@@ -278,6 +320,9 @@ class FlowModule(L.LightningModule):
         if vectors := [p for p in parameters if p.ndim <= 1]:
             groups.append({"params": vectors, "weight_decay": 0.0})
         optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-3)
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:
@@ -342,7 +387,7 @@ class FlowModule(L.LightningModule):
                 f"nothing was saved: {len(bad)} weights or buffers are NaN or infinite, first {bad[0]}; the last "
                 "checkpoint is from before that. Lower the learning rate or clip gradients (trainer.gradient_clip_val)"
             )
-        checkpoint["f2d2"] = {"seed": self._seed, "averaged_steps": self._averaged_steps}
+        checkpoint["f2d2"] = {"seed": self._seed, "averaged_steps": self._averaged_steps, "classes": self.class_names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Inverse of :meth:`on_save_checkpoint`."""
@@ -350,6 +395,8 @@ class FlowModule(L.LightningModule):
         state = checkpoint.get("f2d2", {})
         self._seed = state.get("seed", self._seed)
         self._averaged_steps = state.get("averaged_steps", 0)
+        names = as_names(state.get("classes"), "the checkpoint")
+        self._follow_classes(self.class_names if names is None else names)
         mine, theirs = self.state_dict(), checkpoint.get("state_dict", {})
         if theirs and not mine.keys() & theirs.keys():
             name = checkpoint.get("hyper_parameters", {}).get("_class_path", "another class")
@@ -376,17 +423,42 @@ class FlowModule(L.LightningModule):
         """Unit of logged likelihoods."""
         return "nats" if self.levels is None else "bits/dim"
 
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        self._places = Places(self.trainer)
+
+    def on_test_epoch_start(self) -> None:
+        """As validation."""
+        self.on_validation_epoch_start()
+
     def reference_log_prob(self, x: Tensor, cond: Tensor | None, velocity: Any) -> Tensor:
         """Reference log-likelihood of a batch, ``(B,)``, nats; computed once per batch of points and kept."""
-        content = (x, cond) if cond is not None else (x,)
-        key = hashlib.sha1(b"".join(v.detach().cpu().contiguous().numpy().tobytes() for v in content)).hexdigest()
+        return self.reference_and_error(x, cond, velocity)[0]
+
+    def reference_and_error(self, x: Tensor, cond: Tensor | None, velocity: Any) -> tuple[Tensor, Tensor | None]:
+        """:meth:`reference_log_prob` and its standard error over random probes, ``(B,)``, where that is known."""
+        digest = hashlib.sha1(f"{self.reference} {_version(velocity)} {self.device}".encode())
+        for part in (x,) if cond is None else (x, cond):
+            update_with(digest, part)
+        key = digest.hexdigest()
         if key not in self._references:
             start = clock(self.device)
             answer = self.reference(velocity, x, cond)
-            self._references[key] = answer.value.cpu()
+            error = None if answer.standard_error is None else answer.standard_error.cpu()
+            self._references[key] = answer.value.cpu(), error
             seconds, _ = self._reference_cost
             self._reference_cost = (seconds + clock(self.device) - start, answer.evaluations)
-        return self._references[key].to(x.device)
+        value, error = self._references[key]
+        return value.to(x.device), None if error is None else error.to(x.device)
+
+
+def _version(velocity: Any) -> str:
+    """Changes where the weights behind a velocity are others, or were changed in place."""
+    owner = getattr(velocity, "__self__", velocity)
+    if not isinstance(owner, nn.Module):
+        return str(id(owner))
+    tensors = (*owner.parameters(), *owner.buffers())
+    return repr([(id(v), 0 if v.is_inference() else v._version) for v in tensors])
 
 
 def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap, check_convention
-from f2d2_lightning.average import copy_frozen
+from f2d2_lightning.average import copy_frozen, share_weights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.counter_noise import mix_seed
@@ -38,6 +40,9 @@ from f2d2_lightning.trust import packages_of
 
 __all__ = ["F2D2Module"]
 
+MOST_AXES = 1024
+"""Dimensions up to which the default head fits a full covariance."""
+
 
 class F2D2Module(FlowModule):
     """Joint distillation of sampling and likelihood: a few-step student with a divergence head.
@@ -56,7 +61,8 @@ class F2D2Module(FlowModule):
             compare. ``None`` distils the student's own diagonal, trained by flow matching.
         trust: Packages whose classes the teacher's checkpoint may name, such as the one that your own backbone is in;
             that of ``flow_map`` is trusted already. See :mod:`f2d2_lightning.trust`.
-        head: Divergence head; by default on the backbone's features, with a full-covariance baseline.
+        head: Divergence head; by default on the backbone's features, with a baseline of full covariance up to 1,024
+            dimensions, diagonal above.
         objective: Training objective; trajectory regression in both directions by default.
         estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
         frozen: Train the head only; backbone and samples stay bit for bit as they were.
@@ -67,12 +73,13 @@ class F2D2Module(FlowModule):
             the released JAX code).
         steps: Step counts that validation reports.
         draws: Dequantisation draws per sample that validation averages few-step likelihoods over.
-        reference_samples: Samples per evaluation and process that are compared with the reference, the first ones;
+        reference_samples: Samples per evaluation that are compared with the reference, the first ones of the data;
             ``None`` for all.
         inversion: For maps that only go to data: how validation and :meth:`log_prob` invert them.
-        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
-        low: Lower edge of the range that the levels fill.
-        high: Upper edge.
+        levels: Levels of discrete data, for bits per dimension; ``None`` takes the teacher's, and is for continuous
+            data, reported in nats, if that has none.
+        low: Lower edge of the range that the levels fill; ``None`` takes the teacher's, else -1.
+        high: Upper edge; ``None`` takes the teacher's, else 1.
         optimizer: Makes the optimiser; AdamW at 1e-3 by default.
         lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
         warmup: Steps of linear rise of the default schedule.
@@ -82,7 +89,8 @@ class F2D2Module(FlowModule):
         compile: Compile the backbone, see :class:`FlowModule`.
 
     Raises:
-        ValueError: If the objective trains other directions than the backbone declares, or parts are missing.
+        ValueError: If the objective trains other directions than the backbone declares, levels and range are not the
+            teacher's or the objective's, or parts are missing.
     """
 
     average: JointFlowMap
@@ -91,7 +99,7 @@ class F2D2Module(FlowModule):
         self,
         flow_map: FlowMap | None = None,
         shape: Sequence[int] | None = None,
-        teacher: str | FlowMatchingModule | None = None,
+        teacher: str | Path | FlowMatchingModule | None = None,
         head: DivergenceHead | None = None,
         objective: Objective | None = None,
         estimator: DivergenceEstimator | None = None,
@@ -102,8 +110,8 @@ class F2D2Module(FlowModule):
         reference_samples: int | None = None,
         inversion: Inversion | None = None,
         levels: int | None = None,
-        low: float = -1.0,
-        high: float = 1.0,
+        low: float | None = None,
+        high: float | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup: int = 200,
@@ -119,9 +127,28 @@ class F2D2Module(FlowModule):
         if isinstance(teacher, FlowMatchingModule):
             shape = shape or teacher.shape
             levels = teacher.levels if levels is None else levels
-            flow_map = flow_map or _trainable_copy(teacher.average)
+            low, high = teacher.low if low is None else low, teacher.high if high is None else high
+            if flow_map is None or share_weights(teacher, flow_map):
+                # training must not change the teacher
+                flow_map = _trainable_copy(flow_map or teacher.average)
+        elif teacher is not None and not isinstance(teacher, (str, Path)) and not callable(teacher):
+            raise ValueError(
+                f"the teacher is a {type(teacher).__name__}; a FlowMatchingModule, a flow map, any velocity "
+                "(x, t, cond) -> v, or the path of a teacher's checkpoint is needed"
+            )
         if flow_map is None or shape is None:
             raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
+        parameters = list(flow_map.parameters())
+        if not frozen and parameters and not any(p.requires_grad for p in parameters):
+            raise ValueError(
+                f"no parameter of the student's backbone ({type(flow_map).__name__}) requires gradients, so it would "
+                "not be trained: flow_map.requires_grad_(True), or frozen=True to train the head only"
+            )
+        low, high = -1.0 if low is None else low, 1.0 if high is None else high
+        estimator = estimator or Hutchinson()
+        if reference is None:
+            # what the network can be differentiated by is the same for its targets and its likelihood
+            reference = Reference(mode=getattr(estimator, "mode", "forward"))
         super().__init__(
             shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
         )
@@ -138,7 +165,8 @@ class F2D2Module(FlowModule):
                 f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
                 f"{type(self.objective.path).__name__}; give both the same path"
             )
-        self.estimator = estimator or Hutchinson()
+        self.estimator = estimator
+        self._inherit(teacher)
         if head is None:
             head = _default_head(flow_map, self.shape)
         self.joint = JointFlowMap(flow_map, head, frozen)
@@ -152,10 +180,14 @@ class F2D2Module(FlowModule):
         self.inversion = inversion
         self.warm_start = warm_start
         self.off_diagonal = off_diagonal
+        self._sources: tuple[VelocitySource, VelocitySource] | None = None
         self.trust = (*trust, *packages_of(*(type(part) for part in flow_map.modules())))
-        self._teacher_path = teacher if isinstance(teacher, str) else None
+        self._teacher_path = str(teacher) if isinstance(teacher, (str, Path)) else None
         # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
-        self._teacher: list[nn.Module] = [] if teacher is None or isinstance(teacher, str) else [teacher]
+        self._teacher: list[Any] = []
+        if teacher is not None and self._teacher_path is None:
+            # a teacher that is the student's own network stays as it is now, and the network is trained
+            self._teacher.append(copy_frozen(teacher) if share_weights(teacher, flow_map) else teacher)
         self._speed_up()
 
     @property
@@ -171,14 +203,17 @@ class F2D2Module(FlowModule):
     # --- teacher and targets ---
 
     @property
-    def teacher(self) -> nn.Module | None:
+    def teacher(self) -> Any:
         """The teacher, loaded on first use and moved to this module's device; ``None`` in self-distillation."""
         if not self._teacher and self._teacher_path is not None:
             self._teacher.append(load_module(self._teacher_path, FlowMatchingModule, trust=self.trust))
         if not self._teacher:
             return None
-        teacher = self._teacher[0].to(self.device).eval()
-        return teacher.requires_grad_(False)
+        teacher = self._teacher[0]
+        # nothing is differentiated with respect to its weights, whose owner may want to train them elsewhere
+        if not isinstance(teacher, nn.Module):
+            return teacher
+        return teacher.to(device=self.device, dtype=cast(torch.dtype, self.dtype)).eval()
 
     def teacher_velocity(self) -> Any:
         """``(x, t, cond) -> v`` that likelihoods are compared with; the student's own diagonal without a teacher."""
@@ -200,12 +235,52 @@ class F2D2Module(FlowModule):
         super().setup(stage)
         if stage == "predict":
             return
-        teacher = self.teacher
-        if isinstance(teacher, FlowMatchingModule) and teacher.shape != self.shape:
-            raise ValueError(
-                f"the teacher was trained on states of shape {teacher.shape}, the student is for {self.shape}; "
-                "use the teacher of these data"
+        self._inherit(self.teacher)
+        if stage in ("validate", "test") and not self.trained:
+            rank_zero_warn(
+                f"this {type(self).__name__} was not trained: its likelihoods are those of its initial weights. Fit it "
+                "first, or load a checkpoint (ckpt_path=...)"
             )
+        self._follow_teacher()
+
+    def _follow_teacher(self) -> None:
+        """Labels mean what they mean to the teacher.
+
+        Raises:
+            ValueError: If the student was trained with another order of the classes.
+        """
+        theirs = getattr(self._teacher[0], "class_names", None) if self._teacher else None
+        if theirs is None or not self.conditional:
+            return
+        if self.trained and self.class_names not in (None, theirs):
+            raise ValueError(
+                f"the student's classes are {self.class_names}, the teacher's {theirs}, in the order of their labels; "
+                "use the teacher that the student was trained with"
+            )
+        self._follow_classes(theirs)
+
+    def _inherit(self, teacher: Any) -> None:
+        """Levels and range of the teacher, which are the objective's as well.
+
+        Raises:
+            ValueError: If they, or the shapes, are not the same.
+        """
+        if isinstance(teacher, FlowMatchingModule):
+            if teacher.shape != self.shape:
+                raise ValueError(
+                    f"the teacher was trained on states of shape {teacher.shape}, the student is for {self.shape}; "
+                    "use the teacher of these data"
+                )
+            if self.levels is None:
+                self.levels, self.low, self.high = teacher.levels, teacher.low, teacher.high
+            if self.quantisation != teacher.quantisation:
+                raise ValueError(
+                    f"the teacher was trained on {teacher.quantisation}, the student is for {self.quantisation}; make "
+                    "them agree, or leave out the student's levels, low and high"
+                )
+        # what a checkpoint says of the data is then whole
+        self.hparams.update({name: getattr(self, name) for name in ("levels", "low", "high")})
+        self.objective.quantise(self.quantisation)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -223,28 +298,35 @@ class F2D2Module(FlowModule):
                     f"use the same flow_map for both, or warm_start=False ({error})"
                 ) from error
         head = self.joint.head
-        scale = measure_scale(head, self._anchor, self._states(), self.objective.path, reduce=self.sum_over_processes)
+        _, anchor = self._targets()
+        scale = measure_scale(head, anchor, self._states(), self.objective.path, reduce=self.sum_over_processes)
         head.scale.fill_(scale)
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in self.training_batches():
-            yield self.data_to_state(self.transfer_batch_to_device(batch, self.device, 0))
+            yield self.state(self.transfer_batch_to_device(batch, self.device, 0))
 
     # --- training ---
 
     def on_fit_start(self) -> None:
-        """Make the targets' source."""
-        self._source, self._anchor = self.make_source()
+        """Make the targets' source anew: teacher and device may be others than in the last run."""
+        self._sources = None
+
+    def _targets(self) -> tuple[VelocitySource, VelocitySource]:
+        """Source and anchor, made when they are first asked for: a Tuner takes steps before a run begins."""
+        self._sources = self._sources or self.make_source()
+        return self._sources
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The objective's loss; its parts are logged beside it."""
-        x, cond = self.data_to_state(batch)
+        x, cond = self.state(batch)
+        source, anchor = self._targets()
         progress = min(1.0, self.trainer.global_step / max(1.0, self.trainer.estimated_stepping_batches))
         if self.trainer.world_size > 1:
             # processes may share a sharded network, and must call it equally often
             seed = mix_seed(self._seed, self.trainer.current_epoch, batch_idx, "structure")
             self.objective.structure = torch.Generator().manual_seed(seed)
-        terms = self.objective(self.joint, self._source, x, cond, anchor=self._anchor, progress=progress)
+        terms = self.objective(self.joint, source, x, cond, anchor=anchor, progress=progress)
         self.log("train/loss", terms.loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
         return terms.loss
@@ -255,6 +337,7 @@ class F2D2Module(FlowModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._follow_teacher()
         states = checkpoint.get("f2d2", {}).get("objective")
         if states:
             self.objective.load_state_dict(own_state(states))
@@ -263,6 +346,7 @@ class F2D2Module(FlowModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
+        super().on_validation_epoch_start()
         self._evaluation = LikelihoodEvaluation(
             self.steps, self.dim, self.levels, self.low, self.high, self.device, self.draws
         )
@@ -270,17 +354,18 @@ class F2D2Module(FlowModule):
             # the student's own diagonal has changed since
             self._references.clear()
 
-    on_test_epoch_start = on_validation_epoch_start
-
     def _evaluate(self, batch: Any) -> None:
-        x, cond = self.data_to_state(batch)
-        left = len(x) if self.reference_samples is None else self.reference_samples - self._evaluation.compared
-        reference = None
+        x, cond = self.state(batch)
+        place, counted = self._places.take(len(x))
+        compared = counted if self.reference_samples is None else counted & (place < self.reference_samples)
+        left = int(compared.sum())  # places ascend
+        reference = error = None
         if left > 0:
             some = None if cond is None else cond[:left]
-            reference = self.reference_log_prob(x[:left], some, self.teacher_velocity())
+            reference, error = self.reference_and_error(x[:left], some, self.teacher_velocity())
         goes_back = Direction.TO_DATA in self.average.directions
-        self._evaluation.evaluate(self.log_prob, self.sample if goes_back else None, x, cond, reference)
+        sample = self.sample if goes_back else None
+        self._evaluation.evaluate(self.log_prob, sample, x, cond, reference, error, counted)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Few-step likelihoods beside the teacher's on the same points."""
@@ -293,13 +378,16 @@ class F2D2Module(FlowModule):
     def _log_evaluation(self, stage: str) -> None:
         results = self._evaluation.results()
         if Direction.TO_NOISE in self.average.directions:
-            results = {name: value for name, value in results.items() if not name.startswith("unconverged")}
+            # nothing is inverted, and a sample without a likelihood is an accident
+            results = {name: v for name, v in results.items() if not name.startswith("unconverged") or bool(v > 0)}
         # the reference's samples are the same for every step count
         references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
         for name, value in results.items():
             self.log(f"{stage}/{name}", value, prog_bar=name == f"nll_{self.steps[-1]}")
         if references:
             self.log(f"{stage}/reference_nll", references[-1])
+        if doubts := self._evaluation.doubts():
+            rank_zero_warn(doubts)
 
     def on_validation_epoch_end(self) -> None:
         """Log what was gathered."""
@@ -320,7 +408,8 @@ class F2D2Module(FlowModule):
         """Rows of the last evaluation: one per step count, and one (``steps`` is ``None``) of the reference."""
         rows: list[dict[str, Any]] = list(self._evaluation.rows())
         seconds, evaluations = self._reference_cost
-        same = {"nll": rows[-1]["reference_nll"], "reference_nll": rows[-1]["reference_nll"], "steps": None}
+        same = {name: rows[-1][of] for name, of in (("nll", "reference_nll"), ("reference_nll", "reference_nll"))}
+        same |= {"reference_error": rows[-1]["reference_error"], "steps": None, "doubt": ""}
         reference = self.agreement_values()[1]
         error = float(reference.std()) / math.sqrt(len(reference)) if len(reference) > 1 else math.nan
         spent = 1e3 * seconds / max(1, len(reference))
@@ -334,7 +423,12 @@ class F2D2Module(FlowModule):
         return self.average(x, s, t, cond)
 
     def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
-        """Log-likelihood of states at ``t = 1``; see :func:`f2d2_lightning.log_prob`."""
+        """Log-likelihood of states at ``t = 1``; see :func:`f2d2_lightning.log_prob`.
+
+        Raises:
+            ValueError: If they have another shape than the module's, or ``cond`` does not fit the model.
+        """
+        x = self._fitting(x)
         inversion = None if Direction.TO_NOISE in self.average.directions else self.inversion
         return log_prob(self.average, x, steps, cond, inversion=inversion)
 
@@ -353,14 +447,25 @@ class F2D2Module(FlowModule):
         """
         if isinstance(noise, int):
             noise = draw_noise(noise, self.shape, self.device)
+        noise = self._fitting(noise)
         if guidance is not None:
             return guidance(self.average, noise, steps, cond, log_prob=with_log_prob)
         return sample(self.average, noise, steps, cond, log_prob=with_log_prob)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[int, Tensor]:
         """Log-likelihood of a batch at each of ``steps``, nats."""
-        x, cond = self.data_to_state(batch)
+        x, cond = self.state(batch)
         return {k: self.log_prob(x, k, cond).value for k in self.steps}
+
+    def _fitting(self, x: Tensor) -> Tensor:
+        """States of the module's shape, in its precision."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"states have shape {tuple(x.shape)}, but the model was trained for (B, "
+                f"{', '.join(map(str, self.shape))}); a likelihood of another size means nothing: resize the data, or "
+                "train a model for them"
+            )
+        return x.to(self.dtype) if x.is_floating_point() else x
 
 
 def _trainable_copy(module: Any) -> Any:
@@ -369,7 +474,9 @@ def _trainable_copy(module: Any) -> Any:
 
 def _default_head(flow_map: FlowMap, shape: tuple[int, ...]) -> DivergenceHead:
     own = getattr(flow_map, "baseline", None)
-    baseline = GaussianBaseline(shape, own.covariance) if isinstance(own, GaussianBaseline) else GaussianBaseline(shape)
+    # principal axes of a large state are as many numbers as a network has weights
+    covariance = "full" if math.prod(shape) <= MOST_AXES else "diagonal"
+    baseline = GaussianBaseline(shape, own.covariance if isinstance(own, GaussianBaseline) else covariance)
     return DivergenceHead(_feature_channels(flow_map), baseline=baseline)
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from f2d2_lightning.average import copy_frozen
 from f2d2_lightning.baseline import GaussianBaseline
-from f2d2_lightning.counter_noise import mix_seed
+from f2d2_lightning.counter_noise import counter_normal, counter_uniform, mix_seed, row_keys
 from f2d2_lightning.flow_map import FlowMap
-from f2d2_lightning.metrics import MeanLikelihood
+from f2d2_lightning.metrics import MeanLikelihood, doubt
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.paths import LinearPath, Path
 from f2d2_lightning.reference import Reference
@@ -97,66 +99,77 @@ class FlowMatchingModule(FlowModule):
         """Velocity of the weight average, ``(B, ...), () or (B,) -> (B, ...)``."""
         return self.average.velocity(x, t, cond)
 
-    def _loss(self, flow_map: FlowMap, x: Tensor, cond: Tensor | None) -> Tensor:
+    def _error(self, flow_map: FlowMap, x: Tensor, cond: Tensor | None, draw: int | None = None) -> Tensor:
+        """Error of the velocity, ``(B, ...)``; time and noise of a ``draw`` are a function of each sample alone."""
         found = getattr(flow_map, "baseline", None)
         baseline = found if self.units == "natural" and isinstance(found, GaussianBaseline) else None
-        t = (
-            torch.rand(len(x), dtype=x.dtype, device=x.device)
-            if baseline is None
-            else baseline.draw_times(len(x)).to(x)
-        )
+        keys = None if draw is None else row_keys(x, mix_seed("validation", draw))
+
+        def uniform(stream: int) -> Tensor:
+            if keys is not None:
+                return counter_uniform(keys, stream).to(x)
+            return torch.rand(len(x), dtype=x.dtype, device=x.device)
+
+        if baseline is None:
+            t = uniform(0)
+        else:
+            t = (baseline.draw_times(len(x)) if keys is None else baseline.times_at(uniform(0))).to(x)
         if self.near_data:
-            close = 1 - CLOSEST ** torch.rand_like(t)
-            t = torch.where(torch.rand_like(t) < self.near_data, close, t)
-        noise = torch.randn_like(x)
+            close = 1 - CLOSEST ** uniform(1)
+            t = torch.where(uniform(2) < self.near_data, close, t)
+        if keys is None:
+            noise = torch.randn_like(x)
+        else:
+            places = keys[:, None] + torch.arange(self.dim, device=x.device)
+            noise = counter_normal(places, 3).to(x).reshape(x.shape)
         error = flow_map.velocity(self.path.sample(x, noise, t), t, cond)
         error = error - self.path.conditional_velocity(x, noise, t)
         if baseline is not None:
             error = baseline.to_axes(error) / (baseline.marginal_variances(t).sqrt() * baseline.angle_rate(t, t))
-        return error.square().mean()
+        return error
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Conditional flow-matching loss."""
-        loss = self._loss(self.flow_map, *self.data_to_state(batch))
+        loss = self._error(self.flow_map, *self.state(batch)).square().mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
+        super().on_validation_epoch_start()
         self._nll = MeanLikelihood(self.dim, self.levels, self.low, self.high).to(self.device)
+        self._mean_loss = MeanMetric().to(self.device)
 
-    on_test_epoch_start = on_validation_epoch_start
-
-    def _evaluate(self, batch: Any, batch_idx: int, nll: bool) -> Tensor:
-        x, cond = self.data_to_state(batch)
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(mix_seed("validation", batch_idx, self.global_rank))
-            loss = torch.stack([self._loss(self.average, x, cond) for _ in range(4)]).mean()
+    def _evaluate(self, batch: Any, nll: bool) -> None:
+        x, cond = self.state(batch)
+        counted = self._places.take(len(x))[1].to(x.device)
+        for draw in range(4):
+            self._mean_loss.update(self._error(self.average, x, cond, draw)[counted].square())
         if nll:
-            value = self.reference(self.average.velocity, x, cond).value
-            self._nll.update(value)
-        return loss
+            self._nll.update(self.reference(self.average.velocity, x, cond).value[counted])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The same loss with fixed noise, and the likelihood if asked for."""
-        loss = self._evaluate(batch, batch_idx, self.validate_nll)
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self._evaluate(batch, self.validate_nll)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and likelihood."""
-        self.log("test/loss", self._evaluate(batch, batch_idx, True), sync_dist=True)
+        self._evaluate(batch, True)
 
-    def _log_nll(self, stage: str) -> None:
+    def _log_results(self, stage: str, nll: bool) -> None:
+        self.log(f"{stage}/loss", self._mean_loss.compute(), prog_bar=True)
+        if not nll:
+            return
         mean, error, _ = self._nll.compute()
+        if said := doubt({"nll": float(mean)}, self.levels is not None):
+            rank_zero_warn(f"the teacher's likelihood is doubtful: {said}")
         self.log(f"{stage}/nll", mean.float(), prog_bar=True)
         self.log(f"{stage}/nll_standard_error", error.float())
 
     def on_validation_epoch_end(self) -> None:
-        """Log the likelihood."""
-        if self.validate_nll:
-            self._log_nll("val")
+        """Log loss and likelihood."""
+        self._log_results("val", self.validate_nll)
 
     def on_test_epoch_end(self) -> None:
-        """Log the likelihood."""
-        self._log_nll("test")
+        """Log loss and likelihood."""
+        self._log_results("test", True)

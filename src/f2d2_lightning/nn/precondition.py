@@ -46,6 +46,10 @@ class GaussianPreconditioned(FlowMap):
         self.directions: Direction = network.directions
 
     @property
+    def conditional(self) -> bool | None:
+        return self.network.conditional
+
+    @property
     def features(self) -> int:
         """Feature channels of the network."""
         return int(self.network.features)  # type: ignore[arg-type]
