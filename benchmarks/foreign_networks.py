@@ -588,7 +588,6 @@ def mean_flows() -> list[Case]:
             lambda net, x, s, t, y: -net(x, 1 - s, condition=one_hot(y, x), r=1 - t, fwd_pred_type="flow"),
             both,
             classes=10,
-            mode="reverse",
         ),
         Case(
             "Unet in MeanFlow",
@@ -918,7 +917,7 @@ def make_estimator(mode: str, probes: int = 1, dim: int = 0) -> Any:
     class EveryAxis(f2.Hutchinson):
         """The exact trace where only reverse mode runs: every axis is a probe."""
 
-        def draw(self, x: Any) -> Any:
+        def draw(self, x: Any, keys: Any = None) -> Any:
             axes = torch.eye(dim, dtype=x.dtype) * dim**0.5
             return axes.reshape(dim, 1, *x.shape[1:]).expand(dim, *x.shape)
 
