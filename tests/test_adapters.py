@@ -814,6 +814,50 @@ def test_times_in_single_precision_stay_in_range():
     assert math.isfinite(float(truth.log_prob(torch.zeros(1, 3))))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_times_of_another_precision_than_the_state(name):
+    family = FAMILIES[name]
+    truth, labels = family.truth(), labels_of(family)
+    flow_map = family.flow_map(truth)
+    s, t = (0.25, 0.25) if not flow_map.directions else (0.25, 1.0)
+    s, t = (t, s) if flow_map.directions == Direction.TO_NOISE else (s, t)
+    x = truth.states(torch.full((4,), s), labels)
+    expected = flow_map(x, s, t, labels)
+    for dtype in (torch.float32, torch.bfloat16):  # both times are exact in them
+        start, end = torch.full((4,), s, dtype=dtype), torch.tensor(t, dtype=dtype)
+        u = flow_map(x, start, end, labels)
+        assert torch.equal(u, expected)
+        assert u.dtype == torch.float64
+
+
+class Writing(nn.Module):
+    """Writes into everything that it is given, as hurried code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 3)
+
+    def forward(self, x, s, t, y):
+        s.mul_(1000)
+        t.sub_(1).mul_(1000)
+        y[y > 2] = 3
+        return x.mul_(2) + (s + t)[:, None] + self.table(y)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_a_network_writes_into_is_not_the_callers(shared):
+    network = Writing()
+    flow_map = Adapter()(network)
+    x, y = torch.randn(4, 3), torch.tensor([0, 7, 2, 9])
+    s, t = (torch.tensor(0.25), torch.tensor(0.5)) if shared else (torch.rand(4), torch.rand(4))
+    kept = [value.clone() for value in (x, s, t, y)]
+    u = flow_map(x, s, t, y)
+    assert all(torch.equal(value, before) for value, before in zip((x, s, t, y), kept, strict=True))
+    expected = 2 * x + (1000 * (s + t - 1)).expand(4)[:, None] + network.table(torch.tensor([0, 3, 2, 3]))
+    close(u, expected.detach(), 1e-12)
+    assert torch.equal(flow_map(x, s, t, y), u)
+
+
 def test_adapted_maps_are_modules():
     truth = Truth((3,))
     flow_map = Adapter()(OurOwn(truth))

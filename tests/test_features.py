@@ -226,6 +226,132 @@ def test_a_method_is_called():
     assert torch.equal(flow_map.velocity(x, 0.3), -network(x, torch.full((2,), 0.3)))
 
 
+# --- networks with several answers, and layers of other people's classes ---
+
+
+class OwnLinear(nn.Module):
+    """As NVlabs/edm writes it, ``(out, in)``; ``transposed`` as others do, and ``said`` with its width as attribute."""
+
+    def __init__(self, inputs, outputs, transposed=False, said=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn((inputs, outputs) if transposed else (outputs, inputs)))
+        self.bias = nn.Parameter(torch.randn(outputs))
+        self.transposed = transposed
+        if said:
+            self.out_features = outputs
+
+    def forward(self, x):
+        return (x @ (self.weight if self.transposed else self.weight.t())).add_(self.bias)
+
+
+class Official(nn.Module):
+    """As the official F2D2 network: ``net(x, t, dt, class_labels) -> (u, D)``, whose scalar head runs last."""
+
+    def __init__(self, width=6, transposed=False, said=False):
+        super().__init__()
+        self.map_layer0, self.map_layer0_s = OwnLinear(1, 4), OwnLinear(1, 4)
+        self.map_layer1 = OwnLinear(4, width, transposed, said)
+        self.map_layer1_s = OwnLinear(4, width, transposed, said)
+        self.inner = nn.Conv2d(2, width, 3, padding=1)
+        self.aux_conv = nn.Conv2d(width, 2, 3, padding=1)
+        self.scalar_head = nn.Sequential(nn.Flatten(), nn.Linear(width * 16, 5), nn.SiLU(), nn.Linear(5, 1))
+        self.calls = 0
+
+    def forward(self, x, t, dt, class_labels=None):
+        self.calls += 1
+        time = self.map_layer1(torch.tanh(self.map_layer0(t[:, None])))
+        time = time + self.map_layer1_s(torch.tanh(self.map_layer0_s(dt[:, None].log())))
+        h = torch.tanh(self.inner(x) + time[:, :, None, None])
+        return self.aux_conv(h), self.scalar_head(h)[:, 0] / 20000
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_last_layer_of_the_answer_that_counts_is_read(frozen, mode):
+    network = Official().requires_grad_(not frozen)
+    flow_map = Shortcut("length", output=0)(network)
+    kept = copy.deepcopy(network.state_dict())
+    with mode():
+        x = torch.randn(3, 2, 4, 4)
+        u, h = flow_map.forward_features(x, 0.2, 0.6)
+        assert torch.equal(u, flow_map(x, 0.2, 0.6))
+        assert torch.equal(network.aux_conv(h), u)
+    assert flow_map.tap.layer == "aux_conv"
+    calls = network.calls
+    flow_map.forward_features(x.clone(), 0.2, 0.6)
+    assert network.calls == calls + 1
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    assert all(torch.equal(value, kept[key]) for key, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_a_second_answer_of_the_same_shape_is_told_apart():
+    class Both(nn.Module):  # a velocity beside the average one, as MeanFlow networks have
+        def __init__(self):
+            super().__init__()
+            self.inner, self.u, self.v = nn.Linear(3, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x, s, t, y=None):
+            h = torch.tanh(self.inner(x))
+            u = self.u(h)
+            return {"u": u, "v": self.v(torch.sin(h))}
+
+    for output, layer in (("u", "u"), ("v", "v")):
+        flow_map = Adapter(output=output)(Both())
+        flow_map.probe(torch.randn(4, 3))
+        assert flow_map.tap.layer == layer
+
+
+def test_the_official_network_learns_both_directions():
+    network = Official()
+    flow_map = Shortcut("length", output=0)(network, interval="map_layer1")
+    assert flow_map.directions == Direction.BOTH
+    assert flow_map.interval.width == 6
+    x = torch.randn(3, 2, 4, 4)
+    assert torch.equal(flow_map(x, 0.5, 0.75), flow_map(x, 0.5, 0.25))
+    randomise(flow_map.interval)
+    assert not torch.allclose(flow_map(x, 0.5, 0.75), flow_map(x, 0.5, 0.25))
+
+
+def test_the_width_of_other_layers():
+    x = torch.randn(3, 2, 4, 4)
+    flow_map = Shortcut("length", output=0)(Official(transposed=True), interval="map_layer1")
+    with pytest.raises(ValueError, match=r"shape \(3, 6\).*its 4 channels.*'map_layer1' keeps.*out_features"):
+        flow_map(x, 0.2, 0.6)
+    flow_map = Shortcut("length", output=0)(Official(transposed=True, said=True), interval="map_layer1")
+    assert flow_map.interval.width == 6
+    assert flow_map(x, 0.2, 0.6).shape == x.shape
+    for layer, width in (
+        (nn.ConvTranspose2d(3, 5, 2), 5),
+        (nn.Conv2d(3, 7, 1), 7),
+        (nn.Sequential(OwnLinear(2, 9)), 9),
+    ):
+        assert AddedInterval.for_submodule(nn.ModuleDict({"time": layer}), "time").width == width
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_channels_of_other_linear_layers(axis, transposed):
+    class Contraction(OwnLinear):
+        def forward(self, h):
+            weight = self.weight.t() if self.transposed else self.weight
+            return torch.einsum("bnc,oc->bno" if axis == -1 else "bcn,oc->bon", h, weight)
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(3, 6), Contraction(6, 3, transposed)
+
+        def forward(self, x, s, t, y=None):
+            h = torch.tanh(self.inner(x))
+            return self.out(h) if axis == -1 else self.out(h.mT).mT
+
+    network = Tokens()
+    x = torch.randn(4, 5, 3)
+    _, h = Adapter()(network).forward_features(x, 0.2, 0.6)
+    assert torch.equal(h, torch.tanh(network.inner(x)).mT)
+
+
 # --- compiled networks ---
 
 

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
+from f2d2_lightning.adapters import ConventionError
+from f2d2_lightning.counter_noise import row_keys
+from f2d2_lightning.divergence import SampleProbes
 from f2d2_lightning.evaluation import LikelihoodEvaluation
 from f2d2_lightning.metrics import doubt
 from f2d2_lightning.nn import MLP
@@ -270,14 +273,23 @@ def test_a_sample_has_its_reference_in_any_batch(distribution):
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_probes_of_keys_have_the_moments_of_others(distribution):
-    x, keys = torch.zeros(500, 70), torch.arange(500) * 977
-    eps = f2.Hutchinson(4, distribution).draw(x, keys)
-    assert eps.shape == (4, 500, 70)
-    flat = eps.reshape(2000, 70)
-    assert float(flat.mean(0).abs().max()) < 0.12
-    second = flat.T @ flat / 2000
-    assert float((second - torch.eye(70)).abs().max()) < 0.2
-    assert len(flat.unique(dim=0)) == 2000
+    x = torch.randn(500, 70)
+    probes = SampleProbes(f2.Hutchinson(3, distribution), x, 7)
+    eps = torch.cat([probes.draw() for _ in range(15)])
+    assert eps.shape == (45, 500, 70)
+    flat = eps[[0, 1, 31, 32, 44]].reshape(2500, 70)
+    assert float(flat.mean(0).abs().max()) < 0.1
+    second = flat.T @ flat / 2500
+    assert float((second - torch.eye(70)).abs().max()) < 0.15
+    assert len(flat.unique(dim=0)) == 2500
+    # of one element over the probes
+    over = eps.flatten(1).T[:2000]
+    assert float((over.T @ over / 2000 - torch.eye(45)).abs().max()) < 0.15
+    # what another machine rounds otherwise is no other sample
+    again = SampleProbes(f2.Hutchinson(3, distribution), x.double() * (1 + 1e-7), 7).draw()
+    assert float((again - eps[:3]).ne(0).double().mean()) < 0.01
+    assert len(row_keys(x).unique()) == 500
+    assert torch.equal(row_keys(x)[137:138], row_keys(x[137:138]))
 
 
 def test_large_states_do_not_take_a_derivative_per_dimension():
@@ -715,3 +727,30 @@ def test_figures_do_not_depend_on_batches_and_workers(tmp_path, who):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert float(other[name]) == pytest.approx(float(value), abs=2e-5), name
+
+
+class HalfDetached(nn.Module):
+    """``-2 x``, half of it behind a detach: forward mode says -1 for each dimension."""
+
+    def forward(self, x, t, cond=None):
+        return -x - x.detach()
+
+
+def test_a_teacher_that_loses_a_part_of_its_derivative_is_refused_before_the_first_step(tmp_path):
+    def made(**kwargs):
+        objective = f2.TrajectoryRegression(nodes=4, capacity=64)
+        return f2.F2D2Module(MLP((2,), width=16, blocks=1), (2,), HalfDetached(), objective=objective, **kwargs)
+
+    with pytest.raises(ConventionError, match=r"HalfDetached answers, but not with its derivative.*mode='finite'"):
+        trainer(tmp_path, max_steps=1).fit(made(), datamodule=Pair())
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        trainer(tmp_path, callbacks=[callback(teacher=HalfDetached())]).fit(MeanFlowModule(), datamodule=Pair())
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(made(estimator=f2.Hutchinson(mode="finite"), reference_samples=5), datamodule=Pair())
+    x = Pair().dataset("val").values[:5]
+    variance = math.exp(4.0)  # the flow of -2 x shrinks noise by exp(-2)
+    right = -torch.distributions.Normal(0.0, 1 / variance**0.5).log_prob(x).sum(1).mean()
+    assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), rel=1e-3)
+    # in validation alone as well
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        trainer(tmp_path).validate(made(), datamodule=Pair(), verbose=False)

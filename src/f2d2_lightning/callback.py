@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention
+from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention, check_differentiable
 from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.added_weights import AddedWeights
 from f2d2_lightning.average import copy_frozen, share_weights
@@ -191,7 +191,7 @@ class F2D2Callback(L.Callback):
         self.draws = draws
         self.inversion = inversion or Inversion()
         # what the network can be differentiated by is the same for its targets and its likelihood
-        self.reference = reference or Reference(steps=50, mode=getattr(self.estimator, "mode", "forward"))
+        self.reference = reference or Reference(steps=50, mode=self.estimator.mode)
         self.reference_samples, self.fit_samples = reference_samples, fit_samples
         self.backward, self.check = backward, check
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
@@ -410,7 +410,9 @@ class F2D2Callback(L.Callback):
             x, cond = self._state(next(training_batches(trainer, self.fit_samples)))
             flow_map = self.adapter(self._network, features=self.features, interval=self.interval).to(pl_module.device)
             if self.check:
-                check_convention(flow_map, x, cond)
+                check_convention(flow_map, x, cond, self.estimator.mode)
+                if self.teacher is not None:
+                    check_differentiable(self.teacher, x, cond, self.estimator.mode)
             if self._added is None:
                 self._assemble(self._make_head(flow_map, x, cond), flow_map.interval, pl_module.device)
             self._prepare_training()

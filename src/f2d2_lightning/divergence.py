@@ -19,7 +19,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from f2d2_lightning.baseline import GaussianBaseline
-from f2d2_lightning.counter_noise import counter_normal, hashed, mix_seed
+from f2d2_lightning.counter_noise import counter_normal, hashed, mix_seed, row_keys
 from f2d2_lightning.paths import LinearPath, Path, expand_time, repeat_time
 from f2d2_lightning.tangents import REMEDY, DerivativeError, forward_mode
 
@@ -30,6 +30,7 @@ __all__ = [
     "DivergenceEstimator",
     "Exact",
     "Hutchinson",
+    "SampleProbes",
     "check_mode",
     "instantaneous",
     "jacobian_product",
@@ -38,7 +39,7 @@ __all__ = [
 MODES = ("forward", "reverse", "finite")
 
 
-def check_mode(mode: str, step: float) -> None:
+def check_mode(mode: str, step: float = 1.0) -> None:
     """Refuse a way to differentiate that there is not.
 
     Raises:
@@ -61,19 +62,23 @@ class Divergence(NamedTuple):
     """Of ``divergence`` over the estimator's own randomness, ``(B,)``; ``None`` if exact or not known."""
 
 
-def jacobian_product(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def jacobian_product(
+    function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, *, checked: bool = True
+) -> tuple[Tensor, Tensor]:
     """``(f(x), J_f(x) v)`` in one forward-mode pass, shapes of ``f(x)``.
 
     Lightning tests and predicts in inference mode, where tangents are dropped without a word; it is left for the pass.
 
     Raises:
-        DerivativeError: If an operation of ``function`` has no rule for forward mode, or it drops tangents.
+        DerivativeError: If an operation of ``function`` has no rule for forward mode, or, if ``checked``, it drops
+            tangents.
     """
     with _derivatives_allowed(), forward_mode():
         # copies: a network may change its input in place
         value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(x.clone(), v.clone())))
     if product is None:
-        _check_constant(function, x, v)
+        if checked:
+            _check_constant(function, x, v)
         product = torch.zeros_like(value)
     return value, product
 
@@ -142,6 +147,9 @@ def _repeat(value: Tensor | None, times: int) -> Tensor | None:
 
 class DivergenceEstimator(ABC):
     """Interface of the estimators."""
+
+    mode: str = "forward"
+    """How the network is differentiated: ``"forward"``, ``"reverse"`` or ``"finite"``."""
 
     @abstractmethod
     def __call__(
@@ -249,28 +257,12 @@ class Hutchinson(DivergenceEstimator):
         self.step = step
         self.control = control
 
-    def draw(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Probe vectors for a batch of states, ``(B, ...) -> (probes, B, ...)``.
-
-        Args:
-            x: States, ``(B, ...)``.
-            keys: A number for each sample, ``(B,)``, ``int64``, that its probes are a function of, whatever other
-                samples are in the batch; by default they are drawn from the global generator.
-        """
+    def draw(self, x: Tensor) -> Tensor:
+        """Probe vectors for a batch of states, ``(B, ...) -> (probes, B, ...)``, from the global generator."""
         shape = (self.probes, *x.shape)
-        gaussian = self.distribution == "gaussian"
-        if keys is None:
-            if gaussian:
-                return torch.randn(shape, dtype=x.dtype, device=x.device)
-            return torch.randint(0, 2, shape, dtype=x.dtype, device=x.device) * 2 - 1
-        dim = x[0].numel()
-        streams = torch.stack([hashed(keys, mix_seed("probe", probe)) for probe in range(self.probes)])[..., None]
-        if gaussian:
-            return counter_normal(streams + torch.arange(dim, device=x.device), 0).to(x.dtype).reshape(shape)
-        # one number has the signs of 32 elements
-        words = hashed(streams + torch.arange(-(-dim // 32), device=x.device), 0)
-        bits = (words[..., None] >> torch.arange(16, 48, device=x.device)) & 1
-        return (bits.flatten(2)[..., :dim].to(x.dtype) * 2 - 1).reshape(shape)
+        if self.distribution == "gaussian":
+            return torch.randn(shape, dtype=x.dtype, device=x.device)
+        return torch.randint(0, 2, shape, dtype=x.dtype, device=x.device) * 2 - 1
 
     def per_probe(
         self, velocity: Callable[..., Tensor], x: Tensor, t: Tensor | float, cond: Tensor | None, probes: Tensor
@@ -307,6 +299,40 @@ class Hutchinson(DivergenceEstimator):
         return Divergence(v, estimates.mean(0), error)
 
 
+class SampleProbes:
+    """Probes that are a function of a seed, of each sample's own values and of how many were drawn before.
+
+    A sample has the same ones in any batch and process (:func:`~f2d2_lightning.counter_noise.row_keys`).
+
+    Args:
+        estimator: Says how many probes, and of which distribution.
+        x: States, ``(B, ...)``.
+        seed: Stream; ``None`` draws one from the global generator, and takes places in the batch for values.
+    """
+
+    def __init__(self, estimator: Hutchinson, x: Tensor, seed: int | None) -> None:
+        self.estimator, self.x = estimator, x
+        places = torch.arange(len(x), device=x.device)
+        rows = hashed(places, int(torch.randint(2**62, ()))) if seed is None else row_keys(x, seed)
+        self.keys = rows[:, None] + torch.arange(x[0].numel(), device=x.device)
+        self._drawn = 0
+        self._words: tuple[int, Tensor] = (-1, self.keys)
+
+    def draw(self) -> Tensor:
+        """The next ones, ``(probes, B, ...)``."""
+        probes = [self._one(self._drawn + k) for k in range(self.estimator.probes)]
+        self._drawn += len(probes)
+        return torch.stack(probes).to(self.x.dtype).reshape(-1, *self.x.shape)
+
+    def _one(self, number: int) -> Tensor:
+        if self.estimator.distribution == "gaussian":
+            return counter_normal(self.keys, mix_seed("probe", number))
+        block, bit = divmod(number, 32)
+        if self._words[0] != block:
+            self._words = block, hashed(self.keys, mix_seed("probe", block))
+        return (self._words[1] >> (16 + bit) & 1) * 2 - 1
+
+
 class Conditional(DivergenceEstimator):
     r"""No Jacobian at all: one velocity evaluation and the pair that the state was made from.
 
@@ -335,6 +361,7 @@ class Conditional(DivergenceEstimator):
             raise ValueError(f"Conditional holds on the linear path, got {type(path).__name__}; use Hutchinson there")
         self.handover = handover
         self.near_data = near_data or Hutchinson()
+        self.mode = self.near_data.mode
 
     def __call__(
         self,

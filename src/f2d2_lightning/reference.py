@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from f2d2_lightning.counter_noise import hashed, mix_seed, row_keys
-from f2d2_lightning.divergence import DivergenceEstimator, Exact, Hutchinson, check_mode, instantaneous
+from f2d2_lightning.divergence import DivergenceEstimator, Exact, Hutchinson, SampleProbes, check_mode, instantaneous
 from f2d2_lightning.integrator import times_near_data
 from f2d2_lightning.likelihood import LogProb
 from f2d2_lightning.sampling import Samples, check_cond, check_state, normal_log_prob
@@ -146,18 +145,15 @@ def reference_log_prob(
     fixed_probes: Tensor | None = None
     if isinstance(estimator, Hutchinson):
         probes = estimator.probes
-        places = torch.arange(len(x), device=x.device)
-        keys = hashed(places, int(torch.randint(2**62, ()))) if seed is None else row_keys(x, seed)
-        fixed_probes = estimator.draw(x, keys) if method in ADAPTIVE else None
+        drawn = SampleProbes(estimator, x, seed)
+        fixed_probes = drawn.draw() if method in ADAPTIVE else None
     calls, scatter = 0, _Scatter(method)
 
     def right_side(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
         if isinstance(estimator, Hutchinson):
-            eps = fixed_probes
-            if eps is None:
-                eps = estimator.draw(x, hashed(keys, mix_seed("evaluation", calls)))
+            eps = drawn.draw() if fixed_probes is None else fixed_probes
             v, estimates = estimator.per_probe(field, state[0], t, cond, eps)
             if probes == 1 and fixed_probes is None:
                 scatter.add(t, estimates[0])

@@ -2,7 +2,7 @@
 
 from f2d2_lightning.adapters.adapted import AdaptedFlowMap, AddedInterval
 from f2d2_lightning.adapters.adapter import Adapter, adapter_from_config
-from f2d2_lightning.adapters.checks import ConventionError, check_convention
+from f2d2_lightning.adapters.checks import ConventionError, check_convention, check_differentiable
 from f2d2_lightning.adapters.families import FlowMatching, MeanFlow, Shortcut, TorchCFM, TwoTime
 from f2d2_lightning.adapters.features import FeatureTap
 from f2d2_lightning.adapters.variance_exploding import CTM, Consistency, Denoiser, VarianceExploding
@@ -24,4 +24,5 @@ __all__ = [
     "VarianceExploding",
     "adapter_from_config",
     "check_convention",
+    "check_differentiable",
 ]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters.adapter import Adapter
-from f2d2_lightning.adapters.features import FeatureTap, find_submodule
+from f2d2_lightning.adapters.adapter import Adapter, check_conditioning
+from f2d2_lightning.adapters.features import FeatureTap, find_submodule, last_width
 from f2d2_lightning.flow_map import Direction, FlowMap, check_interval
 from f2d2_lightning.held import evaluating
 from f2d2_lightning.nn.embedding import IntervalEmbedding
@@ -32,11 +32,13 @@ class AddedInterval(nn.Module):
     Args:
         width: Channels of the time embedding's output, ``(B, E)``, ``(B, 1, E)`` or ``(B, E, 1, 1)``.
         hidden: Width of the added embedding.
+        layer: Name of the layer that the width was taken from, for messages.
     """
 
-    def __init__(self, width: int, hidden: int = 128) -> None:
+    def __init__(self, width: int, hidden: int = 128, layer: str | None = None) -> None:
         super().__init__()
         self.width = width
+        self.layer = layer
         self.embedding = IntervalEmbedding(hidden)
         self.out = nn.Linear(hidden, width)
         nn.init.zeros_(self.out.weight)
@@ -46,18 +48,15 @@ class AddedInterval(nn.Module):
     def for_submodule(cls, network: nn.Module, name: str) -> AddedInterval:
         """One that fits the output of ``network``'s submodule ``name``, whose last linear layer says the width.
 
+        The layer may be of any class with a weight ``(out, in, ...)``; where an attribute ``out_features`` or
+        ``out_channels`` says the width, that counts.
+
         Raises:
             ValueError: If there is no such submodule, or no linear layer in it.
         """
         module = find_submodule(network, name, "time embedding")
-        layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-        if not layers:
-            raise ValueError(
-                f"{name!r} ({type(module).__name__}) has no linear layer, so its width is not known; name the layer "
-                "of the time embedding that has the learned weights"
-            )
-        last = layers[-1]
-        return cls(last.out_features if isinstance(last, nn.Linear) else last.out_channels).to(last.weight)
+        width, layer = last_width(module, name)
+        return cls(width, layer=layer).to(find_submodule(network, layer).weight)  # type: ignore[arg-type]
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """Embedding of the times ``(B,)``, ``(B, width)``, or ``(1, width)`` where all samples share them."""
@@ -73,9 +72,11 @@ class AddedInterval(nn.Module):
         axes = [a for a in (-1, 1) if isinstance(output, Tensor) and output.ndim > 1 and output.shape[a] == self.width]
         if not axes:
             came = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            layer = "it" if self.layer is None else repr(self.layer)
             raise ValueError(
                 f"the time embedding answered {came}, in which no axis has its {self.width} channels; name the layer "
-                "of the time embedding that gives (B, E)"
+                f"of the time embedding that gives (B, E), and if {layer} keeps its weight as (in, out), give it an "
+                "attribute out_features that says its width"
             )
         added = self(s, t)
         shape = [1] * output.ndim
@@ -210,9 +211,21 @@ class AdaptedFlowMap(FlowMap):
                 f"{Adapter.describe(self.network)} is a function and gives no features; give the head its own network: "
                 "DivergenceHead(network=...)"
             )
+        if self.tap.layer is None and self.adapter.output is not None:
+            self._find_layer(x, s, t, cond)
         u, features = self.tap.call(lambda: self(x, s, t, cond), len(x))
         self._features = features.shape[1]
         return u, features.to(x.dtype)
+
+    def _find_layer(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None) -> None:
+        """Which of several outputs' last layers the velocity comes from, by one more call on one state."""
+        assert self.tap is not None
+        check_conditioning(cond)
+        s, t = expand_time(s, x)[:1], expand_time(t, x)[:1]
+        cond = None if cond is None else cond[:1]
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), evaluating(self):
+            self.tap.find(lambda: self(x[:1], s, t, cond))
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:

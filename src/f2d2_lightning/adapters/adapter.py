@@ -165,12 +165,13 @@ class Adapter:
 
     def _ask(self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         axes = (len(x), *(1 for _ in range(self.time_axes - 1)))
-        dtype = _dtype(network, x)
+        dtype = compute_dtype(network, x)
         state = x.movedim(1, -1) if self.channels_last else x
+        # copies: a network may write into what it is given (x.mul_(2), t.mul_(1000)), and these are the caller's
         names: Mapping[str, Any] = {
-            "x": state.to(dtype),
-            "s": s.reshape(axes).to(dtype),
-            "t": t.reshape(axes).to(dtype),
+            "x": state.to(dtype, copy=True),
+            "s": s.reshape(axes).to(dtype, copy=True),
+            "t": t.reshape(axes).to(dtype, copy=True),
             "cond": self._labels(x, cond, dtype),
         }
         answer = self._part(self.call(network, names))
@@ -184,6 +185,7 @@ class Adapter:
         return (answer.movedim(-1, 1) if self.channels_last else answer).to(x.dtype)
 
     def _labels(self, x: Tensor, cond: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        check_conditioning(cond)
         if "cond" not in self.call.names:
             return None
         if cond is None:
@@ -197,7 +199,7 @@ class Adapter:
                     "integer labels (B,), which the adapter makes one-hot"
                 )
             cond = nn.functional.one_hot(cond.long(), self.classes).to(dtype)
-        return cond.to(dtype) if torch.is_floating_point(cond) else cond
+        return cond.to(dtype if torch.is_floating_point(cond) else cond.dtype, copy=True)
 
     def _part(self, answer: Any) -> Tensor:
         output = self.output
@@ -240,7 +242,21 @@ class Adapter:
         return f"{type(self).__name__}({self.call.text!r}, directions={self.directions.name})"
 
 
-def _dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
+def check_conditioning(cond: Any) -> None:
+    """Refuse conditioning that is no tensor.
+
+    Raises:
+        ValueError: Says what came.
+    """
+    if cond is not None and not isinstance(cond, Tensor):
+        raise ValueError(
+            f"cond is {_kind(cond)}, and conditioning is one tensor (B, ...), such as labels (B,) or embeddings "
+            "(B, E), or None; make it a tensor (data_to_state= of the callback, data_to_state of the module), and put "
+            "the rest of what the network takes into the adapter's call=, as in call=\"net(x, s, extra={'y': cond})\""
+        )
+
+
+def compute_dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
     """What a network computes in: the type of its first floating weights, else that of the state."""
     if isinstance(network, nn.Module):
         for parameter in network.parameters():

@@ -7,9 +7,10 @@ stands in the other author's code.
 from __future__ import annotations
 
 import ast
+import copy
 import operator
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,19 @@ def _is_general(cls: type) -> bool:
     return cls in (object, nn.Module) or ours or cls.__module__.partition(".")[0] in LIGHTNING
 
 
+def _times(node: ast.AST) -> list[ast.AST]:
+    """The largest expressions within a call that are made of s and t; ``full(1.0, s)`` has their shape only."""
+    if isinstance(node, ast.Name):
+        return [node] if node.id in ("s", "t") else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "full":
+        return []
+    inner = [found for child in ast.iter_child_nodes(node) for found in _times(child)]
+    of_net = isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS)
+    arithmetic = isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Call)) and not of_net
+    others = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & {"x", "cond"}
+    return [node] if inner and arithmetic and not others else inner
+
+
 class ConventionError(ValueError):
     """A network is not what its adapter says: how it is called, what it answers, where its time runs."""
 
@@ -84,7 +98,8 @@ class Call:
             raise ValueError(f"the call is {text!r:.80}; text of up to {LONGEST} characters is needed, and {_GRAMMAR}")
         self.text = text
         try:
-            self._parse(ast.parse(text.strip(), mode="eval").body)
+            self._tree = ast.parse(text.strip(), mode="eval").body
+            self._parse(self._tree)
         except SyntaxError as error:
             raise ValueError(f"the call {text!r} cannot be read ({error.msg}); {_GRAMMAR}") from error
         except (RecursionError, MemoryError) as error:  # what Python says of expressions within expressions
@@ -110,6 +125,32 @@ class Call:
         function = network if self.method is None else getattr(network, self.method)
         arguments = [value(names) for value in self._arguments]
         return function(*arguments, **{name: value(names) for name, value in self._keywords.items()})
+
+    @property
+    def times(self) -> list[str]:
+        """The arguments, or parts of them, that are made of the times, as text in their order.
+
+        >>> Call("net(x, (1000 * s, s - t), full(1.0, s), y=cond)").times
+        ['1000 * s', 's - t']
+        """
+        return [ast.unparse(node) for node in _times(self._tree)]
+
+    def with_times(self, times: Sequence[str]) -> str:
+        """The text of the call with others in their places.
+
+        >>> Call("net(x, (1000 * s, s - t))").with_times(["s", "t"])
+        'net(x, (s, t))'
+        """
+        tree = copy.deepcopy(self._tree)
+        others = dict(zip(map(id, _times(tree)), times, strict=True))
+
+        class Exchange(ast.NodeTransformer):
+            def visit(self, node: ast.AST) -> ast.AST:
+                if id(node) in others:
+                    return ast.parse(others[id(node)], mode="eval").body
+                return self.generic_visit(node)
+
+        return ast.unparse(Exchange().visit(tree))
 
     def check(self, network: nn.Module) -> None:
         """Refuse a network that has no such method of its own.

@@ -3,114 +3,94 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters.adapted import AdaptedFlowMap
-from f2d2_lightning.adapters.adapter import Adapter
+from f2d2_lightning.adapters.adapter import Adapter, check_conditioning
+from f2d2_lightning.adapters.asking import called, signature, undisturbed
 from f2d2_lightning.adapters.call import ConventionError
-from f2d2_lightning.adapters.variance_exploding import VarianceExploding
+from f2d2_lightning.adapters.derivatives import check_derivative
+from f2d2_lightning.adapters.velocities import FEWEST_SAMPLES, check_velocity
+from f2d2_lightning.divergence import check_mode, instantaneous
 from f2d2_lightning.flow_map import Direction
-from f2d2_lightning.held import evaluating
 from f2d2_lightning.paths import LinearPath, expand_time
 from f2d2_lightning.sampling import check_state
 
-__all__ = ["ConventionError", "check_convention"]
+__all__ = ["ConventionError", "check_convention", "check_differentiable"]
 
 LARGEST_BATCH = 64
-FEWEST_SAMPLES = 8
-"""Below this the sign and direction of time are not judged."""
-
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Symmetric about one half, so that mirroring time gives the same ones."""
-
-CLEARLY_BETTER = 0.75
-"""Share of the declared convention's squared error that another one must stay below."""
-
-CERTAIN = 4.0
-"""Standard errors that the difference must be away from zero."""
 
 
 @torch.no_grad()
-def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None = None) -> None:
+def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None = None, mode: str = "forward") -> None:
     """Refuse a network that is not what its adapter declares.
 
-    It is called without training mode, some thirty times on at most 64 states. Random state, mode and gradients are
-    left as they were. What cannot be told (an untrained network, too few samples) passes.
+    It is called without training mode, some forty times, mostly on at most 64 states. Random state, mode and gradients
+    are left as they were. What cannot be told (an untrained network, too few samples) passes. See docs/CONVENTIONS.md.
 
     Args:
         flow_map: An adapted network.
-        data: Data at ``t = 1``, as in training, ``(B, ...)``; from 8 samples on, the sign of the velocity and the
-            direction of time are checked too.
+        data: Data at ``t = 1``, as in training, ``(B, ...)``; from 8 samples on, sign and scale of the velocity and
+            direction, scale and form of the times are checked too.
         cond: Conditioning, first axis ``B``.
+        mode: How divergences will be found, as of :class:`~f2d2_lightning.Hutchinson`: ``"forward"`` and
+            ``"reverse"`` compare the network's derivative in that mode with finite differences of its answers;
+            ``"finite"`` needs no derivative.
 
     Raises:
         ConventionError: If the call does not fit the network, the answer has another shape or is not finite, the
-            network ignores the end time that it is given, or its velocity is clearly that of another sign or
-            direction of time. Says which argument of the adapter mends it.
-        ValueError: If ``data`` are unfit, or ``flow_map`` is not an adapted one.
+            network ignores the end time that it is given, its derivative is not that of its answers, or its velocity
+            is clearly that of another sign, direction or scale of time. Says which argument mends it.
+        ValueError: If ``data``, ``cond`` or ``mode`` are unfit, or ``flow_map`` is not an adapted one.
     """
+    check_mode(mode)
     if not isinstance(flow_map, AdaptedFlowMap):
         raise ValueError(
             f"check_convention takes an adapted network, adapter(network), and got {type(flow_map).__name__}; flow "
             "maps in this package's own convention have f2d2_lightning.testing.FlowMapContract"
         )
     check_state(data, "data")
-    with _undisturbed(flow_map, data) as device:
+    check_conditioning(cond)
+    with undisturbed(flow_map, data) as device:
         x = data[:LARGEST_BATCH].detach().to(device)
         x = x.clone() if x.is_inference() else x
         labels = None if cond is None else cond[:LARGEST_BATCH].to(device)
         noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(device)
         _check_answers(flow_map, x, noise, labels)
         _check_second_time(flow_map, LinearPath().sample(x, noise, expand_time(0.5, x)), labels)
-        _check_velocity(flow_map, x, noise, labels)
+        # a consistency model has no velocity, and its jump to data is differentiated
+        to_data = flow_map.endpoint_only
+        velocity = (lambda y, t, c: flow_map(y, t, 1.0, c)) if to_data else flow_map.velocity
+        check_derivative(velocity, x, noise, labels, mode, flow_map.network)
+        check_velocity(flow_map, x, noise, labels)
 
 
-@contextlib.contextmanager
-def _undisturbed(flow_map: nn.Module, data: Tensor) -> Iterator[torch.device]:
-    """Evaluation mode and forked random state; gives the device that the network is on."""
-    tensor = next(iter(flow_map.parameters()), next(iter(flow_map.buffers()), data))
-    devices = [tensor.device] if tensor.device.type == "cuda" else []
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), evaluating(flow_map):
-        yield tensor.device
+@torch.no_grad()
+def check_differentiable(
+    velocity: Callable[..., Tensor], data: Tensor, cond: Tensor | None = None, mode: str = "forward"
+) -> None:
+    """Refuse a velocity whose derivative is not that of its answers: its divergence would be wrong without a word.
 
+    Args:
+        velocity: ``(x, t, cond) -> v``: a module, a method of one, or a function.
+        data: Data at ``t = 1``, ``(B, ...)``.
+        cond: Conditioning, first axis ``B``.
+        mode: How divergences will be found, as of :class:`~f2d2_lightning.Hutchinson`.
 
-def _seed(device: torch.device) -> None:
-    # only the generators that were forked: torch.manual_seed would reach every device
-    torch.default_generator.manual_seed(0)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(0)
-
-
-def _called(flow_map: AdaptedFlowMap, function: Callable[[], Tensor], device: torch.device) -> Tensor:
-    _seed(device)  # a network with random parts answers the same question alike
-    try:
-        return function()
-    except (ConventionError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        network, adapter = flow_map.network, flow_map.adapter
-        raise ConventionError(
-            f"{Adapter.describe(network)} was called as {adapter.call.text!r} and raised {type(error).__name__}: "
-            f"{error}. It takes {_signature(flow_map)}; write the adapter's call= to fit (order and keywords, the "
-            "form of the second time, time_axes=, classes= for one-hot labels, null_label=, channels_last=)"
-        ) from error
-
-
-def _signature(flow_map: AdaptedFlowMap) -> str:
-    network, method = flow_map.network, flow_map.adapter.call.method
-    name = Adapter.describe(network)
-    function = network if method is None else getattr(network, method)
-    if method is None and isinstance(network, nn.Module):
-        function, method = network.forward, "forward"
-    try:
-        return f"{name}{'.' + method if method else ''}{inspect.signature(function)}"
-    except (TypeError, ValueError):
-        return "arguments that cannot be inspected"
+    Raises:
+        ConventionError: Says what the derivative is, what it should be, and which argument mends it.
+    """
+    check_mode(mode)
+    velocity = instantaneous(velocity)
+    owner = getattr(velocity, "__self__", velocity)
+    with undisturbed(owner if isinstance(owner, nn.Module) else nn.Module(), data) as device:
+        x = data[:LARGEST_BATCH].detach().clone().to(device)
+        labels = None if cond is None else cond[:LARGEST_BATCH].to(device)
+        noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(device)
+        check_derivative(velocity, x, noise, labels, mode)
 
 
 def _pairs(directions: Direction) -> list[tuple[float, float]]:
@@ -126,7 +106,7 @@ def _pairs(directions: Direction) -> list[tuple[float, float]]:
 def _check_answers(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Tensor | None) -> None:
     for s, t in _pairs(flow_map.answerable):
         state = LinearPath().sample(x, noise, expand_time(s, x))
-        u = _called(flow_map, lambda state=state, s=s, t=t: flow_map(state, s, t, cond), x.device)  # type: ignore[misc]
+        u = called(flow_map, lambda state=state, s=s, t=t: flow_map(state, s, t, cond), x.device)  # type: ignore[misc]
         if not bool(u.isfinite().all()):
             bad = int((~u.isfinite()).reshape(len(u), -1).any(-1).sum())
             raise ConventionError(
@@ -157,19 +137,19 @@ def _check_second_time(flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None)
 
     def changes() -> bool:
         for s, times in ends:
-            first, *others = (_called(flow_map, lambda s=s, t=t: answer(s, t), device) for t in times)  # type: ignore[misc]
+            first, *others = (called(flow_map, lambda s=s, t=t: answer(s, t), device) for t in times)  # type: ignore[misc]
             if any(not torch.equal(first, other) for other in others):
                 return True
         return False
 
-    if changes() or _connected(lambda t: _called(flow_map, lambda: answer(ends[0][0], t), device), ends[0][1][-1], x):
+    if changes() or _connected(lambda t: called(flow_map, lambda: answer(ends[0][0], t), device), ends[0][1][-1], x):
         return
     with _without_zeros(flow_map.network):
         if changes():
             return
     raise ConventionError(
         f"{Adapter.describe(flow_map.network)} was called as {adapter.call.text!r}, and its answer does not depend on "
-        f"the end time t in any way (it takes {_signature(flow_map)}), so it cannot tell a jump from a velocity; pass "
+        f"the end time t in any way (it takes {signature(flow_map)}), so it cannot tell a jump from a velocity; pass "
         "t where the network reads it, or, if it has no second time, leave t out of the call and give interval='name "
         "of the time embedding' (to fine-tune it), or directions='none' (as a teacher)"
     )
@@ -200,80 +180,3 @@ def _without_zeros(network: Callable[..., object]) -> Iterator[None]:
     finally:
         for p, value in zip(zeros, kept, strict=True):
             p.copy_(value)
-
-
-class _Variant(NamedTuple):
-    what: str
-    sign: float
-    mirrored: bool
-
-
-DECLARED = _Variant("as declared", 1.0, False)
-VARIANTS = (
-    _Variant("with the opposite sign", -1.0, False),
-    _Variant("with time running the other way", 1.0, True),
-    _Variant("with time running the other way and the opposite sign", -1.0, True),
-)
-
-
-def _check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Tensor | None) -> None:
-    if len(x) < FEWEST_SAMPLES:
-        return
-    target = (x - noise).reshape(len(x), -1)
-    energy = target.square().mean(-1)
-    answers, linear = {}, []
-    for time in TIMES:
-        state = LinearPath().sample(x, noise, expand_time(time, x))
-        for mirrored in (False, True):
-            at = 1 - time if mirrored else time
-            to = 1.0 if flow_map.endpoint_only else at
-            u = _called(flow_map, lambda state=state, at=at, to=to: flow_map(state, at, to, cond), x.device)  # type: ignore[misc]
-            answers[time, mirrored] = u.reshape(len(x), -1)
-        flat = state.reshape(len(x), -1)
-        # the best multiple of the state: what a network has learned when it has learned hardly anything
-        factor = (flat * target).sum() / flat.square().sum()
-        linear.append((factor * flat - target).square().mean())
-
-    def errors(variant: _Variant) -> Tensor:
-        """Mean squared error, ``(times, B)``."""
-        return torch.stack(
-            [(variant.sign * answers[time, variant.mirrored] - target).square().mean(-1) for time in TIMES]
-        )
-
-    declared = errors(DECLARED)
-    # a map's endpoint is a draw, not a mean, so it is less close to this one's target than a velocity
-    known = (2.5 if flow_map.endpoint_only else 1.25) * torch.stack(linear)
-    for variant in sorted(VARIANTS, key=lambda v: float(errors(v).sum())):
-        other = errors(variant)
-        gain = (declared - other).mean(0)
-        if (
-            float(other.sum()) < CLEARLY_BETTER * float(declared.sum())
-            and bool((other.mean(1) < known).all())
-            and float(gain.mean()) > CERTAIN * float(gain.std() / len(gain) ** 0.5)
-        ):
-            share = [float(e.mean() / energy.mean()) for e in (declared, other)]
-            raise ConventionError(
-                f"{Adapter.describe(flow_map.network)}, called as {flow_map.adapter.call.text!r}, points the wrong "
-                f"way: on {len(x)} noised data its velocity leaves {share[0]:.2f} of the mean square of data - noise "
-                f"as declared, and {share[1]:.2f} {variant.what}; {_remedy(flow_map.adapter, variant)}"
-            )
-
-
-def _remedy(adapter: Adapter, variant: _Variant) -> str:
-    if isinstance(adapter, VarianceExploding):
-        return (
-            "the network must take noise levels sigma and answer the clean image (not the noise, and not a velocity): "
-            "check call=, precondition= and answer=, or take another adapter"
-        )
-    noise_time, data_time = adapter.noise_time, adapter.data_time
-    scale = variant.sign * adapter.velocity_scale
-    changes = []
-    if variant.mirrored:
-        noise_time, data_time = data_time, noise_time
-        changes.append(f"noise_time={noise_time}, data_time={data_time}")
-    if scale != data_time - noise_time:
-        changes.append(f"velocity_scale={scale}")
-    return (
-        f"give the adapter {', '.join(changes) or f'velocity_scale={scale}'} (it has noise_time={adapter.noise_time}, "
-        f"data_time={adapter.data_time}, velocity_scale={adapter.velocity_scale})"
-    )

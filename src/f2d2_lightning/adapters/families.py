@@ -29,7 +29,9 @@ class Shortcut(Adapter):
         shortest_length: Length that stands for shorter ones with ``second_time="length"``.
         call: Instead of the above, the whole call.
         directions: ``"to_data"`` as such models are trained; others where you trained, or will train, them.
-        kwargs: As :class:`Adapter`; kvfrans/shortcut-models needs ``channels_last=True, null_label=num_classes``.
+        kwargs: As :class:`Adapter`; kvfrans/shortcut-models needs ``channels_last=True, null_label=num_classes``, the
+            official F2D2 network ``second_time="length", output=0, classes=num_classes``, and for both directions the
+            call of the adapter ``interval="encoder.map_layer1"``.
     """
 
     def __init__(

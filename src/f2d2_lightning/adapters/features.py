@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["FeatureTap", "find_submodule"]
+__all__ = ["FeatureTap", "find_submodule", "last_width"]
 
 
 def find_submodule(network: nn.Module, name: str, what: str = "submodule") -> nn.Module:
@@ -34,6 +35,30 @@ def _weighted(module: nn.Module) -> bool:
     """Whether a module is a linear layer or a convolution of some kind: it has a weight matrix of its own."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim >= 2 and not isinstance(module, nn.Embedding)
+
+
+def last_width(module: nn.Module, name: str) -> tuple[int, str]:
+    """Channels that a module's last linear layer or convolution answers, whoever wrote its class, and where it stands.
+
+    A layer says them in ``out_features`` or ``out_channels``, as torch's and EDM's own do; else its weight is taken to
+    be ``(out, in, ...)``.
+
+    Raises:
+        ValueError: If there is no such layer.
+    """
+    layers = [(inner, m) for inner, m in module.named_modules() if _weighted(m)]
+    if not layers:
+        raise ValueError(
+            f"{name!r} ({type(module).__name__}) has no linear layer, so its width is not known; name the layer of the "
+            "time embedding that has the learned weights"
+        )
+    inner, last = layers[-1]
+    place = f"{name}.{inner}" if inner else name
+    for attribute in ("out_features", "out_channels"):
+        width = getattr(last, attribute, None)
+        if isinstance(width, int):
+            return width, place
+    return len(last.weight), place
 
 
 class FeatureTap:
@@ -88,6 +113,44 @@ class FeatureTap:
             )
         return answer, self._arranged(seen[self.layer], count)
 
+    def find(self, function: Callable[[], Tensor]) -> None:
+        """Choose the last layer whose output leads to what ``function`` answers, among those of other answers.
+
+        A network with several outputs runs a layer of each, and the one that runs last may be of another output than
+        the velocity (the scalar head of the official F2D2 network). The graph of one call tells them apart; where it
+        shows nothing, the layer that runs last stays the choice.
+
+        Args:
+            function: Calls the network once on few states.
+        """
+        nodes: dict[str, Any] = {}
+
+        def mark(name: str, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point() or not torch.is_grad_enabled():
+                return output
+            # adds nothing, and gives the output a place in the graph also where all weights are frozen
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            nodes.pop(name, None)
+            nodes[name] = output.grad_fn
+            return output
+
+        network = self._network[0]
+        layers = [(name, module) for name, module in network.named_modules() if name and _weighted(module)]
+        handles = [m.register_forward_hook(lambda _, __, output, n=n: mark(n, output)) for n, m in layers]
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                waiting = [function().grad_fn]
+        finally:
+            for handle in handles:
+                handle.remove()
+        behind: set[Any] = set()
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in behind:
+                behind.add(node)
+                waiting += [before for before, _ in node.next_functions]
+        self._last = next((name for name in reversed(nodes) if nodes[name] in behind), None)
+
     @contextmanager
     def _listening(self, seen: dict[str, Any]) -> Iterator[None]:
         """Note what flows through the layer, or through every layer with weights until the last one is known."""
@@ -135,6 +198,12 @@ class FeatureTap:
         layer = find_submodule(self._network[0], str(self.layer))
         if isinstance(layer, (nn.Linear, nn.LayerNorm)):
             return True
+        if _weighted(layer) and not _convolves(layer):
+            # somebody's own linear layer, perhaps on another axis than the last: the sizes of its weight say which
+            weight: Any = layer.weight
+            sizes = tuple(weight.shape)
+            first, last = features.shape[1] in sizes, features.shape[-1] in sizes
+            return last or not first
         if _convolves(layer) or isinstance(layer, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)):
             return False
         weighted = [module for module in layer.modules() if _weighted(module)]

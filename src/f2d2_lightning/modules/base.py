@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.average import update_average, warmed_decay
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import read_checkpoint, restore_module
@@ -442,6 +443,8 @@ class FlowModule(L.LightningModule):
             update_with(digest, part)
         key = digest.hexdigest()
         if key not in self._references:
+            if not self._references:
+                check_differentiable(velocity, x, cond, getattr(self.reference, "mode", "forward"))
             start = clock(self.device)
             answer = self.reference(velocity, x, cond)
             error = None if answer.standard_error is None else answer.standard_error.cpu()

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters import AdaptedFlowMap, check_convention
+from f2d2_lightning.adapters import AdaptedFlowMap, check_convention, check_differentiable
 from f2d2_lightning.average import copy_frozen, share_weights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
@@ -148,7 +148,7 @@ class F2D2Module(FlowModule):
         estimator = estimator or Hutchinson()
         if reference is None:
             # what the network can be differentiated by is the same for its targets and its likelihood
-            reference = Reference(mode=getattr(estimator, "mode", "forward"))
+            reference = Reference(mode=estimator.mode)
         super().__init__(
             shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
         )
@@ -285,9 +285,13 @@ class F2D2Module(FlowModule):
     @torch.no_grad()
     def prepare(self) -> None:
         """Check a foreign backbone's convention, start from the teacher, and set the head's scale from the data."""
+        x, cond = next(self._states())
+        teacher, mode = self.teacher, self.estimator.mode
         if isinstance(self.joint.flow_map, AdaptedFlowMap):
-            check_convention(self.joint.flow_map, *next(self._states()))
-        teacher = self.teacher
+            check_convention(self.joint.flow_map, x, cond, mode)
+        check_differentiable(
+            self.joint.flow_map.velocity if teacher is None else self.teacher_velocity(), x, cond, mode
+        )
         if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
             try:
                 state = one_time_state(self.joint.flow_map, teacher.average.state_dict())
