@@ -18,6 +18,9 @@ class Shortcut(Adapter):
 
     Frans et al., "One Step Diffusion via Shortcut Models", 2024, https://arxiv.org/abs/2410.12557
 
+    The official network of F2D2 (Keely-Ai/F2D2) takes the logarithm of the length and answers ``(u, D / 20000)``:
+    ``second_time="length", output=0``, with ``classes=`` if it has any.
+
     Args:
         second_time: ``"interval"``, the signed interval ``t - s``; ``"length"``, its size, for networks that take its
             logarithm or its square root; or ``"index"``, ``-log2`` of its size (0 is a full step, as in
@@ -57,10 +60,16 @@ class MeanFlow(Adapter):
     Geng et al., "Mean Flows for One-step Generative Modeling", 2025, https://arxiv.org/abs/2505.13447
 
     Our ``s``, start, is their ``t``; our ``t``, end, is their ``r``. The default is Gsunshine/py-meanflow's
-    ``net(x, (t, h), aug_cond)``. Others: ``call="net(x, 1000 * s, 1000 * t, cond)", output=0`` (haidog-yaqub/MeanFlow
-    with ``return_v``), ``call="net(x, t, s, cond)"`` (zhuyu-cs/MeanFlow, r first), ``call="net(x, s, s - t, full(1.0,
-    s), full(0.0, s), full(1.0, s), cond)", output=0`` (Lyy-iiis/imeanflow: guidance scale and interval are inputs),
-    ``call="net(x, s, cond, r=t, fwd_pred_type='flow')", classes=...`` (NVlabs/FastGen with time running down).
+    ``net(x, (t, h), aug_cond)``. Others (docs/FOREIGN.md says which were run, and against which commit):
+
+    - haidog-yaqub/MeanFlow: ``call="net(x, s, t, cond)", output=0, null_label=num_classes``. Its embedder multiplies
+      times by a thousand itself.
+    - zhuyu-cs/MeanFlow, r first, class 0 without labels: ``call="net(x, t, s, cond)", null_label=num_classes``.
+    - kyungmnlee/dmf: ``call="net(x, s, t, cond)", null_label=1000``.
+    - rectified-flow-pytorch: ``call="net(x, s, s - t)"``.
+    - NVlabs/FastGen, ``schedule_type="rf"``: ``call="net(x, s, cond, r=t, fwd_pred_type='flow')", classes=...``.
+    - Lyy-iiis/imeanflow, in JAX, guidance scale and interval are inputs: ``call="net(x, s, s - t, full(1.0, s),
+      full(0.0, s), full(1.0, s), cond)", output=0, channels_last=True, null_label=num_classes``.
 
     Args:
         call: The call, with ``s`` and ``t`` in their time.
@@ -85,7 +94,8 @@ class TwoTime(Adapter):
     """Flow maps of Boffi et al.: time runs up, the second time is the end.
 
     https://arxiv.org/abs/2505.18825. The default asks for the velocity; ``call="net(s, t, x, cond)", answer="state"``
-    for a network that answers the state (nmboffi/flow-maps, with ``prior_std=0.5`` for its images).
+    for a network that answers the state, as EDM2FlowMap of Keely-Ai/JAX-F2D2 does, whose images have a prior of
+    deviation .5, ``prior_std=0.5``. It makes labels one-hot itself.
 
     Args:
         call: The call.
@@ -100,9 +110,12 @@ class TwoTime(Adapter):
 
 
 class FlowMatching(Adapter):
-    """An instantaneous velocity, as a teacher: ``net(x, t, extra)`` with time up (facebookresearch/flow_matching).
+    """An instantaneous velocity, as a teacher: ``net(x, t)`` with time up (the paths of flow_matching).
 
-    ``call="net(x, s, extra={'label': cond})"`` for a class-conditional one.
+    ``call="net(x=x, t=s)"`` for a ``ModelWrapper`` of flow_matching. The image network of
+    facebookresearch/flow_matching takes ``extra``: ``call="net(x, s, extra={'label': cond})"``, or ``"net(x, s,
+    extra={})"`` without labels. ``call="net(x, clamp(s, 1e-9, 1.0))"`` for a teacher of Keely-Ai/F2D2, which takes the
+    logarithm of time.
     """
 
     def __init__(self, call: str = "net(x, s)", directions: Direction | str = "none", **kwargs: Any) -> None:
@@ -110,7 +123,11 @@ class FlowMatching(Adapter):
 
 
 class TorchCFM(Adapter):
-    """An instantaneous velocity, as a teacher: ``net(t, x, y)``, time first (torchcfm)."""
+    """An instantaneous velocity, as a teacher: ``net(t, x, y)``, time first (UNetModel of torchcfm).
+
+    torchcfm's MLP takes time as the last column of its input; a module of yours that joins both is ``FlowMatching()``.
+    Its ``torch_wrapper`` takes one time for all states, and adapters give one per state.
+    """
 
     def __init__(self, call: str = "net(s, x, cond)", directions: Direction | str = "none", **kwargs: Any) -> None:
         super().__init__(call, directions=directions, **kwargs)
