@@ -136,7 +136,8 @@ class PyMeanFlow(MeanFlowNet):
 
 class Haidog(MeanFlowNet):
     def forward(self, x, t, r, y, w=None, return_v=True):
-        u, v = self.down(x, t / 1000, r / 1000, y), self.down(x, t / 1000, t / 1000, y)
+        # its embedding multiplies times by a thousand itself
+        u, v = self.down(x, t, r, y), self.down(x, t, t, y)
         return (u, v) if return_v else u
 
 
@@ -285,7 +286,7 @@ FAMILIES = {
     "shortcut-index": Family(ShortcutJax, Shortcut("index", channels_last=True, null_label=CLASSES), images=True),
     "shortcut-length": Family(ShortcutLength, Shortcut("length", shortest_length=1e-6), tolerance=1e-4),
     "py-meanflow": Family(PyMeanFlow, MeanFlow(), labels=False),
-    "haidog": Family(Haidog, MeanFlow("net(x, 1000 * s, 1000 * t, cond, return_v=True)", output=0, null_label=CLASSES)),
+    "haidog": Family(Haidog, MeanFlow("net(x, s, t, cond, return_v=True)", output=0, null_label=CLASSES)),
     "zhuyu": Family(Zhuyu, MeanFlow("net(x, t, s, cond)", null_label=CLASSES), images=True),
     "imeanflow": Family(
         IMeanFlow,
