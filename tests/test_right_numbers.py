@@ -358,6 +358,8 @@ def test_states_that_are_right_pass():
     LEVELS.check_states(LEVELS.dequantise(torch.full_like(k, 16)))
     # a model's own samples lie a little outside
     LEVELS.check_states(LEVELS.dequantise(k) + 0.1 * torch.randn(k.shape))
+    dark = f2.Quantisation(65536)  # a level has some hundred floats
+    dark.check_states(dark.dequantise(torch.zeros(64, 256, dtype=torch.long)))
     for levels, low, high in ((2, 0.0, 1.0), (256, 0.0, 256.0), (256, -3.0, 3.0), (65536, 0.0, 1.0)):
         other = f2.Quantisation(levels, low, high)
         other.check_states(other.dequantise(torch.randint(0, levels, (200, 6))))
@@ -406,6 +408,16 @@ def test_ranges_are_compared_with_the_data_in_every_stage(tmp_path, stage):
             getattr(trainer(tmp_path), stage)(module, datamodule=wrong)
     with pytest.raises(ValueError, match=r"F2D2Callback has low=-1\.0, but Levels has low=0\.0"):
         getattr(trainer(tmp_path, callbacks=[callback(levels=17)]), stage)(MeanFlowModule(), datamodule=wrong)
+
+
+def test_a_callback_takes_levels_and_range_of_the_data(tmp_path):
+    added = callback()
+    run = trainer(tmp_path, callbacks=[added], max_epochs=1)
+    run.fit(MeanFlowModule(), datamodule=Levels(0.0, 2.0))
+    assert added.quantisation == added.objective.quantisation == f2.Quantisation(17, 0.0, 2.0)
+    x = torch.stack(list(Levels(0.0, 2.0).dataset("val")))
+    bits = f2.bits_per_dim(added.log_prob(x, 1).value, 2, 17, 0.0, 2.0).mean()
+    assert float(run.callback_metrics["val/f2d2_nll_1"]) == pytest.approx(float(bits), abs=1e-4)
 
 
 def test_an_empty_range_is_refused():

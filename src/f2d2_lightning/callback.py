@@ -92,7 +92,7 @@ class F2D2Callback(L.Callback):
             or the name of a method of the module that does so; by default a tensor, or the first two items of a
             sequence.
         levels: Levels of discrete data: likelihoods are logged in bits per dimension; ``None`` takes those and the
-            range of a teacher that says them, else likelihoods are in nats.
+            range of a teacher or a data module of this package, else likelihoods are in nats.
         low: Lower edge of the range that the levels fill.
         high: Upper edge.
         steps: Step counts that validation and test report.
@@ -174,18 +174,16 @@ class F2D2Callback(L.Callback):
                 f"the objective trains {self.objective.directions}, but the adapter declares {directions}; a map that "
                 "answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
             )
-        self.quantisation = None if levels is None else Quantisation(levels, low, high)
+        self._quantise(levels, low, high)
         if isinstance(theirs, Quantisation) and theirs != self.quantisation:
             raise ValueError(
                 f"the teacher was trained on {theirs}, F2D2Callback has {self.quantisation}; make them agree"
             )
-        self.objective.quantise(self.quantisation)
         self.estimator = estimator or Hutchinson()
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
         self.follow_schedule, self.gradient_clip, self.ema_decay = follow_schedule, gradient_clip, ema_decay
         self.states = BatchStates(data_to_state, conditional=self.adapter.conditional)
-        self.levels, self.low, self.high = levels, low, high
         self.steps = tuple(steps)
         check_draws(draws, levels)
         self.draws = draws
@@ -204,6 +202,11 @@ class F2D2Callback(L.Callback):
         self._before_trial: dict[str, Any] | None = None
         self._evaluation: LikelihoodEvaluation | None = None
         self._forget_step()
+
+    def _quantise(self, levels: int | None, low: float, high: float) -> None:
+        self.levels, self.low, self.high = levels, low, high
+        self.quantisation = None if levels is None else Quantisation(levels, low, high)
+        self.objective.quantise(self.quantisation)
 
     # --- the maps ---
 
@@ -323,7 +326,11 @@ class F2D2Callback(L.Callback):
                 "those of its rounded answers, off by a percent of their divergence; head and states stay in float32. "
                 "'bf16-mixed' and '32-true' keep weights whole"
             )
-        compare_ranges("F2D2Callback", self.quantisation, getattr(trainer, "datamodule", None))
+        data = getattr(trainer, "datamodule", None)
+        theirs = getattr(data, "quantisation", None)
+        if self.levels is None and isinstance(theirs, Quantisation):
+            self._quantise(theirs.levels, theirs.low, theirs.high)
+        compare_ranges("F2D2Callback", self.quantisation, data)
         self._looked_at = ""
         if not is_overridden("configure_model", pl_module):
             self._find(pl_module)
@@ -686,6 +693,7 @@ class F2D2Callback(L.Callback):
         return {
             "seed": self._seed,
             "shape": list(self.shape),
+            "range": [self.levels, self.low, self.high],
             "head": self._head("live").config(),
             "added": self._added.state_dict(),
             "objective": gather_states(self.objective.state_dict()),
@@ -707,6 +715,14 @@ class F2D2Callback(L.Callback):
         if tuple(state["shape"]) != self.shape:
             raise ValueError(
                 f"the checkpoint's head is for states of shape {tuple(state['shape'])}, the data have {self.shape}"
+            )
+        kept = tuple(state.get("range", (self.levels, self.low, self.high)))
+        if self.levels is None and kept[0] is not None:
+            self._quantise(*kept)
+        if kept[0] is not None and kept != (self.levels, self.low, self.high):
+            raise ValueError(
+                f"the checkpoint's head is for levels, low and high {kept}, F2D2Callback has "
+                f"{(self.levels, self.low, self.high)}; give it those of the run that is resumed"
             )
         self._seed = state["seed"]
         self.added.load_state_dict(state["added"])

@@ -116,8 +116,9 @@ class Quantisation:
         apart = (place * self.levels - 0.5, place * self.levels, place * (self.levels - 1))
         grid = len(values) >= 4 and any(bool(((a - a.round()).abs() < 1e-3).all()) for a in apart)
         some = values[: 2**14]
-        different = len(some.unique())
-        if grid or (len(some) >= 256 and 2 * different <= len(some)):
+        # dequantised, a level that is hit often has many values, if only as many as floats can tell apart
+        different, hit = len(some.unique()), len(self.quantise(some).unique())
+        if grid or (len(some) >= 4 * hit and different <= 2 * hit):
             raise ValueError(
                 f"states were never dequantised: {len(some)} values are {different} different ones, on a grid. A "
                 f"density at single points is no likelihood of discrete data; {remedy}"

@@ -59,8 +59,8 @@ def compare_ranges(
         if came is None or came == mine or (mine is None and name != "levels"):
             continue
         raise ValueError(
-            f"{who} has {name}={mine}, but {type(data).__name__} has {name}={came}; make them agree (in a "
-            f"configuration: model.init_args.{name})"
+            f"{who} has {name}={mine}, but {type(data).__name__} has {name}={came}; make them agree, such as by "
+            f"{name}={came} (in a configuration: model.init_args.{name})"
         )
 
 
