@@ -910,20 +910,9 @@ def independent_log_prob(case: Case, network: Any, x: Any, y: Any) -> Any:
 
 def make_estimator(mode: str, probes: int = 1, dim: int = 0) -> Any:
     """Ours, of the mode that the network needs; the exact trace where ``dim``, of the states, is given."""
-    import torch
-
     import f2d2_lightning as f2
 
-    class EveryAxis(f2.Hutchinson):
-        """The exact trace where only reverse mode runs: every axis is a probe."""
-
-        def draw(self, x: Any, keys: Any = None) -> Any:
-            axes = torch.eye(dim, dtype=x.dtype) * dim**0.5
-            return axes.reshape(dim, 1, *x.shape[1:]).expand(dim, *x.shape)
-
-    if not dim:
-        return f2.Hutchinson(probes, mode=mode)
-    return f2.Exact(dim) if mode == "forward" else EveryAxis(dim, mode=mode)
+    return f2.Exact(dim, mode=mode) if dim else f2.Hutchinson(probes, mode=mode)
 
 
 def difference(ours: Any, theirs: Any) -> float:
