@@ -116,7 +116,12 @@ def _products(
         value = function(leaf.clone())
         product = None
         if value.requires_grad:
-            (product,) = torch.autograd.grad(value, leaf, v, create_graph=wanted, allow_unused=True)
+            try:
+                (product,) = torch.autograd.grad(value, leaf, v, create_graph=wanted, allow_unused=True)
+            except (RuntimeError, AttributeError) as error:  # what functions with a backward pass of their own raise
+                raise DerivativeError(
+                    f"a network cannot be differentiated in reverse mode ({str(error).splitlines()[0][:160]}). {REMEDY}"
+                ) from error
         if product is None:
             _check_constant(function, x, v)
             product = torch.zeros_like(value)

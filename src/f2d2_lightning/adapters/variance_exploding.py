@@ -161,7 +161,8 @@ class Consistency(VarianceExploding):
     """A consistency model: from any noise level to data, no end time.
 
     ``precondition="consistency"`` and ``call="net(x, 250 * log(s), cond)"`` for the inner network of
-    openai/consistency_models; ``precondition="none"`` and ``call="net(x, s, cond)"`` for locuslab/ect.
+    openai/consistency_models; ``precondition="none"``, ``classes=`` and ``sigma_min=0.003`` for
+    locuslab/ect, in evaluation mode: in training mode its network is preconditioned otherwise.
 
     Such a model goes to data only, in one jump; towards an inner time it follows the straight line to its endpoint.
     Give it ``interval=`` (see :class:`~f2d2_lightning.adapters.AdaptedFlowMap`) to fine-tune it into a map between
@@ -175,7 +176,10 @@ class Consistency(VarianceExploding):
 
 
 class CTM(VarianceExploding):
-    """A consistency trajectory model, ``net(x, sigma, cond, s=sigma_end)`` (sony/ctm).
+    """A consistency trajectory model that answers a clean image of ``(x, sigma, cond, s=sigma_end)``.
+
+    The networks of sony/ctm take ``call="net(x, 250 * log(s), y=cond, s=250 * log(t))", precondition="edm"`` (without
+    ``y=cond`` where there are no labels).
 
     By default the network answers g, the clean image of ``G = (sigma_end / sigma) x + (1 - sigma_end / sigma) g``;
     ``answer="state"`` if it answers G itself.
