@@ -71,6 +71,7 @@ def check_values(x: Tensor, quantisation: Quantisation | None) -> None:
         ValueError: If they are not (:meth:`~f2d2_lightning.Quantisation.check_states`). Continuous data that look
             discrete get a warning.
     """
+    check_state(x, "the batch of states")
     if quantisation is None:
         warn_of_discrete(x)
     else:

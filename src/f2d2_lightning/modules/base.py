@@ -34,7 +34,7 @@ from f2d2_lightning.processes import Places, gather_states
 from f2d2_lightning.progress import begin_epoch, mend_progress
 from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.sampling import check_cond, check_state
+from f2d2_lightning.sampling import check_cond
 from f2d2_lightning.sharding import all_finite, is_sharded, shard, whole
 from f2d2_lightning.states import FIT_SAMPLES, check_precision, check_values, compare_ranges
 
@@ -142,7 +142,6 @@ class FlowModule(L.LightningModule):
         x, cond = self.data_to_state(batch)
         stage = "" if self._trainer is None else str(self._trainer.state.stage)
         if self._looked_at != stage or not x.is_floating_point():
-            check_state(x, "the batch of states")
             check_values(x, self.quantisation)
             self._looked_at = stage
         return x.to(self.dtype), cond
