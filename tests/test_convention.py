@@ -150,7 +150,7 @@ def test_modes():
         check_convention(Adapter()(Untouched()), x, mode=mode)  # its derivative is zero, and rightly so
     # a forward pass without gradients has tangents, and no graph
     check_convention(Adapter()(Undifferentiated()), x)
-    with pytest.raises(ConventionError, match="it is 0 in reverse mode"):
+    with pytest.raises(ConventionError, match="in reverse mode, and"):
         check_convention(Adapter()(Undifferentiated()), x, mode="reverse")
     with pytest.raises(ConventionError, match="in reverse mode"):
         check_convention(Adapter()(DetachedInside()), x, mode="reverse")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import warnings
@@ -15,12 +16,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
-from f2d2_lightning.adapters import ConventionError
+from f2d2_lightning.adapters import Adapter, ConventionError, check_convention, check_differentiable
 from f2d2_lightning.counter_noise import row_keys
 from f2d2_lightning.divergence import SampleProbes
 from f2d2_lightning.evaluation import LikelihoodEvaluation
 from f2d2_lightning.metrics import doubt
 from f2d2_lightning.nn import MLP
+from f2d2_lightning.quantisation import warn_of_discrete
 from f2d2_lightning.tangents import DerivativeError
 from foreign import MeanFlowModule, callback
 from lightning_parts import Pair, student, teacher, trainer
@@ -766,3 +768,191 @@ def test_a_teacher_that_loses_a_part_of_its_derivative_is_refused_before_the_fir
     # in validation alone as well
     with pytest.raises(ConventionError, match="not with its derivative"):
         trainer(tmp_path).validate(made(), datamodule=Pair(), verbose=False)
+
+
+# --- what a second look found ---
+
+
+def distilled(network, of, **kwargs):
+    objective = f2.TrajectoryRegression(nodes=4, capacity=64)
+    settings = {"reference": f2.Reference(steps=8, probes=0), "steps": (1,), "objective": objective} | kwargs
+    return f2.F2D2Module(network, (2,), of, **settings)
+
+
+def moving():
+    torch.manual_seed(0)
+    network = MLP((2,), width=16, blocks=1)
+    for p in network.parameters():
+        p.data.normal_(0, 0.3)
+    return network
+
+
+@pytest.mark.parametrize("how", ["module", "method", "function"])
+def test_a_teacher_that_was_changed_has_another_reference(tmp_path, how):
+    network = moving()
+    made = distilled(
+        MLP((2,), width=16, blocks=1),
+        {"module": network, "method": network.velocity, "function": lambda x, t, c: network.velocity(x, t)}[how],
+    )
+    for _ in range(2):
+        run = trainer(tmp_path)
+        run.validate(made, datamodule=Pair(), verbose=False)
+        right = -made.reference(made.teacher_velocity(), Pair().dataset("val").values).value.mean()
+        assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), abs=1e-4)
+        for p in network.parameters():
+            p.data.mul_(1.5)
+
+
+def test_references_of_functions_are_not_mixed_up():
+    made, x = student(), torch.randn(5, 2)
+    for k in (1.0, 2.0, 3.0):
+        velocity = functools.partial(lambda k, x, t, c: -k * x, k)
+        assert torch.equal(made.reference_log_prob(x, None, velocity), made.reference(velocity, x).value)
+        del velocity
+
+
+def test_teachers_behind_methods_and_functions_stay_as_they_are(tmp_path):
+    network = moving()
+    x, t = torch.randn(4, 2), torch.full((4,), 0.5)
+    before = network.velocity(x, t).detach()
+    made = distilled(network, network.velocity, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(made, datamodule=Pair())
+    assert torch.equal(made.teacher_velocity()(x, t), before)
+    assert not torch.equal(network.velocity(x, t), before)
+
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = [network]
+
+        def forward(self, x, t, cond=None):
+            return self.kept[0].velocity(x, t)
+
+    with pytest.raises(ValueError, match=r"a function of a copy, copy\.deepcopy"):
+        distilled(network, lambda x, t, c: network.velocity(x, t))
+    held = distilled(network, Held(), optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(held, datamodule=Pair())
+    module = MeanFlowModule()
+    own = f2.adapters.MeanFlow(directions="both")(module.net)
+    added = callback(teacher=own.velocity)
+    before = own.velocity(x, t).detach()
+    trainer(tmp_path, callbacks=[added], max_steps=3).fit(module, datamodule=Pair())
+    assert torch.equal(added.teacher(x, t, None), before)
+
+
+class DetachedNorm(nn.Module):
+    def forward(self, x, t, cond=None):
+        return x / (x.detach().norm(dim=1, keepdim=True) + 0.01)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("network", [DetachedNorm(), HalfDetached()])
+def test_parts_of_a_derivative_that_are_lost_are_seen_in_both_modes(mode, network):
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        check_differentiable(network, torch.randn(64, 6), mode=mode)
+
+
+def test_a_teacher_is_looked_at_before_its_own_likelihood(tmp_path):
+    class Own(f2.FlowMap):
+        features = 2
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, s, t, cond=None):
+            return self.scale * (-x - x.detach())
+
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        trainer(tmp_path).test(f2.FlowMatchingModule(Own(), (2,)), datamodule=Pair(), verbose=False)
+
+
+@pytest.mark.parametrize("other", [{"levels": 256, "low": 0.0, "high": 2.0}, {"levels": 17, "low": 0.0, "high": 4.0}])
+def test_a_checkpoint_of_other_levels_is_refused(tmp_path, other):
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(teacher(levels=17, low=0.0, high=2.0), datamodule=Levels(0.0, 2.0))
+    run.save_checkpoint(tmp_path / "t.ckpt")
+    loader = DataLoader(torch.stack(list(Levels(0.0, 2.0).dataset("train"))), batch_size=40)
+    with pytest.raises(ValueError, match="the checkpoint is of a model with"):
+        trainer(tmp_path).test(teacher(**other), loader, ckpt_path=tmp_path / "t.ckpt", verbose=False)
+
+
+def test_sixteen_bits_that_were_never_dequantised_are_refused():
+    k = torch.randint(0, 65536, (64, 256))
+    for low, span in ((-1.0, 2.0), (0.0, 1.0)):
+        with pytest.raises(ValueError, match="never dequantised"):
+            f2.Quantisation(65536, low, low + span).check_states(low + span * k / 65535)
+
+
+def test_point_masses_are_said():
+    x = f2.Quantisation(256).dequantise(torch.randint(0, 256, (64, 1, 28, 28)))
+    for wrong in (nn.functional.pad(x, (2,) * 4, value=-1.0), torch.cat([x] * 3 + [torch.ones_like(x)], 1)):
+        with pytest.warns(UserWarning, match="one and the same number"):
+            f2.Quantisation(256).check_states(wrong)
+    table = torch.randn(500, 4)
+    for column in (table[:, :1].round(), table[:, :1].relu(), torch.ones(500, 1)):
+        with pytest.warns(UserWarning, match="columns 4 of the states"):
+            warn_of_discrete(torch.cat((table, column), 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_discrete(table)
+        f2.Quantisation(256).check_states(x)
+
+
+def test_few_bright_or_pale_pictures_pass():
+    for levels, low, high, first, last in (
+        (256, -1.0, 1.0, 128, 256),
+        (256, -1.0, 1.0, 64, 192),
+        (2, -1.0, 1.0, 1, 2),
+        (256, 0.0, 256.0, 0, 1),
+    ):
+        quantisation = f2.Quantisation(levels, low, high)
+        quantisation.check_states(quantisation.dequantise(torch.randint(first, last, (4, 1, 28, 28))))
+
+
+def test_a_reference_that_is_nan_is_said_and_not_compared(tmp_path):
+    made = distilled(MLP((2,), width=16, blocks=1), lambda x, t, c: torch.where(x[:, :1] > 1.0, torch.nan, -x))
+    run = trainer(tmp_path)
+    with pytest.warns(UserWarning, match=r"the reference is NaN or infinite for \d+ samples"):
+        run.validate(made, datamodule=Pair(), verbose=False)
+    assert math.isfinite(float(run.callback_metrics["val/gap_1"]))
+
+
+def test_the_check_of_a_convention_holds_at_any_scale_of_the_data():
+    class Field(nn.Module):
+        def __init__(self, flow):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x, t):
+            return self.flow.velocity(x, t)
+
+    class Nothing(nn.Module):
+        def forward(self, x, t):
+            return torch.zeros_like(x)
+
+    adapter = Adapter("net(x, s)", noise_time=0.0, data_time=1.0, directions="none")
+    means = torch.stack((torch.ones(4), -torch.ones(4)))
+    for scale in (0.01, 0.3, 3.0, 50.0):
+        flow = f2.MixtureFlow(torch.ones(2), 0.7 * scale * means, (0.5 * scale**2 * torch.eye(4)).expand(2, 4, 4))
+        x = flow.sample(64, torch.Generator().manual_seed(0))
+        for network in (Field(flow), Nothing()):
+            check_convention(adapter(network), x)
+
+
+def test_a_heads_network_answers_one_number():
+    head = f2.DivergenceHead(network=MLP((2,), width=16, blocks=1))
+    with pytest.raises(ValueError, match="one number a state"):
+        f2.log_prob(f2.JointFlowMap(MLP((2,), width=16, blocks=1), head), torch.randn(3, 2), 1)
+
+
+def test_reverse_mode_says_what_it_cannot_do():
+    def split(x, t, cond):
+        a, b = (x + t[:, None]).chunk(2, 1)
+        return torch.cat((torch.relu_(a), b), 1)
+
+    with torch.no_grad(), pytest.raises(DerivativeError, match="mode='finite'"):
+        f2.Exact(mode="reverse")(split, torch.randn(3, 2), 0.5)
+    with torch.inference_mode():
+        found = f2.Exact(mode="reverse")(lambda x, t, c: x * t[:, None], torch.randn(3, 2), 0.5).divergence
+    assert torch.equal(found, torch.ones(3))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention, check_differentiable
 from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.added_weights import AddedWeights
-from f2d2_lightning.average import copy_frozen, share_weights
+from f2d2_lightning.average import kept_apart
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.divergence import DivergenceEstimator, Hutchinson
@@ -464,12 +464,10 @@ class F2D2Callback(L.Callback):
                 )
             self._source = TeacherSource(held.velocity, self.estimator, stationary=False)
         else:
-            teacher = self.teacher
-            if isinstance(teacher, nn.Module):
-                if share_weights(teacher, self._network):
-                    teacher = copy_frozen(teacher)
+            self.teacher = kept_apart(self.teacher, self._network)
+            if isinstance(self.teacher, nn.Module):
                 # nothing is differentiated with respect to its weights, whose owner may want to train them elsewhere
-                self.teacher = teacher.eval().to(self._module.device)
+                self.teacher.eval().to(self._module.device)
             self._source = TeacherSource(self.teacher, self.estimator)
 
     @torch.no_grad()

@@ -113,15 +113,17 @@ def _products(
     with _derivatives_allowed(), torch.enable_grad():
         # a copy in any case: a leaf cannot be changed in place
         leaf = x if wanted and x.requires_grad else _usable(x.detach()).requires_grad_(True)
-        value = function(leaf.clone())
         product = None
-        if value.requires_grad:
-            try:
+        try:
+            value = function(leaf.clone())
+            if value.requires_grad:
                 (product,) = torch.autograd.grad(value, leaf, v, create_graph=wanted, allow_unused=True)
-            except (RuntimeError, AttributeError) as error:  # what functions with a backward pass of their own raise
-                raise DerivativeError(
-                    f"a network cannot be differentiated in reverse mode ({str(error).splitlines()[0][:160]}). {REMEDY}"
-                ) from error
+        except (RuntimeError, AttributeError) as error:  # what functions with a backward pass of their own raise
+            with torch.no_grad():
+                function(x.clone())  # an error of the network itself is its own
+            raise DerivativeError(
+                f"a network cannot be differentiated in reverse mode ({str(error).splitlines()[0][:160]}). {REMEDY}"
+            ) from error
         if product is None:
             _check_constant(function, x, v)
             product = torch.zeros_like(value)
@@ -143,7 +145,7 @@ def _usable(x: Tensor) -> Tensor:
 
 
 def _at(velocity: Callable[..., Tensor], t: Tensor, cond: Tensor | None, x: Tensor) -> Tensor:
-    return velocity(x, t, cond)
+    return velocity(x, _usable(t), None if cond is None else _usable(cond))
 
 
 def _repeat(value: Tensor | None, times: int) -> Tensor | None:
@@ -215,7 +217,7 @@ class Exact(DivergenceEstimator):
             tangent = basis.repeat(batch, 1).reshape(batch * count, *x.shape[1:])
             times = t[:1].expand(batch * count) if t.stride(0) == 0 else t.repeat_interleave(count)
             conds = _repeat(cond, count)
-            function = partial(_at, velocity, _usable(times), None if conds is None else _usable(conds))
+            function = partial(_at, velocity, times, conds)
             value, product = _products(function, x.repeat_interleave(count, 0), tangent, self.mode, self.step)
             trace = trace + (product * tangent).reshape(batch, -1).sum(-1)
             if v is None:
@@ -277,8 +279,8 @@ class Hutchinson(DivergenceEstimator):
         count, batch = len(probes), len(x)
         eps = probes.reshape(count * batch, *x.shape[1:])
         xs = x.repeat(count, *(1 for _ in x.shape[1:]))
-        cs = None if cond is None else _usable(cond.repeat(count, *(1 for _ in cond.shape[1:])))
-        function = partial(_at, velocity, _usable(repeat_time(t, count)), cs)
+        cs = None if cond is None else cond.repeat(count, *(1 for _ in cond.shape[1:]))
+        function = partial(_at, velocity, repeat_time(t, count), cs)
         values, product = _products(function, xs, eps, self.mode, self.step)
         v = values[:batch]
         if self.control is not None:

@@ -59,6 +59,7 @@ class LikelihoodEvaluation:
         self._counts = {k: SumMetric().to(device) for k in self.steps}
         self._round_trips = {k: RoundTripError().to(device) for k in self.steps}
         self._reference_errors = RoundTripError().to(device)  # likewise a root mean square
+        self._reference_failed = SumMetric().to(device)
         self._moments = [MeanMetric(nan_strategy="error").to(device) for _ in range(2)]
         # a process without samples takes part in gathering all the same, or the others would wait for it
         nothing = torch.zeros(0, device=device)
@@ -134,8 +135,10 @@ class LikelihoodEvaluation:
             errors: Mean squared error per dimension of each sample's way to noise and back, ``(B,)``, by step count.
             reference_error: Standard errors of ``reference``, ``(C,)``, nats, where they are known.
         """
+        if reference is not None:
+            self._reference_failed.update((~reference.isfinite()).float())
         if reference_error is not None:
-            self._reference_errors.update(reference_error.square())
+            self._reference_errors.update(reference_error[reference_error.isfinite()].square())
         for k, value in values.items():
             value = value.reshape(-1, value.shape[-1])
             good = value.isfinite().all(0)
@@ -143,7 +146,7 @@ class LikelihoodEvaluation:
             self._all[k].update(value.mean(0)[good])
             if bool(good.any()):
                 self._negative[k].update((self._all[k].nll(value.mean(0)[good]) < 0).float())
-            kept = good[:0] if reference is None else good[: len(reference)]
+            kept = good[:0] if reference is None else good[: len(reference)] & reference.isfinite()
             if reference is not None:
                 self._compared[k].update(value[0, : len(reference)][kept], reference[kept])
             self._counts[k].update(kept.float().sum())
@@ -211,6 +214,8 @@ class LikelihoodEvaluation:
     def doubts(self) -> str:
         """What is wrong with the likelihoods, in one sentence a step count; empty where nothing is."""
         said = []
+        if (failed := int(self._reference_failed.compute())) > 0:
+            said.append(f"the reference is NaN or infinite for {failed} samples, which are not compared")
         for row in self.rows():
             steps = f"the likelihood in {row['steps']} step{'s' * (row['steps'] > 1)}"
             said += [f"{steps} is doubtful: {row['doubt']}"] if row["doubt"] else []

@@ -172,7 +172,13 @@ class DivergenceHead(nn.Module, Configured):
         # thousands of nats do not fit into half precision, and the head is small
         with torch.autocast(x.device.type, enabled=False):
             if self.network is not None:
-                residual = self.network(x.to(dtype), s, t, cond).reshape(len(x))
+                residual = self.network(x.to(dtype), s, t, cond)
+                if residual.numel() != len(x):
+                    raise ValueError(
+                        f"the head's network answered shape {tuple(residual.shape)} for {len(x)} states; one number a "
+                        f"state is needed, ({len(x)},)"
+                    )
+                residual = residual.reshape(len(x))
             else:
                 residual = self._from_features(None if features is None else features.to(dtype), s, t)
             divergence = self.scale * residual

@@ -22,6 +22,10 @@ from torch import Tensor
 __all__ = ["Quantisation", "bits_per_dim", "warn_of_discrete"]
 
 
+MOST_ALIKE = 0.05
+"""Share of continuous values that may be one and the same number."""
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """Levels and range of discrete data.
@@ -106,7 +110,8 @@ class Quantisation:
                 f"states lie in [{smallest:.4g}, {largest:.4g}], {100 * float(outside):.0f} % of the values outside of "
                 f"[{low:g}, {high:g}], which {self.levels} levels fill here; {remedy}"
             )
-        if len(values) >= 256 and (other := self._other_range(smallest, largest)):
+        # a few pictures may be bright, or of little contrast
+        if len(x) >= 16 and len(values) >= 256 and (other := self._other_range(smallest, largest)):
             raise ValueError(
                 f"states lie in [{smallest:.4g}, {largest:.4g}] and so seem to fill [{other[0]:g}, {other[1]:g}], but "
                 f"{self.levels} levels fill [{low:g}, {high:g}] here; {remedy}"
@@ -114,7 +119,11 @@ class Quantisation:
         place = (values - low) / span
         # in units of a level, how far from bin centres, from lower edges, and from a grid that reaches both ends
         apart = (place * self.levels - 0.5, place * self.levels, place * (self.levels - 1))
-        grid = len(values) >= 4 and any(bool(((a - a.round()).abs() < 1e-3).all()) for a in apart)
+        # what single precision leaves of a level's width
+        near = max(1e-3, 8 * 1.2e-7 * self.levels * max(abs(low), abs(high), 1.0) / span)
+        # so many values that chance does not put all of them on a grid
+        enough = math.ceil(9 / -math.log10(2 * near)) if near < 0.25 else math.inf
+        grid = len(values) >= enough and any(bool(((a - a.round()).abs() < near).all()) for a in apart)
         some = values[: 2**14]
         # dequantised, a level that is hit often has many values, if only as many as floats can tell apart
         different, hit = len(some.unique()), len(self.quantise(some).unique())
@@ -122,6 +131,14 @@ class Quantisation:
             raise ValueError(
                 f"states were never dequantised: {len(some)} values are {different} different ones, on a grid. A "
                 f"density at single points is no likelihood of discrete data; {remedy}"
+            )
+        _, counts = some.unique(return_counts=True)
+        if len(some) >= 256 and float(counts.max()) > MOST_ALIKE * len(some):
+            warnings.warn(
+                f"{100 * float(counts.max()) / len(some):.0f} % of the values of the states are one and the same "
+                "number, as of a margin or a channel that was added after dequantisation: a density at single points "
+                "has no bound, and no likelihood of such data means anything",
+                stacklevel=2,
             )
 
     def _other_range(self, smallest: float, largest: float) -> tuple[float, float] | None:
@@ -183,12 +200,20 @@ def bits_per_dim(log_prob: Tensor, dim: int, levels: int | None = None, low: flo
 
 
 def warn_of_discrete(x: Tensor) -> None:
-    """Warn where data that are said to be continuous take few different values, ``(B, ...)``."""
-    values = x.detach().reshape(-1)[: 2**14]
-    different = len(values.unique())
-    if len(values) >= 1024 and 16 * different <= len(values):
+    """Warn where data that are said to be continuous take few different values, ``(B, ...)``; tables by column."""
+    parts = list(x.detach().unbind(1)) if x.ndim == 2 and len(x) >= 64 else [x.detach().reshape(-1)[: 2**14]]
+    if len(parts) == 1 and len(parts[0]) < 64:
+        return
+    found = []
+    for column, values in enumerate(parts):
+        _, counts = values.unique(return_counts=True)
+        if 16 * len(counts) <= len(values) or float(counts.max()) > MOST_ALIKE * len(values):
+            found.append(column)
+    if found:
+        where = f"columns {', '.join(map(str, found[:8]))} of the states" if x.ndim == 2 else "the states"
         warnings.warn(
-            f"{len(values)} values of the states are {different} different ones: these data look discrete, and the "
-            "density of discrete data has no bound. Say levels=, low= and high=, and give dequantised states",
+            f"{where} take few different values, or one of them often: these data look discrete, and the density of "
+            "discrete data has no bound. Say levels=, low= and high=, and give dequantised states; of a table, leave "
+            "such columns out or add noise of their resolution",
             stacklevel=2,
         )

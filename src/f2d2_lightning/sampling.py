@@ -111,7 +111,8 @@ def check_cond(cond: object, count: int, model: object = None) -> None:
         came = f"shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else f"a {type(cond).__name__}"
         raise ValueError(
             f"cond is {came}; a tensor whose first axis is that of the {count} states is needed. Several conditions "
-            "(a dictionary, a tuple) go into one tensor, which the network takes apart"
+            "(a dictionary, a tuple) go into one tensor, which the network takes apart. A network that takes none says "
+            "so, conditional = False in its class; or leave cond out in data_to_state"
         )
     if getattr(model, "conditional", None) is False:
         raise ValueError(

@@ -54,6 +54,7 @@ def compare_ranges(
     theirs = getattr(data, "quantisation", None)
     for name in ("levels", "low", "high", "shape"):
         came = getattr(data, name, getattr(theirs, name, None))
+        came = tuple(came) if name == "shape" and came is not None else came
         mine = shape if name == "shape" else getattr(quantisation, name, None)
         # a range is that of levels, and continuous data have none
         if came is None or came == mine or (mine is None and name != "levels"):

@@ -75,6 +75,7 @@ def check_derivative(
         seed(x.device)
         return velocity(y, times, labels)
 
+    at_times(states)  # what a network says of its arguments is not about derivatives
     derivative = _derivative(network, at_times, states, directions, mode)
     epsilon = max(torch.finfo(dtype).eps for dtype in (x.dtype, compute_dtype(network, x)))
     steps = [WIDEST / RATIO**k for k in range(MOST_STEPS)]
@@ -120,8 +121,8 @@ def _derivative(
 ) -> Callable[[Tensor], Tensor]:
     """The derivative along ``directions`` to be compared with an estimate of it, both of the states' shape.
 
-    Reverse mode has no such thing by itself; from it comes the part along the estimate, which is all of it if both
-    are right.
+    Reverse mode has no such thing by itself. From it comes the derivative's part along a random direction of the
+    answers, and what it differs from the estimate's there stands for the whole difference.
     """
     if mode == "forward":
         product = _differentiated(
@@ -138,12 +139,17 @@ def _derivative(
             gradient = torch.autograd.grad(value, leaf, estimate, allow_unused=True)[0]
         return torch.zeros_like(states) if gradient is None else gradient
 
-    def along(estimate: Tensor) -> Tensor:
-        gradient = _differentiated(network, lambda: pulled(estimate), mode)
-        share = _inner(gradient, directions) / _inner(estimate, estimate).clamp(min=torch.finfo(estimate.dtype).tiny)
-        return like(share, estimate) * estimate
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(states.shape, dtype=states.dtype, generator=generator).to(states.device)
+    gradient = _differentiated(network, lambda: pulled(weights), mode)
+    found = _inner(gradient, directions)
 
-    return along
+    def corrected(estimate: Tensor) -> Tensor:
+        missing = (found - _inner(weights, estimate)) / _inner(weights, weights)
+        # in an error of n parts one direction sees one of them
+        return estimate + like(missing * weights[0].numel() ** 0.5, estimate) * weights
+
+    return corrected
 
 
 def _size(value: Tensor) -> Tensor:

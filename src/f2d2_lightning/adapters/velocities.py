@@ -48,6 +48,9 @@ LEARNED = 0.97
 """Share of the error of the best multiple of the state that a network asked in an unlikely way must stay below. One
 that is half-trained may do better with its time held fixed, and is no better than that multiple."""
 
+SAYS_SOMETHING = 0.95
+"""Share of the error of no answer at all that one read as noise or data must stay below."""
+
 CERTAIN = 4.0
 """Standard errors that the difference must be away from zero."""
 
@@ -109,21 +112,20 @@ class _Noised:
 
     states: Tensor
     cond: Tensor | None
-    targets: dict[str, Tensor]
+    target: Tensor
+    """Data - noise, ``(1, B, d)``."""
     draws: int
     """Noises per data point, which follow each other."""
     times: Tensor = field(init=False)
-    linear: dict[str, Tensor] = field(init=False)
+    linear: Tensor = field(init=False)
     """Mean squared error of the best multiple of the state, per time: what a network has learned that has learned
     hardly anything."""
 
     def __post_init__(self) -> None:
         self.times = self.states.new_tensor(TIMES)[:, None].expand(self.states.shape[:2])
         flat = self.states.flatten(2)
-        self.linear = {}
-        for name, target in self.targets.items():
-            factor = (flat * target).sum((1, 2)) / flat.square().sum((1, 2))
-            self.linear[name] = (factor[:, None, None] * flat - target).square().mean((1, 2))
+        factor = (flat * self.target).sum((1, 2)) / flat.square().sum((1, 2))
+        self.linear = (factor[:, None, None] * flat - self.target).square().mean((1, 2))
 
 
 def _noised(x: Tensor, noise: Tensor, cond: Tensor | None) -> _Noised:
@@ -134,8 +136,7 @@ def _noised(x: Tensor, noise: Tensor, cond: Tensor | None) -> _Noised:
     noise = torch.stack([noise, *more], 1).flatten(0, 1)
     x, cond = x.repeat_interleave(draws, 0), None if cond is None else cond.repeat_interleave(draws, 0)
     states = torch.stack([LinearPath().sample(x, noise, x.new_full((len(x),), t)) for t in TIMES])
-    flat = {"velocity": x - noise, "noise": noise, "data": x}
-    return _Noised(states, cond, {name: value.flatten(1)[None] for name, value in flat.items()}, draws)
+    return _Noised(states, cond, (x - noise).flatten(1)[None], draws)
 
 
 def check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Tensor | None) -> None:
@@ -164,34 +165,39 @@ def check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Ten
         if not way.what:
             base = _errors(answers, AS_IS, noised, flow_map.adapter)
         for reading in _readings(answers, noised, way, flow_map.adapter):
-            other = _errors(answers, reading, noised, flow_map.adapter)
-            gain = (base[:, : other.shape[1]] - other).mean(0).reshape(-1, noised.draws).mean(1)
+            rows = _judged(reading)
+            other = _errors(answers, reading, noised, flow_map.adapter)[rows]
+            before = base[rows, : other.shape[1]]
+            gain = (before - other).mean(0).reshape(-1, noised.draws).mean(1)
+            # of large or small data, a network that answers nothing would do for one of noise or data
+            nothing = math.inf
+            if reading in OTHERS:
+                nothing = float(_errors(torch.zeros_like(answers), reading, noised, flow_map.adapter)[rows].sum())
             better = CLEARLY_BETTER if reading.factor in (1, -1) else BETTER_BY_A_FACTOR
-            linear = noised.linear[reading.target]
+            linear = noised.linear[rows]
             unlikely = way.adapter is not flow_map.adapter
             known = bool((other.mean(1) < leeway * linear).all())
             if unlikely and not way.mirrored and reading is AS_IS and known and float(gain.mean()) > 0:
                 plausible.add(way.adapter.call.text)
             if (
-                float(other.sum()) < better * float(base[:, : other.shape[1]].sum())
+                float(other.sum()) < min(better * float(before.sum()), SAYS_SOMETHING * nothing)
                 and known
                 and not (unlikely and float(other.mean(1).sum()) > LEARNED * leeway / 1.25 * float(linear.sum()))
                 and float(gain.mean()) > CERTAIN * float(gain.std() / len(gain) ** 0.5)
             ):
                 found.append((float(other.mean() / linear.mean()), float(other.mean()), way, reading))
     if found:
-        # targets are not equally large; what most is explained of counts
+        # readings are not judged at the same times; what most is explained of counts
         _, error, way, reading = min(found, key=lambda entry: entry[0])
-        energy = {name: float(target.square().mean()) for name, target in noised.targets.items()}
-        means = {"velocity": "data - noise", "noise": "the noise", "data": "the data"}[reading.target]
+        energy = float(noised.target.square().mean())
         how = " and ".join(part for part in (way.what, reading.what) if part)
         raise ConventionError(
             f"{Adapter.describe(flow_map.network)}, called as {flow_map.adapter.call.text!r}, points the wrong "
-            f"way: on {len(x)} noised data its velocity leaves {float(base.mean()) / energy['velocity']:.2f} of the "
-            f"mean square of data - noise as declared, and {error / energy[reading.target]:.2f} of that of {means} "
-            f"with {how}; {_remedy(flow_map.adapter, way, reading)}"
+            f"way: on {len(x)} noised data its velocity leaves {float(base.mean()) / energy:.2f} of the mean square of "
+            f"data - noise as declared, and {error / energy:.2f} with {how}; "
+            f"{_remedy(flow_map.adapter, way, reading)}"
         )
-    if plausible or bool((base.mean(1) < leeway * noised.linear["velocity"]).all()):
+    if plausible or bool((base.mean(1) < leeway * noised.linear).all()):
         _check_jumps(ask, x, noise, cond, plausible)
 
 
@@ -381,7 +387,7 @@ def _readings(answers: Tensor, noised: _Noised, way: _Way, adapter: Adapter) -> 
 
 def _factor(answers: Tensor, noised: _Noised) -> float | None:
     """The factor that makes the velocity of all answers, if it is one at every time, and none of half-training."""
-    target = noised.targets["velocity"][:, : answers.shape[1]]
+    target = noised.target[:, : answers.shape[1]]
     products = (answers * target).sum(-1)
     energy = answers.square().sum(-1)
     factors = products.sum(1) / energy.sum(1)
@@ -400,9 +406,25 @@ def _factor(answers: Tensor, noised: _Noised) -> float | None:
 
 
 def _errors(answers: Tensor, reading: _Reading, noised: _Noised, adapter: Adapter) -> Tensor:
-    """Mean squared error of each sample, ``(times, B)``."""
-    factor = reading.factor if reading.target == "velocity" else adapter.prior_std / adapter.velocity_scale
-    return (factor * answers - noised.targets[reading.target][:, : answers.shape[1]]).square().mean(-1)
+    """Mean squared error of each sample's velocity, ``(times, B)``.
+
+    Noise and data are compared by the velocity that follows from them: the right reading is then the one with the least
+    error, whatever the scale of the data.
+    """
+    if reading.target == "velocity":
+        velocity = reading.factor * answers
+    else:
+        answers = adapter.prior_std / adapter.velocity_scale * answers
+        count = answers.shape[1]
+        states, times = noised.states[:, :count].flatten(2), noised.times[:, :count, None]
+        velocity = (states - answers) / times if reading.target == "noise" else (answers - states) / (1 - times)
+    return (velocity - noised.target[:, : answers.shape[1]]).square().mean(-1)
+
+
+def _judged(reading: _Reading) -> list[int]:
+    """Which times a reading is judged at: noise near noise, and data near data, say little of the velocity."""
+    least = {"velocity": lambda t: 1.0, "noise": lambda t: t, "data": lambda t: 1 - t}[reading.target]
+    return [k for k, t in enumerate(TIMES) if least(t) > 0.25]
 
 
 def _remedy(adapter: Adapter, way: _Way, reading: _Reading) -> str:

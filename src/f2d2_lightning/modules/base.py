@@ -28,7 +28,7 @@ from f2d2_lightning.class_names import agree_on_classes, as_names
 from f2d2_lightning.compiled import compile_network
 from f2d2_lightning.counter_noise import mix_seed
 from f2d2_lightning.evaluation import clock
-from f2d2_lightning.fingerprints import update_with
+from f2d2_lightning.fingerprints import network_hash, update_with
 from f2d2_lightning.heads import JointFlowMap
 from f2d2_lightning.processes import Places, gather_states
 from f2d2_lightning.progress import begin_epoch, mend_progress
@@ -106,6 +106,7 @@ class FlowModule(L.LightningModule):
         self._batch: Any = None
         self._batch_index = 0
         self._references: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._identities: dict[int, tuple[nn.Module, str]] | None = None
         self._reference_cost = (0.0, 0)  # seconds, evaluations per sample
         self._looked_at = ""  # the stage whose first batch was
 
@@ -397,6 +398,15 @@ class FlowModule(L.LightningModule):
         self._averaged_steps = state.get("averaged_steps", 0)
         names = as_names(state.get("classes"), "the checkpoint")
         self._follow_classes(self.class_names if names is None else names)
+        said = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if said.get("levels") is not None or self.levels is not None:
+            for name in ("levels", "low", "high"):
+                if name in said and said[name] is not None and said[name] != getattr(self, name):
+                    raise ValueError(
+                        f"the checkpoint is of a model with {name}={said[name]}, and this module has "
+                        f"{name}={getattr(self, name)}: bits per dimension would be others; give it "
+                        f"{name}={said[name]} (in a configuration: model.init_args.{name})"
+                    )
         mine, theirs = self.state_dict(), checkpoint.get("state_dict", {})
         if theirs and not mine.keys() & theirs.keys():
             name = checkpoint.get("hyper_parameters", {}).get("_class_path", "another class")
@@ -425,7 +435,11 @@ class FlowModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
-        self._places = Places(self.trainer)
+        self._places, self._identities = Places(self.trainer), {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Forget what held for this evaluation only."""
+        self._identities = None
 
     def on_test_epoch_start(self) -> None:
         """As validation."""
@@ -437,10 +451,13 @@ class FlowModule(L.LightningModule):
 
     def reference_and_error(self, x: Tensor, cond: Tensor | None, velocity: Any) -> tuple[Tensor, Tensor | None]:
         """:meth:`reference_log_prob` and its standard error over random probes, ``(B,)``, where that is known."""
-        digest = hashlib.sha1(f"{self.reference} {_version(velocity)} {self.device}".encode())
+        identity = self._identity(getattr(velocity, "__self__", velocity))
+        digest = hashlib.sha1(f"{self.reference} {identity} {self.device}".encode())
         for part in (x,) if cond is None else (x, cond):
             update_with(digest, part)
         key = digest.hexdigest()
+        if identity is None:
+            self._references.clear()  # nothing tells what a function answers, but the function
         if key not in self._references:
             if not self._references:
                 check_differentiable(velocity, x, cond, getattr(self.reference, "mode", "forward"))
@@ -453,14 +470,17 @@ class FlowModule(L.LightningModule):
         value, error = self._references[key]
         return value.to(x.device), None if error is None else error.to(x.device)
 
-
-def _version(velocity: Any) -> str:
-    """Changes where the weights behind a velocity are others, or were changed in place."""
-    owner = getattr(velocity, "__self__", velocity)
-    if not isinstance(owner, nn.Module):
-        return str(id(owner))
-    tensors = (*owner.parameters(), *owner.buffers())
-    return repr([(id(v), 0 if v.is_inference() else v._version) for v in tensors])
+    def _identity(self, owner: Any) -> str | None:
+        """What a velocity's answers depend on: its weights; ``None`` if that is not known, or changes anyway."""
+        if not isinstance(owner, nn.Module) or is_sharded(owner):
+            return None
+        # weights stay as they are during an evaluation
+        if self._identities is None:
+            return network_hash(owner)
+        kept = self._identities.get(id(owner))
+        if kept is None or kept[0] is not owner:
+            kept = self._identities[id(owner)] = owner, network_hash(owner)
+        return kept[1]
 
 
 def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:

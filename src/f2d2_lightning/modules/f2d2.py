@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap, check_convention, check_differentiable
-from f2d2_lightning.average import copy_frozen, share_weights
+from f2d2_lightning.average import copy_frozen, kept_apart, share_weights
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.checkpoints import load_module
 from f2d2_lightning.counter_noise import mix_seed
@@ -144,6 +144,7 @@ class F2D2Module(FlowModule):
                 f"no parameter of the student's backbone ({type(flow_map).__name__}) requires gradients, so it would "
                 "not be trained: flow_map.requires_grad_(True), or frozen=True to train the head only"
             )
+        given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
         low, high = -1.0 if low is None else low, 1.0 if high is None else high
         estimator = estimator or Hutchinson()
         if reference is None:
@@ -166,17 +167,18 @@ class F2D2Module(FlowModule):
                 f"{type(self.objective.path).__name__}; give both the same path"
             )
         self.estimator = estimator
-        self._inherit(teacher)
+        self._given = given  # edges of the range that were said, and not taken from the teacher
+        self.draws = draws
         if head is None:
             head = _default_head(flow_map, self.shape)
         self.joint = JointFlowMap(flow_map, head, frozen)
+        self._inherit(teacher)
         shared = {id(flow_map): flow_map} if frozen else {}
         self.average = copy_frozen(self.joint, shared)
         self.steps = tuple(steps)
-        check_draws(draws, self.levels)
         if reference_samples is not None and reference_samples < 1:
             raise ValueError(f"reference_samples={reference_samples} is at least 1, or None for all")
-        self.draws, self.reference_samples = draws, reference_samples
+        self.reference_samples = reference_samples
         self.inversion = inversion
         self.warm_start = warm_start
         self.off_diagonal = off_diagonal
@@ -187,7 +189,7 @@ class F2D2Module(FlowModule):
         self._teacher: list[Any] = []
         if teacher is not None and self._teacher_path is None:
             # a teacher that is the student's own network stays as it is now, and the network is trained
-            self._teacher.append(copy_frozen(teacher) if share_weights(teacher, flow_map) else teacher)
+            self._teacher.append(kept_apart(teacher, flow_map))
         self._speed_up()
 
     @property
@@ -232,10 +234,11 @@ class F2D2Module(FlowModule):
 
     def setup(self, stage: str) -> None:
         """Load the teacher where it is needed, and compare shapes."""
+        if stage != "predict" or not self.trained:
+            self._inherit(self.teacher)
         super().setup(stage)
         if stage == "predict":
             return
-        self._inherit(self.teacher)
         if stage in ("validate", "test") and not self.trained:
             rank_zero_warn(
                 f"this {type(self).__name__} was not trained: its likelihoods are those of its initial weights. Fit it "
@@ -272,12 +275,20 @@ class F2D2Module(FlowModule):
                     "use the teacher of these data"
                 )
             if self.levels is None:
-                self.levels, self.low, self.high = teacher.levels, teacher.low, teacher.high
+                self.levels = teacher.levels
+                self.low, self.high = (self._given.get(name, getattr(teacher, name)) for name in ("low", "high"))
             if self.quantisation != teacher.quantisation:
                 raise ValueError(
                     f"the teacher was trained on {teacher.quantisation}, the student is for {self.quantisation}; make "
                     "them agree, or leave out the student's levels, low and high"
                 )
+            if teacher.conditional and self.conditional is False:
+                raise ValueError(
+                    "the teacher needs cond, and the student's backbone takes none: it would be taught without; give "
+                    "it classes, or distil an unconditional teacher"
+                )
+        if self.levels is not None or not isinstance(teacher, (str, Path)):
+            check_draws(self.draws, self.levels)
         # what a checkpoint says of the data is then whole
         self.hparams.update({name: getattr(self, name) for name in ("levels", "low", "high")})
         self.objective.quantise(self.quantisation)
@@ -395,10 +406,12 @@ class F2D2Module(FlowModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what was gathered."""
+        super().on_validation_epoch_end()
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
         """Log what was gathered."""
+        super().on_validation_epoch_end()
         self._log_evaluation("test")
 
     def agreement_values(self) -> tuple[dict[int, Tensor], Tensor]:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.average import copy_frozen
 from f2d2_lightning.baseline import GaussianBaseline
 from f2d2_lightning.counter_noise import counter_normal, counter_uniform, mix_seed, row_keys
@@ -146,6 +147,8 @@ class FlowMatchingModule(FlowModule):
         for draw in range(4):
             self._mean_loss.update(self._error(self.average, x, cond, draw)[counted].square())
         if nll:
+            if not bool(self._nll.count > 0):
+                check_differentiable(self.average.velocity, x, cond, getattr(self.reference, "mode", "forward"))
             self._nll.update(self.reference(self.average.velocity, x, cond).value[counted])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -168,6 +171,7 @@ class FlowMatchingModule(FlowModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and likelihood."""
+        super().on_validation_epoch_end()
         self._log_results("val", self.validate_nll)
 
     def on_test_epoch_end(self) -> None:
