@@ -49,7 +49,7 @@ LEARNED = 0.97
 that is half-trained may do better with its time held fixed, and is no better than that multiple."""
 
 SAYS_SOMETHING = 0.95
-"""Share of the error of no answer at all that one read as noise or data must stay below."""
+"""Share of the error of their mean, as the answer everywhere, that one read as noise or data must stay below."""
 
 CERTAIN = 4.0
 """Standard errors that the difference must be away from zero."""
@@ -169,10 +169,12 @@ def check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Ten
             other = _errors(answers, reading, noised, flow_map.adapter)[rows]
             before = base[rows, : other.shape[1]]
             gain = (before - other).mean(0).reshape(-1, noised.draws).mean(1)
-            # of large or small data, a network that answers nothing would do for one of noise or data
+            # of large or small data, a network that answers the same everywhere would do for one of noise or data
             nothing = math.inf
             if reading in OTHERS:
-                nothing = float(_errors(torch.zeros_like(answers), reading, noised, flow_map.adapter)[rows].sum())
+                mean = (x if reading.target == "data" else torch.zeros_like(x)).flatten(1).mean(0)
+                same = flow_map.adapter.velocity_scale / flow_map.adapter.prior_std * mean.expand_as(answers)
+                nothing = float(_errors(same, reading, noised, flow_map.adapter)[rows].sum())
             better = CLEARLY_BETTER if reading.factor in (1, -1) else BETTER_BY_A_FACTOR
             linear = noised.linear[rows]
             unlikely = way.adapter is not flow_map.adapter
