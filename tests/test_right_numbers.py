@@ -956,3 +956,8 @@ def test_reverse_mode_says_what_it_cannot_do():
     with torch.inference_mode():
         found = f2.Exact(mode="reverse")(lambda x, t, c: x * t[:, None], torch.randn(3, 2), 0.5).divergence
     assert torch.equal(found, torch.ones(3))
+
+
+def test_a_teacher_of_another_path_is_refused():
+    with pytest.raises(ValueError, match=r"teacher was trained on TrigonometricPath, the objective is on LinearPath"):
+        student(teacher(path=f2.TrigonometricPath()))

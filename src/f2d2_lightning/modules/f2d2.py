@@ -282,6 +282,12 @@ class F2D2Module(FlowModule):
                     f"the teacher was trained on {teacher.quantisation}, the student is for {self.quantisation}; make "
                     "them agree, or leave out the student's levels, low and high"
                 )
+            if type(teacher.path) is not type(self.objective.path):
+                raise ValueError(
+                    f"the teacher was trained on {type(teacher.path).__name__}, the objective is on "
+                    f"{type(self.objective.path).__name__}: its states would be none that the teacher knows; give both "
+                    "the same path"
+                )
             if teacher.conditional and self.conditional is False:
                 raise ValueError(
                     "the teacher needs cond, and the student's backbone takes none: it would be taught without; give "
