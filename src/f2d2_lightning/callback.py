@@ -44,7 +44,7 @@ from f2d2_lightning.processes import Places, gather_states, own_state
 from f2d2_lightning.progress import begin_epoch, mend_progress
 from f2d2_lightning.quantisation import Quantisation
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.sampling import Samples, draw_noise, sample
+from f2d2_lightning.sampling import Samples, check_shape, draw_noise, sample
 from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import whole_state
 from f2d2_lightning.sources import TeacherSource, VelocitySource
@@ -252,7 +252,7 @@ class F2D2Callback(L.Callback):
     def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
         """Log-likelihood of states at ``t = 1``, nats; see :func:`f2d2_lightning.log_prob`."""
         joint = self.joint
-        self._check_shape(x)
+        check_shape(x, self.shape)
         inversion = None if Direction.TO_NOISE in joint.directions else self.inversion
         with evaluating(self._network):
             return log_prob(joint, x, steps, cond, inversion=inversion)
@@ -273,18 +273,11 @@ class F2D2Callback(L.Callback):
         joint = self.joint
         if isinstance(noise, int):
             noise = draw_noise(noise, self.shape, next(self._network.parameters()).device)
-        self._check_shape(noise)
+        check_shape(noise, self.shape)
         with evaluating(self._network):
             if guidance is not None:
                 return guidance(joint, noise, steps, cond, log_prob=with_log_prob)
             return sample(joint, noise, steps, cond, log_prob=with_log_prob)
-
-    def _check_shape(self, x: Tensor) -> None:
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(
-                f"states have shape {tuple(x.shape)}, but the head was trained for (B, "
-                f"{', '.join(map(str, self.shape))}); a likelihood of another size means nothing: resize the data"
-            )
 
     def export(self, path: str | Path) -> None:
         """Write network, head and conventions to one file, for :func:`f2d2_lightning.load_joint`.

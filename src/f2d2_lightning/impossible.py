@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["said_of_bits", "said_of_values"]
+from f2d2_lightning.metrics import MOST_NEGATIVE
 
-SHARE = 0.01
-"""Of samples below 0 bits that is still chance: one draw of noise within a bin may be likelier than the whole bin."""
+__all__ = ["said_of_bits", "said_of_values"]
 
 
 def said_of_bits(bits: Tensor, name: str, levels: int | None, low: float, high: float) -> str | None:
@@ -24,7 +23,7 @@ def said_of_bits(bits: Tensor, name: str, levels: int | None, low: float, high: 
     if levels is None or len(known) == 0:
         return None
     mean, below = float(known.mean()), int((known < 0).sum())
-    if mean >= 0 and below <= SHARE * len(known):
+    if mean >= 0 and below <= MOST_NEGATIVE * len(known):
         return None
     return (
         f"{name} cannot be right: mean {mean:.4f}, {below} of {len(known)} below 0 bits/dim, and no code of discrete "

@@ -175,20 +175,20 @@ class _Scatter:
 
     def __init__(self, method: str) -> None:
         self.weights = WEIGHTS.get(method, ())
-        self.times: list[float] = []
+        self.times: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def add(self, t: Tensor, value: Tensor) -> None:
         """The integrand's value at an evaluation, ``(B,)``."""
-        self.times.append(float(t))
+        self.times.append(t.detach())  # looking at its value would wait for a GPU
         self.values.append(value.detach())
 
     def standard_error(self) -> Tensor | None:
         """``(B,)``; ``None`` from fewer than three evaluations that count."""
         stages = len(self.weights)
-        if not stages or len(self.values) % stages:
+        if not stages or not self.values or len(self.values) % stages:
             return None
-        starts = [*self.times[::stages], 0.0]
+        starts = [*torch.stack(self.times[::stages]).tolist(), 0.0]
         steps = [abs(b - a) for a, b in itertools.pairwise(starts)]
         counted = [
             (step * weight, self.values[index * stages + stage])

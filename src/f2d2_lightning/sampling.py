@@ -14,7 +14,7 @@ from torch import Tensor
 from f2d2_lightning.flow_map import FlowMap, JointMap
 from f2d2_lightning.paths import expand_time
 
-__all__ = ["Samples", "check_cond", "draw_noise", "normal_log_prob", "sample", "time_grid"]
+__all__ = ["Samples", "check_cond", "check_shape", "draw_noise", "normal_log_prob", "sample", "time_grid"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,19 @@ def check_state(x: Tensor, what: str) -> None:
     if not bool(x.isfinite().all()):
         bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
         raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
+
+
+def check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse states ``(B, ...)`` of another shape than a model was trained for.
+
+    Raises:
+        ValueError: Says both shapes.
+    """
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"states have shape {tuple(x.shape)}, but the model was trained for (B, {', '.join(map(str, shape))}); a "
+            "likelihood of another size means nothing: resize the data, or train a model for them"
+        )
 
 
 def check_cond(cond: object, count: int, model: object = None) -> None:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DerivativeError", "TangentRules", "forward_mode"]
+__all__ = ["DerivativeError", "TangentRules", "forward_mode", "named", "raised_in"]
 
 _ONE_AT_A_TIME = threading.RLock()
 """Torch has one level of forward mode for the whole process: a second thread would end the first one's."""
@@ -62,9 +62,12 @@ def forward_mode() -> Iterator[None]:
         except (NotImplementedError, RuntimeError) as error:
             if not any(sign in str(error) for sign in _SIGNS):
                 raise
+            root, name = raised_in(error) or (None, "")
+            place = (
+                "the velocity" if root is None else named(root, name) + (f" of {type(root).__name__}" if name else "")
+            )
             raise DerivativeError(
-                f"{_place(error.__traceback__)} has no derivative in forward mode "
-                f"({str(error).splitlines()[0][:160]}). {REMEDY}"
+                f"{place} has no derivative in forward mode ({str(error).splitlines()[0][:160]}). {REMEDY}"
             ) from error
 
 
@@ -79,19 +82,34 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _place(traceback: TracebackType | None) -> str:
-    """Which module an error came from: the innermost that was running, by its name in the outermost."""
-    running: list[nn.Module] = []
-    while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("f2d2_lightning."):
-            running.append(owner)
-        traceback = traceback.tb_next
-    if not running:
-        return "the velocity"
-    root, inner = running[0], running[-1]
-    name = next((name for name, module in root.named_modules() if module is inner), "")
-    return f"{name!r} ({type(inner).__name__}) of {type(root).__name__}" if name else type(inner).__name__
+def raised_in(error: BaseException, root: nn.Module | None = None) -> tuple[nn.Module, str] | None:
+    """Innermost submodule that an error passed through, or one that it came from.
+
+    Args:
+        error: The error, with its traceback.
+        root: Module whose submodules are looked for; by default the outermost that is not of this package.
+
+    Returns:
+        ``root`` and the submodule's name in it; ``None`` if none was running.
+    """
+    found: str | None = None
+    link: BaseException | None = error
+    own = "" if root is not None else "f2d2_lightning."
+    names = {} if root is None else {id(module): name for name, module in root.named_modules()}
+    while link is not None:
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            owner = frame.f_locals.get("self")
+            if root is None and isinstance(owner, nn.Module) and not type(owner).__module__.startswith(own):
+                root, names = owner, {id(module): name for name, module in owner.named_modules()}
+            found = names.get(id(owner), found)
+        link = link.__cause__ or link.__context__
+    return None if root is None or found is None else (root, found)
+
+
+def named(root: nn.Module, name: str) -> str:
+    """A submodule for messages: its name, if it has one, and its class."""
+    kind = type(root.get_submodule(name)).__name__
+    return f"{name!r} ({kind})" if name else kind
 
 
 class TangentRules(TorchFunctionMode):

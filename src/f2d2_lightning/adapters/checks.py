@@ -55,10 +55,7 @@ def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None
     check_state(data, "data")
     check_conditioning(cond)
     with undisturbed(flow_map, data) as device:
-        x = data[:LARGEST_BATCH].detach().to(device)
-        x = x.clone() if x.is_inference() else x
-        labels = None if cond is None else cond[:LARGEST_BATCH].to(device)
-        noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(device)
+        x, noise, labels = _drawn(data, cond, device)
         _check_answers(flow_map, x, noise, labels)
         _check_second_time(flow_map, LinearPath().sample(x, noise, expand_time(0.5, x)), labels)
         # a consistency model has no velocity, and its jump to data is differentiated
@@ -87,10 +84,15 @@ def check_differentiable(
     velocity = instantaneous(velocity)
     owner = getattr(velocity, "__self__", velocity)
     with undisturbed(owner if isinstance(owner, nn.Module) else nn.Module(), data) as device:
-        x = data[:LARGEST_BATCH].detach().clone().to(device)
-        labels = None if cond is None else cond[:LARGEST_BATCH].to(device)
-        noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(device)
-        check_derivative(velocity, x, noise, labels, mode)
+        check_derivative(velocity, *_drawn(data, cond, device), mode)
+
+
+def _drawn(data: Tensor, cond: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The first data, noise for them, the same each time, and their conditioning."""
+    # a copy: what was made in inference mode takes no part in differentiation
+    x = data[:LARGEST_BATCH].detach().clone().to(device)
+    noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(device)
+    return x, noise, None if cond is None else cond[:LARGEST_BATCH].to(device)
 
 
 def _pairs(directions: Direction) -> list[tuple[float, float]]:

@@ -7,7 +7,6 @@ are right then, and its divergence is a wrong number.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.divergence import jacobian_product
 from f2d2_lightning.paths import LinearPath, like
 from f2d2_lightning.sharding import is_sharded
+from f2d2_lightning.tangents import named, raised_in
 
 __all__ = ["check_derivative"]
 
@@ -61,9 +61,9 @@ def check_derivative(
         ConventionError: If the network cannot be differentiated in this mode, or its derivative is clearly another
             than that of its answers. Names the submodule where it can.
     """
-    network = getattr(velocity, "__self__", velocity) if network is None else network
     if mode == "finite":
         return
+    network = getattr(velocity, "__self__", velocity) if network is None else network
     rows = torch.arange(ROWS, device=x.device)
     times = x.new_tensor(TIMES)[rows % len(TIMES)]
     states = LinearPath().sample(x[rows % len(x)], noise[rows % len(x)], times)
@@ -87,8 +87,8 @@ def check_derivative(
     for k in sorted(range(len(steps)), key=lambda k: (k != FIRST, k)):
         moved = [at_times(states + sign * steps[k] * directions) for sign in (1, -1)]
         differences[k] = (moved[0] - moved[1]) / (2 * steps[k])
-        error = _size(derivative(differences[k]) - differences[k])
-        agrees |= error <= CLOSE * torch.maximum(_size(differences[k]), _size(derivative(differences[k])))
+        found = derivative(differences[k])
+        agrees |= _size(found - differences[k]) <= CLOSE * torch.maximum(_size(differences[k]), _size(found))
         if int(agrees.sum()) > ROWS // 2 and not sharded:
             return
     scale = _size(at_times(states))
@@ -103,13 +103,13 @@ def check_derivative(
         best = k + 1 if int((wrong | here).sum()) > int(wrong.sum()) else best
         wrong |= here
     if 2 * int(wrong.sum()) >= ROWS:
-        found, true = (float(_size(v)[wrong].mean()) for v in (derivative(differences[best]), differences[best]))
+        came, true = (float(_size(v)[wrong].mean()) for v in (derivative(differences[best]), differences[best]))
         place = _lost(network, at_times, states, directions) if mode == "forward" else None
         raise ConventionError(
             f"{Adapter.describe(network)} answers, but not with its derivative: along random directions it is "
-            f"{found:.3g} in {mode} mode, and {true:.3g} by finite differences of step {steps[best]:.2g} (mean square "
-            "roots over "
-            f"{int(wrong.sum())} of {ROWS} states), so every divergence and likelihood would be wrong without a word. "
+            f"{came:.3g} in {mode} mode, and {true:.3g} by finite differences of step {steps[best]:.2g} (mean square "
+            f"roots over {int(wrong.sum())} of {ROWS} states), so every divergence and likelihood would be wrong "
+            "without a word. "
             + (f"The derivative is lost in {place}. " if place else "")
             + "detach(), inference_mode(), a gradient taken inside the forward pass and writing in place do that; "
             + _remedy(mode)
@@ -174,30 +174,13 @@ def _differentiated(network: Any, function: Callable[[], Tensor], mode: str) -> 
     except (ConventionError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        place = _raised_in(error, network) or Adapter.describe(network)
+        found = raised_in(error, network) if isinstance(network, nn.Module) else None
+        place = named(*found) if found else Adapter.describe(network)
         raise ConventionError(
             f"{Adapter.describe(network)} cannot be differentiated in {mode} mode, which the divergence needs: {place} "
             f"raised {type(error).__name__}: {error}. Some layers have no such rule (LSTM, cdist, reentrant "
             f"checkpoints, functions with a backward of their own); {_remedy(mode)}"
         ) from error
-
-
-def _named(network: Any, name: str) -> str:
-    module = network.get_submodule(name)
-    return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
-
-
-def _raised_in(error: BaseException, network: Callable[..., Any]) -> str | None:
-    """The innermost submodule that an error passed through."""
-    if not isinstance(network, nn.Module):
-        return None
-    names = {id(module): name for name, module in network.named_modules()}
-    found, link = None, error
-    while link is not None:
-        for frame, _ in traceback.walk_tb(link.__traceback__):
-            found = names.get(id(frame.f_locals.get("self")), found)
-        link = link.__cause__ or link.__context__  # type: ignore[assignment]
-    return None if found is None else _named(network, found)
 
 
 def _lost(network: Any, velocity: Callable[[Tensor], Tensor], states: Tensor, directions: Tensor) -> str | None:
@@ -225,4 +208,4 @@ def _lost(network: Any, velocity: Callable[[Tensor], Tensor], states: Tensor, di
     finally:
         for handle in handles:
             handle.remove()
-    return _named(network, found[0]) if found else None
+    return named(network, found[0]) if found else None

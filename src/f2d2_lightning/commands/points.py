@@ -225,7 +225,7 @@ def _agree_on_classes(data: L.LightningDataModule, module: F2D2Module) -> None:
 
 def _check_data_module(name: str, data: L.LightningDataModule, module: F2D2Module) -> None:
     """Refuse data of another shape or of other levels, of somebody's data module where it says them."""
-    mine = None if module.levels is None else Quantisation(module.levels, module.low, module.high)
+    mine = module.quantisation
     own = isinstance(data, FlowDataModule)
     levels, shape = getattr(data, "levels", None), getattr(data, "shape", None)
     shape = tuple(shape) if isinstance(shape, (tuple, list)) else None

@@ -107,6 +107,8 @@ class FlowModule(L.LightningModule):
         self._batch_index = 0
         self._references: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._identities: dict[int, tuple[nn.Module, str]] | None = None
+        # whose derivative was compared with differences; in a tuple, so that it is no submodule
+        self._compared: tuple[Any, ...] = ()
         self._reference_cost = (0.0, 0)  # seconds, evaluations per sample
         self._looked_at = ""  # the stage whose first batch was
 
@@ -435,7 +437,7 @@ class FlowModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
-        self._places, self._identities = Places(self.trainer), {}
+        self._places, self._identities, self._compared = Places(self.trainer), {}, ()
 
     def on_validation_epoch_end(self) -> None:
         """Forget what held for this evaluation only."""
@@ -451,7 +453,8 @@ class FlowModule(L.LightningModule):
 
     def reference_and_error(self, x: Tensor, cond: Tensor | None, velocity: Any) -> tuple[Tensor, Tensor | None]:
         """:meth:`reference_log_prob` and its standard error over random probes, ``(B,)``, where that is known."""
-        identity = self._identity(getattr(velocity, "__self__", velocity))
+        owner = getattr(velocity, "__self__", velocity)
+        identity = self._identity(owner)
         digest = hashlib.sha1(f"{self.reference} {identity} {self.device}".encode())
         for part in (x,) if cond is None else (x, cond):
             update_with(digest, part)
@@ -459,8 +462,9 @@ class FlowModule(L.LightningModule):
         if identity is None:
             self._references.clear()  # nothing tells what a function answers, but the function
         if key not in self._references:
-            if not self._references:
+            if not any(known is owner for known in self._compared):
                 check_differentiable(velocity, x, cond, getattr(self.reference, "mode", "forward"))
+                self._compared = (owner,)
             start = clock(self.device)
             answer = self.reference(velocity, x, cond)
             error = None if answer.standard_error is None else answer.standard_error.cpu()

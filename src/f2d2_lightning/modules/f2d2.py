@@ -31,7 +31,7 @@ from f2d2_lightning.nn.two_times import one_time_state
 from f2d2_lightning.objectives import Objective
 from f2d2_lightning.processes import gather_states, own_state
 from f2d2_lightning.reference import Reference
-from f2d2_lightning.sampling import Samples, draw_noise, sample
+from f2d2_lightning.sampling import Samples, check_shape, draw_noise, sample
 from f2d2_lightning.scale import measure_scale
 from f2d2_lightning.sharding import load_whole
 from f2d2_lightning.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
@@ -306,9 +306,10 @@ class F2D2Module(FlowModule):
         teacher, mode = self.teacher, self.estimator.mode
         if isinstance(self.joint.flow_map, AdaptedFlowMap):
             check_convention(self.joint.flow_map, x, cond, mode)
-        check_differentiable(
-            self.joint.flow_map.velocity if teacher is None else self.teacher_velocity(), x, cond, mode
-        )
+        elif teacher is None:
+            check_differentiable(self.joint.flow_map, x, cond, mode)
+        if teacher is not None:
+            check_differentiable(self.teacher_velocity(), x, cond, mode)
         if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
             try:
                 state = one_time_state(self.joint.flow_map, teacher.average.state_dict())
@@ -482,12 +483,7 @@ class F2D2Module(FlowModule):
 
     def _fitting(self, x: Tensor) -> Tensor:
         """States of the module's shape, in its precision."""
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(
-                f"states have shape {tuple(x.shape)}, but the model was trained for (B, "
-                f"{', '.join(map(str, self.shape))}); a likelihood of another size means nothing: resize the data, or "
-                "train a model for them"
-            )
+        check_shape(x, self.shape)
         return x.to(self.dtype) if x.is_floating_point() else x
 
 
