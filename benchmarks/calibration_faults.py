@@ -20,7 +20,7 @@ from calibration_study.problems import PROBLEMS
 from measuring import markdown
 
 import f2d2_lightning as f2
-from f2d2_lightning.checkpoints import load_module
+from f2d2_lightning.training.loading import load_module
 
 
 def main() -> None:

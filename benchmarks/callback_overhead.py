@@ -44,15 +44,15 @@ class Clock(L.Callback):
         self.seconds = time.perf_counter() - getattr(self, "began", time.perf_counter())
 
 
-def semigroup() -> f2.Objective:
-    return f2.Semigroup()
+def semigroup() -> f2.objectives.Objective:
+    return f2.objectives.Semigroup()
 
 
 def step_seconds(make: Callable[[], list[L.Callback]], start: int, steps: int) -> float:
     from callback_on_existing_module import MeanFlowLightning
 
     L.seed_everything(0, verbose=False)
-    data = f2.Digits(batch_size=256)
+    data = f2.data.Digits(batch_size=256)
     batches = torch.cat(list(data.train_dataloader()))
     module = MeanFlowLightning(batches.mean(0), batches.std(0), start + steps)
     clock = Clock(start)

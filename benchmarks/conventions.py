@@ -38,7 +38,8 @@ from f2d2_lightning.adapters import (
     TwoTime,
     check_convention,
 )
-from f2d2_lightning.paths import LinearPath, like
+from f2d2_lightning.flows import LinearPath
+from f2d2_lightning.flows.paths import like
 
 CLASSES = 10
 FIRST = 40

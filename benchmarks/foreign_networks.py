@@ -912,7 +912,7 @@ def make_estimator(mode: str, probes: int = 1, dim: int = 0) -> Any:
     """Ours, of the mode that the network needs; the exact trace where ``dim``, of the states, is given."""
     import f2d2_lightning as f2
 
-    return f2.Exact(dim, mode=mode) if dim else f2.Hutchinson(probes, mode=mode)
+    return f2.divergence.Exact(dim, mode=mode) if dim else f2.Hutchinson(probes, mode=mode)
 
 
 def difference(ours: Any, theirs: Any) -> float:

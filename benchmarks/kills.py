@@ -67,8 +67,10 @@ def child(kind: str, count: int, number: int, arguments: list[str]) -> None:
     """``f2d2`` in this process, which ends itself at the ``count``-th moment of a kind."""
     import torch
 
-    from f2d2_lightning import cli, last_checkpoint, trajectory
+    from f2d2_lightning import cli
+    from f2d2_lightning.callbacks import last_checkpoint
     from f2d2_lightning.modules import F2D2Module
+    from f2d2_lightning.objectives import trajectories as trajectory
 
     torch.set_num_threads(1)
     passed = Counter[str]()

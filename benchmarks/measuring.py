@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning import DivergenceHead, FlowMap, GaussianBaseline, JointFlowMap
-from f2d2_lightning.inversion import map_jacobian
+from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.nn import PreconditionedMLP, ResNet, UNet
 
 __all__ = [

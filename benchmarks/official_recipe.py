@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from f2d2_lightning import FlowMap, JointFlowMap
-from f2d2_lightning.paths import like
+from f2d2_lightning.flows.paths import like
 
 __all__ = ["OfficialRecipe"]
 

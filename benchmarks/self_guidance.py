@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import f2d2_lightning as f2
-from f2d2_lightning.checkpoints import load_module
-from f2d2_lightning.feature_networks import SmallFeatures
-from f2d2_lightning.feature_statistics import FeatureStatistics, feature_statistics
-from f2d2_lightning.pixels import state_images
+from f2d2_lightning.likelihood import state_images
+from f2d2_lightning.metrics import SmallFeatures
+from f2d2_lightning.metrics.image import FeatureStatistics, feature_statistics
 from f2d2_lightning.plots import sample_figure, save_figure
+from f2d2_lightning.training.loading import load_module
 
 STEPS = (1, 2, 4)
 SCALES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -53,11 +53,11 @@ class Study:
     @torch.no_grad()
     def score(self, states: Tensor) -> dict[str, float]:
         """Frechet distance; bits per dimension under the teacher, and under the student in 8 steps."""
-        # what is judged is an image: its levels, dequantised afresh
+        # what is judged is an image: its levels, dequantized afresh
         module = self.module
-        quantisation = f2.Quantisation(module.levels, module.low, module.high)
+        quantization = f2.Quantization(module.levels, module.low, module.high)
         torch.manual_seed(0)
-        some = quantisation.dequantise(quantisation.quantise(states[: self.judged])).float()
+        some = quantization.dequantize(quantization.quantize(states[: self.judged])).float()
         teacher = self.reference(module.teacher_velocity(), some).value
         student = module.log_prob(some, 8).value
         return {
@@ -128,9 +128,9 @@ def main() -> None:
     parser.add_argument("--out", default="self_guidance")
     options = parser.parse_args()
     module = load_module(options.ckpt, f2.F2D2Module).eval()
-    data = f2.Digits() if options.data == "digits" else f2.FashionMNIST()
+    data = f2.data.Digits() if options.data == "digits" else f2.data.FashionMNIST()
     values = data.dataset("train").values[: max(options.samples, 1297)]
-    real = f2.Quantisation(module.levels, module.low, module.high).dequantise(values).float()
+    real = f2.Quantization(module.levels, module.low, module.high).dequantize(values).float()
     noise = torch.randn(options.samples, *module.shape, generator=torch.Generator().manual_seed(0))
     study = Study(module, SmallFeatures.load(options.features), real, noise, options)
     rows, pictures = [], {}

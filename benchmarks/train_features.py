@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import f2d2_lightning as f2
-from f2d2_lightning.feature_networks import SmallFeatures
-from f2d2_lightning.pixels import state_images
+from f2d2_lightning.likelihood import state_images
+from f2d2_lightning.metrics import SmallFeatures
 
 EPOCHS = {"digits": 60, "fashion": 6}
 SHIFT = {"digits": 1, "fashion": 2}
@@ -41,7 +41,7 @@ def accuracy(network: SmallFeatures, images: Tensor, classes: Tensor) -> float:
     return float((guesses == classes).double().mean())
 
 
-def train(data: f2.FlowDataModule, epochs: int, shift: int, seed: int) -> SmallFeatures:
+def train(data: f2.data.FlowDataModule, epochs: int, shift: int, seed: int) -> SmallFeatures:
     torch.manual_seed(seed)
     images, classes = pictures(data, "train")
     held_out = pictures(data, "test")
@@ -72,7 +72,7 @@ def train(data: f2.FlowDataModule, epochs: int, shift: int, seed: int) -> SmallF
     return network.eval()
 
 
-def pictures(data: f2.FlowDataModule, split: str) -> tuple[Tensor, Tensor]:
+def pictures(data: f2.data.FlowDataModule, split: str) -> tuple[Tensor, Tensor]:
     """Images ``uint8 (N, C, H, W)`` as the sample quality sees them, and classes ``(N,)``."""
     dataset = data.dataset(split)
     states, classes = dataset.__getitems__(list(range(len(dataset))))
@@ -89,7 +89,7 @@ def main() -> None:
     out = options.out or Path(f"features_{options.data}.pt")
     if out.exists():
         parser.error(f"{out} exists; remove it, or choose another name with --out")
-    data = f2.Digits(labels=True) if options.data == "digits" else f2.FashionMNIST(labels=True)
+    data = f2.data.Digits(labels=True) if options.data == "digits" else f2.data.FashionMNIST(labels=True)
     network = train(data, options.epochs or EPOCHS[options.data], SHIFT[options.data], options.seed)
     network.save(out)
     print(f"{out}: {network.num_features} features")

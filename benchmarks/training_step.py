@@ -23,9 +23,9 @@ from official_recipe import OfficialRecipe
 from torch import Tensor
 
 import f2d2_lightning as f2
-from f2d2_lightning.average import copy_frozen, update_average
-from f2d2_lightning.compiled import compile_network
-from f2d2_lightning.trajectory import TrajectoryRegression
+from f2d2_lightning.modules._compile import compile_network
+from f2d2_lightning.modules.ema import copy_frozen, update_average
+from f2d2_lightning.objectives import TrajectoryRegression
 
 FULL, PATH = "trajectory regression, full pool", "trajectory regression, a whole path"
 GOALS = "Goals: time at most 0.50, memory at most 0.60; on a GPU, Conditional with bf16 at most 0.25 of the time"
@@ -107,7 +107,9 @@ class OfficialStep:
 class OurStep:
     """One of this package's training steps as the module takes it, without Lightning around it."""
 
-    def __init__(self, setting: Setting, objective: f2.Objective, estimator: f2.DivergenceEstimator) -> None:
+    def __init__(
+        self, setting: Setting, objective: f2.objectives.Objective, estimator: f2.divergence.DivergenceEstimator
+    ) -> None:
         self.joint, self.teacher = setting.make_networks()
         for network in (self.joint.flow_map, self.teacher):
             if setting.channels_last:
@@ -116,7 +118,7 @@ class OurStep:
                 compile_network(network)
         self.objective, self.dtype = objective, dtype_of(setting.dtype)
         self.average = copy_frozen(self.joint)
-        self.source = f2.TeacherSource(self.teacher, estimator)
+        self.source = f2.objectives.TeacherSource(self.teacher, estimator)
         self.optimizer = torch.optim.RAdam(self.joint.parameters(), lr=1e-4)
         if isinstance(objective, TrajectoryRegression):
             self.fill(setting.data())
@@ -153,7 +155,9 @@ class WholePaths(TrajectoryRegression):
 
     turn = 0
 
-    def __call__(self, student: f2.JointMap, source: f2.VelocitySource, data: Tensor, *_: Any, **__: Any) -> f2.Terms:
+    def __call__(
+        self, student: f2.JointMap, source: f2.objectives.VelocitySource, data: Tensor, *_: Any, **__: Any
+    ) -> f2.objectives.Terms:
         return self._unrolled(student, max(1, len(data) // 2))
 
     def _pick(self, choices: Sequence[int]) -> int:
@@ -170,9 +174,9 @@ def _trajectories(kind: type[TrajectoryRegression], setting: Setting) -> OurStep
 RECIPES: dict[str, Callable[[Setting], OurStep]] = {
     FULL: lambda setting: _trajectories(TrajectoryRegression, setting),
     PATH: lambda setting: _trajectories(WholePaths, setting),
-    "semigroup, Hutchinson forward": lambda setting: OurStep(setting, f2.Semigroup(), f2.Hutchinson()),
-    "semigroup, Conditional": lambda setting: OurStep(setting, f2.Semigroup(), f2.Conditional()),
-    "Lagrangian, Hutchinson forward": lambda setting: OurStep(setting, f2.Lagrangian(), f2.Hutchinson()),
+    "semigroup, Hutchinson forward": lambda setting: OurStep(setting, f2.objectives.Semigroup(), f2.Hutchinson()),
+    "semigroup, Conditional": lambda setting: OurStep(setting, f2.objectives.Semigroup(), f2.divergence.Conditional()),
+    "Lagrangian, Hutchinson forward": lambda setting: OurStep(setting, f2.objectives.Lagrangian(), f2.Hutchinson()),
 }
 
 
@@ -211,7 +215,7 @@ def main() -> None:
             return [*start, "", "", ""]
         return [*start, f"{peak:.1f}", f"{peak / peaks[0]:.2f}", f"{between:.1f}"]
 
-    alone = OurStep(setting, f2.Semigroup(), f2.Hutchinson())
+    alone = OurStep(setting, f2.objectives.Semigroup(), f2.Hutchinson())
 
     def regress() -> None:
         s, t = torch.rand(2, targets, device=device)

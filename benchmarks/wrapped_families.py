@@ -115,13 +115,13 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return torch.load(path)
 
 
-def pretrained(family: Family, data: f2.Digits, steps: int, path: Path) -> tuple[nn.Module, ...]:
+def pretrained(family: Family, data: f2.data.Digits, steps: int, path: Path) -> tuple[nn.Module, ...]:
     """The family's networks, trained without a likelihood in mind."""
     images = data.dataset("train").values
-    quantisation = f2.Quantisation(LEVELS)
+    quantization = f2.Quantization(LEVELS)
 
     def draw() -> Tensor:
-        return quantisation.dequantise(images[torch.randint(len(images), (256,))])
+        return quantization.dequantize(images[torch.randint(len(images), (256,))])
 
     def make() -> dict[str, Any]:
         many = torch.cat([draw() for _ in range(40)])
@@ -154,7 +154,7 @@ def joint_map(family: Family, networks: tuple[nn.Module, ...], frozen: bool) -> 
 
 
 def fine_tuned(
-    family: Family, networks: tuple[nn.Module, ...], frozen: bool, data: f2.Digits, steps: int, path: Path
+    family: Family, networks: tuple[nn.Module, ...], frozen: bool, data: f2.data.Digits, steps: int, path: Path
 ) -> f2.JointFlowMap:
     """The wrapped model after fine-tuning; with ``frozen`` of the head only."""
     joint = joint_map(family, networks, frozen)
@@ -167,7 +167,7 @@ def fine_tuned(
             head=joint.head,
             frozen=frozen,
             levels=LEVELS,
-            objective=f2.VolumeRegression(chunk=256)
+            objective=f2.objectives.VolumeRegression(chunk=256)
             if frozen
             else f2.TrajectoryRegression(
                 nodes=20,
@@ -175,7 +175,7 @@ def fine_tuned(
                 chunk=512,
                 unroll=0.25,
                 starts={"data": 0.1, "perturbed": 0.1, "mixed": 0.25, "path": 0.05, "noise": 0.5},
-                quantisation=f2.Quantisation(LEVELS),
+                quantization=f2.Quantization(LEVELS),
                 intervals=f2.Intervals("both", diagonal=0.1, grid=0.6, to_noise=0.7),
             ),
             optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99)),
@@ -223,18 +223,18 @@ def agreement(value: Tensor, reference: Tensor) -> dict[str, float]:
     }
 
 
-def classifier(data: f2.Digits, path: Path) -> nn.Sequential:
-    """A small classifier of the dequantised training images; its last hidden layer gives features."""
+def classifier(data: f2.data.Digits, path: Path) -> nn.Sequential:
+    """A small classifier of the dequantized training images; its last hidden layer gives features."""
     network = nn.Sequential(
         nn.Flatten(), nn.Linear(DIM, 128), nn.SiLU(), nn.Dropout(0.2), nn.Linear(128, 32), nn.SiLU(), nn.Linear(32, 10)
     )
 
     def make() -> dict[str, Any]:
-        labelled = f2.Digits(labels=True).dataset("train")
+        labelled = f2.data.Digits(labels=True).dataset("train")
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
         for _ in range(2000):
             rows = torch.randint(len(labelled.values), (128,))
-            x = f2.Quantisation(LEVELS).dequantise(labelled.values[rows])
+            x = f2.Quantization(LEVELS).dequantize(labelled.values[rows])
             loss = nn.functional.cross_entropy(network(x), labelled.labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -259,13 +259,13 @@ def frechet(a: Tensor, b: Tensor) -> float:
 class Scorer:
     """Scores samples: distance of features to all real images, and likelihood under a velocity."""
 
-    def __init__(self, data: f2.Digits, velocity: nn.Module, path: Path) -> None:
+    def __init__(self, data: f2.data.Digits, velocity: nn.Module, path: Path) -> None:
         self.network = classifier(data, path)[:-1]
         self.velocity = velocity
         real = torch.cat([data.dataset(split).values for split in ("train", "val", "test")])
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.real = self.network(f2.Quantisation(LEVELS).dequantise(real))
+            self.real = self.network(f2.Quantization(LEVELS).dequantize(real))
         self.noise = torch.randn(4000, *SHAPE, generator=torch.Generator().manual_seed(1))
 
     def __call__(self, samples: Tensor) -> dict[str, float]:
@@ -279,7 +279,7 @@ def measure(
     networks: tuple[nn.Module, ...],
     joint: f2.JointFlowMap,
     frozen: f2.JointFlowMap,
-    data: f2.Digits,
+    data: f2.data.Digits,
     folder: Path,
 ) -> dict[str, Any]:
     """All the table's figures of one family."""
@@ -354,7 +354,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     family, folder = FAMILIES[name], Path(options.out) / f"seed{options.seed}_steps{options.steps}" / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "result.json"
-    data = f2.Digits(batch_size=512, eval_batch_size=300, seed=options.seed)
+    data = f2.data.Digits(batch_size=512, eval_batch_size=300, seed=options.seed)
 
     def stage(text: str) -> None:
         L.seed_everything(options.seed, verbose=False)

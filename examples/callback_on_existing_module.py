@@ -48,7 +48,7 @@ class MeanFlowLightning(L.LightningModule):
 def train(steps: int, callbacks: list[L.Callback]) -> tuple[MeanFlowLightning, L.Trainer]:
     """Train with given callbacks."""
     L.seed_everything(0, verbose=False)
-    data = f2.Digits(batch_size=256)
+    data = f2.data.Digits(batch_size=256)
     batches = torch.cat(list(data.train_dataloader()))
     module = MeanFlowLightning(batches.mean(0), batches.std(0), steps)
     trainer = L.Trainer(

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 import f2d2_lightning as f2
-from f2d2_lightning.inversion import map_jacobian
+from f2d2_lightning.likelihood.inversion import map_jacobian
+from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.nn import PreconditionedMLP
-from f2d2_lightning.sampling import normal_log_prob
 
 
-class DoubleWell(f2.FlowDataModule):
+class DoubleWell(f2.data.FlowDataModule):
     """``U(x, y) = (x^2 - 3)^2 / 2 + x / 5 + 4 (y - x^2 / 4)^2``, in units of ``kT``, and exact samples of each well.
 
     Two curved wells around ``x = -1.7`` and ``x = 1.7``, a barrier of 4.5 between them, the left one deeper. Samples
@@ -42,10 +42,10 @@ class DoubleWell(f2.FlowDataModule):
         self.count = count
         # cells of a grid outside of which exp(-U) is below 1e-15 of its maximum
         x, y = torch.linspace(-3.5, 3.5, 1001, dtype=torch.float64), torch.linspace(-3, 6, 1001, dtype=torch.float64)
-        self.centres = torch.cartesian_prod((x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2)
+        self.centers = torch.cartesian_prod((x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2)
         self.cell = torch.stack((x[1] - x[0], y[1] - y[0]))
-        self.density = (-self.energy(self.centres)).exp()
-        self.in_left = self.centres[:, 0] < 0
+        self.density = (-self.energy(self.centers)).exp()
+        self.in_left = self.centers[:, 0] < 0
         self.log_z = float((self.density.sum() * self.cell.prod()).log())
         self.left = float(self.density[self.in_left].sum() / self.density.sum())
 
@@ -70,7 +70,7 @@ class DoubleWell(f2.FlowDataModule):
             uniform = cumulative[-1] * torch.rand(count, generator=generator, dtype=torch.float64)
             cells = torch.searchsorted(cumulative, uniform).clamp_max(len(cumulative) - 1)
             inside = torch.rand(count, 2, generator=generator, dtype=torch.float64) - 0.5
-            return (self.centres[cells] + inside * self.cell).float()
+            return (self.centers[cells] + inside * self.cell).float()
 
         return {name: (draw(count), None) for name, count in {"train": self.count, "val": 1000, "test": 1000}.items()}
 
@@ -102,7 +102,7 @@ def exact_log_prob(student: f2.F2D2Module, noise: Tensor, steps: int) -> Tensor:
     return normal_log_prob(noise) - torch.linalg.slogdet(jacobian).logabsdet
 
 
-def train(module: f2.FlowModule, data: DoubleWell, steps: int) -> None:
+def train(module: f2.modules.FlowModule, data: DoubleWell, steps: int) -> None:
     """Train quietly."""
     trainer = L.Trainer(
         max_steps=steps,
@@ -129,7 +129,7 @@ def main() -> None:
     train(teacher, data, options.steps)
     student = f2.F2D2Module(
         teacher=teacher,
-        estimator=f2.Exact(),
+        estimator=f2.divergence.Exact(),
         objective=f2.TrajectoryRegression(
             nodes=32,
             capacity=12_000,

@@ -1,7 +1,7 @@
 """Out-of-distribution detection by the likelihood, in one to eight evaluations instead of hundreds.
 
 Scans of digits are told from altered ones by their log-likelihood under a few-step student, and under its teacher on
-the same dequantised points. The area under the ROC curve (AUROC) is the chance that an altered image gets the higher
+the same dequantized points. The area under the ROC curve (AUROC) is the chance that an altered image gets the higher
 score: once for ``-log p``, once for ``|log p - mean|`` with the mean of validation images.
 
 The likelihood is a weak detector where the altered images are as smooth as the data or smoother: a model may find
@@ -34,9 +34,9 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 import f2d2_lightning as f2
-from f2d2_lightning.checkpoints import load_module
-from f2d2_lightning.data import DequantisedDataset
+from f2d2_lightning.data.module import DequantizedDataset
 from f2d2_lightning.nn import PreconditionedMLP
+from f2d2_lightning.training.loading import load_module
 
 SHAPE, LEVELS, STEPS = (1, 8, 8), 17, (1, 2, 4, 8)
 
@@ -60,7 +60,7 @@ def alterations() -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-class Widened(f2.Digits):
+class Widened(f2.data.Digits):
     """Training images for the student: some as they are, some blended with another one, some of less contrast.
 
     Args:
@@ -86,7 +86,7 @@ class Widened(f2.Digits):
 def train(steps: int, widen: float) -> f2.F2D2Module:
     """A small teacher and its student."""
 
-    def fit(module: f2.FlowModule, data: f2.Digits) -> None:
+    def fit(module: f2.modules.FlowModule, data: f2.data.Digits) -> None:
         trainer = L.Trainer(
             max_steps=steps,
             gradient_clip_val=1.0,
@@ -105,7 +105,7 @@ def train(steps: int, widen: float) -> f2.F2D2Module:
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3, weight_decay=2.0, betas=(0.9, 0.99)),
         ema_decay=0.998,
     )
-    fit(teacher, f2.Digits(batch_size=256))
+    fit(teacher, f2.data.Digits(batch_size=256))
     student = f2.F2D2Module(
         PreconditionedMLP(SHAPE, width=256),
         SHAPE,
@@ -116,7 +116,7 @@ def train(steps: int, widen: float) -> f2.F2D2Module:
             nodes=40,
             capacity=6000,
             starts={"data": 0.6, "perturbed": 0.1, "mixed": 0.1, "path": 0.05, "noise": 0.15},
-            quantisation=f2.Quantisation(LEVELS),
+            quantization=f2.Quantization(LEVELS),
             unroll=0.5,
         ),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.99)),
@@ -162,12 +162,12 @@ def main() -> None:
     methods["teacher"] = lambda x: reference(velocity, x).value
 
     def evaluate(values: Tensor, seed: int) -> dict[str, Tensor]:
-        points = DequantisedDataset(values, quantisation=f2.Quantisation(LEVELS), seed=seed)
+        points = DequantizedDataset(values, quantization=f2.Quantization(LEVELS), seed=seed)
         x = points.__getitems__(list(range(len(points))))
         with torch.no_grad():
             return {name: method(x) for name, method in methods.items()}
 
-    data = f2.Digits()
+    data = f2.data.Digits()
     # a short run shows that it runs, on a few images; the teacher's likelihoods are most of the time
     count = 300 if options.ckpt or options.steps >= 100 else 20
     test = data.dataset("test").values[:count]

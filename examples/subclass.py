@@ -22,7 +22,7 @@ from f2d2_lightning.nn import PreconditionedMLP
 class MixtureStudent(f2.F2D2Module):
     """A student whose teacher is the exact velocity of a Gaussian mixture."""
 
-    def __init__(self, mixture: f2.MixtureFlow, **kwargs: Any) -> None:
+    def __init__(self, mixture: f2.flows.MixtureFlow, **kwargs: Any) -> None:
         backbone = PreconditionedMLP((2,), covariance="full", width=128, blocks=3, expansion=2)
         super().__init__(flow_map=backbone, shape=(2,), **kwargs)
         self.mixture = mixture
@@ -31,9 +31,9 @@ class MixtureStudent(f2.F2D2Module):
         """What validation compares with."""
         return self.mixture.velocity
 
-    def make_source(self) -> tuple[f2.VelocitySource, f2.VelocitySource]:
+    def make_source(self) -> tuple[f2.objectives.VelocitySource, f2.objectives.VelocitySource]:
         """Targets with the exact divergence: two dimensions are few."""
-        source = f2.TeacherSource(self.mixture.velocity, f2.Exact())
+        source = f2.objectives.TeacherSource(self.mixture.velocity, f2.divergence.Exact())
         return source, source
 
     def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000, help="training steps")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
-    data = f2.GaussianMixture(batch_size=512)
+    data = f2.data.GaussianMixture(batch_size=512)
     student = MixtureStudent(
         data.flow,
         objective=f2.TrajectoryRegression(nodes=40, capacity=16_000, chunk=512, starts={"data": 0.6, "noise": 0.4}),

@@ -79,7 +79,7 @@ class Perceptron(nn.Module):
         return self.gain(time) * z + self.outlet(self.norm(h))
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """Base of the networks: pixel statistics, and the average velocity of a Gaussian with them on the linear path.
 
     Inside, time is the share of data: ``x_t = (1 - t) eps + t x_1``.
@@ -100,15 +100,15 @@ class Normalised(nn.Module):
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, time_features: Tensor) -> Tensor:
         start, end = self.variance(s), self.variance(t)
-        centred = x.flatten(1) - s[:, None] * self.mean
+        centered = x.flatten(1) - s[:, None] * self.mean
         # the variances' divided difference, so that s = t is no special case
         growth = (s + t)[:, None] * self.std**2 - (2 - s - t)[:, None]
         slope = growth / (start * ((end / start).sqrt() + 1))
-        answer = self.perceptron(centred / start.sqrt(), time_features)
-        return (self.mean + slope * centred + self.scale(s) * answer).reshape(x.shape)
+        answer = self.perceptron(centered / start.sqrt(), time_features)
+        return (self.mean + slope * centered + self.scale(s) * answer).reshape(x.shape)
 
 
-class ShortcutNet(Normalised):
+class ShortcutNet(Normalized):
     """Shortcut model, ``net(x, t, dt, y)``: time runs from noise (0) to data (1), ``dt > 0`` is the step's length.
 
     Frans et al., 2024, https://arxiv.org/abs/2410.12557
@@ -125,7 +125,7 @@ class ShortcutNet(Normalised):
         return self.average_velocity(x, t, t, features)
 
 
-class MeanFlowNet(Normalised):
+class MeanFlowNet(Normalized):
     """MeanFlow, ``net(x, (t, h), aug_cond)``: time runs from data (0) to noise (1); ``z_r = z_t - h u``, ``h = t - r``.
 
     Geng et al., 2025, https://arxiv.org/abs/2505.13447
@@ -141,7 +141,7 @@ class MeanFlowNet(Normalised):
         return -self.average_velocity(x, 1 - t, 1 - r, features)
 
 
-class FlowMapNet(Normalised):
+class FlowMapNet(Normalized):
     """Flow map, ``net(s, t, x)``: ``X_{s,t}(x) = x + (t - s) net(s, t, x)``, time runs from noise (0) to data (1).
 
     Boffi et al., 2025, https://arxiv.org/abs/2505.18825
@@ -155,7 +155,7 @@ class FlowMapNet(Normalised):
         return self.average_velocity(x, s, t, features)
 
 
-class ConsistencyNet(Normalised):
+class ConsistencyNet(Normalized):
     """Denoiser or consistency model, ``net(x, sigma) -> clean image`` of ``x = x_1 + sigma eps``.
 
     c_skip is one and c_out is zero at ``sigma = 0``, so that it answers the state there. Song et al., 2023,
@@ -168,9 +168,9 @@ class ConsistencyNet(Normalised):
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         level = sigma[:, None]
         total = level**2 + self.std**2
-        centred = x.flatten(1) - self.mean
-        answer = self.perceptron(centred / total.sqrt(), phase_features(torch.ones_like(sigma), sigma))
-        clean = self.mean + self.std**2 / total * centred + level * self.std / total.sqrt() * answer
+        centered = x.flatten(1) - self.mean
+        answer = self.perceptron(centered / total.sqrt(), phase_features(torch.ones_like(sigma), sigma))
+        clean = self.mean + self.std**2 / total * centered + level * self.std / total.sqrt() * answer
         return clean.reshape(x.shape)
 
 

@@ -29,11 +29,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="training steps, of the model and again of the wrapped")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
-    data = f2.Digits(batch_size=256)
-    images, quantisation = data.dataset("train").values, f2.Quantisation(LEVELS)
+    data = f2.data.Digits(batch_size=256)
+    images, quantization = data.dataset("train").values, f2.Quantization(LEVELS)
 
     def draw() -> Tensor:
-        return quantisation.dequantise(images[torch.randint(len(images), (256,))])
+        return quantization.dequantize(images[torch.randint(len(images), (256,))])
 
     # somebody else's model: net(x, t, dt), dt > 0
     many = torch.cat([draw() for _ in range(40)])
@@ -56,7 +56,7 @@ def main() -> None:
             nodes=20,
             capacity=6000,
             starts={"data": 0.1, "perturbed": 0.1, "mixed": 0.25, "path": 0.05, "noise": 0.5},
-            quantisation=quantisation,
+            quantization=quantization,
         ),
         warmup=100,
         ema_decay=0.995,

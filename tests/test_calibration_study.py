@@ -12,8 +12,9 @@ import torch
 
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
-from f2d2_lightning.flow_map import Joint
-from f2d2_lightning.sampling import normal_log_prob
+from f2d2_lightning.flows import Joint
+from f2d2_lightning.likelihood.sampling import normal_log_prob
+from f2d2_lightning.objectives.base import Examples
 from problems import PROBLEMS as CLOSED_FORMS
 from problems import Student
 
@@ -196,11 +197,11 @@ def test_energy_distance_of_two_normals():
 def objective_parts():
     problem = CLOSED_FORMS["gaussian-vector-linear"]()
     student = Student(problem.field)
-    source = f2.TeacherSource(problem.field, f2.Exact())
+    source = f2.objectives.TeacherSource(problem.field, f2.divergence.Exact())
     return problem, student, source, problem.states(64, 1.0)
 
 
-class Fixed(f2.Objective):
+class Fixed(f2.objectives.Objective):
     """A loss that is a given number, and remembers the progress it was told."""
 
     def __init__(self, value):
@@ -213,7 +214,7 @@ class Fixed(f2.Objective):
     def __call__(self, *args, progress=0.0, **kwargs):
         self.seen.append(progress)
         number = torch.tensor(float(self.value))
-        return f2.Terms(number, number, number, number, number)
+        return f2.objectives.Terms(number, number, number, number, number)
 
 
 def test_a_mixture_takes_its_parts_as_often_as_it_says():
@@ -267,7 +268,7 @@ def test_uncertainty_weighting_settles_where_learned_variances_do():
     for _ in range(400):
         x = torch.randn(64, 3)
         off = Joint(x + 0.1 * torch.randn(64, 3), 50 * torch.randn(64))
-        examples = f2.objectives.Examples(x, torch.zeros(64), torch.ones(64), None, Joint(x, torch.zeros(64)))
+        examples = Examples(x, torch.zeros(64), torch.ones(64), None, Joint(x, torch.zeros(64)))
         terms = weighting(off, examples)
     close(weighting.means, torch.tensor([0.01, 50**2 / 3]), rtol=0.15, atol=0)
     assert float(terms.velocity_loss) == pytest.approx(1, abs=0.5)
@@ -320,7 +321,7 @@ def test_every_choice_makes_a_student(choice):
         return
     problem = dataclasses.replace(PROBLEMS[choice.problems[0]])
     if problem.name == "fashion":
-        problem = dataclasses.replace(problem, data=lambda batch: f2.Checkerboard(count=100))
+        problem = dataclasses.replace(problem, data=lambda batch: f2.data.Checkerboard(count=100))
     default = Recipe.of(problem)
     recipe = choice.change(default)
     assert recipe != default
@@ -337,8 +338,8 @@ def test_a_run_is_made_once_and_reported(tmp_path, name):
     """Through training, measures, table and figure, on a small board with a teacher of a few steps."""
     small = {**PROBLEMS["checkerboard"].trajectories, "capacity": 64, "nodes": 8, "chunk": 64}
     problem = dataclasses.replace(
-        PROBLEMS["checkerboard"], data=lambda batch: f2.Checkerboard(count=400, batch_size=64), batch=64, tested=50,
-        drawn=40, reference_steps=10, trajectories=small, folder=tmp_path,
+        PROBLEMS["checkerboard"], data=lambda batch: f2.data.Checkerboard(count=400, batch_size=64), batch=64,
+        tested=50, drawn=40, reference_steps=10, trajectories=small, folder=tmp_path,
     )  # fmt: skip
     teacher = f2.FlowMatchingModule(problem.network(), shape=(2,), warmup=1)
     import lightning as L

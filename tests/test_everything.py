@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from f2d2_lightning.cli import main
-from f2d2_lightning.feature_networks import SmallFeatures
+from f2d2_lightning.metrics import SmallFeatures
 from lightning_parts import CONFIGS
 
 STEPS = (1, 2, 4, 8)

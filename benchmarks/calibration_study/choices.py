@@ -18,7 +18,7 @@ from calibration_study.variants import (
     Phases,
     UncertaintyWeighting,
 )
-from f2d2_lightning.official import DyadicIntervals
+from f2d2_lightning.modules.official import DyadicIntervals
 
 __all__ = ["CHOICES", "Choice"]
 
@@ -53,7 +53,7 @@ def _trajectories(**changes: Any) -> Callable[[Recipe], Recipe]:
     return lambda recipe: recipe.but(trajectories=recipe.trajectories | changes)
 
 
-def _objective(make: Callable[[Recipe], f2.Objective]) -> Callable[[Recipe], Recipe]:
+def _objective(make: Callable[[Recipe], f2.objectives.Objective]) -> Callable[[Recipe], Recipe]:
     return lambda recipe: recipe.but(make_objective=make)
 
 
@@ -96,7 +96,7 @@ def _official(recipe: Recipe) -> Recipe:
     weight = recipe.problem.dim * (3072 / 20_000 / recipe.problem.dim) ** 2
     weighting = f2.Weighting(units="velocity", divergence=weight)
     return recipe.but(
-        make_objective=lambda r: f2.Semigroup("midpoint", DyadicIntervals(), weighting),
+        make_objective=lambda r: f2.objectives.Semigroup("midpoint", DyadicIntervals(), weighting),
         directions="to_data",
         head={"hidden": 128, "layers": 2},
         covariance=None,
@@ -108,22 +108,22 @@ def _to_data(recipe: Recipe) -> Recipe:
     return recipe.but(directions="to_data", trajectories=recipe.trajectories | {"likelihood_of_data": False})
 
 
-def _midpoint(estimator: Callable[[Recipe], f2.DivergenceEstimator]) -> Callable[[Recipe], Recipe]:
+def _midpoint(estimator: Callable[[Recipe], f2.divergence.DivergenceEstimator]) -> Callable[[Recipe], Recipe]:
     """The midpoint rule with another estimator; pools have their own rows."""
     return lambda recipe: recipe.but(make_objective=_semigroup, estimator=estimator(recipe))
 
 
-def _semigroup(recipe: Recipe) -> f2.Objective:
-    return recipe.bootstrap(f2.Semigroup)
+def _semigroup(recipe: Recipe) -> f2.objectives.Objective:
+    return recipe.bootstrap(f2.objectives.Semigroup)
 
 
-def _with_control(recipe: Recipe) -> f2.DivergenceEstimator:
+def _with_control(recipe: Recipe) -> f2.divergence.DivergenceEstimator:
     fit = f2.GaussianBaseline(recipe.problem.shape, recipe.covariance or "full")
     fit.fit([first_states(recipe.problem.data(1000).dataset("train"), 5000)])
     return f2.Hutchinson(1, control=fit)
 
 
-def _whole_steps(recipe: Recipe) -> f2.Objective:
+def _whole_steps(recipe: Recipe) -> f2.objectives.Objective:
     """The last quarter on the cached log-determinants of the likelihood grids' whole steps, and nothing else."""
     last = recipe.make_intervals(diagonal=0.0, grid=1.0, to_noise=1.0)
     first = recipe.regression(unroll=0.0)
@@ -139,7 +139,7 @@ def _sharing(composed: Phases | Mixture) -> Phases | Mixture:
     return composed
 
 
-def _squared_at_the_end(recipe: Recipe) -> f2.Objective:
+def _squared_at_the_end(recipe: Recipe) -> f2.objectives.Objective:
     """Adaptive errors, then squared ones in the last half."""
     adaptive = replace(recipe.weighting, adaptive=0.5)
     plain = replace(recipe.weighting, adaptive=0.0)
@@ -175,20 +175,21 @@ CHOICES: tuple[Choice, ...] = (
     Choice("direction", "to data only", _to_data, SMALL, {", official query": official, ", inverted": inverted}),
     # --- objective ---
     Choice("objective", "semigroup, midpoint", _objective(_semigroup), ALL),
-    Choice("objective", "semigroup, random split", _objective(lambda r: r.bootstrap(f2.Semigroup, split="random"))),
-    Choice("objective", "Lagrangian", _objective(lambda r: r.bootstrap(f2.Lagrangian))),
-    Choice("objective", "Eulerian", _objective(lambda r: r.bootstrap(f2.Eulerian))),
+    Choice("objective", "semigroup, random split",
+           _objective(lambda r: r.bootstrap(f2.objectives.Semigroup, split="random"))),
+    Choice("objective", "Lagrangian", _objective(lambda r: r.bootstrap(f2.objectives.Lagrangian))),
+    Choice("objective", "Eulerian", _objective(lambda r: r.bootstrap(f2.objectives.Eulerian))),
     Choice(
         "objective", "trajectories and midpoint, half and half",
-        _objective(lambda r: Mixture((0.5, 0.5), r.regression(), r.bootstrap(f2.Semigroup))),
+        _objective(lambda r: Mixture((0.5, 0.5), r.regression(), r.bootstrap(f2.objectives.Semigroup))),
     ),
     Choice(
         "objective", "midpoint, then trajectories",
-        _objective(lambda r: Phases((0.0, 0.5), r.bootstrap(f2.Semigroup), r.regression(unroll=0.5))),
+        _objective(lambda r: Phases((0.0, 0.5), r.bootstrap(f2.objectives.Semigroup), r.regression(unroll=0.5))),
     ),
     Choice(
         "objective", "trajectories, then midpoint",
-        _objective(lambda r: Phases((0.0, 0.75), r.regression(unroll=0.0), r.bootstrap(f2.Semigroup))),
+        _objective(lambda r: Phases((0.0, 0.75), r.regression(unroll=0.0), r.bootstrap(f2.objectives.Semigroup))),
     ),
     # --- whole paths ---
     Choice("whole paths", "never", _trajectories(unroll=0.0), ALL),
@@ -207,18 +208,19 @@ CHOICES: tuple[Choice, ...] = (
     Choice("starts", "likelihood from data's trajectories alone", _trajectories(likelihood_of_data=True)),
     Choice("starts", "likelihood from all trajectories", _trajectories(likelihood_of_data=False), ("fashion",)),
     # --- divergence target ---
-    Choice("divergence target", "trajectories, exact", lambda r: r.but(estimator=f2.Exact()), ("digits",)),
+    Choice("divergence target", "trajectories, exact", lambda r: r.but(estimator=f2.divergence.Exact()), ("digits",)),
     Choice("divergence target", "trajectories, 1 probe", lambda r: r.but(estimator=f2.Hutchinson(1)), SMALL[:1]),
     Choice("divergence target", "trajectories, 4 probes", lambda r: r.but(estimator=f2.Hutchinson(4))),
     Choice(
         "divergence target", "trajectories, 1 probe, Gaussian control variate",
         lambda r: r.but(estimator=_with_control(r)),
     ),
-    Choice("divergence target", "midpoint, exact", _midpoint(lambda r: f2.Exact()), SMALL[:1]),
+    Choice("divergence target", "midpoint, exact", _midpoint(lambda r: f2.divergence.Exact()), SMALL[:1]),
     Choice("divergence target", "midpoint, 4 probes", _midpoint(lambda r: f2.Hutchinson(4))),
     Choice("divergence target", "midpoint, 1 probe, Gaussian control variate", _midpoint(_with_control)),
-    Choice("divergence target", "midpoint, conditional", _midpoint(lambda r: f2.Conditional(handover=0.97))),
-    Choice("divergence target", "midpoint, conditional, then Hutchinson", _midpoint(lambda r: f2.Conditional())),
+    Choice("divergence target", "midpoint, conditional", _midpoint(lambda r: f2.divergence.Conditional(handover=0.97))),
+    Choice("divergence target", "midpoint, conditional, then Hutchinson",
+           _midpoint(lambda r: f2.divergence.Conditional())),
     Choice("divergence target", "midpoint, targets of the weight average",
            _objective(lambda r: r.bootstrap(AveragedTargets))),
     # --- head ---

@@ -18,10 +18,11 @@ import f2d2_lightning as f2
 from calibration_study.problems import Problem
 from calibration_study.recipes import Query, own
 from f2d2_lightning.divergence import Hutchinson
-from f2d2_lightning.flow_map import Direction
-from f2d2_lightning.integrator import integrate, trajectory_times
-from f2d2_lightning.sampling import normal_log_prob, time_grid
-from f2d2_lightning.sources import TeacherSource
+from f2d2_lightning.flows import Direction
+from f2d2_lightning.likelihood.sampling import normal_log_prob
+from f2d2_lightning.likelihood.time_grids import time_grid
+from f2d2_lightning.objectives import TeacherSource
+from f2d2_lightning.objectives.integrator import integrate, trajectory_times
 
 __all__ = ["PARTS", "Fault", "TruePath", "choose_grid", "faults", "judge", "likelihoods", "true_path"]
 
@@ -140,7 +141,9 @@ def true_path(problem: Problem, joint: f2.JointFlowMap, count: int, nodes: int |
     arguments, baseline = problem.trajectories, joint.head.baseline
     nodes = nodes or arguments["nodes"]
     times = trajectory_times(nodes, (1, 2, 4, 8), baseline, arguments.get("near_data", 0.0))[::-1]
-    source = TeacherSource(problem.teacher.average.velocity, f2.Exact() if problem.dim <= 8 else Hutchinson(1))
+    source = TeacherSource(
+        problem.teacher.average.velocity, f2.divergence.Exact() if problem.dim <= 8 else Hutchinson(1)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         states, change = integrate(source, problem.points["test"][:count], times, None, baseline)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import f2d2_lightning as f2
-from f2d2_lightning.checkpoints import load_module
-from f2d2_lightning.feature_networks import SmallFeatures
-from f2d2_lightning.feature_statistics import FeatureStatistics, feature_statistics
-from f2d2_lightning.files import whole_file
+from f2d2_lightning.likelihood import state_images
+from f2d2_lightning.metrics import SmallFeatures
+from f2d2_lightning.metrics.image import FeatureStatistics, feature_statistics
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
-from f2d2_lightning.pixels import state_images
+from f2d2_lightning.training.loading import load_module
+from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["PROBLEMS", "Problem", "energy_distance", "first_states", "held"]
 
@@ -61,7 +61,7 @@ class Problem:
     name: str
     shape: tuple[int, ...]
     levels: int | None
-    data: Callable[[int], f2.FlowDataModule]
+    data: Callable[[int], f2.data.FlowDataModule]
     network: Callable[..., f2.FlowMap]
     features: int
     head: dict[str, Any]
@@ -75,7 +75,7 @@ class Problem:
     reference_steps: int
     weighting: dict[str, Any] = field(default_factory=dict)
     near_data: float = 0.0
-    estimator: Callable[[], f2.DivergenceEstimator] = f2.Hutchinson
+    estimator: Callable[[], f2.divergence.DivergenceEstimator] = f2.Hutchinson
     exact: bool = True
     folder: Path = Path("runs")
 
@@ -101,7 +101,7 @@ class Problem:
             return
         config = Path(__file__).parents[2] / "configs" / f"{self.name}_teacher.yaml"
         logger = f"--trainer.logger.init_args.save_dir={self.folder}"
-        start = "from f2d2_lightning.cli import main; main()"
+        start = "from f2d2_lightning.cli._main import main; main()"
         command = [sys.executable, "-c", start, "fit", "--config", str(config), logger]
         subprocess.run(command, check=True, stdout=sys.stderr)
 
@@ -158,7 +158,7 @@ class Problem:
 
         path = self.folder / self.name / "features.pt"
         if not path.exists():
-            data = f2.Digits(labels=True) if self.name == "digits" else f2.FashionMNIST(labels=True)
+            data = f2.data.Digits(labels=True) if self.name == "digits" else f2.data.FashionMNIST(labels=True)
             with torch.enable_grad(), torch.random.fork_rng():
                 network = train(data, EPOCHS[self.name], SHIFT[self.name], 0)
             network.save(path)
@@ -219,23 +219,24 @@ def _fashion_network(directions: str = "both") -> nn.Module:
 def _problems() -> Sequence[Problem]:
     return (
         Problem(
-            "checkerboard", (2,), None, lambda batch: f2.Checkerboard(batch_size=batch), _board_network, 128,
+            "checkerboard", (2,), None, lambda batch: f2.data.Checkerboard(batch_size=batch), _board_network, 128,
             {"hidden": 64, "layers": 2, "per_axis": True}, "full",
             {"nodes": 32, "capacity": 6000, "chunk": 512,
              "starts": {"data": 0.4, "perturbed": 0.2, "path": 0.2, "noise": 0.2}},
-            budget=600, batch=256, rate=2e-3, tested=2000, drawn=2000, reference_steps=200, estimator=f2.Exact,
+            budget=600, batch=256, rate=2e-3, tested=2000, drawn=2000, reference_steps=200,
+            estimator=f2.divergence.Exact,
         ),
         Problem(
-            "digits", (1, 8, 8), 17, lambda batch: f2.Digits(batch_size=batch, eval_batch_size=300), _digits_network,
-            512, {"hidden": 128, "layers": 0, "per_axis": True}, "diagonal",
-            {"nodes": 20, "capacity": 4000, "chunk": 256, "unroll": 0.25, "quantisation": f2.Quantisation(17),
+            "digits", (1, 8, 8), 17, lambda batch: f2.data.Digits(batch_size=batch, eval_batch_size=300),
+            _digits_network, 512, {"hidden": 128, "layers": 0, "per_axis": True}, "diagonal",
+            {"nodes": 20, "capacity": 4000, "chunk": 256, "unroll": 0.25, "quantization": f2.Quantization(17),
              "starts": {"data": 0.1, "perturbed": 0.1, "mixed": 0.25, "path": 0.05, "noise": 0.5}},
             budget=600, batch=256, rate=1e-3, tested=300, drawn=2000, reference_steps=500,
         ),
         Problem(
-            "fashion", (1, 28, 28), 256, lambda batch: f2.FashionMNIST(batch_size=batch), _fashion_network, 32,
+            "fashion", (1, 28, 28), 256, lambda batch: f2.data.FashionMNIST(batch_size=batch), _fashion_network, 32,
             {"hidden": 64, "layers": 1, "per_axis": True, "patch": 2}, "diagonal",
-            {"nodes": 32, "capacity": 1000, "chunk": 128, "unroll": 0.25, "quantisation": f2.Quantisation(256),
+            {"nodes": 32, "capacity": 1000, "chunk": 128, "unroll": 0.25, "quantization": f2.Quantization(256),
              "near_data": 0.5, "starts": {"data": 0.6, "path": 0.1, "noise": 0.3}, "recompute": False,
              "likelihood_of_data": True},
             budget=200, batch=64, rate=2e-3, tested=64, drawn=400, reference_steps=100, near_data=0.6,

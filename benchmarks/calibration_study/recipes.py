@@ -14,7 +14,7 @@ import f2d2_lightning as f2
 from calibration_study.problems import Problem
 from calibration_study.variants import AveragedTargets, WithoutGradient
 from f2d2_lightning.likelihood import LogProb
-from f2d2_lightning.official import official_log_prob
+from f2d2_lightning.modules.official import official_log_prob
 
 __all__ = ["Query", "Recipe", "StudyModule", "inverted", "official", "own"]
 
@@ -59,12 +59,12 @@ class Recipe:
     """
 
     problem: Problem
-    make_objective: Callable[[Recipe], f2.Objective]
+    make_objective: Callable[[Recipe], f2.objectives.Objective]
     directions: str = "both"
     trajectories: dict[str, Any] = field(default_factory=dict)
     intervals: dict[str, Any] = field(default_factory=dict)
     weighting: f2.Weighting = field(default_factory=f2.Weighting)
-    estimator: f2.DivergenceEstimator = field(default_factory=f2.Hutchinson)
+    estimator: f2.divergence.DivergenceEstimator = field(default_factory=f2.Hutchinson)
     head: dict[str, Any] = field(default_factory=dict)
     covariance: str | None = None
     detached: bool = False
@@ -90,14 +90,16 @@ class Recipe:
     def make_intervals(self, **changes: Any) -> f2.Intervals:
         return f2.Intervals(directions=self.directions, **(self.intervals | changes))
 
-    def regression(self, kind: type[f2.TrajectoryRegression] = f2.TrajectoryRegression, **changes: Any) -> f2.Objective:
+    def regression(
+        self, kind: type[f2.TrajectoryRegression] = f2.TrajectoryRegression, **changes: Any
+    ) -> f2.objectives.Objective:
         """Trajectory regression with the recipe's settings, some of them changed."""
         intervals = changes.pop("intervals", None) or self.make_intervals()
         weighting = changes.pop("weighting", self.weighting)
         arguments = self.trajectories | changes
         return kind(intervals=intervals, weighting=weighting, cache=self.cache, **arguments)
 
-    def bootstrap(self, kind: type[f2.Objective], **arguments: Any) -> f2.Objective:
+    def bootstrap(self, kind: type[f2.objectives.Objective], **arguments: Any) -> f2.objectives.Objective:
         """An objective that bootstraps, half of it on the diagonal, where the teacher comes in."""
         intervals = self.make_intervals(diagonal=0.5, grid=0.25)
         return kind(intervals=intervals, weighting=self.weighting, **arguments)

@@ -21,7 +21,7 @@ from calibration_study.measures import choose_grid, judge, likelihoods
 from calibration_study.problems import Problem
 from calibration_study.recipes import Recipe, StudyModule, inverted, own
 from calibration_study.variants import log_snr_grid
-from f2d2_lightning.files import whole_file
+from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["STEPS", "run", "run_folder"]
 

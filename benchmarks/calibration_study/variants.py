@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import f2d2_lightning as f2
-from f2d2_lightning.flow_map import FlowMap, Joint, JointMap
-from f2d2_lightning.objectives import Examples, baseline_of, unit_baseline
-from f2d2_lightning.paths import expand_time
-from f2d2_lightning.sampling import time_grid
-from f2d2_lightning.trajectory import TrajectoryPool
+from f2d2_lightning.flows import FlowMap, Joint, JointMap
+from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.likelihood.time_grids import time_grid
+from f2d2_lightning.objectives import TrajectoryPool
+from f2d2_lightning.objectives.base import Examples, baseline_of, unit_baseline
 
 __all__ = [
     "AveragedTargets",
@@ -28,10 +28,10 @@ __all__ = [
 ]
 
 
-class _Composed(f2.Objective):
+class _Composed(f2.objectives.Objective):
     """An objective made of others; they share intervals' directions."""
 
-    def __init__(self, *parts: f2.Objective) -> None:
+    def __init__(self, *parts: f2.objectives.Objective) -> None:
         super().__init__(parts[0].intervals, parts[0].weighting, parts[0].path)
         if len({part.directions for part in parts}) != 1:
             raise ValueError(f"the parts train different directions: {[part.directions for part in parts]}")
@@ -51,11 +51,11 @@ class _Composed(f2.Objective):
 class Mixture(_Composed):
     """Each step trains on one of several objectives, drawn with given shares."""
 
-    def __init__(self, shares: tuple[float, ...], *parts: f2.Objective) -> None:
+    def __init__(self, shares: tuple[float, ...], *parts: f2.objectives.Objective) -> None:
         super().__init__(*parts)
         self.shares = torch.tensor(shares)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> f2.Terms:
+    def __call__(self, *args: Any, **kwargs: Any) -> f2.objectives.Terms:
         chosen = int(torch.multinomial(self.shares, 1, generator=self.structure))
         return self.parts[chosen](*args, **kwargs)
 
@@ -63,11 +63,11 @@ class Mixture(_Composed):
 class Phases(_Composed):
     """One objective after another; each sees its own progress from 0 to 1."""
 
-    def __init__(self, starts: tuple[float, ...], *parts: f2.Objective) -> None:
+    def __init__(self, starts: tuple[float, ...], *parts: f2.objectives.Objective) -> None:
         super().__init__(*parts)
         self.edges = (*starts, 1.0)
 
-    def __call__(self, *args: Any, progress: float = 0.0, **kwargs: Any) -> f2.Terms:
+    def __call__(self, *args: Any, progress: float = 0.0, **kwargs: Any) -> f2.objectives.Terms:
         now = max(i for i, start in enumerate(self.edges[:-1]) if progress >= start)
         begin, end = self.edges[now], self.edges[now + 1]
         return self.parts[now](*args, progress=(progress - begin) / (end - begin), **kwargs)
@@ -82,18 +82,18 @@ class Cycle(_Composed):
         share: Share of the batch that goes round.
     """
 
-    def __init__(self, part: f2.Objective, weight: float, share: float = 0.25) -> None:
+    def __init__(self, part: f2.objectives.Objective, weight: float, share: float = 0.25) -> None:
         super().__init__(part)
         self.weight, self.share = weight, share
 
     def __call__(
         self,
         student: JointMap,
-        source: f2.VelocitySource,
+        source: f2.objectives.VelocitySource,
         data: Tensor,
         cond: Tensor | None = None,
         **kwargs: Any,
-    ) -> f2.Terms:
+    ) -> f2.objectives.Terms:
         terms = self.parts[0](student, source, data, cond, **kwargs)
         x = data[: max(1, int(self.share * len(data)))]
         steps = self.intervals.steps[int(torch.randint(len(self.intervals.steps), (), generator=self.structure))]
@@ -113,7 +113,9 @@ class UncertaintyWeighting(f2.Weighting):
     https://arxiv.org/abs/1705.07115): ``exp(-s) L + s`` is least at ``s = log L``.
     """
 
-    def __call__(self, predicted: Joint, examples: Examples, baseline: f2.GaussianBaseline | None = None) -> f2.Terms:
+    def __call__(
+        self, predicted: Joint, examples: Examples, baseline: f2.GaussianBaseline | None = None
+    ) -> f2.objectives.Terms:
         terms = super().__call__(predicted, examples, baseline)
         means = getattr(self, "means", None)
         now = torch.stack((terms.velocity_loss, terms.divergence_loss)).detach()
@@ -123,7 +125,7 @@ class UncertaintyWeighting(f2.Weighting):
         return terms._replace(loss=velocity + divergence, velocity_loss=velocity, divergence_loss=divergence)
 
 
-class AveragedTargets(f2.Semigroup):
+class AveragedTargets(f2.objectives.Semigroup):
     """The midpoint rule whose two short steps are the weight average's, as in shortcut models' released code."""
 
     average: JointMap | None = None

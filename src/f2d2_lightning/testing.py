@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.divergence import Exact, jacobian_product
-from f2d2_lightning.flow_map import Direction, FlowMap, JointMap
-from f2d2_lightning.heads import JointFlowMap
-from f2d2_lightning.paths import expand_time
+from f2d2_lightning.divergence.estimators import Exact, jacobian_product
+from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
+from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.nn.head import JointFlowMap
 
 __all__ = ["FlowMapContract"]
 

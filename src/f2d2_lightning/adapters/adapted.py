@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from f2d2_lightning.adapters.adapter import Adapter, check_conditioning
 from f2d2_lightning.adapters.features import FeatureTap, find_submodule, last_width
-from f2d2_lightning.flow_map import Direction, FlowMap, check_interval
-from f2d2_lightning.held import evaluating
+from f2d2_lightning.flows._held import evaluating
+from f2d2_lightning.flows.maps import Direction, FlowMap, check_interval
+from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.paths import expand_time
 
 __all__ = ["AdaptedFlowMap", "AddedInterval"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters.call import Call, ConventionError
-from f2d2_lightning.flow_map import Direction
-from f2d2_lightning.paths import like
+from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.flows.paths import like
 
 if TYPE_CHECKING:
     from f2d2_lightning.adapters.adapted import AdaptedFlowMap

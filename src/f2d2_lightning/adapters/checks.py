@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.adapters._asking import called, signature, undisturbed
+from f2d2_lightning.adapters._derivatives import check_derivative
+from f2d2_lightning.adapters._velocities import FEWEST_SAMPLES, check_velocity
 from f2d2_lightning.adapters.adapted import AdaptedFlowMap
 from f2d2_lightning.adapters.adapter import Adapter, check_conditioning
-from f2d2_lightning.adapters.asking import called, signature, undisturbed
 from f2d2_lightning.adapters.call import ConventionError
-from f2d2_lightning.adapters.derivatives import check_derivative
-from f2d2_lightning.adapters.velocities import FEWEST_SAMPLES, check_velocity
-from f2d2_lightning.divergence import check_mode, instantaneous
-from f2d2_lightning.flow_map import Direction
-from f2d2_lightning.paths import LinearPath, expand_time
-from f2d2_lightning.sampling import check_state
+from f2d2_lightning.divergence.estimators import check_mode, instantaneous
+from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.flows.paths import LinearPath, expand_time
+from f2d2_lightning.likelihood.sampling import check_state
 
 __all__ = ["ConventionError", "check_convention", "check_differentiable"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from f2d2_lightning.adapters.adapter import Adapter
-from f2d2_lightning.flow_map import Direction
+from f2d2_lightning.flows.maps import Direction
 
 __all__ = ["FlowMatching", "MeanFlow", "Shortcut", "TorchCFM", "TwoTime"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.adapters.adapter import Adapter
-from f2d2_lightning.flow_map import Direction
-from f2d2_lightning.paths import like
+from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.flows.paths import like
 
 if TYPE_CHECKING:
     from f2d2_lightning.adapters.adapted import AdaptedFlowMap

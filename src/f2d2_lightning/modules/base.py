@@ -21,22 +21,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import check_differentiable
-from f2d2_lightning.average import update_average, warmed_decay
-from f2d2_lightning.baseline import GaussianBaseline
-from f2d2_lightning.checkpoints import read_checkpoint, restore_module
-from f2d2_lightning.class_names import agree_on_classes, as_names
-from f2d2_lightning.compiled import compile_network
-from f2d2_lightning.counter_noise import mix_seed
-from f2d2_lightning.evaluation import clock
-from f2d2_lightning.fingerprints import network_hash, update_with
-from f2d2_lightning.heads import JointFlowMap
-from f2d2_lightning.processes import Places, gather_states
-from f2d2_lightning.progress import begin_epoch, mend_progress
-from f2d2_lightning.quantisation import Quantisation
-from f2d2_lightning.reference import Reference
-from f2d2_lightning.sampling import check_cond
-from f2d2_lightning.sharding import all_finite, is_sharded, shard, whole
-from f2d2_lightning.states import FIT_SAMPLES, check_precision, check_values, compare_ranges
+from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.likelihood.reference import Reference
+from f2d2_lightning.likelihood.sampling import check_cond
+from f2d2_lightning.metrics.evaluation import clock
+from f2d2_lightning.modules._compile import compile_network
+from f2d2_lightning.modules.ema import update_average, warmed_decay
+from f2d2_lightning.nn.head import JointFlowMap
+from f2d2_lightning.training.batches import FIT_SAMPLES, check_precision, check_values, compare_ranges
+from f2d2_lightning.training.loading import read_checkpoint, restore_module
+from f2d2_lightning.training.progress import begin_epoch, mend_progress
+from f2d2_lightning.utils.class_names import agree_on_classes, as_names
+from f2d2_lightning.utils.fingerprints import network_hash, update_with
+from f2d2_lightning.utils.processes import Places, gather_states
+from f2d2_lightning.utils.seeding import mix_seed
+from f2d2_lightning.utils.sharding import all_finite, is_sharded, shard, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,9 +64,9 @@ class FlowModule(L.LightningModule):
         channels_last: Keep the weights of convolutions with channels as the last axis in memory, which their kernels
             like, on GPUs with half precision above all.
         compile: Compile the backbone, in training and averaged, with ``torch.compile``: ``True``, or the name of a mode
-            or of a backend; see :func:`f2d2_lightning.compiled.compile_network`. Forward-mode derivatives (divergences,
-            the Lagrangian and Eulerian objectives' targets) run the code as it was written. Names in checkpoints are
-            the same with and without.
+            or of a backend; see :func:`f2d2_lightning.modules._compile.compile_network`. Forward-mode derivatives
+            (divergences, the Lagrangian and Eulerian objectives' targets) run the code as it was written. Names in
+            checkpoints are the same with and without.
     """
 
     average: nn.Module
@@ -96,7 +96,7 @@ class FlowModule(L.LightningModule):
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.ema_decay = ema_decay
         self.class_names: list[str] | None = None
-        """Names of the classes in the order of their labels (:mod:`f2d2_lightning.class_names`)."""
+        """Names of the classes in the order of their labels (:mod:`f2d2_lightning.utils.class_names`)."""
         self.reference = reference or Reference()
         self.channels_last, self.compile_how = channels_last, compile
         self.lr: float | None = None
@@ -140,12 +140,12 @@ class FlowModule(L.LightningModule):
         """:meth:`data_to_state`; the first states of each stage are compared with ``levels``, ``low`` and ``high``.
 
         Raises:
-            ValueError: If they are of another range, or were never dequantised.
+            ValueError: If they are of another range, or were never dequantized.
         """
         x, cond = self.data_to_state(batch)
         stage = "" if self._trainer is None else str(self._trainer.state.stage)
         if self._looked_at != stage or not x.is_floating_point():
-            check_values(x, self.quantisation)
+            check_values(x, self.quantization)
             self._looked_at = stage
         return x.to(self.dtype), cond
 
@@ -160,9 +160,9 @@ class FlowModule(L.LightningModule):
         return getattr(self.live, "conditional", None)
 
     @property
-    def quantisation(self) -> Quantisation | None:
+    def quantization(self) -> Quantization | None:
         """Levels and range of discrete data; ``None`` for continuous data."""
-        return None if self.levels is None else Quantisation(self.levels, self.low, self.high)
+        return None if self.levels is None else Quantization(self.levels, self.low, self.high)
 
     # --- set-up ---
 
@@ -178,7 +178,7 @@ class FlowModule(L.LightningModule):
         trust: Sequence[str] = (),
         **kwargs: Any,
     ) -> Self:
-        """As Lightning's, but nothing that the checkpoint says is run (:mod:`f2d2_lightning.trust`).
+        """As Lightning's, but nothing that the checkpoint says is run (:mod:`f2d2_lightning.checkpoints.trust`).
 
         Args:
             checkpoint_path: A local file.
@@ -217,7 +217,7 @@ class FlowModule(L.LightningModule):
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
         check_precision(self.trainer)
         self._looked_at = ""
-        compare_ranges("the module", self.quantisation, getattr(self.trainer, "datamodule", None), self.shape)
+        compare_ranges("the module", self.quantization, getattr(self.trainer, "datamodule", None), self.shape)
         self._follow_classes(self.class_names)
 
     def _follow_classes(self, known: list[str] | None) -> None:

@@ -1,16 +1,19 @@
 """Backbones that take two times in any order and are smooth enough for derivatives."""
 
+from __future__ import annotations
+
+from f2d2_lightning.nn.dit import DiT
 from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
 from f2d2_lightning.nn.mlp import MLP
-from f2d2_lightning.nn.precondition import (
+from f2d2_lightning.nn.preconditioned import (
     AngleEmbedding,
     GaussianPreconditioned,
     PreconditionedMLP,
     PreconditionedUNet,
 )
 from f2d2_lightning.nn.resnet import ResNet
-from f2d2_lightning.nn.transformer import DiT
-from f2d2_lightning.nn.two_times import AddedTime, OneTimeEmbedding, with_second_time
+from f2d2_lightning.nn.second_time import AddedTime, OneTimeEmbedding, with_second_time
 from f2d2_lightning.nn.unet import UNet
 
 __all__ = [
@@ -18,8 +21,10 @@ __all__ = [
     "AddedTime",
     "AngleEmbedding",
     "DiT",
+    "DivergenceHead",
     "GaussianPreconditioned",
     "IntervalEmbedding",
+    "JointFlowMap",
     "OneTimeEmbedding",
     "PreconditionedMLP",
     "PreconditionedUNet",

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.configured import Configured
-from f2d2_lightning.paths import distinct
+from f2d2_lightning.flows.paths import distinct
+from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["IntervalEmbedding", "SlowWaves"]
 

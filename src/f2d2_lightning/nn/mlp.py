@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.flow_map import Direction, FlowMap
-from f2d2_lightning.nn.attention import has_tangent
+from f2d2_lightning.flows.maps import Direction, FlowMap
+from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.nn._attention import has_tangent
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.paths import expand_time
 
 __all__ = ["MLP"]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from f2d2_lightning.flow_map import Direction, FlowMap
+from f2d2_lightning.flows.maps import Direction, FlowMap
+from f2d2_lightning.nn._group_norm import GroupNorm
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.group_norm import GroupNorm
 from f2d2_lightning.nn.mlp import check_state, embed_times
 
 __all__ = ["ResNet"]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, pixel_shuffle, pixel_unshuffle, silu
 
-from f2d2_lightning.flow_map import Direction, FlowMap
-from f2d2_lightning.nn.attention import attention
+from f2d2_lightning.flows.maps import Direction, FlowMap
+from f2d2_lightning.nn._attention import attention
+from f2d2_lightning.nn._group_norm import GroupNorm
+from f2d2_lightning.nn._recompute import run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.group_norm import GroupNorm
 from f2d2_lightning.nn.mlp import check_state, embed_times
-from f2d2_lightning.nn.recompute import run_block
 
 __all__ = ["UNet"]
 

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from f2d2_lightning.plots.figure import panels
+from f2d2_lightning.plots._figure import panels
 
 __all__ = ["density_figure", "plane_grid"]
 
@@ -23,9 +23,9 @@ def plane_grid(extent: Extent, count: int) -> Tensor:
         extent: ``(low, high)`` of ``x_1``, then of ``x_2``.
         count: Cells along each axis.
     """
-    centres = (torch.arange(count) + 0.5) / count
-    first = extent[0] + (extent[1] - extent[0]) * centres
-    second = extent[2] + (extent[3] - extent[2]) * centres
+    centers = (torch.arange(count) + 0.5) / count
+    first = extent[0] + (extent[1] - extent[0]) * centers
+    second = extent[2] + (extent[3] - extent[2]) * centers
     down, across = torch.meshgrid(second, first, indexing="ij")
     return torch.stack((across, down), -1).reshape(-1, 2)
 
@@ -60,14 +60,14 @@ def density_figure(densities: Mapping[str, Tensor], extent: Extent, span: float 
     peaks = [float(v[v.isfinite()].quantile(0.999)) for v in maps.values() if bool(v.isfinite().any())]
     high = max(peaks, default=0.0)
     low = high - span
-    colours = colormaps["viridis"].with_extremes(bad="white")
+    colors = colormaps["viridis"].with_extremes(bad="white")
     below = above = False
     for ax, value in zip(axes, maps.values(), strict=True):
         below, above = below or bool((value < low).any()), above or bool((value > high).any())
         # matplotlib takes infinite values for missing ones
         shown = value.masked_fill(value == -torch.inf, low - 1).masked_fill(value == torch.inf, high + 1)
         image = ax.imshow(
-            shown.numpy(), origin="lower", extent=extent, vmin=low, vmax=high, cmap=colours, interpolation="nearest"
+            shown.numpy(), origin="lower", extent=extent, vmin=low, vmax=high, cmap=colors, interpolation="nearest"
         )
         ax.tick_params(labelsize=7)
         place = ax.get_subplotspec()

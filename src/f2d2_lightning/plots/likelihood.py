@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from f2d2_lightning.plots.figure import BLUE, GREY, column, limits, new_figure, number, panels, plural
+from f2d2_lightning.plots._figure import BLUE, GRAY, column, limits, new_figure, number, panels, plural
 
 __all__ = ["calibration_figure", "nll_steps_figure"]
 
@@ -48,7 +48,7 @@ def calibration_figure(
     ]
     figure, axes = panels(titles, 2.6, 3.05, sharex=True, sharey=True)
     for ax, (a, b) in zip(axes, shown, strict=True):
-        ax.plot([low, high], [low, high], color=GREY, linewidth=0.8)
+        ax.plot([low, high], [low, high], color=GRAY, linewidth=0.8)
         ax.scatter(a.numpy(), b.numpy(), s=6, alpha=0.5, linewidths=0, color=BLUE)
         ax.set_xlim(low, high)
         ax.set_ylim(low, high)
@@ -109,12 +109,12 @@ def nll_steps_figure(
     figure = new_figure(4.4, 3.2)
     ax = figure.subplots()
     if math.isfinite(reference):
-        ax.axhline(reference, color=GREY, linewidth=1.2, label=f"{reference_name}: {number(reference)}")
+        ax.axhline(reference, color=GRAY, linewidth=1.2, label=f"{reference_name}: {number(reference)}")
         if math.isfinite(reference_error):
             ax.axhspan(
                 reference - reference_error,
                 reference + reference_error,
-                color=GREY,
+                color=GRAY,
                 alpha=0.25,
                 linewidth=0,
                 label=f"{reference_name}, ± standard error of the mean",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from f2d2_lightning.plots.figure import column, new_figure, number
-from f2d2_lightning.plots.samples import as_colours
+from f2d2_lightning.plots._figure import column, new_figure, number
+from f2d2_lightning.plots.samples import as_colors
 
 __all__ = ["ranked_figure"]
 
@@ -47,7 +47,7 @@ def ranked_figure(
             + ("" if other is None else f" and {len(other)} of the reference")
             + f", and count={count}; there are as many of each, and count is at least 1"
         )
-    colours = as_colours(images, low, high)
+    colors = as_colors(images, low, high)
     known = (~value.isnan()).nonzero().flatten()
     order = known[value[known].argsort(stable=True)]
     if len(order) == 0:
@@ -63,7 +63,7 @@ def ranked_figure(
         for ax in row[len(chosen) :]:
             ax.set_axis_off()
         for ax, index in zip(row, chosen.tolist(), strict=False):
-            ax.imshow(colours[index].numpy(), interpolation="nearest")
+            ax.imshow(colors[index].numpy(), interpolation="nearest")
             ax.set_xticks([])
             ax.set_yticks([])
             ax.spines[:].set_visible(False)

@@ -11,9 +11,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from f2d2_lightning.plots.figure import BLUE, VERMILLION, limits, panels, plural
+from f2d2_lightning.plots._figure import BLUE, VERMILLION, limits, panels, plural
 
-__all__ = ["as_colours", "is_image", "is_plane", "sample_figure"]
+__all__ = ["as_colors", "is_image", "is_plane", "sample_figure"]
 
 
 def is_image(shape: tuple[int, ...]) -> bool:
@@ -26,7 +26,7 @@ def is_plane(shape: tuple[int, ...]) -> bool:
     return shape == (2,)
 
 
-def as_colours(images: Tensor, low: float, high: float) -> Tensor:
+def as_colors(images: Tensor, low: float, high: float) -> Tensor:
     """Images ``(N, 1 or 3, H, W)`` as ``(N, H, W, 3)`` in [0, 1]; pixels that are not finite in vermillion.
 
     Args:
@@ -41,18 +41,18 @@ def as_colours(images: Tensor, low: float, high: float) -> Tensor:
         raise ValueError(f"images have shape {tuple(images.shape)}; (N, 1 or 3, H, W) can be shown")
     if not high > low:
         raise ValueError(f"low={low} is shown as black and high={high} as white; high must be greater")
-    colours = ((images.detach().cpu().float() - low) / (high - low)).clamp(0, 1).expand(-1, 3, -1, -1)
-    colours = colours.permute(0, 2, 3, 1)
-    broken = ~colours.isfinite().all(-1, keepdim=True)
-    return torch.where(broken, torch.tensor(to_rgb(VERMILLION), dtype=colours.dtype), colours)
+    colors = ((images.detach().cpu().float() - low) / (high - low)).clamp(0, 1).expand(-1, 3, -1, -1)
+    colors = colors.permute(0, 2, 3, 1)
+    broken = ~colors.isfinite().all(-1, keepdim=True)
+    return torch.where(broken, torch.tensor(to_rgb(VERMILLION), dtype=colors.dtype), colors)
 
 
-def _grid(colours: Tensor, columns: int) -> Tensor:
+def _grid(colors: Tensor, columns: int) -> Tensor:
     """Images ``(N, H, W, 3)`` in rows with a thin gap, ``(H', W', 3)``."""
-    count, height, width, _ = colours.shape
+    count, height, width, _ = colors.shape
     rows = math.ceil(count / columns)
     canvas = torch.ones(rows * (height + 1) + 1, columns * (width + 1) + 1, 3)
-    for index, image in enumerate(colours):
+    for index, image in enumerate(colors):
         top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
         canvas[top : top + height, left : left + width] = image
     return canvas
@@ -85,7 +85,7 @@ def sample_figure(samples: Mapping[str, Tensor], low: float = -1.0, high: float 
     figure, axes = panels([_title(title, x, window) for title, x in shown.items()], 2.6, 2.85)
     for ax, x in zip(axes, shown.values(), strict=True):
         if x.ndim == 4:
-            ax.imshow(_grid(as_colours(x, low, high), min(columns, len(x))).numpy(), interpolation="nearest")
+            ax.imshow(_grid(as_colors(x, low, high), min(columns, len(x))).numpy(), interpolation="nearest")
             ax.set_axis_off()
         else:
             _scatter(ax, x, window)

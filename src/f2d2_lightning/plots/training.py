@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from f2d2_lightning.plots.figure import BLUE, VERMILLION, new_figure
+from f2d2_lightning.plots._figure import BLUE, VERMILLION, new_figure
 
 __all__ = ["training_figure"]
 
@@ -41,8 +41,8 @@ def training_figure(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]])
     ax = figure.subplots()
     for index, (name, (steps, values)) in enumerate(curves.items()):
         marker = "o" if len(steps) < 20 else None
-        colour = COLOURS[index % len(COLOURS)]
-        ax.plot(steps, values, color=colour, linewidth=1.0, marker=marker, markersize=3, label=name)
+        color = COLOURS[index % len(COLOURS)]
+        ax.plot(steps, values, color=color, linewidth=1.0, marker=marker, markersize=3, label=name)
     if min(finite) > 0 and max(finite) > 20 * min(finite):
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(_PlainLabels())

@@ -1,0 +1,71 @@
+"""Figures to whatever logger a trainer has.
+
+A logger is known by what it offers, not by its class, so that none of their packages is imported:
+
+=============  ==========================================================================
+TensorBoard    ``logger.experiment.add_figure(tag, figure, global_step)``
+W&B            ``logger.log_image(key, images, step)``
+MLflow         ``logger.experiment.log_figure(run_id, figure, artifact_file)``
+Comet          ``logger.experiment.log_figure(figure_name, figure, overwrite, step)``
+=============  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from lightning.pytorch.loggers import Logger
+
+from f2d2_lightning.plots import Figure, pixels
+
+__all__ = ["log_figure", "takes_figures"]
+
+Send = Callable[[str, Figure, int], object]
+
+
+def takes_figures(logger: Logger) -> bool:
+    """Whether :func:`log_figure` can give figures to this logger."""
+    return _sender(logger) is not None
+
+
+def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> bool:
+    """Give a figure to a logger. To be called on the first process only, as the logger's own methods are.
+
+    Args:
+        logger: Any Lightning logger.
+        name: What it is called there, such as ``"val/samples"``.
+        figure: The figure.
+        step: The optimiser's step that it belongs to.
+
+    Returns:
+        Whether the logger takes figures; one that does not, as the CSV logger, is left alone.
+    """
+    send = _sender(logger)
+    if send is None:
+        return False
+    send(name, figure, step)
+    return True
+
+
+def _sender(logger: Logger) -> Send | None:
+    log_image = getattr(logger, "log_image", None)
+    if callable(log_image):
+        return lambda name, figure, step: log_image(key=name, images=[pixels(figure)], step=step)
+    experiment = getattr(logger, "experiment", None)
+    add_figure = getattr(experiment, "add_figure", None)
+    if callable(add_figure):
+        return lambda name, figure, step: add_figure(name, figure, global_step=step, close=False)
+    log = getattr(experiment, "log_figure", None)
+    if not callable(log):
+        return None
+    takes = inspect.signature(log).parameters
+    if {"run_id", "artifact_file"} <= takes.keys():
+        # artifacts have no step but in their names, and one of the same name would be replaced
+        run = getattr(logger, "run_id", None)
+        return lambda name, figure, step: log(
+            run_id=run, figure=figure, artifact_file=f"pictures/{name}/step_{step:08d}.png"
+        )
+    if {"figure_name", "figure", "step"} <= takes.keys():
+        return lambda name, figure, step: log(figure_name=name, figure=figure, step=step)
+    return None

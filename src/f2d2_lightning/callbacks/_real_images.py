@@ -1,0 +1,194 @@
+"""The images that samples are compared with: those of a Trainer's data, each process a share of them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+
+from f2d2_lightning.callbacks._subject import Subject
+from f2d2_lightning.likelihood.pixels import state_images
+from f2d2_lightning.utils.seeding import mix_seed
+
+__all__ = ["RealImages", "find_loader"]
+
+SPLITS = ("train", "val", "test")
+STAGES = {"train": "fit", "val": "validate", "test": "test"}
+
+
+def find_loader(trainer: L.Trainer, module: L.LightningModule, split: str) -> Any:
+    """The loader of a split: the Trainer's own, else a new one of the data module or of the module.
+
+    Raises:
+        ValueError: If there is none, or there are several.
+    """
+    loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}
+    loader = loaders[split]
+    if loader is None:
+        name, data = f"{split}_dataloader", getattr(trainer, "datamodule", None)
+        if data is not None and is_overridden(name, data):
+            data.setup(STAGES[split])
+            loader = getattr(data, name)()
+        elif is_overridden(name, module):
+            loader = getattr(module, name)()
+        else:
+            raise ValueError(
+                f"sample quality compares with the {split} data (data={split!r}), and this run has none; give the "
+                "Trainer a data module that has them, or choose other data: data='train', 'val' or 'test'"
+            )
+    if isinstance(loader, (list, tuple)):
+        if len(loader) != 1:
+            raise ValueError(f"there are {len(loader)} loaders of {split} data; sample quality compares with one")
+        (loader,) = loader
+    return loader
+
+
+class RealImages:
+    """Images of a loader's data set, in one fixed random order, and conditioning that belongs to them.
+
+    A map-style data set is divided between processes, and the same whatever their number, the size of batches and the
+    number of workers: random augmentations are seeded for each image. Of a stream each process takes what its own
+    loader gives; where that is the same in all of them (:meth:`settle`), the first one's is taken.
+
+    Args:
+        trainer: The Trainer, which brings batches to the device.
+        model: How batches become states, and states images.
+        loader: Loader of the data.
+        count: Images to use; ``None`` for all.
+        batch_size: Images at a time.
+    """
+
+    def __init__(self, trainer: L.Trainer, model: Subject, loader: Any, count: int | None, batch_size: int) -> None:
+        self.trainer, self.model, self.loader, self.batch_size = trainer, model, loader, batch_size
+        self.rank, self.world = trainer.global_rank, trainer.world_size
+        self.dataset: Any = getattr(loader, "dataset", None)
+        self.streams = not isinstance(loader, DataLoader) or isinstance(self.dataset, IterableDataset)
+        self.count = count
+        self.copies = False
+        """Whether the first process's stream is taken, as the others' are copies of it."""
+        if self.streams:
+            return
+        size = len(loader.dataset)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        self.order = order[: size if count is None else count].tolist()
+        self.share = -(-len(self.order) // self.world)
+        """Images per process; the last ones may have fewer."""
+
+    def part(self, count: int) -> int:
+        """This process's part of ``count`` images of a stream."""
+        if self.copies:
+            return count if self.rank == 0 else 0
+        return count // self.world + (self.rank < count % self.world)
+
+    def settle(self, digests: list[list[bytes]]) -> bool:
+        """Whether what is iterated over has changed, as all processes have the same stream: it would count often.
+
+        Args:
+            digests: Those of each process (:meth:`digests`).
+        """
+        if not self.streams or self.world == 1 or self.copies:
+            return False
+        longest = max(digests, key=len)
+        self.copies = bool(longest) and all(own == longest[: len(own)] for own in digests)
+        return self.copies
+
+    def first(self, count: int = 8) -> tuple[Tensor, Tensor | None]:
+        """States and conditioning of the first images, the same on every process.
+
+        Raises:
+            ValueError: If there are no data.
+        """
+        rows = None if self.streams else self.order[:count]
+        for x, cond in self._batches(rows):
+            return x[:count], None if cond is None else cond[:count]
+        raise ValueError(f"there are no data to compare samples of {self.model.title} with")
+
+    def images(self, x: Tensor) -> Tensor:
+        """States as 8-bit images, ``uint8 (B, C, H, W)``."""
+        return state_images(x, self.model.levels, self.model.low, self.model.high)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """Place among all of this process's next images, and the images, ``uint8 (B, C, H, W)``."""
+        rows, place, wanted = None, 0, None
+        if not self.streams:
+            place = self.rank * self.share
+            rows = self.order[place : place + self.share]
+        elif self.copies and self.rank > 0:
+            return
+        elif self.count is not None:
+            wanted = self.part(self.count)
+        for x, _ in self._batches(rows):
+            if wanted is not None:
+                x = x[: wanted - place]
+                if len(x) == 0:
+                    return
+            yield place, self.images(x)
+            place += len(x)
+
+    def digests(self) -> list[bytes]:
+        """A fingerprint of each of this process's images."""
+        found = []
+        for _, images in self:
+            head = f"{tuple(images.shape[1:])}".encode()
+            found += [
+                hashlib.blake2b(head + image.tobytes(), digest_size=16).digest() for image in images.cpu().numpy()
+            ]
+        return found
+
+    def conditions(self, start: int, end: int) -> Tensor:
+        """Conditioning of the images at these places of the order, from the beginning again after the last one.
+
+        Raises:
+            ValueError: If the data are a stream, whose conditioning cannot be picked.
+        """
+        if self.streams:
+            raise ValueError(
+                f"{self.model.title} is conditional, and its data are a stream; sample quality takes conditioning from "
+                "a map-style data set (one with __getitem__ and __len__)"
+            )
+        rows = [self.order[i % len(self.order)] for i in range(start, end)]
+        parts = [cond for _, cond in self._batches(rows) if cond is not None]
+        return torch.cat(parts)
+
+    def _batches(self, rows: list[int] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """States and conditioning of rows of the data set, or of the whole stream."""
+        for batch in self.loader if rows is None else self._loader(rows):
+            x, cond = self.model.state(self.trainer.strategy.batch_to_device(batch))
+            yield x.detach(), cond
+
+    def _loader(self, rows: list[int]) -> DataLoader:
+        # another loader: a second iterator of one with persistent workers would reset the first
+        return DataLoader(
+            _Seeded(self.dataset, rows),
+            batch_size=self.batch_size,
+            num_workers=self.loader.num_workers,
+            worker_init_fn=self.loader.worker_init_fn,
+            collate_fn=default_collate if self.loader.batch_sampler is None else self.loader.collate_fn,
+        )
+
+
+class _Seeded(Subset):
+    """Rows of a data set; what is random in an image depends on its row alone, not on those that came before."""
+
+    def __init__(self, dataset: Dataset, rows: list[int]) -> None:
+        super().__init__(dataset, rows)
+        # a data set that reads whole batches has no transforms of single images
+        self.whole = callable(getattr(dataset, "__getitems__", None)) and not isinstance(dataset, Subset)
+
+    def __getitem__(self, index: Any) -> Any:
+        seed = mix_seed("real image", self.indices[index])
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        return super().__getitem__(index)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return super().__getitems__(indices) if self.whole else [self[index] for index in indices]

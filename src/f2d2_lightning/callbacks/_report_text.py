@@ -1,0 +1,284 @@
+"""The text of a test's report, in Markdown, and the numbers that go into it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from f2d2_lightning.callbacks.summary import Part
+from f2d2_lightning.plots._figure import number
+
+__all__ = ["Report", "other_metrics", "read_curves", "to_json", "without_machine_paths"]
+
+PACKAGES = ("f2d2-lightning", "torch", "lightning", "torchmetrics", "numpy", "matplotlib")
+IN_TABLE = (
+    "nll",
+    "nll_standard_error",
+    "reference_nll",
+    "gap",
+    "absolute_error",
+    "correlation",
+    "rank_correlation",
+    "round_trip",
+    "unconverged",
+    "reference_error",
+    "doubtful",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a test has shown."""
+
+    title: str
+    run: Path
+    """Folder of the run, to which the checkpoint's path is relative."""
+    checkpoint: str | Path | None
+    samples: int
+    """Test samples, of all processes."""
+    device: str
+    unit: str
+    """Of negative log-likelihoods."""
+    reference_name: str
+    parts: Sequence[Part]
+    rows: Sequence[Mapping[str, Any]]
+    """One per step count, and the reference's, whose ``steps`` is ``None``."""
+    metrics: Mapping[str, float]
+    """What else was logged in the test, by name."""
+    figures: Sequence[str]
+    """Names of the PNG files beside the report."""
+    ranked_by: int
+    """Step count whose likelihoods rank images."""
+    quantized: bool
+    """Whether the data are discrete, so that likelihoods are bounds."""
+    command: Sequence[str] = field(default_factory=lambda: list(sys.argv))
+    date: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+
+    def markdown(self) -> str:
+        """The report; its figures are referred to by their names, beside it."""
+        sections = [
+            f"# {self.title}",
+            self._origin(),
+            "## Likelihoods\n\n" + self._likelihoods(),
+            *self._others(),
+            "## Model\n\n" + self._model(),
+            *([] if not self.figures else ["## Figures", *(self._figure(name) for name in self.figures)]),
+        ]
+        return "\n\n".join(sections) + "\n"
+
+    def _origin(self) -> str:
+        command = shlex.join([Path(self.command[0]).name, *self.command[1:]]) if self.command else ""
+        checkpoint = "none: the weights in memory"
+        if self.checkpoint is not None:
+            checkpoint = f"`{_relative(Path(self.checkpoint), self.run)}`, relative to the run's folder"
+        versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+        about = {
+            "date": f"{self.date:%Y-%m-%d %H:%M} {self.date.tzname() or ''}".strip(),
+            "command": f"`{without_machine_paths(command, Path.cwd())}`",
+            "checkpoint": checkpoint,
+            "test samples": f"{self.samples:,}",
+            "device": self.device,
+            "versions": f"Python {sys.version.split()[0]}, {versions}",
+        }
+        return _table(["", ""], [[name, text] for name, text in about.items()])
+
+    def _likelihoods(self) -> str:
+        few = [row for row in self.rows if row["steps"] is not None]
+        # NaN, or nothing at all, for a map that does not come back
+        trips = any(math.isfinite(row.get("round_trip", math.nan)) for row in few)
+        doubts = any(row.get("doubt") for row in few)
+        failures = any(row.get("unconverged", 0.0) > 0 for row in few)
+        head = [
+            "steps",
+            "evaluations",
+            f"NLL, {self.unit}",
+            f"gap to {self.reference_name}",
+            "r",
+            "rank r",
+            "mean error",
+        ]
+        head += ["round trip"] if trips else []
+        head += ["unconverged"] if failures else []
+        head += ["doubt"] if doubts else []
+        lines = []
+        for row in self.rows:
+            few_step = row["steps"] is not None
+            line = [str(row["steps"]) if few_step else self.reference_name, f"{row['evaluations']:,}"]
+            line.append(f"{number(row['nll'])} ± {number(row['nll_standard_error'])}")
+            gap = f"{number(row['gap'], sign=True)} ± {number(row['gap_standard_error'])}" if few_step else ""
+            line.append(gap)
+            names = ("correlation", "rank_correlation", "absolute_error")
+            line += [number(row[name]) if few_step else "" for name in names]
+            line += [f"{row['round_trip']:.3g}" if few_step else ""] if trips else []
+            line += [f"{100 * row['unconverged']:.1f} %" if few_step else ""] if failures else []
+            line += ["doubtful, see below" if row.get("doubt") else ""] if doubts else []
+            lines.append([*line, f"{row['milliseconds']:.3g}"])
+        bound = " (an upper bound: uniform dequantization)" if self.quantized else ""
+        notes = [
+            f"NLL{bound}, gap and mean absolute error are in {self.unit}, ± standard errors over samples. The gap is "
+            f"few-step less {self.reference_name}, on the same samples; r and rank r are Pearson's and Spearman's "
+            "correlation over them."
+        ]
+        differences = [row["nll"] - row["reference_nll"] - row["gap"] for row in few]
+        if any(abs(difference) > 1e-4 for difference in differences):
+            notes.append(
+                f"Few-step NLL is over all samples; the {self.reference_name}'s, and what is compared with it, over "
+                "fewer."
+            )
+        if trips:
+            notes.append(
+                "The round trip is the root mean square, per dimension and in units of the state, of data to noise and "
+                "back in as many steps."
+            )
+        error = few[-1].get("reference_error", math.nan) if few else math.nan
+        if error > 0:
+            notes.append(
+                f"The {self.reference_name}'s own likelihood of a sample has a standard error of {number(error)}, root "
+                "mean square over samples, from its random probes."
+            )
+        notes += [f"**In {row['steps']} steps doubtful**: {row['doubt']}." for row in few if row.get("doubt")]
+        if failures:
+            notes.append(
+                "Unconverged is the share of samples whose inversion failed; the other columns leave them out."
+            )
+        return _table([*head, "ms per sample"], lines) + "\n\n" + " ".join(notes)
+
+    def _others(self) -> list[str]:
+        by_steps: dict[str, dict[int, float]] = {}
+        plain = {}
+        for name, value in self.metrics.items():
+            found = re.fullmatch(r"(.+)_(\d+)", name)
+            if found:
+                by_steps.setdefault(found[1], {})[int(found[2])] = value
+            else:
+                plain[name] = value
+        parts = []
+        if by_steps:
+            columns = sorted({k for values in by_steps.values() for k in values})
+            lines = [
+                [name, *(f"{values[k]:.4g}" if k in values else "" for k in columns)]
+                for name, values in sorted(by_steps.items())
+            ]
+            parts.append(_table(["by steps", *map(str, columns)], lines))
+        if plain:
+            parts.append(_table(["", ""], [[name, f"{value:.4g}"] for name, value in sorted(plain.items())]))
+        return ["## Other metrics of the test\n\n" + "\n\n".join(parts)] if parts else []
+
+    def _model(self) -> str:
+        lines = [
+            [part.name, f"`{part.kind}`", f"{part.trainable:,}", f"{part.frozen:,}", part.note] for part in self.parts
+        ]
+        return _table(["part", "class", "trainable parameters", "frozen parameters", ""], lines)
+
+    def _figure(self, name: str) -> str:
+        return f"![{name.replace('_', ' ')}]({name}.png)\n\n*{self._caption(name)}*"
+
+    def _caption(self, name: str) -> str:
+        reference, unit = self.reference_name, self.unit
+        captions = {
+            "samples": f"Samples from the same noise at each number of steps, and by integrating the {reference}.",
+            "calibration": f"Few-step NLL against that of the {reference}, {unit}, one point per test sample; on the "
+            "grey line both are equal. Titles: mean difference and Pearson's correlation.",
+            "nll_steps": f"Mean NLL in {unit} against the number of steps. The line is the {reference}, the band its "
+            "standard error over samples; bars are standard errors of the difference, over the same samples.",
+            "ranked": f"The test images that {self.ranked_by} step{'s' if self.ranked_by > 1 else ''} find most and "
+            f"least likely. Beneath each: NLL in {unit}, few-step above, {reference} below.",
+            "density": "Log-density in the plane, nats, in one colour scale.",
+            "training": "Losses as they were logged, against the optimiser's step.",
+        }
+        return captions.get(name, name)
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """``path`` from ``folder`` where it is in there, else from the working folder, else its name alone."""
+    whole = path.resolve()
+    for base in (folder.resolve(), Path.cwd()):
+        if whole.is_relative_to(base):
+            return whole.relative_to(base).as_posix()
+    return whole.name
+
+
+def without_machine_paths(text: str, folder: Path) -> str:
+    """A command line in which absolute paths are relative to ``folder``, or cut to their names if they are elsewhere.
+
+    >>> here = Path.cwd()
+    >>> without_machine_paths(f"f2d2 test --config={here}/work/a.yaml --ckpt {here.parent}/b.ckpt s3://c/d", here)
+    'f2d2 test --config=work/a.yaml --ckpt b.ckpt s3://c/d'
+    """
+
+    def shorten(found: re.Match[str]) -> str:
+        path = Path(found[0])
+        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+    return re.sub(r"(?<![\w.~/-])(?:[A-Za-z]:[\\/]|/(?!/))[^\s\"',=:;\]}]+", shorten, text)
+
+
+def other_metrics(metrics: Mapping[str, Any], steps: Sequence[int]) -> dict[str, float]:
+    """What was logged as ``test/NAME`` and is not in the table of likelihoods, by ``NAME``."""
+    known = {*IN_TABLE, *(f"{name}_{k}" for name in IN_TABLE for k in steps)}
+    named = {name.removeprefix("test/"): float(value) for name, value in metrics.items() if name.startswith("test/")}
+    return {name: value for name, value in named.items() if name not in known}
+
+
+def read_curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Losses that a CSV logger has written to ``metrics.csv``, ``metrics-1.csv`` and so on, by name.
+
+    Where the sessions of a resumed run overlap, the later one counts.
+
+    Returns:
+        Steps and values of each ``train/...loss`` and ``val/...loss`` that has any.
+    """
+
+    def session(path: Path) -> int:
+        return int(path.stem.partition("-")[2] or 0)
+
+    files = [p for p in folder.glob("metrics*.csv") if re.fullmatch(r"metrics(-\d+)?", p.stem)]
+    curves: dict[str, dict[int, float]] = {}
+    for path in sorted(files, key=session):
+        found: dict[str, dict[int, float]] = {}
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and re.fullmatch(r"(train|val)/(\w*_)?loss(_epoch)?", name or ""):
+                        found.setdefault(name, {})[int(row["step"])] = float(value)
+        for name, points in found.items():
+            before = {step: v for step, v in curves.get(name, {}).items() if step < min(points)}
+            curves[name] = before | points
+    # the loss itself first, then its parts
+    names = sorted(curves, key=lambda name: (not name.startswith("train/"), not name.endswith("/loss"), name))
+    return {name: ([*sorted(curves[name])], [v for _, v in sorted(curves[name].items())]) for name in names}
+
+
+def to_json(value: Any) -> str:
+    """JSON that any parser reads: NaN and infinity, which it has no numbers for, become ``null``."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: plain(v) for key, v in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [plain(v) for v in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"

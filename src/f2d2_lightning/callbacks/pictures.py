@@ -1,0 +1,239 @@
+"""Pictures while a model trains and when it is tested: to disk, and to whatever loggers the trainer has."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from f2d2_lightning.callbacks._gallery import Gallery, Points
+from f2d2_lightning.callbacks._picture_loggers import log_figure, takes_figures
+from f2d2_lightning.callbacks._subject import Subject, find_subjects
+from f2d2_lightning.plots import Figure, save_figure
+from f2d2_lightning.training.folders import run_folder, unused
+
+__all__ = ["Pictures"]
+
+FOLDER = "pictures"
+
+
+class Pictures(L.Callback):
+    """Makes the pictures that model and data allow, every so many validations and in test.
+
+    ==============  ===================================================================================
+    ``samples``     samples at each step count from the same noise, and the teacher's
+    ``calibration`` few-step NLL against the teacher's, one point per sample
+    ``nll_steps``   NLL against the number of steps, with the teacher's line
+    ``ranked``      most and least likely images, each with its NLL and the teacher's
+    ``density``     maps in the plane: at each step count, the teacher's and, if the data module has
+                    ``log_prob``, the true one
+    ==============  ===================================================================================
+
+    For :class:`~f2d2_lightning.F2D2Module`, for somebody else's module with an
+    :class:`~f2d2_lightning.F2D2Callback`, and for the teacher, :class:`~f2d2_lightning.FlowMatchingModule` (samples
+    only). Loggers get them as ``val/samples``, ``test/samples`` and so on
+    (:func:`~f2d2_lightning.callbacks._picture_loggers.log_figure`); files are ``pictures/epoch_0003/samples.png`` in
+    the run's folder. The random state is left as it was: training is the same, bit for bit, without the pictures.
+
+    A run never writes over pictures of another: where ``pictures`` is taken it takes ``pictures-1``; each ``test`` has
+    a folder of its own, ``test``, ``test-1`` and so on. A resumed run goes on in its folder and may replace its own
+    epochs' pictures, which it makes again.
+
+    The pictures' samples are the same ones in every validation: the first of the first process. What a fixed teacher
+    says of them is computed once.
+
+    Args:
+        every_n_validations: Validations from one set of pictures to the next, the first included.
+        samples: Samples in a grid (twenty times as many points in the plane).
+        images: Samples of the data for calibration and ranked images.
+        teacher_steps: Heun steps of the teacher's samples.
+        grid: Cells of a density map along each axis.
+        folder: Where ``pictures`` is made; ``None`` for the first logger's folder, else the trainer's.
+        to_disk: Write files.
+        to_loggers: Give figures to the loggers that take them.
+
+    Raises:
+        ValueError: If numbers are out of range or the pictures would go nowhere; at the start of a run, if the model
+            is none of the above, or no logger takes figures and ``to_disk`` is off.
+    """
+
+    def __init__(
+        self,
+        every_n_validations: int = 1,
+        samples: int = 49,
+        images: int = 64,
+        teacher_steps: int = 100,
+        grid: int = 64,
+        folder: str | None = None,
+        to_disk: bool = True,
+        to_loggers: bool = True,
+    ) -> None:
+        if min(every_n_validations, samples, images, teacher_steps, grid) < 1:
+            raise ValueError(
+                f"every_n_validations={every_n_validations}, samples={samples}, images={images}, "
+                f"teacher_steps={teacher_steps} and grid={grid} are at least 1"
+            )
+        if not (to_disk or to_loggers):
+            raise ValueError("to_disk and to_loggers are both off, and the pictures would go nowhere; turn one on")
+        self.every_n_validations = every_n_validations
+        self.samples, self.images, self.teacher_steps, self.grid = samples, images, teacher_steps, grid
+        self.folder, self.to_disk, self.to_loggers = folder, to_disk, to_loggers
+        self._validations = 0
+        self._name: str | None = None
+        self._resuming = False
+        self._last = ("", -1)  # epoch's folder, step
+        self._forget()
+
+    def _forget(self) -> None:
+        self._galleries: dict[tuple[str, str], Gallery] = {}
+        self._points: dict[tuple[str, str], Points] = {}
+        self._collecting: list[Subject] = []
+
+    # --- the run ---
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before any work is done."""
+        self._forget()
+        self._resuming = False
+        if stage == "predict":
+            return
+        find_subjects(trainer, pl_module)
+        if not self.to_disk and not _is_trial(trainer):
+            taken = trainer.is_global_zero and any(takes_figures(logger) for logger in trainer.loggers)
+            if not trainer.strategy.broadcast(taken):
+                kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
+                raise ValueError(
+                    f"none of the loggers ({kinds}) takes figures, and to_disk is off: the pictures would go nowhere; "
+                    "turn to_disk on, or add a logger that takes them (TensorBoard, W&B, MLflow, Comet)"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Validations so far, and where the pictures are, for a run that is resumed."""
+        return {"validations": self._validations, "folder": self._name, "last": list(self._last)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting, in the same folder."""
+        self._validations, self._name = int(state_dict["validations"]), state_dict["folder"]
+        self._last = str(state_dict["last"][0]), int(state_dict["last"][1])
+        self._resuming = True
+
+    def _root(self, trainer: L.Trainer) -> Path:
+        # asked for on all processes, also where the answer is not needed
+        found = run_folder(trainer)
+        return found if self.folder is None else Path(self.folder)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find a folder for the run's pictures."""
+        root = self._root(trainer)
+        if not self._resuming and trainer.global_step == 0:
+            self._validations, self._name, self._last = 0, None, ("", -1)
+        if self._name is None:
+            self._name = trainer.strategy.broadcast(unused(root / FOLDER).name)
+
+    def _folder(self, trainer: L.Trainer, stage: str, root: Path) -> Path:
+        """Where a set of pictures goes; to be asked on the first process, once for each set."""
+        base = root / (self._name or FOLDER)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return unused(base / ("test" if stage == "test" else "validate"))
+        name, step = f"epoch_{trainer.current_epoch:04d}", trainer.global_step
+        if self._last[0] == name and self._last[1] != step:
+            # another validation of the same epoch
+            return base / f"{name}_step_{step:08d}"
+        self._last = name, step
+        return base / name
+
+    # --- evaluation ---
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Whether pictures are due."""
+        stage = _stage(trainer)
+        self._collecting = []
+        if trainer.sanity_checking or (stage == "val" and self._validations % self.every_n_validations):
+            return
+        for subject in find_subjects(trainer, pl_module):
+            key = stage, subject.name
+            if key not in self._galleries:
+                self._galleries[key] = Gallery.of(trainer, subject, self.samples, self.teacher_steps, self.grid)
+            if key not in self._points:
+                self._collecting.append(subject)
+                self._points[key] = Points(self.images)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first samples, once."""
+        stage = _stage(trainer)
+        wanting = [s for s in self._collecting if s.ready and len(self._points[stage, s.name]) < self.images]
+        if not wanting or dataloader_idx > 0:
+            return
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+            for subject in wanting:
+                self._points[stage, subject.name].add(*subject.state(batch))
+
+    on_test_batch_end = on_validation_batch_end
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the pictures."""
+        stage = _stage(trainer)
+        due = stage == "test" or self._validations % self.every_n_validations == 0
+        if trainer.sanity_checking:
+            return
+        self._validations += stage == "val" and trainer.state.fn == TrainerFn.FITTING
+        if not due:
+            return
+        for subject in self._collecting:
+            key = stage, subject.name
+            # every process looks at what the first one has seen
+            self._points[key] = trainer.strategy.broadcast(self._points[key])
+            if len(self._points[key]) == 0:
+                del self._points[key]
+        root = self._root(trainer)
+        figures: dict[str, Figure] = {}
+        for (of, name), gallery in self._galleries.items():
+            if of != stage or (of, name) not in self._points:
+                continue
+            with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+                measured = gallery.measure(self._points[of, name])
+            if trainer.is_global_zero:
+                prefix = f"{name}/" if name else ""
+                figures |= {prefix + title: figure for title, figure in gallery.figures(measured).items()}
+        if trainer.is_global_zero and figures and not _is_trial(trainer):
+            self._give(trainer, stage, figures, root)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _give(self, trainer: L.Trainer, stage: str, figures: dict[str, Figure], root: Path) -> None:
+        if self.to_disk:
+            folder = self._folder(trainer, stage, root)
+            try:
+                for name, figure in figures.items():
+                    save_figure(figure, folder / f"{name}.png")
+            except OSError as error:
+                warnings.warn(f"pictures cannot be written to {folder} now ({error}); the run goes on", stacklevel=2)
+        if self.to_loggers:
+            for logger in trainer.loggers:
+                for name, figure in figures.items():
+                    log_figure(logger, f"{stage}/{name}", figure, trainer.global_step)
+
+
+def _stage(trainer: L.Trainer) -> str:
+    return "test" if trainer.state.fn == TrainerFn.TESTING else "val"
+
+
+def _is_trial(trainer: L.Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``, which leaves nothing behind."""
+    return bool(getattr(trainer, "fast_dev_run", False))

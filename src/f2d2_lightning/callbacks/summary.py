@@ -1,0 +1,173 @@
+"""A model summary that names the parts of a joint map: teacher, backbone, head and average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelSummary
+from rich import get_console
+from rich.table import Table
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from f2d2_lightning.adapters import AdaptedFlowMap
+from f2d2_lightning.adapters.features import find_submodule
+from f2d2_lightning.callbacks.f2d2 import F2D2Callback
+from f2d2_lightning.modules import F2D2Module, FlowMatchingModule
+
+__all__ = ["JointSummary", "Part", "model_parts", "summary_table"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model. Parameters are counted once: those that an earlier part has are left out."""
+
+    name: str
+    kind: str
+    """Class of the network."""
+    trainable: int
+    """Parameters that are trained."""
+    frozen: int
+    """Parameters that are not."""
+    note: str = ""
+    saved: bool = True
+    """Whether checkpoints of the run hold it."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.trainable + self.frozen
+
+
+class _Counter:
+    """Counts parameters of modules, each once. Of a sharded one, what it has on all processes."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def part(self, name: str, kind: str, module: Any, note: str = "", saved: bool = True) -> Part:
+        trainable = frozen = 0
+        for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+            if id(parameter) in self.seen or is_lazy(parameter):
+                continue
+            self.seen.add(id(parameter))
+            trainable += parameter.numel() if parameter.requires_grad else 0
+            frozen += 0 if parameter.requires_grad else parameter.numel()
+        return Part(name, kind, trainable, frozen, note, saved)
+
+
+def model_parts(module: L.LightningModule, callbacks: Iterable[Any] = ()) -> list[Part]:
+    """The parts of a module of this package, or of somebody else's with :class:`~f2d2_lightning.F2D2Callback`.
+
+    Args:
+        module: The module.
+        callbacks: The trainer's callbacks, among which F2D2Callbacks are looked for.
+
+    Returns:
+        The parts, in the order teacher, backbone, head, average, what else the module has. Under FSDP2 parameters are
+        counted over all processes; FSDP1's flat shards are those of this process.
+    """
+    added = [c for c in callbacks if isinstance(c, F2D2Callback)]
+    counter, parts = _Counter(), []
+    if isinstance(module, F2D2Module):
+        parts = _student_parts(module, counter)
+    elif isinstance(module, FlowMatchingModule):
+        parts = [
+            counter.part("backbone", _kind(module.flow_map), module.flow_map),
+            counter.part("average", _kind(module.average), module.average, "of the weights; samples and answers"),
+        ]
+    for callback in added:
+        parts += _added_parts(callback, module, counter, f" of {callback.flow_map}" if len(added) > 1 else "")
+    rest = counter.part("rest" if parts else "module", type(module).__name__, module)
+    return parts if parts and rest.parameters == 0 else [*parts, rest]
+
+
+def _student_parts(module: F2D2Module, counter: _Counter) -> list[Part]:
+    teacher = module.teacher
+    parts = []
+    if teacher is not None:
+        network = teacher.average if isinstance(teacher, FlowMatchingModule) else teacher
+        parts.append(counter.part("teacher", _kind(network), network, "not saved with the student", saved=False))
+    joint, average = module.joint, module.average
+    backbone = "frozen: only the head is trained" if joint.frozen else ""
+    parts.append(counter.part("backbone", _kind(joint.flow_map), joint.flow_map, backbone))
+    parts.append(counter.part("head", type(joint.head).__name__, joint.head))
+    of = "of the head's weights" if joint.frozen else "of backbone and head"
+    parts.append(counter.part("average", type(average).__name__, average, f"{of}; samples and answers"))
+    return parts
+
+
+def _added_parts(callback: F2D2Callback, module: L.LightningModule, counter: _Counter, of: str) -> list[Part]:
+    parts = []
+    if isinstance(callback.teacher, nn.Module):
+        parts.append(counter.part(f"teacher{of}", _kind(callback.teacher), callback.teacher, "not saved", saved=False))
+    network = find_submodule(module, callback.flow_map, "network")
+    kind = f"{type(getattr(network, '_orig_mod', network)).__name__} through {type(callback.adapter).__name__}"
+    left = f"{callback.flow_map}; " + (
+        "the added loss leaves it alone" if callback.frozen else "trained by both losses"
+    )
+    parts.append(counter.part(f"backbone{of}", kind, network, left))
+    if not callback.has_head:
+        return parts
+    live, average = callback.added.live, callback.added.average
+    parts.append(counter.part(f"head{of}", _kind(live["head"]), live["head"], "in the callback"))
+    if "interval" in live:
+        parts.append(counter.part(f"interval{of}", _kind(live["interval"]), live["interval"], "added time embedding"))
+    parts.append(counter.part(f"average{of}", _kind(average["head"]), average, "of what was added; answers"))
+    return parts
+
+
+def _kind(module: Any) -> str:
+    if isinstance(module, AdaptedFlowMap):
+        return f"{type(module.network).__name__} through {type(module.adapter).__name__}"
+    return type(module).__name__
+
+
+def summary_table(parts: Iterable[Part], title: str = "") -> Table:
+    """The parts as a rich table, with a row for their sum."""
+    parts = list(parts)
+    table = Table(title=title or None)
+    for name in ("part", "class", "trainable", "frozen", "note"):
+        table.add_column(name, justify="right" if name in ("trainable", "frozen") else "left", overflow="fold")
+    for part in parts:
+        table.add_row(part.name, part.kind, _count(part.trainable), _count(part.frozen), part.note)
+    table.add_section()
+    trainable, frozen = sum(p.trainable for p in parts), sum(p.frozen for p in parts)
+    saved = sum(p.parameters for p in parts if p.saved)
+    table.add_row("all", "", _count(trainable), _count(frozen), f"{saved:,} parameters in checkpoints")
+    return table
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters:,}" if parameters else ""
+
+
+class JointSummary(ModelSummary):
+    """Prints :func:`model_parts` when training starts, instead of Lightning's summary of layers.
+
+    With :class:`~f2d2_lightning.F2D2Callback` it is printed as soon as there is a head, before the first step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(max_depth=1)
+        self._due = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print, if all parts are there."""
+        self._due = any(isinstance(c, F2D2Callback) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if not self._due:
+            self._print(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Every callback has started by now, and made its head."""
+        if self._due:
+            self._due = False
+            self._print(trainer, pl_module)
+
+    def _print(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        parts = model_parts(module, trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            get_console().print(summary_table(parts, type(module).__name__))

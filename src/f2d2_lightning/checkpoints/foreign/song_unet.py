@@ -1,0 +1,178 @@
+"""The network called SongUNet in NVlabs/edm and in what is derived from it, as our :class:`UNet`.
+
+It is the DDPM++ of Song et al., 2021, https://arxiv.org/abs/2011.13456, in the form of Karras et al., 2022,
+https://arxiv.org/abs/2206.00364. Its names say the resolution and the place (``enc.32x32_block0.conv0.weight``), its
+shapes the sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.checkpoints.foreign.weights import Weights, fill
+from f2d2_lightning.nn.unet import UNet
+
+__all__ = ["SongLayout", "fill_layers", "song_unet"]
+
+_PARTS = {
+    "norm_in": "norm0",
+    "conv_in": "conv0",
+    "affine": "affine",
+    "norm_out": "norm1",
+    "conv_out": "conv1",
+    "skip": "skip",
+    "norm_attention": "norm2",
+    "qkv": "qkv",
+    "mix": "proj",
+}
+
+
+@dataclass(frozen=True)
+class SongLayout:
+    """Sizes of the network, as names and shapes of its weights tell them."""
+
+    shape: tuple[int, int, int]
+    """Of one image, ``(C, H, W)``."""
+    width: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    attention: tuple[int, ...]
+    """Heights at which blocks attend."""
+    taps: tuple[int, ...]
+
+    @classmethod
+    def read(cls, weights: Weights) -> SongLayout:
+        """The layout of weights.
+
+        Raises:
+            ValueError: If they are of no such network.
+        """
+        names = weights.names()
+        inlets = [match for name in names if (match := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))]
+        if len(inlets) != 1:
+            raise ValueError(
+                f"{weights.source} is no SongUNet: it has {len(inlets)} first convolutions enc.NxN_conv; only the "
+                "DDPM++ networks of this family are read"
+            )
+        size = int(inlets[0][1])
+        width, channels = weights.shape(inlets[0][0])[:2]
+        known, blocks = set(names), 0
+        multipliers: list[int] = []
+        attention: list[int] = []
+        while f"enc.{_at(size, len(multipliers))}_block0.conv0.weight" in known:
+            place = _at(size, len(multipliers))
+            multipliers.append(max(1, weights.shape(f"enc.{place}_block0.conv0.weight")[0] // width))
+            if f"enc.{place}_block0.qkv.weight" in known:
+                attention.append(size >> (len(multipliers) - 1))
+        while f"enc.{_at(size, 0)}_block{blocks}.conv0.weight" in known:
+            blocks += 1
+        if not multipliers:
+            raise ValueError(f"{weights.source} has no residual blocks, enc.{_at(size, 0)}_block0")
+        shape = (channels, size, size)
+        return cls(shape, width, tuple(multipliers), blocks, tuple(attention), _taps(weights))
+
+    def places(self) -> Iterator[tuple[str, str]]:
+        """Names of all blocks: ours and theirs."""
+        size, last = self.shape[1], len(self.multipliers) - 1
+        down, up = 0, 0
+        for level in range(last + 1):
+            for name in (["down"] if level else []) + [f"block{i}" for i in range(self.blocks)]:
+                yield f"down.{down}", f"enc.{_at(size, level)}_{name}"
+                down += 1
+        for index in range(2):
+            yield f"middle.{index}", f"dec.{_at(size, last)}_in{index}"
+        for level in reversed(range(last + 1)):
+            for name in (["up"] if level < last else []) + [f"block{i}" for i in range(self.blocks + 1)]:
+                yield f"up.{up}", f"dec.{_at(size, level)}_{name}"
+                up += 1
+
+
+def _at(size: int, level: int) -> str:
+    return f"{size >> level}x{size >> level}"
+
+
+def _filter(taps: tuple[int, ...]) -> Tensor:
+    line = torch.tensor(taps, dtype=torch.float32)
+    return (torch.outer(line, line) / line.sum() ** 2)[None, None]
+
+
+def _taps(weights: Weights) -> tuple[int, ...]:
+    lengths = {weights.shape(name)[-1] for name in weights.names() if name.endswith(".resample_filter")}
+    return (1, 3, 3, 1) if lengths == {4} else (1, 1)
+
+
+def song_unet(
+    weights: Weights,
+    embedding: nn.Module,
+    layout: SongLayout,
+    *,
+    directions: str,
+    second_affine: bool = False,
+    interleaved: bool = False,
+    dropout: float = 0.0,
+) -> UNet:
+    """Our network with their weights; the embedding is filled by the caller, and so is :meth:`Weights.finish` called.
+
+    Args:
+        weights: Theirs.
+        embedding: Module ``(s, t) -> (B, E)``.
+        layout: Sizes.
+        directions: Orders of time it was trained for.
+        second_affine: Whether blocks have a second layer for a second embedding, ``affine_s``.
+        interleaved: Whether queries, keys and values alternate from channel to channel, or come one after the other.
+        dropout: Probability of dropping a hidden unit, for training on; weights do not say it.
+    """
+    shape, width, multipliers, blocks = layout.shape, layout.width, layout.multipliers, layout.blocks
+    unet = UNet(
+        *(shape, width, multipliers, blocks, layout.attention),
+        dropout=dropout,
+        directions=directions,
+        embedding=embedding,
+        taps=layout.taps,
+    )
+    size = _at(layout.shape[1], 0)
+    places = dict(layout.places())
+    ends = {"inlet": f"enc.{size}_conv", "norm": f"dec.{size}_aux_norm", "outlet": f"dec.{size}_aux_conv"}
+    for name in unet.state_dict():
+        if name.startswith("embedding."):
+            continue
+        owner, _, kind = name.rpartition(".")
+        block, _, part = owner.rpartition(".")
+        theirs = ends[owner] if owner in ends else f"{places[block]}.{_PARTS[part]}"
+        value = weights.take(f"{theirs}.{kind}")
+        if part == "affine" and second_affine:
+            value = _joined(value, weights.take(f"{theirs}_s.{kind}"), kind)
+        if part == "qkv" and interleaved and value is not None:
+            value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+        fill(unet, name, value, weights, f"{theirs}.{kind}")
+    _take_filters(weights, layout.taps)
+    # augmentation is told to the network in training alone; without it this layer, which has no bias, adds nothing
+    weights.drop("map_augment.weight")
+    return unet
+
+
+def _joined(first: Tensor | None, second: Tensor | None, kind: str) -> Tensor | None:
+    if first is None or second is None or first.shape != second.shape:
+        return None if second is None else first
+    # a linear layer of both embeddings together, in place of one for each
+    return torch.cat((first, second), 1) if kind == "weight" else first + second
+
+
+def _take_filters(weights: Weights, taps: tuple[int, ...]) -> None:
+    expected = _filter(taps)
+    for name in [n for n in weights.names() if n.endswith(".resample_filter")]:
+        value = weights.take(name)
+        if value is None or value.shape != expected.shape or not torch.allclose(value.float(), expected):
+            weights.complain(f"{name} is another filter than {taps}")
+
+
+def fill_layers(weights: Weights, embedding: nn.Module, names: dict[str, str]) -> None:
+    """Fill linear layers of an embedding, ``{ours: theirs}``."""
+    for ours, theirs in names.items():
+        for kind in ("weight", "bias"):
+            fill(embedding, f"{ours}.{kind}", weights.take(f"{theirs}.{kind}"), weights, f"{theirs}.{kind}")

@@ -1,0 +1,104 @@
+"""What the commands share: the model, the device, and how a mistake ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor, nn
+
+from f2d2_lightning.adapters import AdaptedFlowMap
+from f2d2_lightning.modules import F2D2Module
+from f2d2_lightning.training.loading import load_module
+
+__all__ = ["add_student", "check_labels", "class_count", "find_device", "load_student", "run", "warn"]
+
+
+def add_student(parser: ArgumentParser) -> None:
+    """The options that :func:`load_student` reads."""
+    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
+    parser.add_argument(
+        "--trust",
+        type=str,
+        nargs="*",
+        default=[],
+        help="packages whose classes the checkpoint may name, such as your own backbone's; others run nothing",
+    )
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def load_student(options: Any) -> F2D2Module:
+    """The model of a checkpoint, on the device that was asked for."""
+    return load_module(options.ckpt, F2D2Module, trust=options.trust).to(find_device(options.device))
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+
+
+def class_count(module: F2D2Module) -> int | None:
+    """Number of classes of a model; ``None`` if its network does not say."""
+    for part in module.average.modules():
+        table = getattr(part, "labels", None)
+        if isinstance(table, nn.Embedding):
+            # the last one may stand for no class
+            return table.num_embeddings - int(getattr(part, "null_label", False) is True)
+        if isinstance(part, AdaptedFlowMap) and part.adapter.classes is not None:
+            return part.adapter.classes
+    return None
+
+
+def check_labels(module: F2D2Module, cond: Tensor, source: str) -> None:
+    """Refuse labels that are none of a model's classes.
+
+    Args:
+        module: A conditional model.
+        cond: Conditioning of a batch.
+        source: Where it is from, for errors.
+
+    Raises:
+        ValueError: If the model takes labels, and these are not integers ``(B,)`` in range.
+    """
+    count = class_count(module)
+    adapters = [part.adapter for part in module.average.modules() if isinstance(part, AdaptedFlowMap)]
+    if count is None and all(adapter.null_label is None for adapter in adapters):
+        return  # conditioning of another kind
+    if torch.is_floating_point(cond) or cond.ndim != 1:
+        raise ValueError(
+            f"{source} has labels of type {cond.dtype} and shape {tuple(cond.shape)}; the model takes class labels: "
+            "integers, one a sample"
+        )
+    low, high = int(cond.min()), int(cond.max())
+    if low < 0 or (count is not None and high >= count):
+        expected = "labels count from 0" if count is None else f"the model is for {count} classes, 0 to {count - 1}"
+        raise ValueError(f"{source} has labels {low} to {high}, but {expected}")
+
+
+def warn(message: str) -> None:
+    """Something that the user should look at, where it does not end in a file of results."""
+    Console(stderr=True).print(f"[bold yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def run(command: Callable[[], None]) -> None:
+    """A user's mistake ends with its message, not with a traceback."""
+    try:
+        command()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        # names of files may look like markup
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)

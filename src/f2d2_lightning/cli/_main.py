@@ -1,0 +1,259 @@
+"""The command line: ``f2d2 fit | validate | test | sample | nll``.
+
+The first three are a LightningCLI; ``f2d2 fit --print_config`` shows every option. The last two use a checkpoint that
+``f2d2 fit`` wrote.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from f2d2_lightning import _moved
+from f2d2_lightning.callbacks.last_checkpoint import LastCheckpoint
+from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint
+from f2d2_lightning.data.module import FlowDataModule
+from f2d2_lightning.modules import FlowModule
+from f2d2_lightning.training.folders import run_folder
+from f2d2_lightning.training.loading import check_checkpoint
+from f2d2_lightning.utils.files import whole_file
+
+__all__ = ["F2D2CLI", "main"]
+
+USAGE = """usage: f2d2 COMMAND ...
+
+commands:
+  fit        train a teacher or a student:  f2d2 fit --config configs/digits_teacher.yaml
+             the same command goes on with a run that was interrupted
+  validate   run the validation loop of a checkpoint:  f2d2 validate --config ... --ckpt_path last
+  test       run the test loop of one; a student writes a table and pictures
+  sample     draw samples from a student's checkpoint:  f2d2 sample --ckpt ... --steps 2 --num 64 --out grid.png
+  nll        log-likelihood of every sample of a data set:  f2d2 nll --ckpt ... --data digits --steps 4 --out nll.csv
+
+f2d2 COMMAND --help shows the options of a command, f2d2 fit --print_config a whole configuration."""
+
+CONFIG = "config.yaml"
+say = rank_zero_only(print)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the configuration in the run's folder, unless it is there."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.log_dir is None or stage != "fit":
+            return
+        path = Path(trainer.log_dir) / self.config_filename
+        if not trainer.is_global_zero:
+            return
+        # the time of a file that stays tells which checkpoints came after it
+        if not path.is_file() or read_yaml(path) != resolved(self.parser, self.config):
+            with whole_file(path) as partial:
+                self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
+
+
+@functools.cache
+def read_old_names() -> None:
+    """Let configurations of version 0.1 be read by the names of today."""
+    # registers the loader, on first use
+    ArgumentParser(parser_mode="omegaconf").parse_string("{}")
+    load = get_loader("omegaconf")
+    set_loader("omegaconf", lambda text: _moved.described(load(text)), (yaml.YAMLError,))
+
+
+def resolved(parser: LightningArgumentParser, config: Any) -> Any:
+    """A configuration as its file says it: every option, in plain values."""
+    return yaml.safe_load(parser.dump(config, skip_none=False))
+
+
+def read_yaml(path: Path) -> Any:
+    """Contents of a configuration, by the names of today; ``None`` if it is damaged."""
+    try:
+        return _moved.described(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+
+
+def _is_elsewhere(path: Any) -> bool:
+    """Whether a checkpoint is one that Lightning finds or fetches by itself."""
+    return path in ("best", "hpc") or str(path).startswith("registry") or "://" in str(path)
+
+
+class F2D2CLI(LightningCLI):
+    """LightningCLI for :class:`FlowModule` and :class:`FlowDataModule`, any class of either by ``class_path``.
+
+    A run is its folder. Where it holds a checkpoint, ``fit`` goes on with it if the configuration is the same, and
+    refuses another one; a run that is complete is left alone. The model is always the configuration's: of a checkpoint
+    (``--ckpt_path``) only weights and the state of training are taken, so that what is said here holds.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Defaults that suit every command."""
+        parser.set_defaults({"seed_everything": 0})
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Fit, validate and test."""
+        skip = {"model", "dataloaders", "datamodule", "weights_only"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": skip,
+            "test": skip,
+        }
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's puts the checkpoint's hyper-parameters in place of the configuration's."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer; what SLURM makes it save goes to the run's folder, where it is found again."""
+        config = self._get(self.config_init, "trainer")
+        logger = config.logger[0] if isinstance(config.logger, list) and config.logger else config.logger
+        named = isinstance(getattr(logger, "_version", None), str)
+        if config.default_root_dir is None and named and getattr(logger, "log_dir", None) is not None:
+            kwargs["default_root_dir"] = logger.log_dir
+        callbacks = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        if config.enable_checkpointing is False or any(isinstance(callback, LastCheckpoint) for callback in given):
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
+        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+
+    # --- going on ---
+
+    def before_fit(self) -> None:
+        """Start, go on, or leave a finished run alone.
+
+        Raises:
+            FileExistsError: If the folder holds a run of another configuration. Names the differences.
+            ValueError: If the checkpoint to go on from is damaged. Names an older one.
+        """
+        config = self.config_init["fit"]
+        folder, given = run_folder(self.trainer), config["ckpt_path"]
+        if getattr(self.trainer, "fast_dev_run", False) or _is_elsewhere(given):
+            return
+        newest = self._newest()
+        changed, begun = self._changed(folder), None
+        if (folder / CONFIG).exists():
+            begun = (folder / CONFIG).stat().st_mtime
+            # a start that failed, for want of data or teacher, leaves its configuration and nothing else
+            if changed and given is None and any(entry.name != CONFIG for entry in folder.iterdir()):
+                raise FileExistsError(
+                    f"{folder} holds a run of another configuration ({'; '.join(changed[:8])}"
+                    f"{'; ...' if len(changed) > 8 else ''}; before -> now). Choose another folder "
+                    "(--trainer.logger.init_args.version NAME), remove it, or go on all the same with what is given "
+                    "now: --ckpt_path last"
+                )
+        elif newest is not None and given is None:
+            raise FileExistsError(
+                f"{newest} is there, and no {CONFIG} that says of what; choose another folder "
+                "(--trainer.logger.init_args.version NAME), remove it, or go on all the same: --ckpt_path last"
+            )
+        if given not in (None, "last"):
+            # this very command was started before: its own checkpoints come after what it started from
+            again = not changed and begun is not None and newest is not None and newest.stat().st_mtime > begun
+            if not again or read_yaml(folder / CONFIG).get("ckpt_path") != str(given):
+                newest = Path(given)
+            if newest is None or not newest.exists():
+                raise FileNotFoundError(f"there is no checkpoint at {given}; correct --ckpt_path, or leave it out")
+        config["ckpt_path"] = None if newest is None else str(newest)
+        if newest is None:
+            return
+        if is_finished(newest) and not changed and given in (None, "last"):
+            say(
+                f"{folder} is a run of this configuration that is finished: nothing to do. Test it: f2d2 test ... "
+                f"--ckpt_path {newest}; to train another: --trainer.logger.init_args.version NAME"
+            )
+            sys.exit(0)
+        say(f"going on from {newest}" + (f", with another configuration: {'; '.join(changed)}" if changed else ""))
+
+    def _before_evaluation(self) -> None:
+        """Take a checkpoint of the model, whose figures are wanted.
+
+        Raises:
+            ValueError: If none was named, as the weights would be random, or it is damaged.
+            FileNotFoundError: If it is not there.
+        """
+        config = self.config_init[self.subcommand]
+        newest = self._newest()
+        # empty: a variable of a shell that was not set
+        if not config["ckpt_path"]:
+            raise ValueError(
+                f"f2d2 {self.subcommand} without a checkpoint would give the figures of a model that was not trained; "
+                + (
+                    f"say which: --ckpt_path last ({newest})"
+                    if newest is not None
+                    else f"{run_folder(self.trainer)} holds none either: train first (f2d2 fit ...) or name one "
+                    "(--ckpt_path FILE)"
+                )
+                + f". For a model whose weights come with its class: Trainer().{self.subcommand}(model, data) in Python"
+            )
+        if config["ckpt_path"] == "last":
+            if newest is None:
+                raise FileNotFoundError(f"{run_folder(self.trainer)} holds no checkpoint; train first: f2d2 fit ...")
+            config["ckpt_path"] = str(newest)
+        if config["ckpt_path"] is not None and not _is_elsewhere(config["ckpt_path"]):
+            check_checkpoint(config["ckpt_path"])
+
+    before_validate = before_test = _before_evaluation
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # a checkpoint from anywhere is read as plain values
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    def _newest(self) -> Path | None:
+        callbacks = getattr(self.trainer, "callbacks", [])
+        keeper = next((c for c in callbacks if isinstance(c, LastCheckpoint)), LastCheckpoint())
+        return newest_checkpoint(keeper.folder(self.trainer), Path(self.trainer.default_root_dir))
+
+    def _changed(self, folder: Path) -> list[str]:
+        """Differences of the folder's configuration to this one, the checkpoint that is started from left out."""
+        path = folder / CONFIG
+        if not path.is_file():
+            return []
+        now = resolved(self._parser("fit"), self.config["fit"])
+        before = read_yaml(path)
+        if not isinstance(before, dict):
+            return [f"{path} cannot be read"]
+        alike = {"ckpt_path": None} | ({"seed_everything": None} if self._seed_was_drawn else {})
+        return list(differences({**before, **alike}, {**now, **alike}))
+
+    def _set_seed(self) -> None:
+        # a run that goes on has the seed of its beginning in its checkpoint
+        self._seed_was_drawn = self._get(self.config, "seed_everything") is True
+        super()._set_seed()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``f2d2``."""
+    given, arguments = arguments, sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] in ("sample", "nll"):
+        from f2d2_lightning.cli import nll_command, sample_command
+
+        {"sample": sample_command, "nll": nll_command}[arguments[0]](arguments[1:])
+        return
+    read_old_names()
+    try:
+        F2D2CLI(
+            FlowModule,
+            FlowDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=_SaveConfig,
+            parser_kwargs={"parser_mode": "omegaconf"},
+            args=given,
+        )
+    except SIGTERMException as stop:
+        # where Lightning raises it, before training began, it would end the process with 0
+        sys.exit(stop.code or 128 + signal.SIGTERM)

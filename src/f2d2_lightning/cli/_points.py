@@ -1,0 +1,319 @@
+"""Samples for ``f2d2 nll``: what ``--data`` and ``--compare`` may name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from f2d2_lightning.cli._common import class_count, warn
+from f2d2_lightning.data.images import _files as image_files
+from f2d2_lightning.data.module import DequantizedDataset, FlowDataModule
+from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.modules import F2D2Module
+from f2d2_lightning.training.batches import check_values
+from f2d2_lightning.utils.arrays import read_numbers
+from f2d2_lightning.utils.class_names import agree_on_classes, guessed_labels, labels_of
+
+__all__ = ["DATA", "Points", "Reading", "load_points"]
+
+DATA = {
+    "digits": "f2d2_lightning.data.Digits",
+    "fashion": "f2d2_lightning.data.FashionMNIST",
+    "cifar10": "f2d2_lightning.data.CIFAR10",
+    "celeba64": "f2d2_lightning.data.CelebA64",
+    "imagenet64": "f2d2_lightning.data.ImageNet64",
+    "checkerboard": "f2d2_lightning.data.Checkerboard",
+    "mixture": "f2d2_lightning.data.GaussianMixture",
+}
+"""Short names of data modules; any other goes by its class path."""
+
+SPLITS = ("train", "val", "test")
+CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+ARRAYS = (".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become states.
+
+    Args:
+        seed: Of the dequantization noise.
+        convert: Convert images to the model's channels.
+        resize: Resize images, before dequantization.
+        requantize: Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``.
+    """
+
+    seed: int = 0
+    convert: bool = False
+    resize: bool = False
+    requantize: bool = False
+
+
+class Points(ABC):
+    """Samples in order, in batches as the model's ``data_to_state`` takes them."""
+
+    source: str
+    """As the user named them."""
+    names: Sequence[str] | None = None
+    """Of the samples, where they have any."""
+    dequantized: bool = False
+    """Whether further draws of dequantization noise can be asked for."""
+    no_labels: str = "it holds none"
+    """What to do where a conditional model finds no labels."""
+
+    @abstractmethod
+    def batches(self, size: int, draw: int = 0) -> Iterator[Any]:
+        """All samples, ``size`` at a time, with the noise of one draw."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int | None:
+        """Number of samples, where it is known beforehand."""
+
+
+class _Held(Points):
+    """Samples in memory."""
+
+    def __init__(self, source: str, dataset: DequantizedDataset, names: Sequence[str] | None = None) -> None:
+        self.source, self.dataset, self.names = source, dataset, names
+        self.dequantized = dataset.quantization is not None
+
+    def batches(self, size: int, draw: int = 0) -> Iterator[Any]:
+        """A draw of noise is to the data set what an epoch is in training."""
+        for start in range(0, self.count, size):
+            rows = range(start, min(start + size, self.count))
+            yield self.dataset.__getitems__([draw * self.count + row for row in rows])
+
+    @property
+    def count(self) -> int:
+        return len(self.dataset)
+
+
+class _Loaded(Points):
+    """Samples of somebody's data loader, states already, in the order of its data set."""
+
+    def __init__(self, source: str, loader: DataLoader, module: F2D2Module) -> None:
+        self.source, self.loader, self.module = source, loader, module
+
+    def batches(self, size: int, draw: int = 0) -> Iterator[Any]:
+        """As its collation gives them; the loader's own order and batch size only where it cannot be indexed."""
+        loader = self.loader
+        if not isinstance(loader.dataset, IterableDataset):
+            loader = DataLoader(
+                loader.dataset, batch_size=size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
+            )
+        for index, batch in enumerate(loader):
+            x = self.module.data_to_state(batch)[0]
+            if index == 0 and torch.is_floating_point(x):
+                check_values(x, self.module.quantization)
+            yield batch
+
+    @property
+    def count(self) -> int | None:
+        dataset = self.loader.dataset
+        return None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
+
+
+def load_points(name: str, arguments: Mapping[str, Any] | None, module: F2D2Module, reading: Reading) -> Points:
+    """Samples by what the user named.
+
+    Args:
+        name: One of :data:`DATA` or the class path of a data module, either with ``:train``, ``:val`` or ``:test``
+            (the default); a ``.npy`` or ``.npz`` file; an image file or a folder of them.
+            A folder that is called as one of :data:`DATA` is ``./digits``.
+        arguments: Of the data module.
+        module: Model that they are for.
+        reading: How files become states.
+
+    Raises:
+        FileNotFoundError: If it is none of these.
+        ValueError: If it does not fit the model, or cannot be read.
+    """
+    kind, _, split = name.partition(":")
+    path = Path(name)
+    is_file = path.suffix.lower() in (*ARRAYS, *image_files.SUFFIXES) or path.exists()
+    if kind in DATA or (CLASS_PATH.fullmatch(kind) and not is_file):
+        return _from_data_module(name, DATA.get(kind, kind), split or "test", arguments or {}, module)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--data is {name}: neither one of {', '.join(DATA)}, nor the class path of a data module, nor a file that "
+            "exists or a folder of images"
+        )
+    if arguments:
+        raise ValueError(f"{name} is a file or a folder, which takes no arguments ({', '.join(arguments)} given)")
+    if path.is_dir() or path.suffix.lower() in image_files.SUFFIXES:
+        return _from_images(path, module, reading)
+    if path.suffix.lower() in ARRAYS:
+        return _from_array(path, module, reading)
+    raise ValueError(
+        f"--data is {name}; .npy and .npz files (an .npz holds its data as 'x', labels as 'y') and images "
+        f"({', '.join(image_files.SUFFIXES)}) can be read"
+    )
+
+
+def _class(path: str) -> type:
+    package, _, attribute = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(package), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--data {path} cannot be imported ({error}); it is neither one of {', '.join(DATA)} nor a file, and as "
+            "the class path of a data module its package must be installed or on PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, L.LightningDataModule)):
+        raise ValueError(f"--data {path} is {found!r}; the class of a LightningDataModule is needed")
+    return found
+
+
+def _from_data_module(name: str, path: str, split: str, arguments: Mapping[str, Any], module: F2D2Module) -> Points:
+    cls = _class(path)
+    if path in DATA.values() and module.conditional and "labels" in inspect.signature(cls).parameters:
+        arguments = {"labels": True, **arguments}
+    try:
+        data = cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__} was not made ({error}); its arguments are --data_args '{{...}}'") from error
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; {cls.__name__} has {', '.join(SPLITS)}")
+    if isinstance(data, FlowDataModule):
+        _check_data_module(name, data, module)
+        data.setup()
+        _agree_on_classes(data, module)
+        points: Points = _Held(name, data.dataset(split))
+    else:
+        data.prepare_data()
+        data.setup({"train": "fit", "val": "validate", "test": "test"}[split])
+        _check_data_module(name, data, module)
+        _agree_on_classes(data, module)
+        try:
+            loader = getattr(data, f"{split}_dataloader")()
+        except (NotImplementedError, MisconfigurationException) as error:
+            raise ValueError(f"{cls.__name__} has no {split}_dataloader; choose another split") from error
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"{cls.__name__}.{split}_dataloader gives {type(loader).__name__}; one DataLoader is needed"
+            )
+        points = _Loaded(name, loader, module)
+    points.no_labels = f"let {cls.__name__} give pairs (states, labels)"
+    return points
+
+
+def _agree_on_classes(data: L.LightningDataModule, module: F2D2Module) -> None:
+    if not module.conditional:
+        return
+    if module.class_names is not None:
+        agree_on_classes(data, module.class_names)
+    elif names := agree_on_classes(data, None):
+        warn(
+            f"the checkpoint does not say its classes; their order is taken from the data: {', '.join(names[:12])}; if "
+            "that is wrong, name them in the order of the model's labels: --classes NAME,NAME,..."
+        )
+
+
+def _check_data_module(name: str, data: L.LightningDataModule, module: F2D2Module) -> None:
+    """Refuse data of another shape or of other levels, of somebody's data module where it says them."""
+    mine = module.quantization
+    own = isinstance(data, FlowDataModule)
+    levels, shape = getattr(data, "levels", None), getattr(data, "shape", None)
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else None
+    levels_differ = levels != module.levels if own else type(levels) is int and levels != module.levels
+    if levels_differ or (shape is not None and shape != module.shape):
+        raise ValueError(
+            f"--data {name} has shape {shape} and levels {levels}, but the checkpoint is of a model for shape "
+            f"{module.shape} and levels {module.levels}"
+        )
+    theirs = getattr(data, "quantization", None)
+    if (own or isinstance(theirs, Quantization)) and theirs != mine:
+        raise ValueError(f"--data {name} has {theirs}, but the checkpoint is of a model for {mine}")
+
+
+def _from_array(path: Path, module: F2D2Module, reading: Reading) -> Points:
+    arrays = read_numbers(path, ("x", "y"))
+    loaded, labels = arrays["x"], arrays.get("y")
+    if loaded.shape[1:] != module.shape or len(loaded) == 0:
+        last = (*module.shape[1:], *module.shape[:1])
+        hint = "; channels come first" if len(last) == 3 and loaded.shape[1:] == last else ""
+        raise ValueError(f"{path} has shape {loaded.shape}; (N, {', '.join(map(str, module.shape))}) is needed{hint}")
+    if labels is not None and (labels.shape != loaded.shape[:1] or labels.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{path} has labels y of shape {labels.shape} and type {labels.dtype}; integers of shape "
+            f"{loaded.shape[:1]} are needed"
+        )
+    classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    if loaded.dtype.kind == "f":
+        states = torch.from_numpy(loaded.astype(np.float32))
+        check_values(states, module.quantization)
+        points = _Held(str(path), DequantizedDataset(states, classes))
+    elif loaded.dtype.kind in "iub":
+        values = torch.from_numpy(loaded if loaded.dtype == np.uint8 else loaded.astype(np.int64))
+        points = _Held(str(path), _dequantized(path, values, classes, module, reading))
+    else:
+        raise ValueError(f"{path} holds {loaded.dtype}; integers or floating numbers are needed")
+    points.no_labels = "give an .npz file with labels y of shape (N,), integers"
+    return points
+
+
+def _from_images(path: Path, module: F2D2Module, reading: Reading) -> Points:
+    images = image_files.read_images(path, module.shape, convert=reading.convert, resize=reading.resize)
+    labels = _folder_labels(path, images, module) if module.conditional else None
+    return _Held(str(path), _dequantized(path, images.values, labels, module, reading, eight_bit=True), images.names)
+
+
+def _folder_labels(path: Path, images: image_files.ImageFiles, module: F2D2Module) -> Tensor:
+    """Labels of images by the names of their folders, ``(N,)``, ``int64``."""
+    classes = images.classes()
+    found = sorted({*classes})
+    if module.class_names is not None:
+        labels = labels_of(found, module.class_names, path)
+    else:
+        labels, said = guessed_labels(found, class_count(module), path)
+        if said is not None:
+            warn(said)
+    number = dict(zip(found, labels, strict=True))
+    return torch.tensor([number[name] for name in classes])
+
+
+def _dequantized(
+    path: Path,
+    values: Tensor,
+    labels: Tensor | None,
+    module: F2D2Module,
+    reading: Reading,
+    eight_bit: bool = False,
+) -> DequantizedDataset:
+    """Integers as states, fixed noise; ``eight_bit`` says that 0 to 255 is their range whatever they reach."""
+    if module.levels is None:
+        raise ValueError(f"{path} holds integers, but the model is for continuous data; give states (floating numbers)")
+    quantization = Quantization(module.levels, module.low, module.high)
+    high = int(values.max())
+    if reading.requantize:
+        if values.dtype != torch.uint8:
+            raise ValueError(f"{path} holds {values.dtype}; --requantize is for 8-bit values (uint8)")
+        if module.levels > 256 or high < module.levels < 256:
+            raise ValueError(
+                f"{path} holds values up to {high}, which fit the model's {module.levels} levels already; leave "
+                "--requantize out"
+            )
+        values = (values.int() * module.levels // 256).to(torch.uint8)
+    elif eight_bit and high >= module.levels:
+        raise ValueError(
+            f"{path} holds 8-bit values up to {high}, but the model is for {module.levels} levels, 0 to "
+            f"{module.levels - 1}; --requantize true brings them there by floor(v * {module.levels} / 256)"
+        )
+    elif not (eight_bit and module.levels == 256):
+        # a picture of 8 bits may be dark, other integers that stay low are of other levels
+        quantization.check_range_of(values)
+    return DequantizedDataset(values, labels, quantization, reading.seed)

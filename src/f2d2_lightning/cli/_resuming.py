@@ -1,0 +1,53 @@
+"""Going on with a run: what its folder says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from f2d2_lightning.callbacks.last_checkpoint import NAMES, LastCheckpoint
+from f2d2_lightning.training.loading import check_checkpoint
+
+__all__ = ["differences", "is_finished", "newest_checkpoint"]
+
+_MISSING = object()
+
+
+def newest_checkpoint(checkpoints: Path, requeued: Path) -> Path | None:
+    """The checkpoint of a run that was written last, or ``None`` where there is none.
+
+    Args:
+        checkpoints: Folder of :class:`~f2d2_lightning.callbacks.LastCheckpoint`.
+        requeued: Folder of what Lightning saves when SLURM requeues a job, ``hpc_ckpt_N.ckpt``.
+    """
+    found = [checkpoints / name for name in NAMES] + sorted(requeued.glob("hpc_ckpt_*.ckpt"))
+    # of equal times the first one, which is the last checkpoint
+    return max((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether training was complete when a checkpoint was written.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    check_checkpoint(path)
+    # of a folder of shards, the part that is not sharded
+    content = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True, mmap=True, map_location="cpu")
+    return bool(content.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("finished"))
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two configurations, as ``name: before -> now``, nested names joined by dots."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys((*before, *now)):
+            yield from differences(before.get(key, _MISSING), now.get(key, _MISSING), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from differences(one, other, f"{name}[{index}]")
+    elif before != now:
+        shown = ("not there" if value is _MISSING else f"{value!s:.80}" for value in (before, now))
+        yield f"{name}: {' -> '.join(shown)}"

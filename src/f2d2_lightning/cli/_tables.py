@@ -1,0 +1,93 @@
+"""Tables with one row a sample: CSV, or Parquet with units and settings in its schema."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
+
+__all__ = ["SUFFIXES", "Column", "check_table_path", "write_table"]
+
+SUFFIXES = (".csv", ".parquet")
+
+
+class Column(NamedTuple):
+    """A named column of a table."""
+
+    name: str
+    values: Sequence[int] | Sequence[float] | Sequence[str]
+    """One entry a row, all of one type."""
+    unit: str | None = None
+    """Unit of the entries, such as ``"nats"``; a Parquet file keeps it with the column."""
+
+
+def _parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"Parquet files need pyarrow ({error}): pip install 'f2d2-lightning[parquet]', or write a .csv file",
+            name="pyarrow",
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def check_table_path(path: Path, overwrite: bool = False) -> None:
+    """Whether a table can be written at ``path``: to be asked before the hours that fill it.
+
+    Raises:
+        ValueError: If the suffix names no format.
+        FileExistsError: If a file is there and was not given up.
+        ModuleNotFoundError: If the format needs a package that is not installed.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"a table cannot be written as {path.name!r}; its name ends in {' or '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file in it")
+    refuse_to_overwrite(path, overwrite)
+    if path.suffix == ".parquet":
+        _parquet()
+
+
+def write_table(
+    path: Path, columns: Sequence[Column], metadata: Mapping[str, str] | None = None, overwrite: bool = False
+) -> None:
+    """Write a table, making its folder. It appears whole or not at all.
+
+    Args:
+        path: ``.csv``, or ``.parquet`` (optional extra ``parquet``).
+        columns: Columns of equal length.
+        metadata: Kept in a Parquet file's schema; a CSV file has no place for it.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        ValueError: If the suffix names no format, or columns differ in length.
+        FileExistsError: If a file is there and was not given up.
+        ModuleNotFoundError: If the format needs a package that is not installed.
+    """
+    check_table_path(path, overwrite)
+    lengths = {column.name: len(column.values) for column in columns}
+    if len(lengths) != len(columns) or len(set(lengths.values())) != 1:
+        raise ValueError(f"columns have the lengths {lengths}; names must differ and lengths must be equal")
+    with whole_file(path) as partial:
+        if path.suffix == ".csv":
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(column.name for column in columns)
+                writer.writerows(zip(*(column.values for column in columns), strict=True))
+        else:
+            _write_parquet(partial, columns, metadata or {})
+
+
+def _write_parquet(path: Path, columns: Sequence[Column], metadata: Mapping[str, str]) -> None:
+    arrow, parquet = _parquet()
+    arrays = [arrow.array(column.values) for column in columns]
+    fields = [
+        arrow.field(column.name, array.type, metadata=None if column.unit is None else {"unit": column.unit})
+        for column, array in zip(columns, arrays, strict=True)
+    ]
+    parquet.write_table(arrow.Table.from_arrays(arrays, schema=arrow.schema(fields, metadata=dict(metadata))), path)

@@ -1,0 +1,282 @@
+"""``f2d2 nll``: the log-likelihood of every sample of a data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from f2d2_lightning.cli._common import add_student, check_labels, load_student, run
+from f2d2_lightning.cli._points import DATA, Points, Reading, load_points
+from f2d2_lightning.cli._tables import Column, check_table_path, write_table
+from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.likelihood._log_prob import LogProb
+from f2d2_lightning.likelihood.bounds import dequantization_bounds
+from f2d2_lightning.likelihood.mirror import mirrored_log_prob
+from f2d2_lightning.likelihood.quantization import bits_per_dim
+from f2d2_lightning.metrics._impossible import said_of_bits, said_of_values
+from f2d2_lightning.metrics.ranks import percentile_rank
+from f2d2_lightning.modules import F2D2Module
+from f2d2_lightning.utils.class_names import as_names
+from f2d2_lightning.utils.seeding import mix_seed
+
+__all__ = ["nll_command"]
+
+REFERENCE_ERROR = "reference_standard_error"
+DATA_HELP = (
+    f"{', '.join(DATA)}, or the class path of a data module (test split; digits:train, my.Data:val for others); "
+    ".npy or .npz: integers (dequantized here) or states as x, labels as y; an image, or a folder of images (PNG, "
+    "JPEG, BMP, WebP, PPM, TIFF; recursive, in the order of their paths)"
+)
+
+
+def nll_command(arguments: list[str]) -> None:
+    """``f2d2 nll``: one row a sample, and a summary with standard errors."""
+    parser = ArgumentParser(prog="f2d2 nll", description="Log-likelihood of every sample of a data set.")
+    add_student(parser)
+    parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
+    parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
+    parser.add_argument(
+        "--classes",
+        type=str,
+        default=None,
+        help="names of the model's classes in the order of their labels, with commas between them: for folders of "
+        "classes, and checkpoints that do not hold the names",
+    )
+    parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
+    parser.add_argument("--out", type=str, default="nll.csv", help=".csv or .parquet, one row a sample")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=1,
+        help="dequantization draws per sample: log_prob is their mean (the bound), log_prob_sd their standard "
+        "deviation, log_prob_iw the logarithm of their mean density (the tighter, importance-weighted bound)",
+    )
+    parser.add_argument("--reference", type=bool, default=False, help="add the reference likelihood of the diagonal")
+    parser.add_argument(
+        "--compare",
+        type=str,
+        default=None,
+        help="another data set, as --data: adds each sample's percentile among its log-likelihoods. One that the model "
+        "has not seen (digits:val) says more than the training data",
+    )
+    parser.add_argument("--compare_args", type=dict, default=None, help="arguments of that data module, as JSON")
+    parser.add_argument("--convert", type=bool, default=False, help="convert images to the model's channels")
+    parser.add_argument("--resize", type=bool, default=False, help="resize images, before dequantization")
+    parser.add_argument(
+        "--requantize", type=bool, default=False, help="bring 8-bit values to the model's levels: floor(v levels / 256)"
+    )
+    parser.add_argument(
+        "--mirrored",
+        type=bool,
+        default=False,
+        help="the likelihood of the model whose samples a fair coin mirrors left to right, for models trained with "
+        "flips: another model, at twice the evaluations. Published figures are without",
+    )
+    parser.add_argument("--batch_size", type=int, default=512, help="samples at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the dequantization of files")
+    parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
+    options = parser.parse_args(arguments)
+    run(lambda: _nll(options))
+
+
+@dataclass(frozen=True)
+class _Likelihoods:
+    """Of every draw of every sample, ``(D, N)``, float64, nats."""
+
+    log_prob: Tensor
+    reference: Tensor | None
+    evaluations: int
+    reference_error: Tensor | None = None
+    """Standard errors of ``reference`` over its probes, where they are known."""
+
+
+@torch.no_grad()
+def _nll(options: Any) -> None:
+    out = Path(options.out)
+    check_table_path(out, options.overwrite)
+    if options.draws < 1 or options.batch_size < 1:
+        raise ValueError(f"--draws {options.draws} and --batch_size {options.batch_size} are at least 1")
+    if options.compare is None and options.compare_args:
+        raise ValueError("--compare_args are arguments of the data module that --compare names, and it names none")
+    module = load_student(options)
+    if options.classes is not None:
+        names = as_names(options.classes.split(","), "--classes")
+        if module.class_names and names != module.class_names:
+            raise ValueError(f"--classes are {names}, and the checkpoint has {module.class_names}; leave --classes out")
+        module.class_names = names
+    files = {"convert": options.convert, "resize": options.resize, "requantize": options.requantize}
+    points = load_points(options.data, options.data_args, module, Reading(options.seed, **files))
+    others = None
+    if options.compare is not None:
+        reading = Reading(mix_seed(options.seed, "compare"), **files)
+        others = load_points(options.compare, options.compare_args, module, reading)
+    for given in (points, others):
+        if given is not None and options.draws > 1 and not given.dequantized:
+            raise ValueError(
+                f"--draws {options.draws} needs data that are dequantized here, and {given.source} gives states; give "
+                "integers, or leave --draws out"
+            )
+    # the one that is compared with first: what is wrong with it is then known before the longer wait
+    among = None if others is None else _evaluate(module, others, options, reference=False)
+    if among is not None and bool(among.log_prob.mean(0).isnan().all()):
+        raise ValueError(f"no sample of {options.compare} has a likelihood, no inversion converged; take more --steps")
+    found = _evaluate(module, points, options, reference=options.reference)
+    columns = _columns(module, points, found, among)
+    metadata = {
+        "checkpoint": options.ckpt,
+        "data": options.data,
+        "steps": str(options.steps),
+        "draws": str(options.draws),
+        "mirrored": str(options.mirrored),
+        "levels": str(module.levels),
+        "range": f"[{module.low}, {module.high}]",
+        "unit": "log_prob: nats per sample; bits_per_dim: bits per dimension",
+    } | ({} if options.compare is None else {"compare": options.compare})
+    write_table(out, columns, metadata, options.overwrite)
+    _summarize(columns, options, module)
+    bound = " (an upper bound: uniform dequantization)" if module.levels is not None else ""
+    draws = f", {options.draws} draws" if options.draws > 1 else ""
+    Console().print(
+        f"{found.log_prob.shape[1]} samples, {found.evaluations} evaluations each{draws}{bound}; wrote {out}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+def _evaluate(module: F2D2Module, points: Points, options: Any, reference: bool) -> _Likelihoods:
+    values: list[Tensor] = []
+    references: list[Tensor] = []
+    errors: list[Tensor] = []
+    evaluations = 0
+
+    def batches() -> Iterator[Any]:
+        for draw in range(options.draws):
+            yield from points.batches(options.batch_size, draw)
+
+    few_step = _Likelihood(lambda x, cond: module.log_prob(x, options.steps, cond), options.mirrored)
+    exact = _Likelihood(lambda x, cond: module.reference(module.average.velocity, x, cond), options.mirrored)
+    total = None if points.count is None else options.draws * math.ceil(points.count / options.batch_size)
+    for batch in track(batches(), description=f"log-likelihood of {points.source}", total=total, transient=True):
+        x, cond = module.data_to_state(batch)
+        _check_labels(module, points, cond)
+        x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
+        value, count, _ = few_step(x, cond)
+        values.append(value)
+        evaluations = max(evaluations, count)
+        if reference:
+            value, _, error = exact(x, cond)
+            references.append(value)
+            errors += [] if error is None else [error]
+    if not values:
+        raise ValueError(f"{points.source} gives no samples")
+    by_draw = lambda parts: torch.cat(parts).reshape(options.draws, -1)  # noqa: E731
+    return _Likelihoods(
+        by_draw(values),
+        by_draw(references) if reference else None,
+        evaluations,
+        by_draw(errors) if errors and len(errors) == len(references) else None,
+    )
+
+
+class _Likelihood:
+    """Log-likelihoods of a batch, ``(B,)``, float64, nats, the evaluations that they took a sample, and their errors.
+
+    Standard errors over probes are ``None`` where there are none.
+    """
+
+    def __init__(self, log_prob: Callable[[Tensor, Tensor | None], LogProb], mirrored: bool) -> None:
+        self.log_prob, self.mirrored = log_prob, mirrored
+
+    def __call__(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+        evaluations, values, errors = [], [], []
+
+        def once(state: Tensor) -> Tensor:
+            answer = self.log_prob(state, cond)
+            evaluations.append(answer.evaluations)
+            values.append(answer.value.cpu().double())
+            if answer.standard_error is not None:
+                errors.append(answer.standard_error.cpu().double())
+            return values[-1]
+
+        value = mirrored_log_prob(once, x) if self.mirrored else once(x)
+        error = None
+        if errors and len(errors) == len(values):
+            # of both images the probes are the same, so that their errors may go together
+            error = (torch.stack(values).softmax(0) * torch.stack(errors)).sum(0)
+        return value, sum(evaluations), error
+
+
+def _check_labels(module: F2D2Module, points: Points, cond: Tensor | None) -> None:
+    if not module.conditional:
+        return
+    if cond is None:
+        raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
+    check_labels(module, cond, points.source)
+
+
+def _columns(module: F2D2Module, points: Points, found: _Likelihoods, among: _Likelihoods | None) -> list[Column]:
+    def both(name: str, value: Tensor) -> list[Column]:
+        bits = bits_per_dim(value, module.dim, module.levels, module.low, module.high)
+        renamed = name.replace("log_prob", "bits_per_dim")
+        return [Column(name, value.tolist(), "nats"), Column(renamed, bits.tolist(), "bits/dim")]
+
+    bounds = dequantization_bounds(found.log_prob)
+    columns = [Column("index", list(range(len(bounds.mean))))]
+    if points.names is not None:
+        columns.append(Column("name", points.names))
+    columns += both("log_prob", bounds.mean)
+    if len(found.log_prob) > 1:
+        columns.append(Column("log_prob_sd", bounds.deviation.tolist(), "nats"))
+        columns += both("log_prob_iw", bounds.importance_weighted)
+    if found.reference is not None:
+        columns += both("reference_log_prob", found.reference.mean(0))
+    if found.reference_error is not None:
+        # as with mirror images, draws share the probes
+        columns.append(Column(REFERENCE_ERROR, found.reference_error.mean(0).tolist(), "nats"))
+    if among is not None:
+        rank = percentile_rank(bounds.mean, among.log_prob.mean(0))
+        columns.append(Column("percentile", rank.tolist(), "percent"))
+    return columns
+
+
+def _summarize(columns: list[Column], options: Any, module: F2D2Module) -> None:
+    inverted = Direction.TO_NOISE not in module.average.directions
+    say = Console(highlight=False, markup=False, soft_wrap=True).print
+    for name, values, unit in columns:
+        if unit is None:
+            continue
+        value = torch.tensor(values, dtype=torch.float64)
+        known = value[~value.isnan()]
+        if name == REFERENCE_ERROR:
+            say(f"{name}: {float(value.square().mean().sqrt()):.4f} nats a sample, of the reference's probes")
+            continue
+        if len(known) < len(value) and inverted and not name.startswith("reference"):
+            say(f"{name}: {len(value) - len(known)} of {len(value)} samples have none (an inversion did not converge)")
+        flag = None
+        if unit == "nats" and not name.endswith("_sd"):
+            flag = said_of_values(value, name, inverted and not name.startswith("reference"))
+        elif unit == "bits/dim":
+            flag = said_of_bits(value, name, module.levels, module.low, module.high)
+        if flag is not None:
+            say(f"warning: {flag}")
+        known = known[known.isfinite()]
+        if len(known) == 0:
+            continue
+        if name == "percentile":
+            low = int((known < 1).sum())
+            say(
+                f"percentile among {options.compare}: median {float(known.median()):.1f}; {low} of {len(known)} below 1"
+            )
+            continue
+        error = float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+        say(f"{name}: {float(known.mean()):.4f} ± {error:.4f} {unit}")

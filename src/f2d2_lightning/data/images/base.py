@@ -1,0 +1,136 @@
+"""What the data modules of images share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.data.dataset import Values, take
+from f2d2_lightning.data.module import FlowDataModule
+from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.utils.class_names import labels_of
+
+__all__ = ["Examples", "ImageDataModule", "divide"]
+
+Examples = tuple[Values, Tensor | None]
+"""Images ``(N, C, H, W)``, ``uint8``, and labels ``(N,)`` or ``None``."""
+
+
+class ImageDataModule(FlowDataModule):
+    """8-bit images, dequantized to [-1, 1] with 256 levels after whatever crops and resizes them.
+
+    Under a Trainer files are fetched and caches written by one process of each node, before the others look for them.
+
+    Args:
+        labels: Give batches ``(states, labels)``, for class-conditional models.
+        batch_size: Samples per training batch.
+        eval_batch_size: Samples per validation and test batch.
+        num_workers: Processes that load; data in memory need none.
+        seed: Of order, flips and noise; splits do not depend on it.
+        flip: Mirror training images left to right with probability 1/2, a function of seed, epoch and sample.
+    """
+
+    def __init__(
+        self,
+        labels: bool = False,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed, Quantization(256), flip)
+        self.with_labels = labels
+        self.classes: list[str] | None = None
+        """Names of the classes in the order of their labels, once the data are set up; ``None`` if they have none."""
+        self._own_classes: list[str] = []
+        self._own_labels: dict[str, Tensor] = {}
+
+    def relabel(self, classes: Sequence[str]) -> None:
+        """Number the labels by another list of names, such as the one that a model was trained with.
+
+        Args:
+            classes: All names in the order of their labels; more than the data have will do. An empty list takes the
+                data's names for the labels themselves.
+
+        Raises:
+            ValueError: If the data have no names, or one that is not among them.
+        """
+        self.setup()
+        if not self._own_labels:
+            if not self.classes:
+                raise ValueError(
+                    f"{type(self).__name__} has no names of classes; set labels=True, or leave it as it is"
+                )
+            self._own_classes = self.classes
+            own = {name: data.labels for name, data in self._sets.items() if data.labels is not None}
+            self._own_labels = {name: labels.clone() for name, labels in own.items()}
+        numbers = torch.tensor(labels_of(self._own_classes, classes, type(self).__name__))
+        for name, labels in self._own_labels.items():
+            # in place: loaders may have been made
+            self._sets[name].labels.copy_(numbers[labels])  # type: ignore[union-attr]
+        self.classes = list(classes) or [*map(str, range(int(numbers.max()) + 1))]
+
+    def prepare_data(self) -> None:
+        """Fetch and convert what is to be, before other processes look for it."""
+        self.setup()
+
+
+def divide(
+    train: Examples,
+    val_part: Examples | None = None,
+    test_part: Examples | None = None,
+    *,
+    count: int | None = None,
+    val: int | None = None,
+    test: int | None = None,
+    draw: bool = False,
+) -> dict[str, Examples]:
+    """Splits of images that come in one, two or three parts.
+
+    Where there is no part to validate, the last ``val`` training images do; where there is none to test, the ``test``
+    training images before those.
+
+    Args:
+        train: The training part.
+        val_part: The validation part, if there is one.
+        test_part: The test part, if there is one.
+        count: Training images to use; ``None`` for all that are left.
+        val: Validation images; ``None`` for all of their part.
+        test: Test images; ``None`` for all of their part.
+        draw: Of each part, draw the images of a split in a way that depends on nothing else, and leave them in their
+            order: images may be sorted by class. Otherwise the first ones are used of each.
+
+    Raises:
+        ValueError: If there are not as many.
+    """
+    total = len(train[0])
+    parts = {"val": (val_part, val), "test": (test_part, test)}
+    apart = {name: 0 if part else wanted or 0 for name, (part, wanted) in parts.items()}
+    left = total - sum(apart.values())
+    sizes = {"train": left if count is None else count}
+    for name, (part, wanted) in parts.items():
+        sizes[name] = (len(part[0]) if part else 0) if wanted is None else wanted
+    most = {"train": left} | {name: len(part[0]) if part else total for name, (part, _) in parts.items()}
+    if not all(1 <= sizes[name] <= most[name] for name in sizes):
+        others = "".join(f" and {len(part[0])} {name}" for name, (part, _) in parts.items() if part)
+        taken = "".join(
+            f"; {name} images are taken from the end of the training images" for name in apart if apart[name]
+        )
+        raise ValueError(f"count={count}, val={val} and test={test} do not fit {total} training{others} images{taken}")
+    starts = {"train": 0, "val": total - apart["val"], "test": left}
+    found = {}
+    for name, size in sizes.items():
+        values, labels = (parts[name][0] if name in parts else None) or train
+        start = starts[name] if values is train[0] else 0
+        rows: slice | Tensor = slice(start, start + size)
+        if draw:
+            rows = _drawn(len(values))[rows].sort().values
+        found[name] = (take(values, rows), None if labels is None else labels[rows])
+    return found
+
+
+def _drawn(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,190 @@
+"""CelebA at 64 x 64 pixels: 202,599 photographs of faces, aligned and cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.data.dataset import Values, take
+from f2d2_lightning.data.images._cache import cached
+from f2d2_lightning.data.images._download import Source, fetch
+from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
+from f2d2_lightning.data.images._stores import Store, open_store
+from f2d2_lightning.data.images.base import Examples, ImageDataModule
+
+__all__ = ["CelebA64"]
+
+HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
+SOURCES = {
+    "img_align_celeba.zip": Source(DRIVE + "0B7EVK8r0v71pZjFTYXZWM3FlRnM", "00d2c5bc6d35e252742224ab0c1e8fcb"),
+    "list_eval_partition.txt": Source(DRIVE + "0B7EVK8r0v71pY0NSMzRuSXJEVkk", "d32c9cbf5e040fd4025c592c306e6668"),
+    "list_attr_celeba.txt": Source(DRIVE + "0B7EVK8r0v71pblRyaVFSWGxPY0U", "75e246fa4810816ffd6ee81facbd244c"),
+}
+"""The authors' files on Google Drive; numbers and checksums as in torchvision's ``datasets/celeba.py``."""
+
+SPLITS = ("train", "val", "test")
+"""By their number in ``list_eval_partition.txt``."""
+COUNTS = {"train": 162_770, "val": 19_867, "test": 19_962}
+"""Images of each split."""
+
+
+class CelebA64(ImageDataModule):
+    """CelebA in its official split, cropped about the centre, resized to 64 x 64, then dequantized to [-1, 1].
+
+    Liu, Luo, Wang and Tang, "Deep Learning Face Attributes in the Wild", 2015, https://arxiv.org/abs/1411.7766. Files
+    as torchvision's ``CelebA`` keeps them: ``img_align_celeba/`` or ``img_align_celeba.zip``, and
+    ``list_eval_partition.txt``.
+
+    Likelihoods of different crops and filters do not compare. 140 pixels are usual in work on score-based models (Song
+    and Ermon, "Generative Modeling by Estimating Gradients of the Data Distribution", 2019,
+    https://arxiv.org/abs/1907.05600, and before it Tolstikhin et al., "Wasserstein Auto-Encoders", 2018,
+    https://arxiv.org/abs/1711.01558), 148 in code for variational autoencoders
+    (https://github.com/AntixK/PyTorch-VAE).
+
+    Images are decoded when they are asked for; with ``cache`` once and for all (2.5 GB).
+
+    Args:
+        folder: Where the files are; torchvision's ``root/celeba``.
+        crop: Side of the square about the centre, of 178 x 218 pixels.
+        resize: Filter, with antialiasing: ``bicubic``, ``bilinear``, ``lanczos`` or ``box``.
+        attribute: Give batches ``(states, labels)``, labels 1 where the face has this attribute and 0 where it has
+            not, one of the 40 in ``list_attr_celeba.txt``, such as ``"Smiling"``; ``None`` for states alone.
+        count: Training images to use, the first ones; ``None`` for all.
+        val: Validation images to use, the first ones; ``None`` for all 19,867.
+        test: Test images to use, the first ones; ``None`` for all 19,962.
+        cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` for none.
+        download: Fetch missing files (1.4 GB) from the authors' Google Drive, which refuses when too many have asked.
+        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (several, without a cache), ``seed`` and
+            ``flip``.
+
+    Raises:
+        FileNotFoundError: When the data are first asked for, if a file is missing and cannot be fetched.
+        ValueError: If a file is corrupt, truncated or another one; of an image, when it is read.
+    """
+
+    shape = (3, 64, 64)
+
+    def __init__(
+        self,
+        folder: str = "data/celeba",
+        crop: int = 140,
+        resize: Filter = "bicubic",
+        attribute: str | None = None,
+        count: int | None = None,
+        val: int | None = None,
+        test: int | None = None,
+        cache: str | None = None,
+        download: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(attribute is not None, **kwargs)
+        self.folder, self.attribute, self.cache, self.download = Path(folder).expanduser(), attribute, cache, download
+        self.framing = Framing(64, crop, resize, source=(178, 218))
+        self.classes = None if attribute is None else [f"not {attribute}", attribute]
+        self.used = {"train": count, "val": val, "test": test}
+
+    def splits(self) -> dict[str, Examples]:
+        """Read the lists; images are read later."""
+        store = open_store(self._images())
+        partition = self._partition(self._file("list_eval_partition.txt"))
+        values = self._reader(store, list(partition))
+        labels = None if self.attribute is None else self._labels(self._file("list_attr_celeba.txt"), list(partition))
+        of = torch.tensor(list(partition.values()))
+        found: dict[str, Examples] = {}
+        for number, name in enumerate(SPLITS):
+            rows, used = (of == number).nonzero()[:, 0], self.used[name]
+            if used is not None and not 1 <= used <= len(rows):
+                raise ValueError(f"{used} {name} images are asked for, and CelebA has {len(rows)}")
+            rows = rows[:used]
+            found[name] = (take(values, rows), None if labels is None else labels[rows])
+        return found
+
+    def _images(self) -> Path:
+        folder = self.folder / "img_align_celeba"
+        return folder if folder.is_dir() else self._file("img_align_celeba.zip")
+
+    def _file(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.is_file():
+            source = SOURCES[name]
+            if not self.download:
+                folder = "the folder img_align_celeba or " if name.endswith(".zip") else ""
+                raise FileNotFoundError(
+                    f"{self.folder} lacks {folder}{name}; get it from {HOME} (Align&Cropped Images; {name} is "
+                    f"{source.url} with MD5 {source.md5}) and put it there, say where the files are "
+                    "(CelebA64(folder=...), --data.init_args.folder), or say download=True "
+                    "(--data.init_args.download true)"
+                )
+            fetch(source, path)
+        return path
+
+    @staticmethod
+    def _partition(path: Path) -> dict[str, int]:
+        """Number of the split of each image, by file name."""
+        found: dict[str, int] = {}
+        for number, line in enumerate(_lines(path), 1):
+            name, _, split = line.partition(" ")
+            if split.strip() not in ("0", "1", "2"):
+                raise ValueError(
+                    f"line {number} of {path} is {line!r}; a file name and 0, 1 or 2 are expected: get it again "
+                    f"from {HOME}"
+                )
+            found[name] = int(split)
+        came = {name: list(found.values()).count(number) for number, name in enumerate(SPLITS)}
+        if came != COUNTS:
+            raise ValueError(
+                f"{path} lists {_listed(came)} images; {_listed(COUNTS)} are expected: it is truncated or another "
+                f"file; get it again from {HOME}"
+            )
+        return found
+
+    def _reader(self, store: Store, names: list[str]) -> Values:
+        of = {name.rpartition("/")[2]: row for row, name in enumerate(store.names)}
+        if missing := [name for name in names if name not in of]:
+            raise ValueError(
+                f"{store.path} lacks {len(missing)} of {len(names)} images ({', '.join(missing[:3])}, ...); it is "
+                f"incomplete: get it again from {HOME}"
+            )
+        values = ImageReader(store, [of[name] for name in names], 3, self.framing)
+        return values if self.cache is None else cached(values, self.cache, "celeba64")
+
+    def _labels(self, path: Path, names: list[str]) -> Tensor:
+        """1 where an image has the attribute, else 0, ``(N,)``, ``int64``."""
+        lines = _lines(path)
+        attributes = lines[1].split() if len(lines) > 1 else []
+        if self.attribute not in attributes:
+            raise ValueError(
+                f"attribute={self.attribute!r}; {path} has {', '.join(attributes) or 'none'}: choose one of these, or "
+                f"get the file again from {HOME}"
+            )
+        column, found = attributes.index(self.attribute), {}
+        for number, line in enumerate(lines[2:], 3):
+            name, *values = line.split()
+            if len(values) != len(attributes) or values[column] not in ("-1", "1"):
+                raise ValueError(
+                    f"line {number} of {path} has {len(values)} values, or others than -1 and 1; {len(attributes)} are "
+                    f"expected: get it again from {HOME}"
+                )
+            found[name] = int(values[column] == "1")
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(
+                f"{path} lacks {len(missing)} of {len(names)} images ({missing[0]}, ...); it is truncated: get it "
+                f"again from {HOME}"
+            )
+        return torch.tensor([found[name] for name in names])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text ({error}); get it again from {HOME}") from error
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())

@@ -1,0 +1,174 @@
+"""CIFAR-10: 60,000 colour images of ten classes, 32 x 32 pixels."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from f2d2_lightning.data.images._download import Source, fetch
+from f2d2_lightning.data.images._pickle import read_pickle
+from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
+
+__all__ = ["CIFAR10"]
+
+HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
+SOURCE = Source("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
+"""Checksum as on the authors' page and in torchvision."""
+
+BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
+ROWS = 10_000
+"""Images of each batch."""
+DIM = 3 * 32 * 32
+CLASSES = 10
+
+
+class CIFAR10(ImageDataModule):
+    """CIFAR-10 as its authors distribute it, dequantized to [-1, 1].
+
+    Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
+    The last ``val`` of the 50,000 training images validate; the 10,000 test images test. All are held in memory
+    (184 MB). Pickles are read without running what else they might hold (:mod:`f2d2_lightning.data.images._pickle`).
+
+    Args:
+        folder: Where ``cifar-10-batches-py``, ``cifar-10-python.tar.gz``, ``cifar-10-batches-bin`` or
+            ``cifar-10-binary.tar.gz`` is; the first of these that there is is read. It may be one of these itself.
+        labels: Give batches ``(states, labels)``, labels 0 to 9.
+        count: Training images to use; ``None`` for all.
+        val: Validation images.
+        test: Test images to use, the first ones; ``None`` for all.
+        download: Fetch ``cifar-10-python.tar.gz`` (170 MB) into ``folder`` if none of these is there.
+        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (0 is best), ``seed`` and ``flip``.
+
+    Raises:
+        FileNotFoundError: When the data are first asked for, if there are none and none can be fetched.
+        ValueError: If a file is corrupt, truncated or another one, or more images are asked for than there are.
+    """
+
+    shape = (3, 32, 32)
+
+    def __init__(
+        self,
+        folder: str = "data",
+        labels: bool = False,
+        count: int | None = None,
+        val: int = 1000,
+        test: int | None = None,
+        download: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(labels, **kwargs)
+        self.folder = Path(folder).expanduser()
+        self.count, self.val, self.test, self.download = count, val, test, download
+
+    def splits(self) -> dict[str, Examples]:
+        """Read the batches and split."""
+        path = self._find()
+        content = _read_folder(path) if path.is_dir() else _read_archive(path)
+        parts = [_batch(content[name], f"{path}/{name}", name in BATCHES) for name in sorted(content)]
+        # names sort as data_batch_1, ..., data_batch_5, test_batch
+        images = torch.cat([image for image, _ in parts])
+        labels = torch.cat([label for _, label in parts])
+        rows = (len(BATCHES) - 1) * ROWS
+        train = (images[:rows], labels[:rows] if self.with_labels else None)
+        held_out = (images[rows:], labels[rows:] if self.with_labels else None)
+        return divide(train, None, held_out, count=self.count, val=self.val, test=self.test)
+
+    def _find(self) -> Path:
+        names = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar-10-batches-bin", "cifar-10-binary.tar.gz")
+        if self.folder.name in names and self.folder.exists():
+            return self.folder
+        for name in names:
+            if (self.folder / name).exists():
+                return self.folder / name
+        if not self.download:
+            raise FileNotFoundError(
+                f"{self.folder} has none of {', '.join(names)}; get {SOURCE.url} (MD5 {SOURCE.md5}, 170 MB) and put "
+                f"it there as it is, say where it is (CIFAR10(folder=...), --data.init_args.folder), or say "
+                f"download=True (--data.init_args.download true). See {HOME}"
+            )
+        fetch(SOURCE, self.folder / names[1])
+        return self.folder / names[1]
+
+
+def _wanted(name: str) -> str | None:
+    """Name of a batch as it is here: the binary version's without its ending."""
+    stem = name.rpartition("/")[2]
+    return stem if stem.removesuffix(".bin") in BATCHES else None
+
+
+def _read_folder(path: Path) -> dict[str, bytes]:
+    content = {file.name: file.read_bytes() for file in path.iterdir() if _wanted(file.name)}
+    return _complete(content, path)
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    """Batches in a gzipped tar file, which is read to its end, where its checksum is."""
+    content = {}
+    try:
+        with gzip.open(path) as stream:
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                for member in archive:
+                    name, file = _wanted(member.name), archive.extractfile(member) if member.isfile() else None
+                    if name and file is not None:
+                        content[name] = file.read()
+            while stream.read(1 << 20):
+                pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is a truncated or corrupt archive ({error}); remove it, and get it again from {HOME}"
+        ) from error
+    return _complete(content, path)
+
+
+def _complete(content: dict[str, bytes], path: Path) -> dict[str, bytes]:
+    for names in (BATCHES, tuple(f"{name}.bin" for name in BATCHES)):
+        if all(name in content for name in names):
+            return {name: content[name] for name in names}
+    missing = [name for name in BATCHES if name not in content and f"{name}.bin" not in content]
+    raise ValueError(
+        f"{path} lacks {', '.join(missing) or 'batches of one version'}; it is incomplete or truncated: remove it, and "
+        f"get it again from {HOME}"
+    )
+
+
+def _batch(content: bytes, name: str, pickled: bool) -> tuple[Tensor, Tensor]:
+    """Images ``(ROWS, 3, 32, 32)``, ``uint8``, and labels ``(ROWS,)`` of one batch."""
+    if pickled:
+        found = read_pickle(io.BytesIO(content), name, HOME)
+        images: Any = found.get("data")
+        classes: Any = found.get("labels")
+        fits = isinstance(images, np.ndarray) and isinstance(classes, list)
+        fits = fits and all(type(label) is int and abs(label) < 2**31 for label in classes)
+        if not fits:
+            raise ValueError(
+                f"{name} holds {', '.join(found) or 'nothing'}; an array called data and a list of whole numbers "
+                f"called labels are expected: get it again from {HOME}"
+            )
+        labels = np.array(classes, np.int64)
+    else:
+        if len(content) % (1 + DIM):
+            raise ValueError(
+                f"{name} has {len(content)} bytes, no multiple of {1 + DIM}; it is truncated or another file: get it "
+                f"again from {HOME}"
+            )
+        rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + DIM)
+        images, labels = rows[:, 1:], rows[:, 0].astype(np.int64)
+    if images.shape != (ROWS, DIM) or images.dtype != np.uint8 or labels.shape != (ROWS,):
+        raise ValueError(
+            f"{name} has images {images.dtype} {images.shape} and {len(labels)} labels; uint8 ({ROWS}, {DIM}) and "
+            f"{ROWS} are expected: it is truncated or another data set; get it again from {HOME}"
+        )
+    if labels.min() < 0 or labels.max() >= CLASSES:
+        raise ValueError(
+            f"{name} has labels {labels.min()} to {labels.max()}; 0 to {CLASSES - 1} are expected: it is corrupt or "
+            f"another data set; get it again from {HOME}"
+        )
+    return torch.from_numpy(images.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels)

@@ -1,0 +1,109 @@
+"""Any folder of images, cropped and resized as asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.data.dataset import Values
+from f2d2_lightning.data.images._cache import cached
+from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
+from f2d2_lightning.data.images._stores import image_rows, open_store
+from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
+
+__all__ = ["ImageFolder"]
+
+
+class ImageFolder(ImageDataModule):
+    """A folder of image files (a zip file of one will do), searched recursively, dequantized to [-1, 1].
+
+    Crop and resize come first, dequantization last. EXIF orientation is not applied. Images are in the order of their
+    names, from which those of each split are drawn, once and for all, unless folders for the splits are named. They are
+    decoded when they are asked for; with ``cache`` once and for all.
+
+    Args:
+        folder: The images.
+        size: Height and width that they have, or get by ``crop`` and ``resize``.
+        channels: 3 for RGB, 1 for grey.
+        crop: Side of a square about the centre that is cut out first; ``"square"`` for the largest there is, ``None``
+            for no crop.
+        resize: Filter that brings other sizes to ``size``, with antialiasing (``bicubic``, ``bilinear``, ``lanczos``
+            or ``box``); ``None`` refuses them.
+        convert: Convert grey images to RGB, or colour to luma; else they are refused.
+        labels: Give batches ``(states, labels)``: the topmost folders, one for each class, counted from 0 in the order
+            of their names as text (``"10"`` comes before ``"2"``), which ``classes`` gives. A model keeps the names:
+            where it is resumed or tested on another folder, labels follow it (:meth:`relabel`).
+        val_folder: Folder of validation images; ``None`` to take ``val`` images of ``folder``.
+        test_folder: Folder of test images; ``None`` to take ``test`` images of ``folder``.
+        count: Training images to use; ``None`` for all.
+        val: Validation images; ``None`` for all of ``val_folder``, or 1000.
+        test: Test images; ``None`` for all of ``test_folder``, or 1000.
+        cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` for none.
+        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (several, without a cache), ``seed`` and
+            ``flip``.
+
+    Raises:
+        FileNotFoundError: When the data are first asked for, if there is no such folder.
+        ValueError: If there are no images or files of other types; of an image that is corrupt or of another size or
+            mode, when it is read.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        size: int,
+        channels: int = 3,
+        crop: int | Literal["square"] | None = None,
+        resize: Filter | None = None,
+        convert: bool = False,
+        labels: bool = False,
+        val_folder: str | None = None,
+        test_folder: str | None = None,
+        count: int | None = None,
+        val: int | None = None,
+        test: int | None = None,
+        cache: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(labels, **kwargs)
+        self.folder, self.val_folder, self.test_folder = Path(folder).expanduser(), val_folder, test_folder
+        self.framing, self.channels, self.convert, self.cache = Framing(size, crop, resize), channels, convert, cache
+        self.shape = (channels, size, size)
+        self.count, self.val, self.test = count, val, test
+
+    def splits(self) -> dict[str, Examples]:
+        """List the files; images are read later."""
+        train, classes = self._examples(self.folder, None)
+        self.classes = classes or None
+        parts = {
+            name: None if folder is None else self._examples(Path(folder).expanduser(), classes)[0]
+            for name, folder in (("val", self.val_folder), ("test", self.test_folder))
+        }
+        wanted = {"val": self.val, "test": self.test}
+        val, test = (1000 if wanted[name] is None and part is None else wanted[name] for name, part in parts.items())
+        return divide(train, parts["val"], parts["test"], count=self.count, val=val, test=test, draw=True)
+
+    def _examples(self, path: Path, classes: list[str] | None) -> tuple[Examples, list[str]]:
+        """Images and labels of a folder, and the names of the classes, those of the training folder if given."""
+        store = open_store(path)
+        rows = image_rows(store)
+        labels: Tensor | None = None
+        if self.with_labels:
+            folders = [name.partition("/")[0] if "/" in name else "" for name in (store.names[row] for row in rows)]
+            classes = classes or sorted({*folders} - {""})
+            if wrong := [row for row, folder in zip(rows, folders, strict=True) if folder not in classes]:
+                raise ValueError(
+                    f"{store.where(wrong[0])} is in no folder of a class"
+                    + (f" ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})" if classes else "")
+                    + "; put each image into the folder of its class, or set labels=False"
+                )
+            number = {name: place for place, name in enumerate(classes)}
+            labels = torch.tensor([number[folder] for folder in folders])
+        values: Values = ImageReader(store, rows, self.channels, self.framing, self.convert)
+        values[:1]  # a wrong size is said now, and not in a worker
+        if self.cache is not None:
+            values = cached(values, self.cache, path.stem)  # type: ignore[arg-type]
+        return (values, labels), classes or []

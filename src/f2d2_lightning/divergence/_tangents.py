@@ -1,0 +1,267 @@
+r"""Derivatives of other people's networks in forward mode, and cheaper rules where a layer's weights are constants.
+
+Torch gives every operand that has no tangent one of zeros. A convolution or a linear layer then multiplies its input
+with a weight of zeros beside the product that matters, three products where two would do, and a sum or product with a
+constant looks up shapes at a price above its own. Under :class:`TangentRules` the constants stay constants:
+
+.. math:: (x, \dot x) \mapsto (W x + b,\; W \dot x), \qquad (x, \dot x) \mapsto (c\,x,\; c\,\dot x),
+
+and normalisations take their tangent from the statistics that the forward pass has found. Everything else, and every
+operation in which a second operand has a tangent too, goes by torch's own rules. Values are those of torch bit for bit,
+tangents up to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["DerivativeError", "TangentRules", "forward_mode", "named", "raised_in"]
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Torch has one level of forward mode for the whole process: a second thread would end the first one's."""
+
+REMEDY = (
+    "Differences of its answers work with any network: give estimator=Hutchinson(mode='finite') and "
+    "reference=Reference(mode='finite') to F2D2Module or F2D2Callback, and mode='finite' to the Lagrangian, Eulerian "
+    "and Consistency objectives; mode='reverse' is exact, where the network can be differentiated backwards"
+)
+
+_SIGNS = ("forward AD", "forward mode", "forward-mode", "jvp")
+"""What torch's messages say where an operation has no rule."""
+
+
+class DerivativeError(ValueError):
+    """A network has no derivative in the mode that was asked for."""
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """A block in which dual numbers pass through a network; one thread at a time, the others wait.
+
+    Fused attention has no rule for tangents: within the block it takes torch's plain kernel, also in
+    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``.
+
+    Raises:
+        DerivativeError: If an operation has no rule all the same. Names the submodule that it is in.
+    """
+    with _ONE_AT_A_TIME, _plain_attention():
+        try:
+            with forward_ad.dual_level(), TangentRules():
+                yield
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(sign in str(error) for sign in _SIGNS):
+                raise
+            root, name = raised_in(error) or (None, "")
+            place = (
+                "the velocity" if root is None else named(root, name) + (f" of {type(root).__name__}" if name else "")
+            )
+            raise DerivativeError(
+                f"{place} has no derivative in forward mode ({str(error).splitlines()[0][:160]}). {REMEDY}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def raised_in(error: BaseException, root: nn.Module | None = None) -> tuple[nn.Module, str] | None:
+    """Innermost submodule that an error passed through, or one that it came from.
+
+    Args:
+        error: The error, with its traceback.
+        root: Module whose submodules are looked for; by default the outermost that is not of this package.
+
+    Returns:
+        ``root`` and the submodule's name in it; ``None`` if none was running.
+    """
+    found: str | None = None
+    link: BaseException | None = error
+    own = "" if root is not None else "f2d2_lightning."
+    names = {} if root is None else {id(module): name for name, module in root.named_modules()}
+    while link is not None:
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            owner = frame.f_locals.get("self")
+            if root is None and isinstance(owner, nn.Module) and not type(owner).__module__.startswith(own):
+                root, names = owner, {id(module): name for name, module in owner.named_modules()}
+            found = names.get(id(owner), found)
+        link = link.__cause__ or link.__context__
+    return None if root is None or found is None else (root, found)
+
+
+def named(root: nn.Module, name: str) -> str:
+    """A submodule for messages: its name, if it has one, and its class."""
+    kind = type(root.get_submodule(name)).__name__
+    return f"{name!r} ({kind})" if name else kind
+
+
+class TangentRules(TorchFunctionMode):
+    """Use the rules of this module inside of the block; to be entered within ``forward_ad.dual_level``."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is not None:
+            answer = rule(func, *args, **kwargs)
+            if answer is not None:
+                return answer
+        return func(*args, **kwargs)
+
+
+def _tangent(x: Any) -> Tensor | None:
+    """The tangent of a tensor of torch's own kind, if it has one."""
+    if type(x) is not Tensor:
+        return None
+    return forward_ad.unpack_dual(x).tangent
+
+
+def _constant(*values: Any) -> bool:
+    return all(not isinstance(v, Tensor) or forward_ad.unpack_dual(v).tangent is None for v in values)
+
+
+def _affine(
+    func: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *rest: Any,
+    **named: Any,
+) -> Tensor | None:
+    tangent = _tangent(input)
+    if tangent is None or not _constant(weight, bias):
+        return None
+    value = func(forward_ad.unpack_dual(input).primal, weight, bias, *rest, **named)
+    return forward_ad.make_dual(value, func(tangent, weight, None, *rest, **named))
+
+
+def _product(func: Callable[..., Tensor], left: Any, right: Any, **named: Any) -> Tensor | None:
+    if named or not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return None
+    tangent, other = _tangent(left), _tangent(right)
+    if tangent is not None and _constant(right):
+        return forward_ad.make_dual(func(forward_ad.unpack_dual(left).primal, right), func(tangent, right))
+    if other is not None and _constant(left):
+        return forward_ad.make_dual(func(left, forward_ad.unpack_dual(right).primal), func(left, other))
+    return None
+
+
+def _quotient(func: Callable[..., Tensor], left: Any, right: Any, **named: Any) -> Tensor | None:
+    if not isinstance(left, Tensor) or not _constant(right):
+        return None
+    return _product(func, left, right, **named)
+
+
+def _sum(sign: int) -> Callable[..., Tensor | None]:
+    """Rule of ``left + sign * right``."""
+
+    def rule(func: Callable[..., Tensor], left: Any, right: Any, **named: Any) -> Tensor | None:
+        if named or not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return None
+        first, second = _tangent(left), _tangent(right)
+        if first is not None and _constant(right):
+            tangent = first
+        elif second is not None and _constant(left):
+            tangent = second if sign > 0 else -second
+        else:
+            return None
+        value = func(forward_ad.unpack_dual(left).primal, forward_ad.unpack_dual(right).primal)
+        # a copy: were it the operand's own tangent, an operation in place on either would change both
+        return forward_ad.make_dual(value, torch.empty_like(value).copy_(tangent))
+
+    return rule
+
+
+def _own_tangent(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Tangent of what is normalised; ``None`` where torch's rule must be used.
+
+    Its own statistics are not differentiable, and autocast casts them.
+    """
+    if not _constant(weight, bias) or torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
+        return None
+    return _tangent(input)
+
+
+def _group_norm(
+    func: Callable[..., Tensor],
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **named: Any,
+) -> Tensor | None:
+    tangent = _own_tangent(input, weight, bias)
+    if tangent is None:
+        return None
+    x = forward_ad.unpack_dual(input).primal
+    batch, channels = x.shape[:2]
+    size = x[0, 0].numel()
+    value, mean, inverse = torch.native_group_norm(x.contiguous(), weight, bias, batch, channels, size, num_groups, eps)
+    groups = (batch, num_groups, -1)
+    moved = _normalized_tangent(x.reshape(groups), tangent.reshape(groups), mean[..., None], inverse[..., None])
+    moved = moved.reshape(x.shape)
+    if weight is not None:
+        moved = moved * weight.reshape(-1, *(1,) * (x.ndim - 2))
+    return forward_ad.make_dual(value, moved)
+
+
+def _layer_norm(
+    func: Callable[..., Tensor],
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **named: Any,
+) -> Tensor | None:
+    tangent = _own_tangent(input, weight, bias)
+    if tangent is None:
+        return None
+    x = forward_ad.unpack_dual(input).primal
+    value, mean, inverse = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    rows = (*x.shape[: x.ndim - len(normalized_shape)], -1)
+    moved = _normalized_tangent(
+        x.reshape(rows), tangent.reshape(rows), mean.reshape(*rows[:-1], 1), inverse.reshape(*rows[:-1], 1)
+    ).reshape(x.shape)
+    return forward_ad.make_dual(value, moved if weight is None else moved * weight)
+
+
+def _normalized_tangent(x: Tensor, tangent: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """Tangent of ``(x - mean) / deviation`` over the last axis, with ``inverse`` one over the deviation."""
+    normal = (x - mean).mul_(inverse)
+    along = (normal * tangent).mean(-1, keepdim=True)
+    moved = tangent - tangent.mean(-1, keepdim=True)
+    return moved.sub_(normal.mul_(along)).mul_(inverse)
+
+
+RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    **dict.fromkeys((functional.linear, torch.conv1d, torch.conv2d, torch.conv3d), _affine),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _affine),
+    **dict.fromkeys((torch.mul, Tensor.mul, torch.matmul, Tensor.matmul), _product),
+    **dict.fromkeys((torch.div, Tensor.div), _quotient),
+    **dict.fromkeys((torch.add, Tensor.add), _sum(1)),
+    **dict.fromkeys((torch.sub, Tensor.sub), _sum(-1)),
+    **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
+    **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
+}

@@ -1,0 +1,411 @@
+r"""Estimators of the instantaneous divergence, each giving velocity and divergence together.
+
+Every estimator is called as ``estimator(velocity, x, t, cond, data=..., noise=...)`` with
+``velocity(x, t, cond) -> v`` and answers a :class:`Divergence`. They differentiate the network in forward mode
+by default: under ``torch.no_grad`` no graph is kept, so memory is that of inference, and it is the form that
+works under DDP and FSDP. With gradients enabled the answers are differentiable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from f2d2_lightning.divergence._tangents import REMEDY, DerivativeError, forward_mode
+from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.paths import LinearPath, Path, expand_time, repeat_time
+from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, row_keys
+
+__all__ = [
+    "MODES",
+    "Conditional",
+    "Divergence",
+    "DivergenceEstimator",
+    "Exact",
+    "Hutchinson",
+    "SampleProbes",
+    "check_mode",
+    "instantaneous",
+    "jacobian_product",
+]
+
+MODES = ("forward", "reverse", "finite")
+
+
+def check_mode(mode: str, step: float = 1.0) -> None:
+    """Refuse a way to differentiate that there is not.
+
+    Raises:
+        ValueError: Says the ways that there are.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; it is 'forward', 'reverse' or 'finite'")
+    if not step > 0:
+        raise ValueError(f"step is {step}; it must be positive")
+
+
+class Divergence(NamedTuple):
+    """Velocity and its divergence at one point of space and time."""
+
+    velocity: Tensor
+    """``v(x, t)``, shape of ``x``."""
+    divergence: Tensor
+    """``div v(x, t)``, ``(B,)``, nats per unit of time."""
+    standard_error: Tensor | None = None
+    """Of ``divergence`` over the estimator's own randomness, ``(B,)``; ``None`` if exact or not known."""
+
+
+def jacobian_product(
+    function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, *, checked: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``(f(x), J_f(x) v)`` in one forward-mode pass, shapes of ``f(x)``.
+
+    Lightning tests and predicts in inference mode, where tangents are dropped without a word; it is left for the pass.
+
+    Raises:
+        DerivativeError: If an operation of ``function`` has no rule for forward mode, or, if ``checked``, it drops
+            tangents.
+    """
+    with _derivatives_allowed(), forward_mode():
+        # copies: a network may change its input in place
+        value, product = forward_ad.unpack_dual(function(forward_ad.make_dual(x.clone(), v.clone())))
+    if product is None:
+        if checked:
+            _check_constant(function, x, v)
+        product = torch.zeros_like(value)
+    return value, product
+
+
+def _check_constant(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> None:
+    """Refuse a function that moves with ``x`` although no tangent came through it.
+
+    Raises:
+        DerivativeError: A network that detaches its input, as one whose answer is a gradient does, or that runs itself
+            in inference mode, drops tangents without a word, and its divergence would be 0.
+    """
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
+        near, far = (function(x + step * v) for step in (-1e-2, 1e-2))
+    if not torch.equal(near, far):
+        raise DerivativeError(
+            "a velocity changes with its state, and no derivative came through it: it detaches its input, or runs in "
+            f"inference mode. {REMEDY}"
+        )
+
+
+def _products(
+    function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, mode: str, step: float
+) -> tuple[Tensor, Tensor]:
+    """``f(x)`` and ``J v``, or ``J^T v`` in reverse mode: either will do for ``v^T J v``."""
+    if mode == "forward":
+        return jacobian_product(function, x, v)
+    if mode == "finite":
+        with _derivatives_allowed():
+            x = _usable(x)
+            return function(x.clone()), (function(x + step * v) - function(x - step * v)) / (2 * step)
+    wanted = torch.is_grad_enabled()
+    with _derivatives_allowed(), torch.enable_grad():
+        # a copy in any case: a leaf cannot be changed in place
+        leaf = x if wanted and x.requires_grad else _usable(x.detach()).requires_grad_(True)
+        product = None
+        try:
+            value = function(leaf.clone())
+            if value.requires_grad:
+                (product,) = torch.autograd.grad(value, leaf, v, create_graph=wanted, allow_unused=True)
+        except (RuntimeError, AttributeError) as error:  # what functions with a backward pass of their own raise
+            with torch.no_grad():
+                function(x.clone())  # an error of the network itself is its own
+            raise DerivativeError(
+                f"a network cannot be differentiated in reverse mode ({str(error).splitlines()[0][:160]}). {REMEDY}"
+            ) from error
+        if product is None:
+            _check_constant(function, x, v)
+            product = torch.zeros_like(value)
+    return (value if wanted else value.detach()), product
+
+
+@contextmanager
+def _derivatives_allowed() -> Iterator[None]:
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _usable(x: Tensor) -> Tensor:
+    # a tensor made in inference mode takes no part in differentiation, its copy does
+    return x.clone() if x.is_inference() else x
+
+
+def _at(velocity: Callable[..., Tensor], t: Tensor, cond: Tensor | None, x: Tensor) -> Tensor:
+    return velocity(x, _usable(t), None if cond is None else _usable(cond))
+
+
+def _repeat(value: Tensor | None, times: int) -> Tensor | None:
+    return None if value is None else value.repeat_interleave(times, 0)
+
+
+class DivergenceEstimator(ABC):
+    """Interface of the estimators."""
+
+    mode: str = "forward"
+    """How the network is differentiated: ``"forward"``, ``"reverse"`` or ``"finite"``."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        *,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Divergence:
+        """Velocity and divergence at ``(x, t)``.
+
+        Args:
+            velocity: ``(x, t, cond) -> v``.
+            x: State, ``(B, ...)``.
+            t: Time, ``()`` or ``(B,)``.
+            cond: Conditioning, or ``None``.
+            data: The data point that ``x`` was made from, shape of ``x``; only :class:`Conditional` needs it.
+            noise: The noise that ``x`` was made from, shape of ``x``; only :class:`Conditional` needs it.
+        """
+
+
+class Exact(DivergenceEstimator):
+    """Full trace, one directional derivative per dimension: for small ``d`` and for tests.
+
+    Args:
+        chunk: Directions evaluated in one batched call; bounds memory at ``chunk * B`` states.
+        mode: How the network is differentiated, as in :class:`Hutchinson`.
+        step: Half-width of the finite difference, in units of the state.
+    """
+
+    def __init__(self, chunk: int = 32, mode: str = "forward", step: float = 1e-2) -> None:
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; it counts directions, at least 1")
+        check_mode(mode, step)
+        self.chunk, self.mode, self.step = chunk, mode, step
+
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        *,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Divergence:
+        t = expand_time(t, x)
+        batch, dim = len(x), x[0].numel()
+        v, trace = None, x.new_zeros(batch)
+        for start in range(0, dim, self.chunk):
+            stop = min(start + self.chunk, dim)
+            count = stop - start
+            basis = x.new_zeros(count, dim)
+            basis[torch.arange(count), torch.arange(start, stop)] = 1
+            tangent = basis.repeat(batch, 1).reshape(batch * count, *x.shape[1:])
+            times = t[:1].expand(batch * count) if t.stride(0) == 0 else t.repeat_interleave(count)
+            conds = _repeat(cond, count)
+            function = partial(_at, velocity, times, conds)
+            value, product = _products(function, x.repeat_interleave(count, 0), tangent, self.mode, self.step)
+            trace = trace + (product * tangent).reshape(batch, -1).sum(-1)
+            if v is None:
+                v = value.reshape(batch, count, *x.shape[1:])[:, 0]
+        assert v is not None
+        return Divergence(v, trace)
+
+
+class Hutchinson(DivergenceEstimator):
+    r"""Unbiased random estimate, :math:`E[\epsilon^\top J \epsilon]`.
+
+    Hutchinson, 1990; for flows: Grathwohl et al., "FFJORD", 2018, https://arxiv.org/abs/1810.01367
+
+    Args:
+        probes: Random directions per call; with two or more there is a standard error.
+        distribution: ``"rademacher"`` (lower variance) or ``"gaussian"``.
+        mode: ``"forward"`` (one pass, no graph), ``"reverse"`` (for backbones without a forward-mode rule; under
+            FSDP1 inside a training step it is silently wrong) or ``"finite"`` (central differences, two more
+            evaluations; works with anything, accurate to about ``step ** 2``).
+        step: Half-width of the finite difference, in units of the state.
+        control: Gaussian fit whose known Jacobian is subtracted before probing and whose known trace is added
+            back: same mean, smaller variance.
+
+    Raises:
+        ValueError: If an argument is none of the above.
+    """
+
+    def __init__(
+        self,
+        probes: int = 1,
+        distribution: str = "rademacher",
+        mode: str = "forward",
+        step: float = 1e-2,
+        control: GaussianBaseline | None = None,
+    ) -> None:
+        if probes < 1:
+            raise ValueError(f"probes is {probes}; at least 1 is needed")
+        if distribution not in ("rademacher", "gaussian"):
+            raise ValueError(f"distribution is {distribution!r}; it is 'rademacher' or 'gaussian'")
+        check_mode(mode, step)
+        self.probes = probes
+        self.distribution = distribution
+        self.mode = mode
+        self.step = step
+        self.control = control
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Probe vectors for a batch of states, ``(B, ...) -> (probes, B, ...)``, from the global generator."""
+        shape = (self.probes, *x.shape)
+        if self.distribution == "gaussian":
+            return torch.randn(shape, dtype=x.dtype, device=x.device)
+        return torch.randint(0, 2, shape, dtype=x.dtype, device=x.device) * 2 - 1
+
+    def per_probe(
+        self, velocity: Callable[..., Tensor], x: Tensor, t: Tensor | float, cond: Tensor | None, probes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``(v, e)``: velocity, shape of ``x``, and one estimate per given probe, ``(probes, B)``."""
+        t = expand_time(t, x)
+        count, batch = len(probes), len(x)
+        eps = probes.reshape(count * batch, *x.shape[1:])
+        xs = x.repeat(count, *(1 for _ in x.shape[1:]))
+        cs = None if cond is None else cond.repeat(count, *(1 for _ in cond.shape[1:]))
+        function = partial(_at, velocity, repeat_time(t, count), cs)
+        values, product = _products(function, xs, eps, self.mode, self.step)
+        v = values[:batch]
+        if self.control is not None:
+            times = repeat_time(t, count)
+            product = product - self.control.jacobian_product(eps, times, times)
+        estimates = (product * eps).reshape(count, batch, -1).sum(-1)
+        if self.control is not None:
+            estimates = estimates + self.control.divergence(t, t)
+        return v, estimates
+
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        *,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Divergence:
+        v, estimates = self.per_probe(velocity, x, t, cond, self.draw(x))
+        error = None if self.probes == 1 else estimates.std(0) / self.probes**0.5
+        return Divergence(v, estimates.mean(0), error)
+
+
+class SampleProbes:
+    """Probes that are a function of a seed, of each sample's own values and of how many were drawn before.
+
+    A sample has the same ones in any batch and process (:func:`~f2d2_lightning.utils.seeding.row_keys`).
+
+    Args:
+        estimator: Says how many probes, and of which distribution.
+        x: States, ``(B, ...)``.
+        seed: Stream; ``None`` draws one from the global generator, and takes places in the batch for values.
+    """
+
+    def __init__(self, estimator: Hutchinson, x: Tensor, seed: int | None) -> None:
+        self.estimator, self.x = estimator, x
+        places = torch.arange(len(x), device=x.device)
+        rows = hashed(places, int(torch.randint(2**62, ()))) if seed is None else row_keys(x, seed)
+        self.keys = rows[:, None] + torch.arange(x[0].numel(), device=x.device)
+        self._drawn = 0
+        self._words: tuple[int, Tensor] = (-1, self.keys)
+
+    def draw(self) -> Tensor:
+        """The next ones, ``(probes, B, ...)``."""
+        probes = [self._one(self._drawn + k) for k in range(self.estimator.probes)]
+        self._drawn += len(probes)
+        return torch.stack(probes).to(self.x.dtype).reshape(-1, *self.x.shape)
+
+    def _one(self, number: int) -> Tensor:
+        if self.estimator.distribution == "gaussian":
+            return counter_normal(self.keys, mix_seed("probe", number))
+        block, bit = divmod(number, 32)
+        if self._words[0] != block:
+            self._words = block, hashed(self.keys, mix_seed("probe", block))
+        return (self._words[1] >> (16 + bit) & 1) * 2 - 1
+
+
+class Conditional(DivergenceEstimator):
+    r"""No Jacobian at all: one velocity evaluation and the pair that the state was made from.
+
+    On the linear path, for the exact marginal velocity ``v``,
+
+    .. math::
+        \operatorname{div} v(x_t, t)
+        = E\!\left[\frac{t\,\lVert x_1 - \epsilon - v\rVert^2 - d}{1 - t} \,\middle|\, x_t\right],
+
+    so the estimate is as unbiased as ``v`` is exact (its bias is ``-t |v - v*|^2 / (1 - t)``). Its variance grows
+    like ``1 / (1 - t)^2``; past ``handover`` another estimator answers. It needs no derivative, so flash attention,
+    compiled and sharded networks need no care.
+
+    Args:
+        handover: Time in (0, 1] from which ``near_data`` answers.
+        near_data: Estimator near the data; Hutchinson's with one probe by default.
+        path: Must be the linear path.
+    """
+
+    def __init__(
+        self, handover: float = 0.7, near_data: DivergenceEstimator | None = None, path: Path | None = None
+    ) -> None:
+        if not 0 < handover <= 1:
+            raise ValueError(f"handover is {handover}; it is a time in (0, 1]")
+        if not isinstance(path or LinearPath(), LinearPath):
+            raise ValueError(f"Conditional holds on the linear path, got {type(path).__name__}; use Hutchinson there")
+        self.handover = handover
+        self.near_data = near_data or Hutchinson()
+        self.mode = self.near_data.mode
+
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor | float,
+        cond: Tensor | None = None,
+        *,
+        data: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Divergence:
+        if data is None or noise is None:
+            raise ValueError(
+                "Conditional needs the pair (data, noise) that x was made from, and got none; states on a trajectory "
+                "have no such pair: use Hutchinson or Exact there"
+            )
+        t = expand_time(t, x)
+        near = t >= self.handover
+        v = torch.zeros_like(x)
+        divergence = torch.zeros_like(t)
+        far = (~near).nonzero().squeeze(-1)
+        near_index = near.nonzero().squeeze(-1)
+        if len(far):
+            pick = lambda value: None if value is None else value[far]  # noqa: E731
+            v_far = velocity(x[far], t[far], pick(cond))
+            residual = (data[far] - noise[far] - v_far).reshape(len(far), -1).square().sum(-1)
+            estimate = (t[far] * residual - x[0].numel()) / (1 - t[far])
+            v, divergence = v.index_copy(0, far, v_far), divergence.index_copy(0, far, estimate)
+        if len(near_index):
+            v_near, estimate, _ = self.near_data(
+                velocity, x[near_index], t[near_index], None if cond is None else cond[near_index]
+            )
+            v, divergence = v.index_copy(0, near_index, v_near), divergence.index_copy(0, near_index, estimate)
+        return Divergence(v, divergence)
+
+
+def instantaneous(velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``(x, t, cond) -> v`` from a velocity function, or from a flow map or joint map (its diagonal)."""
+    diagonal = getattr(velocity, "velocity", None)
+    return diagonal if callable(diagonal) else velocity

@@ -1,0 +1,222 @@
+r"""Inversion of a flow map that only goes to data.
+
+A step of such a map takes ``y`` at time ``s`` to ``x = y + (t - s) u(y, s, t)`` at ``t > s``. The likelihood of data
+needs ``y`` from ``x``. Both solvers work on the residual :math:`F(y) = y + (t - s) u(y, s, t) - x`:
+
+- ``"anderson"``: fixed-point iteration with Anderson mixing (Walker and Ni, "Anderson Acceleration for Fixed-Point
+  Iterations", 2011, https://doi.org/10.1137/10078356X); one evaluation an iteration, any dimension.
+- ``"newton"``: exact Jacobian, ``d`` directional derivatives an iteration; converges where the step is far from the
+  identity, for small ``d``.
+
+Gradients are those of the implicit function, so the solver's iterations are not kept in memory. They are the solution
+of a linear system, by the same method: iterations with ``"anderson"``, the exact Jacobian with ``"newton"``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.divergence.estimators import jacobian_product
+
+__all__ = ["Inversion", "Solution", "map_jacobian"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found."""
+
+    state: Tensor
+    """``y`` at time ``s``, shape of ``x``."""
+    converged: Tensor
+    """Whether the residual is within tolerance, ``(B,)``, bool."""
+    residual: Tensor
+    """Root mean square of ``F(y)`` over the dimensions, ``(B,)``, in units of the state."""
+    evaluations: int
+    """Network evaluations per sample."""
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How to invert a step.
+
+    Args:
+        method: ``"anderson"`` or ``"newton"``.
+        tolerance: Root-mean-square residual that counts as converged; ``None`` is ``1e-5`` in single and ``1e-10``
+            in double precision. Of gradients, relative to each sample's own.
+        max_iterations: Iterations before giving up.
+        memory: Past iterates that Anderson mixing keeps; 1 is the plain fixed-point iteration.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    method: str = "anderson"
+    tolerance: float | None = None
+    max_iterations: int = 100
+    memory: int = 6
+
+    def __post_init__(self) -> None:
+        if self.method not in ("anderson", "newton"):
+            raise ValueError(f"method is {self.method!r}; it is 'anderson' or 'newton'")
+        if self.max_iterations < 1 or self.memory < 1:
+            raise ValueError(
+                f"max_iterations and memory are {self.max_iterations} and {self.memory}; both are at least 1"
+            )
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be positive")
+
+    def solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor) -> Solution:
+        """The ``y`` with ``y + displacement(y) = x``.
+
+        Args:
+            displacement: ``y -> (t - s) u(y, s, t)``, shape of ``x``.
+            x: Where the step lands, ``(B, ...)``.
+
+        Returns:
+            The solution per sample; differentiable with respect to ``x`` and to the parameters of ``displacement``
+            where gradients are enabled. A gradient whose solver does not converge is NaN, and a warning counts them.
+        """
+        tolerance = self.tolerance or (1e-10 if x.dtype == torch.float64 else 1e-5)
+        find = self._anderson if self.method == "anderson" else self._newton
+        with torch.no_grad():
+            y, residual, evaluations = find(displacement, x.detach(), tolerance)
+        # far out rounding is larger than the tolerance, and where it cancels it looks like a solution
+        lengths = (v.reshape(len(x), -1).square().mean(-1).sqrt() for v in (y, x.detach()))
+        rounding, least = (torch.finfo(x.dtype).eps * length for length in lengths)
+        converged = (residual <= tolerance) & (rounding <= tolerance + least)
+        if torch.is_grad_enabled():
+            y, evaluations = self._attach_gradient(displacement, x, y, tolerance), evaluations + 2
+        return Solution(y, converged, residual, evaluations)
+
+    def _anderson(
+        self, displacement: Callable[[Tensor], Tensor], x: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor, int]:
+        flat = lambda v: v.reshape(len(x), -1)  # noqa: E731
+        y = x.clone()
+        best, best_residual = y.clone(), x.new_full((len(x),), torch.inf)
+        states: list[Tensor] = []
+        moves: list[Tensor] = []
+        evaluations = 0
+        for _ in range(self.max_iterations):
+            evaluations += 1
+            move = x - displacement(y) - y  # minus the residual F(y)
+            residual = flat(move).square().mean(-1).sqrt()
+            better = residual < best_residual
+            best = torch.where(better.reshape(-1, *(1 for _ in x.shape[1:])), y, best)
+            best_residual = torch.where(better, residual, best_residual)
+            if bool((best_residual <= tolerance).all()):
+                break
+            states, moves = [*states, flat(y)][-self.memory :], [*moves, flat(move)][-self.memory :]
+            step = flat(y) + flat(move)
+            if len(moves) > 1:
+                state_differences = torch.stack([b - a for a, b in itertools.pairwise(states)], -1)
+                move_differences = torch.stack([b - a for a, b in itertools.pairwise(moves)], -1)
+                gram = move_differences.transpose(1, 2) @ move_differences
+                # a touch of Tikhonov keeps the system solvable once differences vanish in converged samples
+                ridge = gram.diagonal(dim1=1, dim2=2).mean(-1) * 1e-10 + torch.finfo(x.dtype).tiny
+                gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+                weights = _least_squares(gram, move_differences.transpose(1, 2) @ flat(move)[..., None])
+                step = step - ((state_differences + move_differences) @ weights).squeeze(-1)
+            step = torch.where(step.isfinite(), step, flat(best))
+            y = step.reshape(x.shape)
+        return best, best_residual, evaluations
+
+    def _newton(
+        self, displacement: Callable[[Tensor], Tensor], x: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor, int]:
+        dim = x[0].numel()
+        best, best_residual, evaluations = x.clone(), x.new_full((len(x),), torch.inf), 0
+        y, damping = x.clone(), x.new_ones(len(x))
+        direction = torch.zeros_like(x).reshape(len(x), -1)
+        for _ in range(self.max_iterations):
+            moved, jacobian = map_jacobian(lambda v: v + displacement(v), y)
+            residual_vector = (moved - x).reshape(len(x), -1)
+            evaluations += 1 + dim
+            residual = residual_vector.square().mean(-1).sqrt()
+            better = residual < best_residual
+            pick = better.reshape(-1, *(1 for _ in x.shape[1:]))
+            best = torch.where(pick, y, best)
+            best_residual = torch.where(better, residual, best_residual)
+            if bool((best_residual <= tolerance).all()):
+                break
+            # a step that did not help is halved, from the best point
+            damping = torch.where(better, torch.ones_like(damping), damping / 2)
+            newton = -_least_squares(jacobian, residual_vector[..., None]).squeeze(-1)
+            direction = torch.where(better[:, None], newton, direction)
+            y = (best.reshape(len(x), -1) + damping[:, None] * direction).reshape(x.shape)
+        return best, best_residual, evaluations
+
+    def _attach_gradient(
+        self, displacement: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, tolerance: float
+    ) -> Tensor:
+        # y = x - displacement(y): the forward graph is one evaluation at the solution; backward solves
+        # w = g - J^T w for the gradient that reaches x and the parameters (implicit function theorem)
+        attached = x - displacement(y)
+        if not attached.requires_grad:
+            return y
+        point = y.clone().requires_grad_(True)
+        moved = displacement(point)
+
+        def product(w: Tensor) -> Tensor:
+            return torch.autograd.grad(moved, point, w, retain_graph=True)[0]
+
+        @torch.no_grad()
+        def solve_adjoint(gradient: Tensor) -> Tensor:
+            if not moved.requires_grad:
+                return gradient  # the displacement is the same everywhere
+            # of each sample its own: one of a steep sample must not be what those of flat ones are measured by
+            size = gradient.reshape(len(x), -1).square().mean(-1).sqrt().reshape(-1, *(1 for _ in x.shape[1:]))
+            scaled = gradient / size.clamp(min=torch.finfo(x.dtype).tiny)
+            if self.method == "newton":
+                found = _solve_transposed(product, scaled)
+                converged = found.reshape(len(x), -1).isfinite().all(-1)
+            else:
+                found, residual, _ = self._anderson(product, scaled, tolerance)
+                converged = residual <= tolerance
+            # what came in as NaN goes out as NaN, which is nothing to say here
+            failed = ~converged & gradient.reshape(len(x), -1).isfinite().all(-1)
+            if bool(failed.any()):
+                warnings.warn(
+                    f"the gradient of an inversion did not converge for {int(failed.sum())} of {len(x)} samples; it is "
+                    "NaN for them (more iterations, memory above 1, more steps, or method='newton' may help)",
+                    stacklevel=2,
+                )
+            found = torch.where(converged.reshape(size.shape), found, torch.full_like(found, torch.nan))
+            return found * size
+
+        attached.register_hook(solve_adjoint)
+        return attached
+
+
+def _least_squares(matrix: Tensor, right: Tensor) -> Tensor:
+    """``(B, m, n), (B, m, 1) -> (B, n, 1)``; of samples that have diverged, anything: the backend refuses the batch."""
+    return torch.linalg.lstsq(*(torch.nan_to_num(part, posinf=0.0, neginf=0.0) for part in (matrix, right))).solution
+
+
+def _solve_transposed(product: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    """``(I + J^T)^-1 g``, shape of ``g``, from ``w -> J^T w``, one product a dimension; in double precision."""
+    rows = []
+    for i in range(gradient[0].numel()):
+        unit = torch.zeros_like(gradient).reshape(len(gradient), -1)
+        unit[:, i] = 1
+        rows.append(product(unit.reshape(gradient.shape)).reshape(len(gradient), -1))
+    transposed = torch.stack(rows, -1).double() + torch.eye(len(rows), dtype=torch.float64, device=gradient.device)
+    solved, _ = torch.linalg.solve_ex(transposed, gradient.reshape(len(gradient), -1, 1).double())
+    return solved.reshape(gradient.shape).to(gradient.dtype)
+
+
+def map_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(x)``, shape of ``x``, and the Jacobian, ``(B, d, d)``: one directional derivative per dimension."""
+    columns, value = [], x
+    for i in range(x[0].numel()):
+        tangent = torch.zeros_like(x).reshape(len(x), -1)
+        tangent[:, i] = 1
+        value, column = jacobian_product(function, x, tangent.reshape(x.shape))
+        columns.append(column.reshape(len(x), -1))
+    return value, torch.stack(columns, -1)

@@ -1,0 +1,220 @@
+r"""Discrete data as continuous states, and bits per dimension.
+
+Data with ``levels`` integer values ``k = 0, ..., levels - 1`` become states by uniform dequantization,
+``x = low + (k + U) * width`` with ``width = (high - low) / levels`` and ``U`` uniform on [0, 1). Then
+
+.. math::
+    -\log_2 P(k) \le E_U\!\left[-\log_2 p(x)\right] - d \log_2 \mathrm{width},
+
+so bits per dimension from one draw of ``U`` estimate an upper bound of the discrete code length (Theis, van den Oord
+and Bethge, "A note on the evaluation of generative models", 2015, https://arxiv.org/abs/1511.01844).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Quantization", "bits_per_dim", "warn_of_discrete"]
+
+
+MOST_ALIKE = 0.05
+"""Share of continuous values that may be one and the same number."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Levels and range of discrete data.
+
+    Args:
+        levels: Number of integer values: 256 for 8-bit images, 17 for scikit-learn's digits.
+        low: Lower edge of the lowest level's bin.
+        high: Upper edge of the highest level's bin.
+
+    Raises:
+        ValueError: If there are fewer than two levels or the range is empty.
+
+    >>> Quantization(256).width
+    0.0078125
+    """
+
+    levels: int
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.levels < 2 or not self.high > self.low:
+            raise ValueError(
+                f"levels={self.levels} on [{self.low}, {self.high}]; at least two levels and low < high are needed"
+            )
+
+    @property
+    def width(self) -> float:
+        """Width of one level's bin, in units of the state."""
+        return (self.high - self.low) / self.levels
+
+    def check(self, k: Tensor) -> None:
+        """Refuse integers that are not ``0, ..., levels - 1``, or that use only a fraction of them.
+
+        Raises:
+            ValueError: Says the values that came and the levels expected.
+        """
+        if torch.is_floating_point(k):
+            raise ValueError(f"quantized data have dtype {k.dtype}; integers 0 to {self.levels - 1} are expected")
+        low, high = int(k.min()), int(k.max())
+        if low < 0 or high >= self.levels:
+            raise ValueError(
+                f"the data hold the values {low} to {high}, but levels={self.levels} means 0 to {self.levels - 1}; "
+                f"set levels to at least {high + 1}, or rescale the data"
+            )
+
+    def check_range_of(self, k: Tensor) -> None:
+        """As :meth:`check` for a whole data set, which should reach the highest level.
+
+        Raises:
+            ValueError: If the data use less than half of the levels: bits per dimension would be meaningless.
+        """
+        self.check(k)
+        if int(k.max()) < self.levels // 2:
+            raise ValueError(
+                f"the data set holds values up to {int(k.max())} only, but levels={self.levels}; bits per dimension "
+                f"would count levels that the data do not have: set levels={int(k.max()) + 1}"
+            )
+
+    def check_states(self, x: Tensor) -> None:
+        """Refuse states that are not dequantized data of these levels on this range.
+
+        A model's own samples, which lie a little outside of the range, are fine.
+
+        Args:
+            x: Some states, ``(B, ...)``; a few hundred values tell most.
+
+        Raises:
+            ValueError: If more than a twentieth of the values lie far outside of the range, if they fill another
+                range, or if they are discrete. Says what came and the remedy.
+        """
+        values = x.detach().reshape(-1).double()
+        low, high, span = self.low, self.high, self.high - self.low
+        smallest, largest = float(values.min()), float(values.max())
+        remedy = (
+            f"give states low + (k + U) * (high - low) / levels of integers k: {self!r}.dequantize(k), or say the "
+            "range that your data have: low=, high="
+        )
+        outside = ((values < low - 0.1 * span) | (values > high + 0.1 * span)).double().mean()
+        if float(outside) > 0.05:
+            raise ValueError(
+                f"states lie in [{smallest:.4g}, {largest:.4g}], {100 * float(outside):.0f} % of the values outside of "
+                f"[{low:g}, {high:g}], which {self.levels} levels fill here; {remedy}"
+            )
+        # a few pictures may be bright, or of little contrast
+        if len(x) >= 16 and len(values) >= 256 and (other := self._other_range(smallest, largest)):
+            raise ValueError(
+                f"states lie in [{smallest:.4g}, {largest:.4g}] and so seem to fill [{other[0]:g}, {other[1]:g}], but "
+                f"{self.levels} levels fill [{low:g}, {high:g}] here; {remedy}"
+            )
+        place = (values - low) / span
+        # in units of a level, how far from bin centres, from lower edges, and from a grid that reaches both ends
+        apart = (place * self.levels - 0.5, place * self.levels, place * (self.levels - 1))
+        # what single precision leaves of a level's width
+        near = max(1e-3, 8 * 1.2e-7 * self.levels * max(abs(low), abs(high), 1.0) / span)
+        # so many values that chance does not put all of them on a grid
+        enough = math.ceil(9 / -math.log10(2 * near)) if near < 0.25 else math.inf
+        grid = len(values) >= enough and any(bool(((a - a.round()).abs() < near).all()) for a in apart)
+        some = values[: 2**14]
+        # dequantized, a level that is hit often has many values, if only as many as floats can tell apart
+        different, hit = len(some.unique()), len(self.quantize(some).unique())
+        if grid or (len(some) >= 4 * hit and different <= 2 * hit):
+            raise ValueError(
+                f"states were never dequantized: {len(some)} values are {different} different ones, on a grid. A "
+                f"density at single points is no likelihood of discrete data; {remedy}"
+            )
+        _, counts = some.unique(return_counts=True)
+        if len(some) >= 256 and float(counts.max()) > MOST_ALIKE * len(some):
+            warnings.warn(
+                f"{100 * float(counts.max()) / len(some):.0f} % of the values of the states are one and the same "
+                "number, as of a margin or a channel that was added after dequantization: a density at single points "
+                "has no bound, and no likelihood of such data means anything",
+                stacklevel=2,
+            )
+
+    def _other_range(self, smallest: float, largest: float) -> tuple[float, float] | None:
+        """A usual range, other than this one, that values from ``smallest`` to ``largest`` fill."""
+        span = self.high - self.low
+        for low, high in ((0.0, 1.0), (-1.0, 1.0), (-0.5, 0.5), (0.0, 255.0), (0.0, self.levels - 1.0)):
+            mine = abs(low - self.low) < 0.1 * span and abs(high - self.high) < 0.1 * span
+            near = 0.03 * (high - low)
+            if not mine and abs(smallest - low) < near and abs(largest - high) < near:
+                return low, high
+        return None
+
+    def dequantize(self, k: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """States ``low + (k + U) * width`` in the default floating type, shape of ``k``.
+
+        Args:
+            k: Integers, any shape.
+            uniform: ``U`` in [0, 1), shape of ``k``; drawn if not given.
+        """
+        self.check(k)
+        uniform = torch.rand(k.shape, device=k.device) if uniform is None else uniform
+        x = self.low + (k + uniform) * self.width
+        # rounding can lift k + U to the next level; the bins are half open
+        edge = (self.low + (k.double() + 1) * self.width).to(x.dtype)
+        inside = (self.low + (k.double() + 1 - 2.0**-14) * self.width).to(x.dtype)
+        return torch.minimum(x, torch.minimum(inside, torch.nextafter(edge, torch.full_like(edge, self.low))))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Level that a state lies in, clipped to the range, ``int64``, shape of ``x``."""
+        return ((x.double() - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
+
+
+def bits_per_dim(log_prob: Tensor, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """Bits per dimension from log-densities.
+
+    With ``levels`` this is an upper bound on the code length of discrete data (uniform dequantization, see
+    :mod:`f2d2_lightning.likelihood.quantization`); without, the differential figure, which depends on the unit of the
+    state.
+
+    Args:
+        log_prob: Log-density of dequantized states, any shape, nats.
+        dim: Number of dimensions of one state.
+        levels: Number of levels of the discrete data, or ``None`` for continuous data.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+
+    Returns:
+        Bits per dimension, shape of ``log_prob``.
+
+    Raises:
+        ValueError: If ``dim < 1`` or the levels are unfit.
+
+    >>> bits_per_dim(torch.tensor([0.0]), dim=1, levels=256)  # uniform density on [0, 1): half of the 2^8 bins
+    tensor([7.])
+    """
+    if dim < 1:
+        raise ValueError(f"dim is {dim}; at least one dimension is needed")
+    nats = log_prob if levels is None else log_prob + dim * math.log(Quantization(levels, low, high).width)
+    return -nats / (dim * math.log(2))
+
+
+def warn_of_discrete(x: Tensor) -> None:
+    """Warn where data that are said to be continuous take few different values, ``(B, ...)``; tables by column."""
+    parts = list(x.detach().unbind(1)) if x.ndim == 2 and len(x) >= 64 else [x.detach().reshape(-1)[: 2**14]]
+    if len(parts) == 1 and len(parts[0]) < 64:
+        return
+    found = []
+    for column, values in enumerate(parts):
+        _, counts = values.unique(return_counts=True)
+        if 16 * len(counts) <= len(values) or float(counts.max()) > MOST_ALIKE * len(values):
+            found.append(column)
+    if found:
+        where = f"columns {', '.join(map(str, found[:8]))} of the states" if x.ndim == 2 else "the states"
+        warnings.warn(
+            f"{where} take few different values, or one of them often: these data look discrete, and the density of "
+            "discrete data has no bound. Say levels=, low= and high=, and give dequantized states; of a table, leave "
+            "such columns out or add noise of their resolution",
+            stacklevel=2,
+        )

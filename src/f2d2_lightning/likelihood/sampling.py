@@ -1,0 +1,150 @@
+"""Few-step sampling, with the samples' own log-density on request."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.flows.maps import FlowMap, JointMap
+from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.likelihood.time_grids import time_grid
+
+__all__ = ["Samples", "check_cond", "check_shape", "draw_noise", "normal_log_prob", "sample"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples and, where asked for, how likely the model finds them."""
+
+    state: Tensor
+    """Samples at ``t = 1``, ``(B, ...)``."""
+    noise: Tensor
+    """What they were made from at ``t = 0``, ``(B, ...)``."""
+    evaluations: int
+    """Network evaluations per sample."""
+    log_prob: Tensor | None = None
+    """Log-density of each sample, ``(B,)``, nats."""
+
+
+def normal_log_prob(z: Tensor) -> Tensor:
+    """Log-density of ``N(0, I)``, ``(B, ...) -> (B,)``, nats."""
+    return -0.5 * (z.reshape(len(z), -1).square().sum(-1) + z[0].numel() * math.log(2 * math.pi))
+
+
+def draw_noise(count: int, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Draws of ``N(0, I)``, ``(count, *shape)``.
+
+    Raises:
+        ValueError: If none are asked for.
+    """
+    if count < 1:
+        raise ValueError(f"asked for {count} samples; at least one is needed")
+    return torch.randn(count, *shape, device=device)
+
+
+def check_state(x: Tensor, what: str) -> None:
+    """Refuse states that no flow can take.
+
+    Raises:
+        ValueError: If ``x`` is not a floating tensor ``(B, ...)`` with ``B >= 1``, or holds NaN or infinity.
+    """
+    if not torch.is_floating_point(x):
+        raise ValueError(f"{what} has dtype {x.dtype}; it must be floating (dequantize integers first: Quantization)")
+    if x.ndim < 2 or len(x) == 0:
+        raise ValueError(f"{what} has shape {tuple(x.shape)}; it must be (B, ...) with B >= 1 and at least one axis")
+    if not bool(x.isfinite().all()):
+        bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
+        raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
+
+
+def check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse states ``(B, ...)`` of another shape than a model was trained for.
+
+    Raises:
+        ValueError: Says both shapes.
+    """
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"states have shape {tuple(x.shape)}, but the model was trained for (B, {', '.join(map(str, shape))}); a "
+            "likelihood of another size means nothing: resize the data, or train a model for them"
+        )
+
+
+def check_cond(cond: object, count: int, model: object = None) -> None:
+    """Refuse conditioning that a map cannot be given.
+
+    Args:
+        cond: Conditioning, or ``None``.
+        count: Number of states that it is for.
+        model: The map, whose ``conditional`` says whether it takes any.
+
+    Raises:
+        ValueError: If ``cond`` is no tensor ``(B, ...)``, or the map ignores it.
+    """
+    if cond is None:
+        return
+    if not isinstance(cond, Tensor) or cond.ndim < 1 or len(cond) != count:
+        came = f"shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else f"a {type(cond).__name__}"
+        raise ValueError(
+            f"cond is {came}; a tensor whose first axis is that of the {count} states is needed. Several conditions "
+            "(a dictionary, a tuple) go into one tensor, which the network takes apart. A network that takes none says "
+            "so, conditional = False in its class; or leave cond out in data_to_state"
+        )
+    if getattr(model, "conditional", None) is False:
+        raise ValueError(
+            f"cond was given, but {type(model).__name__} takes none: its answer would be that without it; leave cond "
+            "out, or train a conditional model"
+        )
+
+
+def sample(
+    flow_map: FlowMap | JointMap,
+    noise: Tensor,
+    steps: int | Sequence[float] = 4,
+    cond: Tensor | None = None,
+    *,
+    log_prob: bool = False,
+) -> Samples:
+    """Samples from noise in a few evaluations.
+
+    Args:
+        flow_map: A flow map, or a joint one.
+        noise: Draws of ``N(0, I)``, ``(B, ...)``; ``torch.randn(n, *shape)``.
+        steps: Number of uniform steps from ``t = 0`` to ``t = 1``, or the times themselves.
+        cond: Conditioning, first axis ``B``.
+        log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
+
+    Returns:
+        Samples at ``t = 1``; one evaluation per step. Under ``torch.no_grad`` or with gradients, as the caller says.
+
+    Raises:
+        ValueError: If the map does not go to data, the noise is unfit, or ``log_prob`` is asked of a map without
+            a divergence.
+
+    >>> from f2d2_lightning.flows import GaussianBaseline, GaussianFlow
+    >>> flow = GaussianFlow(GaussianBaseline.from_covariance(torch.zeros(2), 4 * torch.eye(2)))
+    >>> sample(flow, torch.ones(1, 2), steps=1, log_prob=True).state
+    tensor([[2., 2.]])
+    """
+    check_state(noise, "noise")
+    check_cond(cond, len(noise), flow_map)
+    if log_prob and not isinstance(flow_map, JointMap):
+        raise ValueError(
+            f"log_prob=True needs a joint map, and {type(flow_map).__name__} has no divergence; "
+            "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
+        )
+    grid = time_grid(steps)
+    x, change = noise, noise.new_zeros(len(noise))
+    for s, t in itertools.pairwise(grid):
+        if isinstance(flow_map, JointMap):
+            x, delta = flow_map.jump(x, s, t, cond)
+            change = change + delta
+        else:
+            x = flow_map.jump(x, expand_time(s, x), expand_time(t, x), cond)
+    density = normal_log_prob(noise) + change if log_prob else None
+    return Samples(x, noise, len(grid) - 1, density)

@@ -1,0 +1,51 @@
+"""Times of a path between noise and data."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+
+from torch import Tensor
+
+__all__ = ["time_grid", "times_near_data"]
+
+
+def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[float]:
+    """Times of a few-step path, ascending from 0 to 1 (descending if ``to_noise``).
+
+    Args:
+        steps: Number of uniform steps, or the times themselves in either order, 0 and 1 included.
+        to_noise: Descend from 1 to 0.
+
+    Raises:
+        ValueError: If there is no step, or the times do not run strictly between 0 and 1.
+
+    >>> time_grid(2, to_noise=True)
+    [1.0, 0.5, 0.0]
+    """
+    if isinstance(steps, Tensor):
+        steps = steps.tolist()
+    if isinstance(steps, str):
+        raise ValueError(f"steps is {steps!r}; a whole number of steps, or the times themselves")
+    if isinstance(steps, Sequence) or hasattr(steps, "__iter__"):
+        grid = sorted(float(t) for t in steps)
+        if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or any(b <= a for a, b in itertools.pairwise(grid)):
+            raise ValueError(f"the time grid is {list(steps)}; it needs distinct times that include 0 and 1")
+    else:
+        try:
+            steps = operator.index(steps)
+        except TypeError:
+            raise ValueError(f"steps is {steps!r}; a whole number of steps, or the times themselves") from None
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; at least one step is needed")
+        grid = [k / steps for k in range(steps + 1)]
+    return grid[::-1] if to_noise else grid
+
+
+def times_near_data(count: int) -> list[float]:
+    """Ascending times between .9 and .9995, evenly spread in ``log(1 - t)``: down to well below a level of 8 bits.
+
+    Data with point masses (black or white pixels, dequantized) flow there at a steady rate per unit of that logarithm.
+    """
+    return [1 - 0.1 * (1 / 200) ** ((k + 0.5) / count) for k in range(count)]

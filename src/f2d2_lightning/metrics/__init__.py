@@ -1,0 +1,20 @@
+"""Figures of likelihoods and of samples."""
+
+from __future__ import annotations
+
+from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation
+from f2d2_lightning.metrics.likelihood import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError, agreement
+from f2d2_lightning.metrics.networks import InceptionFeatures, SmallFeatures
+from f2d2_lightning.metrics.ranks import percentile_rank
+
+__all__ = [
+    "Agreement",
+    "InceptionFeatures",
+    "LikelihoodAgreement",
+    "LikelihoodEvaluation",
+    "MeanLikelihood",
+    "RoundTripError",
+    "SmallFeatures",
+    "agreement",
+    "percentile_rank",
+]

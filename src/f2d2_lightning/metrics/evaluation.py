@@ -1,0 +1,267 @@
+"""Few-step likelihoods over a data set: their mean, beside a reference on a part of it, and the way there and back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, SumMetric
+
+from f2d2_lightning.likelihood._log_prob import LogProb
+from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.likelihood.sampling import Samples
+from f2d2_lightning.metrics.likelihood import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError, doubt
+from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
+
+__all__ = ["LikelihoodEvaluation", "check_draws", "clock", "draw_again"]
+
+
+class LikelihoodEvaluation:
+    """Gathers likelihoods at several step counts.
+
+    Args:
+        steps: Step counts.
+        dim: Dimensions of one sample.
+        levels: Levels of discrete data: results in bits per dimension; ``None``: in nats.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        device: Where the likelihoods are.
+        draws: Dequantization draws per sample whose log-likelihoods are averaged, the data's own first; the bound on
+            the discrete code length is then less noisy, not tighter.
+
+    Raises:
+        ValueError: If ``draws`` is below 1, or above 1 for continuous data.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[int],
+        dim: int,
+        levels: int | None,
+        low: float,
+        high: float,
+        device: torch.device,
+        draws: int = 1,
+    ) -> None:
+        check_draws(draws, levels)
+        self.steps = tuple(steps)
+        self.draws = draws
+        self.quantization = None if levels is None else Quantization(levels, low, high)
+        agreement = lambda: LikelihoodAgreement(dim, levels, low, high)  # noqa: E731
+        self._all = {k: MeanLikelihood(dim, levels, low, high).to(device) for k in self.steps}
+        self._compared = {k: agreement().to(device) for k in self.steps}
+        self._negative = {k: MeanMetric().to(device) for k in self.steps}
+        self._failed = {k: MeanMetric().to(device) for k in self.steps}
+        self._counts = {k: SumMetric().to(device) for k in self.steps}
+        self._round_trips = {k: RoundTripError().to(device) for k in self.steps}
+        self._reference_errors = RoundTripError().to(device)  # likewise a root mean square
+        self._reference_failed = SumMetric().to(device)
+        self._moments = [MeanMetric(nan_strategy="error").to(device) for _ in range(2)]
+        # a process without samples takes part in gathering all the same, or the others would wait for it
+        nothing = torch.zeros(0, device=device)
+        for k in self.steps:
+            self._all[k].update(nothing)
+            self._compared[k].update(nothing, nothing)
+            self._round_trips[k].update(nothing)
+        self._reference_errors.update(nothing)
+        self.compared = 0
+        self.seconds = dict.fromkeys(self.steps, 0.0)
+        """Spent on few-step likelihoods by this process."""
+        self.evaluations = dict.fromkeys(self.steps, 0)
+        """Network evaluations per likelihood."""
+
+    def evaluate(
+        self,
+        log_prob: Callable[[Tensor, int, Tensor | None], LogProb],
+        sample: Callable[[Tensor, int, Tensor | None], Samples] | None,
+        x: Tensor,
+        cond: Tensor | None,
+        reference: Tensor | None,
+        reference_error: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> None:
+        """Likelihoods of a batch at every step count, and its way to noise and back.
+
+        Args:
+            log_prob: ``(x, steps, cond)`` to the few-step likelihood.
+            sample: ``(noise, steps, cond)`` to samples; ``None`` for a map that does not go to data.
+            x: Data at ``t = 1``, ``(B, ...)``, dequantized if they were discrete.
+            cond: Conditioning, first axis ``B``, or ``None``.
+            reference: The reference's log-likelihoods of the first samples, ``(C,)``, nats, ``C <= B``.
+            reference_error: Their standard errors over random probes, ``(C,)``, nats, where they are known.
+            counted: Which samples count, ``(B,)`` bool: repeated ones, at the end, do not. All by default.
+        """
+        values, errors = {}, {}
+        for k in self.steps:
+            start = clock(x.device)
+            answer = log_prob(x, k, cond)
+            self.seconds[k] += clock(x.device) - start
+            self.evaluations[k] = answer.evaluations
+            values[k] = answer.value[None]
+            if sample is not None:
+                returned = sample(answer.noise, k, cond).state
+                errors[k] = (returned - x).flatten(1).double().square().mean(1)
+        for draw in range(1, self.draws):
+            assert self.quantization is not None
+            again = draw_again(x, self.quantization, draw)
+            for k in self.steps:
+                values[k] = torch.cat((values[k], log_prob(again, k, cond).value[None]))
+        if counted is not None and not bool(counted.all()):
+            rows = counted.to(x.device)
+            x, values = x[rows], {k: value[:, rows] for k, value in values.items()}
+            errors = {k: error[rows] for k, error in errors.items()}
+        for power, moment in enumerate(self._moments, start=1):
+            moment.update(x.double() ** power)
+        self.update(values, reference, errors, reference_error)
+
+    def update(
+        self,
+        values: Mapping[int, Tensor],
+        reference: Tensor | None,
+        errors: Mapping[int, Tensor] | None = None,
+        reference_error: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            values: Log-likelihoods by step count, ``(B,)`` or ``(draws, B)``, nats; samples with one that is not
+                finite count as failed.
+            reference: The reference's for the first samples of the batch and the first draw, ``(C,)``, nats,
+                ``C <= B``.
+            errors: Mean squared error per dimension of each sample's way to noise and back, ``(B,)``, by step count.
+            reference_error: Standard errors of ``reference``, ``(C,)``, nats, where they are known.
+        """
+        if reference is not None:
+            self._reference_failed.update((~reference.isfinite()).float())
+        if reference_error is not None:
+            self._reference_errors.update(reference_error[reference_error.isfinite()].square())
+        for k, value in values.items():
+            value = value.reshape(-1, value.shape[-1])
+            good = value.isfinite().all(0)
+            self._failed[k].update((~good).float())
+            self._all[k].update(value.mean(0)[good])
+            if bool(good.any()):
+                self._negative[k].update((self._all[k].nll(value.mean(0)[good]) < 0).float())
+            kept = good[:0] if reference is None else good[: len(reference)] & reference.isfinite()
+            if reference is not None:
+                self._compared[k].update(value[0, : len(reference)][kept], reference[kept])
+            self._counts[k].update(kept.float().sum())
+            if errors is not None and k in errors:
+                self._round_trips[k].update(errors[k][good])
+        self.compared += 0 if reference is None else len(reference)
+
+    def results(self) -> dict[str, Tensor]:
+        """Metrics by name, over all processes.
+
+        ``nll_k`` and its standard error are over all samples; ``gap_k``, ``absolute_error_k``, ``correlation_k``,
+        ``rank_correlation_k`` and ``reference_nll_k`` over those that were compared; ``round_trip_k`` is the root mean
+        square per dimension, in units of the state, of data to noise to data in k steps each way; ``unconverged_k``
+        is the share of samples without a likelihood; ``reference_error`` the root mean square of the standard errors
+        that each sample's reference has over random probes; ``doubtful_k`` is 1 where
+        :func:`~f2d2_lightning.metrics.likelihood.doubt` finds something (:meth:`doubts`). What no sample has is left
+        out.
+        """
+        named: dict[str, Tensor] = {}
+        error = self._reference_errors.compute()
+        if bool(error.isfinite()):
+            named["reference_error"] = error / self._all[self.steps[0]].unit
+        for k in self.steps:
+            mean, error, count = self._all[k].compute()
+            if count > 0:
+                named |= {f"nll_{k}": mean, f"nll_standard_error_{k}": error}
+            if self._counts[k].compute() > 0:
+                result = self._compared[k].compute()
+                for name in ("gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"):
+                    named[f"{name}_{k}"] = getattr(result, name)
+            round_trip = self._round_trips[k].compute()
+            if bool(round_trip.isfinite()):
+                named[f"round_trip_{k}"] = round_trip
+            named[f"unconverged_{k}"] = self._failed[k].compute()
+        named |= {f"doubtful_{row['steps']}": error.new_ones(()) for row in self.rows() if row["doubt"]}
+        return {name: value.float() for name, value in named.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per step count, over all processes: every field of :class:`~f2d2_lightning.metrics.Agreement`.
+
+        NaN where no sample has it. ``milliseconds`` are this process's, per sample. ``doubt`` is text,
+        :func:`~f2d2_lightning.metrics.likelihood.doubt`.
+        """
+        rows: list[dict[str, Any]] = []
+        deviation = math.nan
+        if all(bool(moment.weight > 0) for moment in self._moments):
+            mean, square = (moment.compute() for moment in self._moments)
+            deviation = float((square - mean.square()).clamp(min=0).sqrt())
+        unit = self._all[self.steps[0]].unit
+        reference_error = float(self._reference_errors.compute()) / unit
+        for k in self.steps:
+            row: dict[str, Any] = dict.fromkeys(Agreement._fields, math.nan)
+            if self._counts[k].compute() > 0:
+                row |= {name: float(value) for name, value in self._compared[k].compute()._asdict().items()}
+            mean, error, _ = self._all[k].compute()
+            row |= {"nll": float(mean), "nll_standard_error": float(error)}
+            row |= {"round_trip": float(self._round_trips[k].compute())}
+            row |= {"unconverged": float(self._failed[k].compute())}
+            count = max(1, int(self._all[k].count))
+            row |= {"steps": k, "evaluations": self.evaluations[k], "milliseconds": 1e3 * self.seconds[k] / count}
+            negative = float(self._negative[k].compute()) if bool(self._negative[k].weight > 0) else 0.0
+            row |= {"reference_error": reference_error, "negative": negative}
+            rows.append(row | {"doubt": doubt(row, self.quantization is not None, deviation)})
+        return rows
+
+    def doubts(self) -> str:
+        """What is wrong with the likelihoods, in one sentence a step count; empty where nothing is."""
+        said = []
+        if (failed := int(self._reference_failed.compute())) > 0:
+            said.append(f"the reference is NaN or infinite for {failed} samples, which are not compared")
+        for row in self.rows():
+            steps = f"the likelihood in {row['steps']} step{'s' * (row['steps'] > 1)}"
+            said += [f"{steps} is doubtful: {row['doubt']}"] if row["doubt"] else []
+            if row["unconverged"] > 0:
+                said.append(f"{steps} is missing, NaN or infinite, for {100 * row['unconverged']:.3g} % of the samples")
+        return ". ".join(said)
+
+    def compared_values(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, in the metrics' unit.
+
+        Of the samples that this process compared.
+        """
+        values, reference = {}, torch.empty(0)
+        for k, metric in self._compared.items():
+            own, other = metric.gathered()
+            values[k], reference = metric.nll(own), metric.nll(other)
+        return values, reference
+
+
+def check_draws(draws: int, levels: int | None) -> None:
+    """Refuse dequantization draws that cannot be made.
+
+    Raises:
+        ValueError: If ``draws`` is below 1, or above 1 for continuous data.
+    """
+    if draws < 1 or (draws > 1 and levels is None):
+        raise ValueError(
+            f"draws={draws} and levels={levels}; draws is at least 1, and more need the levels of discrete data"
+        )
+
+
+def draw_again(x: Tensor, quantization: Quantization, draw: int) -> Tensor:
+    """Another dequantization of dequantized data, shape of ``x``.
+
+    The noise is a function of each sample's own numbers and of ``draw``: the same in every epoch, whatever the batches
+    and processes.
+    """
+    bits = x.float().contiguous().view(torch.int32).long().flatten(1)
+    place = torch.arange(bits.shape[1], device=x.device)
+    uniform = counter_uniform(bits + (place << 32), mix_seed("another draw", draw)).reshape(x.shape)
+    return quantization.dequantize(quantization.quantize(x), uniform).to(x.dtype)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,226 @@
+"""Likelihood metrics: how good the likelihoods are, and how close to the teacher's, per sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+
+__all__ = [
+    "Agreement",
+    "LikelihoodAgreement",
+    "LikelihoodMetric",
+    "MeanLikelihood",
+    "RoundTripError",
+    "agreement",
+    "doubt",
+]
+
+MOST_NEGATIVE = 0.01
+"""Share of samples below 0 bits that is still chance: one draw of noise within a bin may be likelier than all of it."""
+MOST_ASTRAY = 0.5
+"""Share of the data's standard deviation that the way to noise and back may miss them by."""
+
+
+class Agreement(NamedTuple):
+    """A few-step likelihood beside its reference, over a data set. All are 0-dimensional."""
+
+    nll: Tensor
+    """Mean negative log-likelihood, in the unit asked for."""
+    nll_standard_error: Tensor
+    """Of ``nll`` over the samples."""
+    reference_nll: Tensor
+    """The same of the reference."""
+    gap: Tensor
+    """``nll - reference_nll``."""
+    gap_standard_error: Tensor
+    """Of ``gap`` over the samples, which are paired."""
+    absolute_error: Tensor
+    """Mean absolute difference per sample."""
+    correlation: Tensor
+    """Pearson's, of log p per sample; NaN below two samples."""
+    rank_correlation: Tensor
+    """Spearman's, of log p per sample; NaN below two samples."""
+    reference_deviation: Tensor
+    """Standard deviation of the reference over the samples; NaN below two."""
+
+
+def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: float = 0.0) -> Agreement:
+    """Compare log-likelihoods with a reference, sample by sample.
+
+    Args:
+        log_prob: Few-step log-likelihoods, ``(N,)``, nats.
+        reference: The reference's on the same points, ``(N,)``, nats.
+        unit: Nats per unit of the result: 1, or ``d * log(2)`` for bits per dimension.
+        offset: Added to each negative log-likelihood after division (the log-width of quantization bins).
+
+    Raises:
+        ValueError: If the shapes differ or there are no samples.
+    """
+    if log_prob.shape != reference.shape or log_prob.ndim != 1 or len(log_prob) == 0:
+        raise ValueError(
+            f"log_prob has shape {tuple(log_prob.shape)} and reference {tuple(reference.shape)}; both are (N,), N >= 1"
+        )
+    values, references = -log_prob.double() / unit + offset, -reference.double() / unit + offset
+    difference = values - references
+    count = len(values)
+
+    def standard_error(x: Tensor) -> Tensor:
+        return x.std() / math.sqrt(count) if count > 1 else x.new_tensor(math.nan)
+
+    undefined = values.new_tensor(math.nan)
+    return Agreement(
+        values.mean(),
+        standard_error(values),
+        references.mean(),
+        difference.mean(),
+        standard_error(difference),
+        difference.abs().mean(),
+        pearson_corrcoef(values, references) if count > 1 else undefined,
+        spearman_corrcoef(values, references) if count > 1 else undefined,
+        references.std() if count > 1 else undefined,
+    )
+
+
+def doubt(row: Mapping[str, float], quantized: bool, data_deviation: float = math.nan) -> str:
+    """Why a likelihood cannot be, or says nothing; empty if nothing is wrong that can be seen.
+
+    Args:
+        row: Some of ``nll``, ``negative`` (share of samples with ``nll < 0``), ``gap``, ``reference_nll``,
+            ``reference_deviation``, ``round_trip``; what is missing or NaN is not judged.
+        quantized: Whether ``nll`` is in bits per dimension of discrete data.
+        data_deviation: Standard deviation of the data, in units of the state.
+    """
+    reasons = []
+    if quantized:
+        negative = row.get("negative", 0.0)
+        codes = [f"{100 * negative:.3g} % of the samples are below 0 bits/dim"] if negative > MOST_NEGATIVE else []
+        for name, whose in (("nll", "it is"), ("reference_nll", "the reference is")):
+            codes += [f"{whose} {row[name]:.4g} bits/dim"] if row.get(name, math.nan) < 0 else []
+        if codes:
+            reasons.append(
+                f"{', '.join(codes)}, and discrete data have no code of negative length (check levels, range and "
+                "dequantization, of the data and of the model's training)"
+            )
+    gap, spread = abs(row.get("gap", math.nan)), row.get("reference_deviation", math.nan)
+    if gap > spread:
+        reasons.append(f"it is {gap:.3g} from the reference, more than samples differ among each other ({spread:.3g})")
+    trip = row.get("round_trip", math.nan)
+    if trip > MOST_ASTRAY * data_deviation:
+        reasons.append(
+            f"the way to noise and back misses the data by {trip:.3g}, and their standard deviation is "
+            f"{data_deviation:.3g}"
+        )
+    return "; ".join(reasons)
+
+
+class LikelihoodMetric(Metric):
+    """Gathers log-likelihoods, and answers in bits per dimension or nats.
+
+    Args:
+        dim: Number of dimensions of one sample.
+        levels: Levels of discrete data on ``[low, high]``: results are in bits per dimension; ``None``: in nats.
+        low: Lower edge of the range.
+        high: Upper edge.
+    """
+
+    full_state_update = False
+    higher_is_better: bool | None = None
+
+    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__()
+        self.unit, self.offset = 1.0, 0.0
+        if levels is not None:
+            self.unit, self.offset = dim * math.log(2), -math.log2((high - low) / levels)
+
+    def nll(self, log_prob: Tensor) -> Tensor:
+        """Negative log-likelihoods in the metric's unit from log-likelihoods in nats, any shape."""
+        return self.offset - log_prob / self.unit
+
+
+class LikelihoodAgreement(LikelihoodMetric):
+    """:func:`agreement` over a data set, gathered across processes; arguments as :class:`LikelihoodMetric`."""
+
+    log_prob: list[Tensor]
+    reference: list[Tensor]
+
+    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(dim, levels, low, high)
+        self.add_state("log_prob", default=[], dist_reduce_fx="cat")
+        self.add_state("reference", default=[], dist_reduce_fx="cat")
+
+    def update(self, log_prob: Tensor, reference: Tensor) -> None:
+        """Add a batch, ``(B,)`` each, nats."""
+        self.log_prob.append(log_prob.detach())
+        self.reference.append(reference.detach())
+
+    def compute(self) -> Agreement:
+        """Over everything added."""
+        return agreement(*self.gathered(), self.unit, self.offset)
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods and the reference's, ``(N,)`` each, nats: this process's, or all while synchronised."""
+        log_prob, reference = (torch.cat(v) if isinstance(v, list) else v for v in (self.log_prob, self.reference))
+        return log_prob, reference
+
+
+class MeanLikelihood(LikelihoodMetric):
+    """Mean negative log-likelihood and its standard error, over a data set and all processes, by float64 sums.
+
+    Arguments as :class:`LikelihoodMetric`.
+    """
+
+    higher_is_better = False
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+
+    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(dim, levels, low, high)
+        for name in ("count", "total", "squares"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, log_prob: Tensor) -> None:
+        """Add a batch, ``(B,)``, nats."""
+        value = self.nll(log_prob.detach().double())
+        self.count += len(value)
+        self.total += value.sum()
+        self.squares += value.square().sum()
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, its standard error (NaN below two samples) and the number of samples; NaN without any."""
+        mean = self.total / self.count
+        variance = (self.squares - self.count * mean.square()).clamp(min=0) / (self.count - 1)
+        error = (variance / self.count).sqrt() if bool(self.count > 1) else torch.full_like(mean, math.nan)
+        return mean, error, self.count
+
+
+class RoundTripError(Metric):
+    """Root mean square per dimension of data to noise to data, over a data set and all processes.
+
+    In units of the state. A map whose way back misses the data has no valid likelihood, whatever its mean.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("squares", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, squared_error: Tensor) -> None:
+        """Add a batch: mean squared error per dimension of each sample, ``(B,)``."""
+        self.squares += squared_error.detach().double().sum()
+        self.count += len(squared_error)
+
+    def compute(self) -> Tensor:
+        """Over everything added; NaN if nothing was."""
+        return (self.squares / self.count).sqrt()

@@ -1,0 +1,106 @@
+"""Exponential moving average of weights, as a second copy of the model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.utils.sharding import reshard
+
+__all__ = ["copy_frozen", "kept_apart", "share_weights", "update_average", "warmed_decay"]
+
+
+def copy_frozen(module: Any, shared: dict[int, Any] | None = None) -> Any:
+    """A copy in evaluation mode whose parameters are not trained; objects in ``shared``, by ``id``, are not copied."""
+    return copy.deepcopy(module, shared or {}).requires_grad_(False).eval()
+
+
+def share_weights(one: Any, other: nn.Module) -> bool:
+    """Whether a module, a method of one, or a function that holds one has a parameter in common with a module."""
+    own = {id(p) for p in other.parameters()}
+    return any(id(p) in own for module in _modules_behind(one) for p in module.parameters())
+
+
+def _modules_behind(thing: Any, depth: int = 4) -> Iterator[nn.Module]:
+    """Modules that a callable is known to use."""
+    if depth == 0:
+        return
+    parts: list[Any] = []
+    if isinstance(thing, nn.Module):
+        yield thing
+        # kept apart on purpose, in a list or behind a function, they are no submodules
+        parts = [value for module in thing.modules() for value in vars(module).values() if not isinstance(value, dict)]
+    elif isinstance(thing, functools.partial):
+        parts = [thing.func, *thing.args, *thing.keywords.values()]
+    elif isinstance(thing, (list, tuple)):
+        parts = list(thing[:64])
+    elif inspect.ismethod(thing):
+        parts = [thing.__self__]
+    elif inspect.isfunction(thing):
+        cells = thing.__closure__ or ()
+        parts = [*(thing.__defaults__ or ()), *(c.cell_contents for c in cells if c != types.CellType())]
+    for part in parts:
+        if callable(part) or isinstance(part, (list, tuple)):
+            yield from _modules_behind(part, depth - 1)
+
+
+def kept_apart(teacher: Any, network: nn.Module) -> Any:
+    """A teacher that training ``network`` does not change: itself, or a frozen copy where it is the network.
+
+    Raises:
+        ValueError: If it is a function that uses the network, of which there is no copy.
+    """
+    if not share_weights(teacher, network):
+        return teacher
+    if isinstance(teacher, nn.Module):
+        copied = copy_frozen(teacher)
+        if not share_weights(copied, network):
+            return copied
+    elif inspect.ismethod(teacher):
+        return getattr(kept_apart(teacher.__self__, network), teacher.__name__)
+    raise ValueError(
+        "the teacher is a function of the student's own network, which training changes, and with it the teacher; give "
+        "a function of a copy, copy.deepcopy(network), or the module itself, which is copied"
+    )
+
+
+def warmed_decay(decay: float, steps: int) -> float:
+    """Decay after a number of steps: a young average forgets faster, so that the initial weights do not linger."""
+    return min(decay, (1 + steps) / (10 + steps))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, live: nn.Module, decay: float) -> None:
+    """Move the average towards the live weights: ``average = decay * average + (1 - decay) * live``.
+
+    Parameters that are not trained and buffers are copied. Modules that both share are left alone.
+
+    Args:
+        average: The copy that is kept.
+        live: The model in training, of the same structure.
+        decay: Share of the old average, in [0, 1).
+    """
+    for module in (average, live):
+        reshard(module)
+    moved: list[Tensor] = []
+    towards: list[Tensor] = []
+    for mine, theirs in zip(average.parameters(), live.parameters(), strict=True):
+        if mine is theirs:
+            continue
+        if theirs.requires_grad:
+            moved.append(mine)
+            towards.append(theirs)
+        else:
+            mine.copy_(theirs)
+    if moved:
+        torch._foreach_lerp_(moved, towards, 1 - decay)
+    pairs = [(a, b) for a, b in zip(average.buffers(), live.buffers(), strict=True) if a is not b]
+    if pairs:
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])

@@ -1,0 +1,509 @@
+"""The student: few-step samples and log-likelihoods."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from f2d2_lightning.adapters import AdaptedFlowMap, check_convention, check_differentiable
+from f2d2_lightning.checkpoints.trust import packages_of
+from f2d2_lightning.divergence.estimators import DivergenceEstimator, Hutchinson
+from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.maps import Direction, FlowMap
+from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
+from f2d2_lightning.likelihood.guidance import SelfGuidance
+from f2d2_lightning.likelihood.inversion import Inversion
+from f2d2_lightning.likelihood.reference import Reference
+from f2d2_lightning.likelihood.sampling import Samples, check_shape, draw_noise, sample
+from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, check_draws
+from f2d2_lightning.modules.base import FlowModule, object_names
+from f2d2_lightning.modules.ema import copy_frozen, kept_apart, share_weights
+from f2d2_lightning.modules.teacher import FlowMatchingModule
+from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
+from f2d2_lightning.nn.second_time import one_time_state
+from f2d2_lightning.objectives._scale import measure_scale
+from f2d2_lightning.objectives.base import Objective
+from f2d2_lightning.objectives.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
+from f2d2_lightning.objectives.trajectories import TrajectoryRegression
+from f2d2_lightning.training.loading import load_module
+from f2d2_lightning.utils.processes import gather_states, own_state
+from f2d2_lightning.utils.seeding import mix_seed
+from f2d2_lightning.utils.sharding import load_whole
+
+__all__ = ["F2D2Module"]
+
+MOST_AXES = 1024
+"""Dimensions up to which the default head fits a full covariance."""
+
+
+class F2D2Module(FlowModule):
+    """Joint distillation of sampling and likelihood: a few-step student with a divergence head.
+
+    Ai et al., "Joint Distillation for Fast Likelihood Evaluation and Sampling in Flow-based Models", 2025,
+    https://arxiv.org/abs/2512.02636
+
+    Override :meth:`data_to_state`, :meth:`make_source` or :meth:`prepare` to change where data, targets and starting
+    values come from.
+
+    Args:
+        flow_map: Backbone of the student; ``None`` takes a copy of the teacher's.
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the teacher's.
+        teacher: A trained :class:`FlowMatchingModule`, a flow map or velocity ``(x, t, cond) -> v``, or the path of a
+            checkpoint of the first. It is not part of this module's checkpoint and is needed only to train and to
+            compare. ``None`` distils the student's own diagonal, trained by flow matching.
+        trust: Packages whose classes the teacher's checkpoint may name, such as the one that your own backbone is in;
+            that of ``flow_map`` is trusted already. See :mod:`f2d2_lightning.checkpoints.trust`.
+        head: Divergence head; by default on the backbone's features, with a baseline of full covariance up to 1,024
+            dimensions, diagonal above.
+        objective: Training objective; trajectory regression in both directions by default.
+        estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
+        frozen: Train the head only; backbone and samples stay bit for bit as they were.
+        warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`: the same
+            network, or one with an :class:`~f2d2_lightning.nn.AddedTime` around the teacher's embedding.
+        off_diagonal: With a teacher, whose velocity and divergence intervals are taught with: the ``"teacher"``'s, or
+            the ``"student"``'s own diagonal, which the teacher then teaches alone (Lagrangian self-distillation in
+            the released JAX code).
+        steps: Step counts that validation reports.
+        draws: Dequantization draws per sample that validation averages few-step likelihoods over.
+        reference_samples: Samples per evaluation that are compared with the reference, the first ones of the data;
+            ``None`` for all.
+        inversion: For maps that only go to data: how validation and :meth:`log_prob` invert them.
+        levels: Levels of discrete data, for bits per dimension; ``None`` takes the teacher's, and is for continuous
+            data, reported in nats, if that has none.
+        low: Lower edge of the range that the levels fill; ``None`` takes the teacher's, else -1.
+        high: Upper edge; ``None`` takes the teacher's, else 1.
+        optimizer: Makes the optimiser; AdamW at 1e-3 by default.
+        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
+        warmup: Steps of linear rise of the default schedule.
+        ema_decay: Decay of the weight average that validates, samples and answers.
+        reference: Solver of the teacher's likelihood that validation compares with.
+        channels_last: Memory format of convolutions' weights, see :class:`FlowModule`.
+        compile: Compile the backbone, see :class:`FlowModule`.
+
+    Raises:
+        ValueError: If the objective trains other directions than the backbone declares, levels and range are not the
+            teacher's or the objective's, or parts are missing.
+    """
+
+    average: JointFlowMap
+
+    def __init__(
+        self,
+        flow_map: FlowMap | None = None,
+        shape: Sequence[int] | None = None,
+        teacher: str | Path | FlowMatchingModule | None = None,
+        head: DivergenceHead | None = None,
+        objective: Objective | None = None,
+        estimator: DivergenceEstimator | None = None,
+        frozen: bool = False,
+        warm_start: bool = True,
+        steps: Sequence[int] = (1, 2, 4, 8),
+        draws: int = 1,
+        reference_samples: int | None = None,
+        inversion: Inversion | None = None,
+        levels: int | None = None,
+        low: float | None = None,
+        high: float | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup: int = 200,
+        ema_decay: float = 0.999,
+        reference: Reference | None = None,
+        channels_last: bool = False,
+        compile: bool | str = False,
+        off_diagonal: str = "teacher",
+        trust: Sequence[str] = (),
+    ) -> None:
+        if off_diagonal not in ("teacher", "student"):
+            raise ValueError(f"off_diagonal is {off_diagonal!r}; it is 'teacher' or 'student'")
+        if isinstance(teacher, FlowMatchingModule):
+            shape = shape or teacher.shape
+            levels = teacher.levels if levels is None else levels
+            low, high = teacher.low if low is None else low, teacher.high if high is None else high
+            if flow_map is None or share_weights(teacher, flow_map):
+                # training must not change the teacher
+                flow_map = _trainable_copy(flow_map or teacher.average)
+        elif teacher is not None and not isinstance(teacher, (str, Path)) and not callable(teacher):
+            raise ValueError(
+                f"the teacher is a {type(teacher).__name__}; a FlowMatchingModule, a flow map, any velocity "
+                "(x, t, cond) -> v, or the path of a teacher's checkpoint is needed"
+            )
+        if flow_map is None or shape is None:
+            raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
+        parameters = list(flow_map.parameters())
+        if not frozen and parameters and not any(p.requires_grad for p in parameters):
+            raise ValueError(
+                f"no parameter of the student's backbone ({type(flow_map).__name__}) requires gradients, so it would "
+                "not be trained: flow_map.requires_grad_(True), or frozen=True to train the head only"
+            )
+        given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
+        low, high = -1.0 if low is None else low, 1.0 if high is None else high
+        estimator = estimator or Hutchinson()
+        if reference is None:
+            # what the network can be differentiated by is the same for its targets and its likelihood
+            reference = Reference(mode=estimator.mode)
+        super().__init__(
+            shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
+        )
+        objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
+        self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
+        self.objective = objective or TrajectoryRegression()
+        if self.objective.directions != flow_map.directions:
+            raise ValueError(
+                f"the objective trains {self.objective.directions}, but the backbone declares {flow_map.directions}; a "
+                "map that answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
+            )
+        if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
+            raise ValueError(
+                f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
+                f"{type(self.objective.path).__name__}; give both the same path"
+            )
+        self.estimator = estimator
+        self._given = given  # edges of the range that were said, and not taken from the teacher
+        self.draws = draws
+        if head is None:
+            head = _default_head(flow_map, self.shape)
+        self.joint = JointFlowMap(flow_map, head, frozen)
+        self._inherit(teacher)
+        shared = {id(flow_map): flow_map} if frozen else {}
+        self.average = copy_frozen(self.joint, shared)
+        self.steps = tuple(steps)
+        if reference_samples is not None and reference_samples < 1:
+            raise ValueError(f"reference_samples={reference_samples} is at least 1, or None for all")
+        self.reference_samples = reference_samples
+        self.inversion = inversion
+        self.warm_start = warm_start
+        self.off_diagonal = off_diagonal
+        self._sources: tuple[VelocitySource, VelocitySource] | None = None
+        self.trust = (*trust, *packages_of(*(type(part) for part in flow_map.modules())))
+        self._teacher_path = str(teacher) if isinstance(teacher, (str, Path)) else None
+        # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
+        self._teacher: list[Any] = []
+        if teacher is not None and self._teacher_path is None:
+            # a teacher that is the student's own network stays as it is now, and the network is trained
+            self._teacher.append(kept_apart(teacher, flow_map))
+        self._speed_up()
+
+    @property
+    def live(self) -> JointFlowMap:
+        """The joint map in training."""
+        return self.joint
+
+    def to_shard(self) -> list[nn.Module]:
+        """Backbone and head, in training and averaged; a frozen backbone that both share once."""
+        parts = [self.joint.flow_map, self.joint.head, self.average.flow_map, self.average.head]
+        return list(dict.fromkeys(parts))
+
+    # --- teacher and targets ---
+
+    @property
+    def teacher(self) -> Any:
+        """The teacher, loaded on first use and moved to this module's device; ``None`` in self-distillation."""
+        if not self._teacher and self._teacher_path is not None:
+            self._teacher.append(load_module(self._teacher_path, FlowMatchingModule, trust=self.trust))
+        if not self._teacher:
+            return None
+        teacher = self._teacher[0]
+        # nothing is differentiated with respect to its weights, whose owner may want to train them elsewhere
+        if not isinstance(teacher, nn.Module):
+            return teacher
+        return teacher.to(device=self.device, dtype=cast(torch.dtype, self.dtype)).eval()
+
+    def teacher_velocity(self) -> Any:
+        """``(x, t, cond) -> v`` that likelihoods are compared with; the student's own diagonal without a teacher."""
+        teacher = self.teacher
+        if teacher is None:
+            return self.average.velocity
+        return teacher.average.velocity if isinstance(teacher, FlowMatchingModule) else teacher
+
+    def make_source(self) -> tuple[VelocitySource, VelocitySource]:
+        """Where targets come from: ``(source, anchor)``, see :meth:`Objective.__call__`."""
+        if self.teacher is not None:
+            anchor: VelocitySource = TeacherSource(self.teacher_velocity(), self.estimator)
+            return (DiagonalSource(self.joint) if self.off_diagonal == "student" else anchor), anchor
+        anchor = ConditionalSource(self.joint, self.estimator, self.objective.path)
+        return DiagonalSource(self.joint), anchor
+
+    def setup(self, stage: str) -> None:
+        """Load the teacher where it is needed, and compare shapes."""
+        if stage != "predict" or not self.trained:
+            self._inherit(self.teacher)
+        super().setup(stage)
+        if stage == "predict":
+            return
+        if stage in ("validate", "test") and not self.trained:
+            rank_zero_warn(
+                f"this {type(self).__name__} was not trained: its likelihoods are those of its initial weights. Fit it "
+                "first, or load a checkpoint (ckpt_path=...)"
+            )
+        self._follow_teacher()
+
+    def _follow_teacher(self) -> None:
+        """Labels mean what they mean to the teacher.
+
+        Raises:
+            ValueError: If the student was trained with another order of the classes.
+        """
+        theirs = getattr(self._teacher[0], "class_names", None) if self._teacher else None
+        if theirs is None or not self.conditional:
+            return
+        if self.trained and self.class_names not in (None, theirs):
+            raise ValueError(
+                f"the student's classes are {self.class_names}, the teacher's {theirs}, in the order of their labels; "
+                "use the teacher that the student was trained with"
+            )
+        self._follow_classes(theirs)
+
+    def _inherit(self, teacher: Any) -> None:
+        """Levels and range of the teacher, which are the objective's as well.
+
+        Raises:
+            ValueError: If they, or the shapes, are not the same.
+        """
+        if isinstance(teacher, FlowMatchingModule):
+            if teacher.shape != self.shape:
+                raise ValueError(
+                    f"the teacher was trained on states of shape {teacher.shape}, the student is for {self.shape}; "
+                    "use the teacher of these data"
+                )
+            if self.levels is None:
+                self.levels = teacher.levels
+                self.low, self.high = (self._given.get(name, getattr(teacher, name)) for name in ("low", "high"))
+            if self.quantization != teacher.quantization:
+                raise ValueError(
+                    f"the teacher was trained on {teacher.quantization}, the student is for {self.quantization}; make "
+                    "them agree, or leave out the student's levels, low and high"
+                )
+            if type(teacher.path) is not type(self.objective.path):
+                raise ValueError(
+                    f"the teacher was trained on {type(teacher.path).__name__}, the objective is on "
+                    f"{type(self.objective.path).__name__}: its states would be none that the teacher knows; give both "
+                    "the same path"
+                )
+            if teacher.conditional and self.conditional is False:
+                raise ValueError(
+                    "the teacher needs cond, and the student's backbone takes none: it would be taught without; give "
+                    "it classes, or distil an unconditional teacher"
+                )
+        if self.levels is not None or not isinstance(teacher, (str, Path)):
+            check_draws(self.draws, self.levels)
+        # what a checkpoint says of the data is then whole
+        self.hparams.update({name: getattr(self, name) for name in ("levels", "low", "high")})
+        self.objective.quantize(self.quantization)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Check a foreign backbone's convention, start from the teacher, and set the head's scale from the data."""
+        x, cond = next(self._states())
+        teacher, mode = self.teacher, self.estimator.mode
+        if isinstance(self.joint.flow_map, AdaptedFlowMap):
+            check_convention(self.joint.flow_map, x, cond, mode)
+        elif teacher is None:
+            check_differentiable(self.joint.flow_map, x, cond, mode)
+        if teacher is not None:
+            check_differentiable(self.teacher_velocity(), x, cond, mode)
+        if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
+            try:
+                state = one_time_state(self.joint.flow_map, teacher.average.state_dict())
+                load_whole(self.joint.flow_map, state)
+            except RuntimeError as error:
+                raise ValueError(
+                    "the student's backbone cannot start from the teacher's weights, they are of different networks; "
+                    f"use the same flow_map for both, or warm_start=False ({error})"
+                ) from error
+        head = self.joint.head
+        _, anchor = self._targets()
+        scale = measure_scale(head, anchor, self._states(), self.objective.path, reduce=self.sum_over_processes)
+        head.scale.fill_(scale)
+
+    def _states(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for batch in self.training_batches():
+            yield self.state(self.transfer_batch_to_device(batch, self.device, 0))
+
+    # --- training ---
+
+    def on_fit_start(self) -> None:
+        """Make the targets' source anew: teacher and device may be others than in the last run."""
+        self._sources = None
+
+    def _targets(self) -> tuple[VelocitySource, VelocitySource]:
+        """Source and anchor, made when they are first asked for: a Tuner takes steps before a run begins."""
+        self._sources = self._sources or self.make_source()
+        return self._sources
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The objective's loss; its parts are logged beside it."""
+        x, cond = self.state(batch)
+        source, anchor = self._targets()
+        progress = min(1.0, self.trainer.global_step / max(1.0, self.trainer.estimated_stepping_batches))
+        if self.trainer.world_size > 1:
+            # processes may share a sharded network, and must call it equally often
+            seed = mix_seed(self._seed, self.trainer.current_epoch, batch_idx, "structure")
+            self.objective.structure = torch.Generator().manual_seed(seed)
+        terms = self.objective(self.joint, source, x, cond, anchor=anchor, progress=progress)
+        self.log("train/loss", terms.loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
+        return terms.loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["f2d2"]["objective"] = gather_states(self.objective.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._follow_teacher()
+        states = checkpoint.get("f2d2", {}).get("objective")
+        if states:
+            self.objective.load_state_dict(own_state(states))
+
+    # --- evaluation ---
+
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        super().on_validation_epoch_start()
+        self._evaluation = LikelihoodEvaluation(
+            self.steps, self.dim, self.levels, self.low, self.high, self.device, self.draws
+        )
+        if self.teacher is None:
+            # the student's own diagonal has changed since
+            self._references.clear()
+
+    def _evaluate(self, batch: Any) -> None:
+        x, cond = self.state(batch)
+        place, counted = self._places.take(len(x))
+        compared = counted if self.reference_samples is None else counted & (place < self.reference_samples)
+        left = int(compared.sum())  # places ascend
+        reference = error = None
+        if left > 0:
+            some = None if cond is None else cond[:left]
+            reference, error = self.reference_and_error(x[:left], some, self.teacher_velocity())
+        goes_back = Direction.TO_DATA in self.average.directions
+        sample = self.sample if goes_back else None
+        self._evaluation.evaluate(self.log_prob, sample, x, cond, reference, error, counted)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Few-step likelihoods beside the teacher's on the same points."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As validation."""
+        self._evaluate(batch)
+
+    def _log_evaluation(self, stage: str) -> None:
+        results = self._evaluation.results()
+        if Direction.TO_NOISE in self.average.directions:
+            # nothing is inverted, and a sample without a likelihood is an accident
+            results = {name: v for name, v in results.items() if not name.startswith("unconverged") or bool(v > 0)}
+        # the reference's samples are the same for every step count
+        references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
+        for name, value in results.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == f"nll_{self.steps[-1]}")
+        if references:
+            self.log(f"{stage}/reference_nll", references[-1])
+        if doubts := self._evaluation.doubts():
+            rank_zero_warn(doubts)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was gathered."""
+        super().on_validation_epoch_end()
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was gathered."""
+        super().on_validation_epoch_end()
+        self._log_evaluation("test")
+
+    def agreement_values(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Negative log-likelihoods of the last evaluation by step count, and the reference's, each ``(N,)``.
+
+        Those that this process compared.
+        """
+        return self._evaluation.compared_values()
+
+    def agreement_table(self) -> list[dict[str, Any]]:
+        """Rows of the last evaluation: one per step count, and one (``steps`` is ``None``) of the reference."""
+        rows: list[dict[str, Any]] = list(self._evaluation.rows())
+        seconds, evaluations = self._reference_cost
+        same = {name: rows[-1][of] for name, of in (("nll", "reference_nll"), ("reference_nll", "reference_nll"))}
+        same |= {"reference_error": rows[-1]["reference_error"], "steps": None, "doubt": ""}
+        reference = self.agreement_values()[1]
+        error = float(reference.std()) / math.sqrt(len(reference)) if len(reference) > 1 else math.nan
+        spent = 1e3 * seconds / max(1, len(reference))
+        rows.append(same | {"nll_standard_error": error, "evaluations": evaluations, "milliseconds": spent})
+        return rows
+
+    # --- inference: the weight average, in evaluation mode ---
+
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Any:
+        """``(u, D)`` of the weight average."""
+        return self.average(x, s, t, cond)
+
+    def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
+        """Log-likelihood of states at ``t = 1``; see :func:`f2d2_lightning.log_prob`.
+
+        Raises:
+            ValueError: If they have another shape than the module's, or ``cond`` does not fit the model.
+        """
+        x = self._fitting(x)
+        inversion = None if Direction.TO_NOISE in self.average.directions else self.inversion
+        return log_prob(self.average, x, steps, cond, inversion=inversion)
+
+    def sample(
+        self,
+        noise: int | Tensor,
+        steps: int | Sequence[float] = 4,
+        cond: Tensor | None = None,
+        *,
+        with_log_prob: bool = False,
+        guidance: SelfGuidance | None = None,
+    ) -> Samples:
+        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`.
+
+        With ``guidance`` towards higher likelihood, see :class:`f2d2_lightning.SelfGuidance`.
+        """
+        if isinstance(noise, int):
+            noise = draw_noise(noise, self.shape, self.device)
+        noise = self._fitting(noise)
+        if guidance is not None:
+            return guidance(self.average, noise, steps, cond, log_prob=with_log_prob)
+        return sample(self.average, noise, steps, cond, log_prob=with_log_prob)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[int, Tensor]:
+        """Log-likelihood of a batch at each of ``steps``, nats."""
+        x, cond = self.state(batch)
+        return {k: self.log_prob(x, k, cond).value for k in self.steps}
+
+    def _fitting(self, x: Tensor) -> Tensor:
+        """States of the module's shape, in its precision."""
+        check_shape(x, self.shape)
+        return x.to(self.dtype) if x.is_floating_point() else x
+
+
+def _trainable_copy(module: Any) -> Any:
+    return copy.deepcopy(module).requires_grad_(True).train()
+
+
+def _default_head(flow_map: FlowMap, shape: tuple[int, ...]) -> DivergenceHead:
+    own = getattr(flow_map, "baseline", None)
+    # principal axes of a large state are as many numbers as a network has weights
+    covariance = "full" if math.prod(shape) <= MOST_AXES else "diagonal"
+    baseline = GaussianBaseline(shape, own.covariance if isinstance(own, GaussianBaseline) else covariance)
+    return DivergenceHead(_feature_channels(flow_map), baseline=baseline)
+
+
+def _feature_channels(flow_map: FlowMap) -> int:
+    channels = getattr(flow_map, "features", None)
+    if not isinstance(channels, int):
+        raise ValueError(
+            f"{type(flow_map).__name__} does not say how many feature channels it gives; pass "
+            "head=DivergenceHead(features=...) or head=DivergenceHead(network=...)"
+        )
+    return channels

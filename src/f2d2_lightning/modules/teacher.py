@@ -1,0 +1,179 @@
+"""The teacher: flow matching on the diagonal of a flow map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from f2d2_lightning.adapters import check_differentiable
+from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.maps import FlowMap
+from f2d2_lightning.flows.paths import LinearPath, Path
+from f2d2_lightning.likelihood.reference import Reference
+from f2d2_lightning.metrics.likelihood import MeanLikelihood, doubt
+from f2d2_lightning.modules.base import FlowModule, object_names
+from f2d2_lightning.modules.ema import copy_frozen
+from f2d2_lightning.utils.seeding import counter_normal, counter_uniform, mix_seed, row_keys
+
+__all__ = ["FlowMatchingModule"]
+
+CLOSEST = 1 / 512  # to the data; finer than a level of 8-bit data
+
+
+class FlowMatchingModule(FlowModule):
+    """Flow matching: trains the diagonal of a flow map to be a velocity field. The teacher.
+
+    Lipman et al., "Flow Matching for Generative Modeling", 2022, https://arxiv.org/abs/2210.02747
+
+    Args:
+        flow_map: Backbone; it is trained, and later evaluated, at ``s = t``.
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
+        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
+        low: Lower edge of the range that the levels fill.
+        high: Upper edge.
+        path: Probability path; the linear one by default.
+        optimizer: Makes the optimiser; AdamW at 1e-3 by default.
+        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
+        warmup: Steps of linear rise of the default schedule.
+        ema_decay: Decay of the weight average that validates, samples and answers.
+        reference: Solver of the likelihood that validation logs; ``validate_nll`` turns it on.
+        units: ``"natural"``: errors of the velocity are in standard deviations per radian of the backbone's Gaussian
+            baseline and times follow its clock, where it has one; ``"velocity"``: plain errors, uniform times.
+        near_data: Share of training times close to the data, spread evenly in ``log(1 - t)`` from 1 down to
+            ``1 / 512``. Where pixels have point masses each stretch of that logarithm counts as much for the
+            likelihood, and uniform times hardly see the last ones.
+        validate_nll: Log the reference likelihood in validation, not only in test.
+        channels_last: Memory format of convolutions' weights, see :class:`FlowModule`.
+        compile: Compile the backbone, see :class:`FlowModule`.
+    """
+
+    average: FlowMap
+
+    def __init__(
+        self,
+        flow_map: FlowMap,
+        shape: Sequence[int],
+        levels: int | None = None,
+        low: float = -1.0,
+        high: float = 1.0,
+        path: Path | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup: int = 200,
+        ema_decay: float = 0.999,
+        reference: Reference | None = None,
+        units: str = "natural",
+        near_data: float = 0.0,
+        validate_nll: bool = False,
+        channels_last: bool = False,
+        compile: bool | str = False,
+    ) -> None:
+        if units not in ("natural", "velocity"):
+            raise ValueError(f"units is {units!r}; it is 'natural' or 'velocity'")
+        if not 0 <= near_data <= 1:
+            raise ValueError(f"near_data is {near_data}; it is a share, in [0, 1]")
+        super().__init__(
+            shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
+        )
+        objects = ("flow_map", "path", "optimizer", "lr_scheduler", "reference")
+        self.save_hyperparameters(ignore=object_names(locals(), *objects))
+        self.flow_map = flow_map
+        self.average = copy_frozen(flow_map)
+        self.path = path or LinearPath()
+        self.units = units
+        self.near_data = near_data
+        self.validate_nll = validate_nll
+        self._speed_up()
+
+    @property
+    def live(self) -> FlowMap:
+        """The flow map in training."""
+        return self.flow_map
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        """Velocity of the weight average, ``(B, ...), () or (B,) -> (B, ...)``."""
+        return self.average.velocity(x, t, cond)
+
+    def _error(self, flow_map: FlowMap, x: Tensor, cond: Tensor | None, draw: int | None = None) -> Tensor:
+        """Error of the velocity, ``(B, ...)``; time and noise of a ``draw`` are a function of each sample alone."""
+        found = getattr(flow_map, "baseline", None)
+        baseline = found if self.units == "natural" and isinstance(found, GaussianBaseline) else None
+        keys = None if draw is None else row_keys(x, mix_seed("validation", draw))
+
+        def uniform(stream: int) -> Tensor:
+            if keys is not None:
+                return counter_uniform(keys, stream).to(x)
+            return torch.rand(len(x), dtype=x.dtype, device=x.device)
+
+        if baseline is None:
+            t = uniform(0)
+        else:
+            t = (baseline.draw_times(len(x)) if keys is None else baseline.times_at(uniform(0))).to(x)
+        if self.near_data:
+            close = 1 - CLOSEST ** uniform(1)
+            t = torch.where(uniform(2) < self.near_data, close, t)
+        if keys is None:
+            noise = torch.randn_like(x)
+        else:
+            places = keys[:, None] + torch.arange(self.dim, device=x.device)
+            noise = counter_normal(places, 3).to(x).reshape(x.shape)
+        error = flow_map.velocity(self.path.sample(x, noise, t), t, cond)
+        error = error - self.path.conditional_velocity(x, noise, t)
+        if baseline is not None:
+            error = baseline.to_axes(error) / (baseline.marginal_variances(t).sqrt() * baseline.angle_rate(t, t))
+        return error
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Conditional flow-matching loss."""
+        loss = self._error(self.flow_map, *self.state(batch)).square().mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start afresh."""
+        super().on_validation_epoch_start()
+        self._nll = MeanLikelihood(self.dim, self.levels, self.low, self.high).to(self.device)
+        self._mean_loss = MeanMetric().to(self.device)
+
+    def _evaluate(self, batch: Any, nll: bool) -> None:
+        x, cond = self.state(batch)
+        counted = self._places.take(len(x))[1].to(x.device)
+        for draw in range(4):
+            self._mean_loss.update(self._error(self.average, x, cond, draw)[counted].square())
+        if nll:
+            if not bool(self._nll.count > 0):
+                check_differentiable(self.average.velocity, x, cond, getattr(self.reference, "mode", "forward"))
+            self._nll.update(self.reference(self.average.velocity, x, cond).value[counted])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The same loss with fixed noise, and the likelihood if asked for."""
+        self._evaluate(batch, self.validate_nll)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and likelihood."""
+        self._evaluate(batch, True)
+
+    def _log_results(self, stage: str, nll: bool) -> None:
+        self.log(f"{stage}/loss", self._mean_loss.compute(), prog_bar=True)
+        if not nll:
+            return
+        mean, error, _ = self._nll.compute()
+        if said := doubt({"nll": float(mean)}, self.levels is not None):
+            rank_zero_warn(f"the teacher's likelihood is doubtful: {said}")
+        self.log(f"{stage}/nll", mean.float(), prog_bar=True)
+        self.log(f"{stage}/nll_standard_error", error.float())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and likelihood."""
+        super().on_validation_epoch_end()
+        self._log_results("val", self.validate_nll)
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss and likelihood."""
+        self._log_results("test", True)

@@ -1,0 +1,27 @@
+"""What ``(u, D)`` is regressed on."""
+
+from __future__ import annotations
+
+from f2d2_lightning.objectives.base import Consistency, Eulerian, Lagrangian, Objective, Semigroup, Terms, Weighting
+from f2d2_lightning.objectives.intervals import Intervals
+from f2d2_lightning.objectives.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
+from f2d2_lightning.objectives.trajectories import TrajectoryPool, TrajectoryRegression
+from f2d2_lightning.objectives.volume import VolumeRegression
+
+__all__ = [
+    "ConditionalSource",
+    "Consistency",
+    "DiagonalSource",
+    "Eulerian",
+    "Intervals",
+    "Lagrangian",
+    "Objective",
+    "Semigroup",
+    "TeacherSource",
+    "Terms",
+    "TrajectoryPool",
+    "TrajectoryRegression",
+    "VelocitySource",
+    "VolumeRegression",
+    "Weighting",
+]

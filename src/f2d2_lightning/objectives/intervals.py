@@ -1,0 +1,89 @@
+"""Which pairs of times ``(s, t)`` an objective trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.flows.maps import Direction
+
+__all__ = ["Intervals"]
+
+
+class Intervals:
+    """Distribution of training intervals: diagonal, the likelihood grid's own, and uniform.
+
+    Args:
+        directions: Orders of time to draw, ``"both"`` by default; ``"to_data"`` is what the official recipe does.
+        diagonal: Share of intervals with ``s = t``.
+        grid: Share of intervals that are a step of a uniform K-step grid, K drawn from ``steps``. More of them makes
+            likelihoods little better and samples worse (docs/CALIBRATION.md).
+        to_noise: Share of the grid's intervals that go to noise, as likelihoods do; the others go to data, as samples
+            do. Without effect where only one direction is trained.
+        steps: The K of those grids: the step counts that likelihoods and samples will be asked for.
+        length: Shortest of the other, uniform intervals.
+
+    Raises:
+        ValueError: If shares are not probabilities that sum to at most one, or a step count is below one.
+    """
+
+    def __init__(
+        self,
+        directions: Direction | str = "both",
+        diagonal: float = 0.1,
+        grid: float = 0.3,
+        steps: Sequence[int] = (1, 2, 4, 8),
+        length: float = 0.0,
+        to_noise: float = 0.5,
+    ) -> None:
+        if not 0 <= to_noise <= 1:
+            raise ValueError(f"to_noise is {to_noise}; it is a share, in [0, 1]")
+        if min(diagonal, grid) < 0 or diagonal + grid > 1:
+            raise ValueError(f"diagonal={diagonal} and grid={grid} are shares: at least 0, together at most 1")
+        if grid > 0 and (not steps or min(steps) < 1):
+            raise ValueError(f"steps is {tuple(steps)}; step counts are at least 1")
+        if not 0 <= length < 1:
+            raise ValueError(f"length is {length}; it lies in [0, 1)")
+        self.directions = Direction.parse(directions)
+        self.diagonal = diagonal
+        self.grid = grid
+        self.steps = tuple(steps)
+        self.length = length
+        self.to_noise = to_noise
+
+    def sample(
+        self, count: int, device: torch.device | str | None = None, structure: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``count`` intervals: ``(s, t)``, each ``(count,)``, float32.
+
+        Args:
+            count: Number of intervals.
+            device: Device of the answer.
+            structure: CPU generator that decides which of them lie on the diagonal; the global one by default.
+        """
+        uniform = torch.rand(count, 4, device=device, dtype=torch.float32)
+        kind = uniform[:, 0]
+        if structure is not None:
+            kind = torch.rand(count, generator=structure, dtype=torch.float32).to(kind.device)
+        # ends of a uniform interval: a length and a position, so that no length is rare
+        span = self.length + (1 - self.length) * uniform[:, 1]
+        low = uniform[:, 2] * (1 - span)
+        high = low + span
+        if self.grid > 0:
+            choices = torch.tensor(self.steps, device=device)
+            k = choices[torch.randint(len(choices), (count,), device=device)]
+            step = (uniform[:, 2] * k).floor().clamp(max=k - 1)
+            on_grid = kind < self.grid
+            low, high = torch.where(on_grid, step / k, low), torch.where(on_grid, (step + 1) / k, high)
+        up = uniform[:, 3] < 0.5
+        if self.grid > 0:
+            up = torch.where(on_grid, uniform[:, 3] >= self.to_noise, up)
+        if self.directions != Direction.BOTH:
+            up = torch.full_like(up, Direction.TO_DATA in self.directions)
+        s, t = torch.where(up, low, high), torch.where(up, high, low)
+        on_diagonal = kind >= 1 - self.diagonal
+        # the diagonal covers [0, 1] evenly, which the start of an interval does not
+        s = torch.where(on_diagonal, uniform[:, 2], s)
+        return s.clamp(0, 1), torch.where(on_diagonal, s, t).clamp(0, 1)

@@ -1,0 +1,184 @@
+"""Integrated trajectories on disk, so that a resumed run, or the next student of the same teacher, need not wait."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
+from f2d2_lightning.utils.arrays import check_stored_archive
+from f2d2_lightning.utils.files import whole_file
+from f2d2_lightning.utils.fingerprints import network_hash, update_with
+
+__all__ = ["TrajectoryCache"]
+
+
+class TrajectoryCache:
+    """A folder of integrated chunks, each named by a fingerprint of all that decides its numbers.
+
+    Those are the teacher's weights, the divergence estimator, the starting points, the seed of the probes, the times,
+    the baseline, the kind of device and torch's version. What is read is therefore what would have been computed, and
+    training goes on to the same numbers with and without. Files are never removed; the folder may be at any time.
+
+    Args:
+        folder: Where; made when first written to. A trajectory takes ``4 * nodes * d`` bytes.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self._sources: dict[int, tuple[VelocitySource, str]] = {}
+
+    def path(
+        self,
+        source: VelocitySource,
+        entry: Mapping[str, Any],
+        times: Sequence[float],
+        baseline: GaussianBaseline | None,
+    ) -> Path:
+        """File of one chunk.
+
+        Args:
+            source: The teacher.
+            entry: Starting points ``x``, their ``node``, ``cond`` and ``seed``.
+            times: Times at which states are kept.
+            baseline: Gaussian fit that the integrator uses.
+
+        Raises:
+            ValueError: If the source has no weights that could be told apart, or changes in training.
+        """
+        x = entry["x"]
+        where = (x.device.type, torch.__version__)
+        parts = (self._of(source), entry["node"], entry["seed"], list(times), where, x, entry["cond"], baseline)
+        return self.folder / f"{_digest(parts)}.pt"
+
+    def read(self, path: Path, x: Tensor, nodes: int) -> tuple[Tensor, Tensor] | None:
+        """A chunk; ``None`` if it is not there, with a warning if the file is damaged or of something else.
+
+        Args:
+            path: File of the chunk.
+            x: Starting points, ``(B, ...)``.
+            nodes: Number of times at which states are kept.
+
+        Returns:
+            States ``(B, nodes, ...)`` and changes of log-density ``(B, nodes)``, of the type and on the device of
+            ``x``.
+        """
+        if not path.exists():
+            return None
+        try:
+            check_stored_archive(path)
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            states, change = _checked(
+                kept, x.dtype, {"states": (len(x), nodes, *x.shape[1:]), "change": (len(x), nodes)}
+            )
+            return states.to(x.device), change.to(x.device)
+        # torch names many errors for a damaged file, depending on where the damage is
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(f"{path} cannot be read ({what:.300}); its trajectories are integrated again", stacklevel=2)
+            return None
+
+    def write(self, path: Path, states: Tensor, change: Tensor) -> None:
+        """Keep a chunk; only a warning where the folder cannot be written, or the disk is full."""
+        states, change = states.cpu(), change.cpu()
+        content = {"states": states, "change": change, "checksum": _checksum(states, change)}
+        try:
+            with whole_file(path) as partial:
+                torch.save(content, partial)
+        # torch's own writer says RuntimeError where the system says OSError
+        except (OSError, RuntimeError) as error:
+            warnings.warn(
+                f"trajectories cannot be kept in {self.folder} ({error}) and will be integrated again by the next run; "
+                "make room there if the disk is full, or choose another folder: cache=...",
+                stacklevel=2,
+            )
+
+    def _of(self, source: VelocitySource) -> str:
+        # the source itself is held, so that its id is not given to another
+        if id(source) not in self._sources:
+            self._sources[id(source)] = (source, _fingerprint(source))
+        return self._sources[id(source)][1]
+
+
+def _checked(kept: Any, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: If they are others than they should be, or others than were written.
+    """
+    if not isinstance(kept, dict) or kept.keys() != {*shapes, "checksum"}:
+        came = f"the keys {', '.join(map(str, kept))}" if isinstance(kept, dict) else f"a {type(kept).__name__}"
+        raise ValueError(f"it holds {came}; {', '.join(shapes)} and checksum are expected")
+    # before anything looks at their content: a few bytes can say that they are a tensor of any size
+    for name, shape in shapes.items():
+        found = kept[name]
+        if not isinstance(found, Tensor) or found.layout != torch.strided or found.device.type != "cpu":
+            raise ValueError(f"{name} is a {type(found).__name__} without plain content; a tensor is expected")
+        if (found.dtype, found.shape) != (dtype, shape):
+            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}; {dtype} {shape} is expected")
+    # whether a gradient is asked for is in the file as well
+    tensors = [kept[name].detach() for name in shapes]
+    if _checksum(*tensors) != kept["checksum"]:
+        raise ValueError("its checksum is another: its content was changed or damaged")
+    if not all(bool(found.isfinite().all()) for found in tensors):
+        raise ValueError("it holds values that are not finite")
+    return tensors
+
+
+def _checksum(*tensors: Tensor) -> str:
+    # torch.load does not look at those of the zip format
+    digest = hashlib.blake2b(digest_size=16)
+    for value in tensors:
+        update_with(digest, value)
+    return digest.hexdigest()
+
+
+def _fingerprint(source: VelocitySource) -> str:
+    if not isinstance(source, TeacherSource) or not source.stationary:
+        raise ValueError(
+            f"cache= is for the trajectories of a teacher that stays as it is, and {type(source).__name__} changes in "
+            "training; leave cache out"
+        )
+    network = getattr(source.velocity, "__self__", source.velocity)
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"cache= tells teachers apart by their weights, and {network!r} is no torch.nn.Module; wrap it in one, or "
+            "leave cache out"
+        )
+    return _digest((network, type(source.estimator), vars(source.estimator)))
+
+
+def _digest(value: Any) -> str:
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Take in a value by what it holds, so that equal values give equal fingerprints in any process."""
+    if isinstance(value, Tensor):
+        update_with(digest, value)
+    elif isinstance(value, nn.Module):
+        digest.update(network_hash(value).encode())
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            digest.update(str(name).encode())
+            _feed(digest, value[name])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} values".encode())
+        for one in value:
+            _feed(digest, one)
+    elif isinstance(value, type):
+        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
+    elif value is None or isinstance(value, (str, int, float, bool)):
+        digest.update(f"{value!r};".encode())
+    else:
+        # an estimator inside an estimator
+        _feed(digest, (type(value), vars(value)))

@@ -1,0 +1,1 @@
+"""What modules, data and callbacks share about a Trainer's run."""

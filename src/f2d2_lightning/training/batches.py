@@ -1,0 +1,160 @@
+"""States at ``t = 1`` from the batches of somebody else's data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
+
+from f2d2_lightning.likelihood.quantization import Quantization, warn_of_discrete
+from f2d2_lightning.likelihood.sampling import check_cond, check_state
+
+__all__ = ["HALF", "BatchStates", "check_precision", "check_values", "compare_ranges", "training_batches"]
+
+FIT_SAMPLES = 2**17
+"""Samples that are looked at of training data without an end."""
+
+
+HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+"""Precisions of a Trainer in which weights and states are of half precision."""
+
+
+def check_precision(trainer: L.Trainer) -> None:
+    """Refuse a Trainer whose weights and states are of half precision.
+
+    Raises:
+        ValueError: Says what to set instead.
+    """
+    if str(trainer.precision) in HALF:
+        raise ValueError(
+            f"precision={trainer.precision!r} keeps states and weights in half precision, in which a log-likelihood of "
+            "thousands of nats is off by whole ones; use 'bf16-mixed', '16-mixed', '32-true' or '64-true'"
+        )
+
+
+def compare_ranges(
+    who: str, quantization: Quantization | None, data: Any, shape: tuple[int, ...] | None = None
+) -> None:
+    """Refuse data that say other levels, another range or another shape than the model's.
+
+    Args:
+        who: The model, for errors.
+        quantization: Its levels and range.
+        data: A data module with ``quantization``, or with some of ``levels``, ``low``, ``high`` and ``shape``; or
+            anything else, which says nothing.
+        shape: Of one of the model's states, if it is known.
+
+    Raises:
+        ValueError: Says what differs.
+    """
+    theirs = getattr(data, "quantization", None)
+    for name in ("levels", "low", "high", "shape"):
+        came = getattr(data, name, getattr(theirs, name, None))
+        came = tuple(came) if name == "shape" and came is not None else came
+        mine = shape if name == "shape" else getattr(quantization, name, None)
+        # a range is that of levels, and continuous data have none
+        if came is None or came == mine or (mine is None and name != "levels"):
+            continue
+        raise ValueError(
+            f"{who} has {name}={mine}, but {type(data).__name__} has {name}={came}; make them agree, such as by "
+            f"{name}={came} (in a configuration: model.init_args.{name})"
+        )
+
+
+def check_values(x: Tensor, quantization: Quantization | None) -> None:
+    """Look at the first states of a run, ``(B, ...)``: are they what ``levels``, ``low`` and ``high`` say?
+
+    Raises:
+        ValueError: If they are not (:meth:`~f2d2_lightning.Quantization.check_states`). Continuous data that look
+            discrete get a warning.
+    """
+    check_state(x, "the batch of states")
+    if quantization is None:
+        warn_of_discrete(x)
+    else:
+        quantization.check_states(x)
+
+
+class BatchStates:
+    """States and conditioning of a batch.
+
+    Args:
+        convert: ``batch -> (x, cond)``, or the name of a method of the module that does so; by default a tensor, or
+            the first two items of a sequence.
+        conditional: Whether conditioning is wanted.
+    """
+
+    def __init__(
+        self, convert: Callable[[Any], tuple[Tensor, Tensor | None]] | str | None = None, conditional: bool = True
+    ) -> None:
+        self.convert, self.conditional = convert, conditional
+        self.shape: tuple[int, ...] | None = None
+
+    def __call__(self, batch: Any, module: L.LightningModule) -> tuple[Tensor, Tensor | None]:
+        """``(B, ...)`` and conditioning or ``None``; the first batch decides the shape.
+
+        Raises:
+            ValueError: If there are no states in the batch, or they are of another shape, not floating or not finite.
+        """
+        x, cond = self._convert(batch, module)
+        check_state(x, "the batch of states")
+        # half precision is for networks: differences of states and log-densities need more
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        self.shape = self.shape or tuple(x.shape[1:])
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"states have shape {tuple(x.shape[1:])}, and the head was made for {self.shape}; give it the data of "
+                "its training, or train another head"
+            )
+        if not self.conditional:
+            return x, None
+        check_cond(cond, len(x))
+        return x, cond
+
+    def _convert(self, batch: Any, module: L.LightningModule) -> tuple[Tensor, Tensor | None]:
+        convert = self.convert
+        if isinstance(convert, str):
+            method = getattr(module, convert, None)
+            if not callable(method):
+                raise ValueError(f"data_to_state={convert!r}, and {type(module).__name__} has no such method")
+            return method(batch)
+        if convert is not None:
+            return convert(batch)
+        if isinstance(batch, Tensor):
+            return batch, None
+        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+            return batch[0], batch[1] if len(batch) > 1 else None
+        keys = f" with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}{keys}; say where its states are: "
+            "F2D2Callback(data_to_state=lambda batch: (batch['image'], None))"
+        )
+
+
+def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
+    """At least ``count`` training samples as batches on the device, without touching the trainer's own iterators.
+
+    The same ones on every process, where the data are a map-style dataset; else as many batches as are likely to hold
+    them, from a new iterator.
+    """
+    loader = trainer.train_dataloader
+    if loader is None:
+        raise RuntimeError("there are no training data yet")
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        size = getattr(loader, "batch_size", None) or 1
+        for index, batch in enumerate(loader):
+            if index * size >= count:
+                return
+            yield trainer.strategy.batch_to_device(batch)
+        return
+    order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    rows = order[:count].tolist()
+    collate = loader.collate_fn if loader.batch_size is not None else default_collate
+    # another loader: a second iterator of one with persistent workers would reset the first; and batches of a fixed
+    # size, so that what is set from them does not depend on the number of processes
+    for batch in DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=collate):
+        yield trainer.strategy.batch_to_device(batch)

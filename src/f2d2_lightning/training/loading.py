@@ -1,0 +1,206 @@
+"""Modules from Lightning checkpoints. Nothing that a checkpoint says is run; errors say what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+
+from f2d2_lightning.checkpoints.trust import (
+    build_arguments,
+    check_extent,
+    find_class,
+    make,
+    packages_of,
+    said,
+    stored_in,
+    takes,
+    within_size,
+)
+from f2d2_lightning.utils.arrays import check_stored_archive
+
+__all__ = ["check_checkpoint", "described", "load_module", "read_checkpoint", "restore_module"]
+
+Module = TypeVar("Module", bound=L.LightningModule)
+Described = TypeVar("Described", bound=L.LightningModule | L.LightningDataModule)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's contents, on the CPU, weights and plain values only: no code in it is run.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a Lightning checkpoint, is cut short, or holds more than plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, as sharded checkpoints are; make one file of it: "
+            "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint at {path}; train one (f2d2 fit --config ...) or correct the path"
+        )
+    try:
+        _check_whole(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails wherever its damage is
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of plain values: {said(error)[:500]}{_older(path)}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no 'state_dict'")
+    return checkpoint
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a checkpoint that is cut short or damaged, before a run goes on from it.
+
+    Args:
+        path: A file, or a folder of shards.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: Says what is wrong, and which older one in the same folder is whole.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {path}; train one (f2d2 fit ...), or correct the path")
+    try:
+        _check_whole(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}{_older(path)}") from error
+
+
+def _check_whole(path: Path) -> None:
+    """Whether a checkpoint is whole; what it holds is not looked at."""
+    if path.is_dir():
+        # written last
+        if not (path / ".metadata").is_file():
+            raise ValueError("it is a folder of shards that was not finished")
+        return
+    if not zipfile.is_zipfile(path):
+        # what torch.save wrote until 2020 has no checksums; anything else fails when it is loaded
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start in (b"", b"PK"):
+            raise ValueError("it is empty or cut short")
+        return
+    check_stored_archive(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, struct.error, EOFError, OSError, NotImplementedError) as error:
+        raise ValueError(f"it is damaged ({error})") from error
+    if damaged is not None:
+        raise ValueError(f"it is damaged: the checksum of {damaged} is another")
+
+
+def _older(path: Path) -> str:
+    """What to take in place of a damaged checkpoint."""
+    others = [other for other in path.parent.glob("*.ckpt") if other != path]
+    for other in sorted(others, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            _check_whole(other)
+        except (ValueError, OSError):
+            continue
+        return f". The newest other one in its folder that is whole is {other}; use that (--ckpt_path {other})"
+    return ""
+
+
+def load_module(path: str | Path, kind: type[Module], *, trust: Sequence[str] = (), **kwargs: Any) -> Module:
+    """A module from a checkpoint that ``f2d2 fit`` or a script wrote, in evaluation mode.
+
+    The class is the one that the checkpoint names (``f2d2 fit`` saves it), else ``kind``. Only classes of this package,
+    of ``torch.nn`` and ``torch.optim``, and of packages that you trust are made; no text becomes a function, and no
+    file that the checkpoint names is opened (:mod:`f2d2_lightning.checkpoints.trust`).
+
+    Args:
+        path: Checkpoint.
+        kind: Class expected; a subclass is fine. Its package is trusted.
+        trust: Packages whose classes the checkpoint may name, such as the one that your own backbone is in.
+        kwargs: Arguments that the checkpoint does not hold, such as network objects of a script, or that replace its.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint, is of another class, names a class that is not trusted, or does not
+            fit the class.
+    """
+    return restore_module(read_checkpoint(path), path, kind, trust, None, kwargs).eval()
+
+
+def restore_module(
+    checkpoint: dict[str, Any],
+    path: Any,
+    kind: type[Module],
+    trust: Sequence[str],
+    strict: bool | None,
+    given: Mapping[str, Any],
+) -> Module:
+    """A module from the contents of a checkpoint, as :func:`load_module`; in training mode."""
+    cls, arguments, trust = described(checkpoint, path, kind, trust)
+    tensors, numbers = stored_in(checkpoint["state_dict"], str(path))
+
+    def made() -> Module:
+        return make(cls, build_arguments(cls, arguments, trust, given))
+
+    try:
+        # initial weights that are written over are no reason to draw other numbers afterwards
+        with torch.random.fork_rng(devices=[]):
+            module = within_size(made, tensors, numbers, str(path))
+        _check_shape(module, numbers, path)
+        module.configure_model()
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
+    except ValueError:
+        raise
+    except TypeError as error:
+        raise ValueError(
+            f"{path} does not hold all that {cls.__name__} needs ({said(error)}); pass the missing objects, as in "
+            f"{cls.__name__}.load_from_checkpoint(path, flow_map=...)"
+        ) from error
+    except Exception as error:  # whatever code says of values that are not its own
+        raise ValueError(f"{path} does not fit {cls.__name__}: {said(error)}") from error
+    return module
+
+
+def described(
+    checkpoint: Mapping[str, Any], path: Any, kind: type[Described], trust: Sequence[str]
+) -> tuple[type[Described], dict[str, Any], tuple[str, ...]]:
+    """Class of the module, or data module, that a checkpoint describes, its arguments as they stand there, and trust.
+
+    Raises:
+        ValueError: If the class is none that a file may name, or another one than ``kind``.
+    """
+    trust = (*trust, *packages_of(kind))
+    arguments = checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{path} has hyper-parameters of type {type(arguments).__name__}; a dictionary is expected")
+    check_extent(arguments, str(path))
+    arguments = {name: value for name, value in arguments.items() if name != "_instantiator"}
+    name = arguments.pop("_class_path", None)
+    cls: type[Described] = kind
+    if name is not None:
+        found = find_class(name, trust)
+        if not issubclass(found, kind):
+            raise ValueError(f"{path} is a checkpoint of {name}, but a {kind.__name__} is needed here")
+        cls = found
+    accepted = takes(cls)
+    if name is None and not accepted.others:
+        # whatever else a script kept among its hyper-parameters
+        arguments = {key: value for key, value in arguments.items() if key in accepted.hints}
+    return cls, arguments, trust
+
+
+def _check_shape(module: Any, numbers: int, path: Any) -> None:
+    """Refuse states that no network of the file's size is for: noise of their shape is drawn."""
+    shape = getattr(module, "shape", ())
+    if not all(type(side) is int and side > 0 for side in shape) or math.prod(shape) > 4 * numbers + 2**20:
+        raise ValueError(f"{path} is for states of shape {shape!r:.80}, which is damaged, or meant to fill the memory")

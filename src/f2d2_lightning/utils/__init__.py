@@ -1,0 +1,1 @@
+"""Random numbers, files and processes: what knows nothing of flows."""

@@ -1,0 +1,64 @@
+"""Modules that remember what they were made with, so that they can be made again from plain values."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["OBJECT", "Configured", "arguments_of", "as_plain", "public_name"]
+
+_KEPT = "_constructor_arguments"
+OBJECT = ...
+"""In the place of an argument that is no plain value; the object is an attribute of the same name."""
+
+
+def public_name(cls: type) -> str:
+    """Where users find a class: in the outermost package that has it. Files name this place, which goes on."""
+    parts = cls.__module__.split(".")
+    for length in range(1, len(parts)):
+        package = ".".join(parts[:length])
+        if vars(sys.modules.get(package, object)).get(cls.__qualname__) is cls:
+            return f"{package}.{cls.__qualname__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def as_plain(value: Any) -> Any:
+    """``value`` if it consists of numbers, text, lists and dictionaries, tuples as lists; else :data:`OBJECT`."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [as_plain(item) for item in value]
+        return OBJECT if OBJECT in items else items
+    if type(value) is dict and all(type(key) is str for key in value):
+        named = {key: as_plain(item) for key, item in value.items()}
+        return OBJECT if OBJECT in named.values() else named
+    return OBJECT
+
+
+class Configured:
+    """Mixin: remembers the plain arguments of the constructor; to be named after ``nn.Module``.
+
+    Objects among the arguments are not kept: they are read again from the attributes of the same names when needed, so
+    that what has been replaced since is seen.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        try:
+            given = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        except TypeError:
+            # a copy is made without arguments and takes them from the original; a wrong call fails in __init__
+            return self
+        # defaults too: those of a later version may be others
+        given.apply_defaults()
+        _, *named = given.arguments.items()
+        # past the attributes of nn.Module, which do not exist yet
+        self.__dict__[_KEPT] = {name: as_plain(value) for name, value in named}
+        return self
+
+
+def arguments_of(module: Configured) -> Mapping[str, Any]:
+    """Arguments of its constructor by name, with defaults; :data:`OBJECT` for objects."""
+    return module.__dict__.get(_KEPT, {})

@@ -1,0 +1,581 @@
+"""F2D2Callback on LightningModules that know nothing of it: each way that such a callback can silently break."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import types
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
+from f2d2_lightning.adapters import Adapter, Consistency, FlowMatching, MeanFlow
+from f2d2_lightning.callbacks._auxiliary import AddedWeights
+from f2d2_lightning.objectives import Objective, Terms
+from foreign import ManualModule, MeanFlowModule, MeanNet, callback
+from lightning_parts import Pair, trainer
+
+
+class Record(L.Callback):
+    """The module's own losses, learning rates and weights as they come."""
+
+    def __init__(self, stop=None, fail=None):
+        self.losses, self.rates, self.stop, self.fail = [], [], stop, fail
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.callback_metrics.get("train/loss", torch.nan)))
+        if trainer.global_step == self.stop:
+            trainer.should_stop = True
+        if trainer.global_step == self.fail:
+            raise RuntimeError("a failure in training")
+
+
+def fit(folder, module, *callbacks, ckpt_path=None, **kwargs):
+    torch.manual_seed(0)
+    made = trainer(folder, callbacks=list(callbacks), **({"max_epochs": 3} | kwargs))
+    made.fit(module, datamodule=Pair(), ckpt_path=ckpt_path)
+    return made
+
+
+def weights(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("make", [MeanFlowModule, ManualModule])
+def test_frozen_training_is_the_same_to_the_bit_without_the_callback(tmp_path, make):
+    """Weights, losses, random numbers (dropout, noise, order), and so samples."""
+    plain, added, records = make(dropout=0.3), make(dropout=0.3), (Record(), Record())
+    fit(tmp_path, plain, records[0])
+    f2d2 = callback(frozen=True)
+    fit(tmp_path, added, f2d2, records[1])
+    assert same(weights(plain), weights(added))
+    assert records[0].losses == pytest.approx(records[1].losses, nan_ok=True, abs=0)
+    noise = torch.randn(4, 2)
+    expected = noise - added.eval().net(noise, (torch.ones(4), torch.ones(4)))
+    assert torch.equal(f2d2.sample(noise, 1).state, expected)
+    assert f2d2.added.steps > 0
+    assert f2d2.added.average["head"].out.weight.abs().max() > 0
+
+
+def test_batch_norm_is_left_alone_when_frozen(tmp_path):
+    """Running statistics are state too, and forward-mode derivatives cannot pass a training one."""
+
+    def make():
+        module = MeanFlowModule()
+        torch.manual_seed(5)
+        module.net.middle = nn.Sequential(nn.SiLU(), nn.BatchNorm1d(32), nn.Linear(32, 32))
+        return module
+
+    plain, added = make(), make()
+    fit(tmp_path, plain)
+    fit(tmp_path, added, callback(frozen=True))
+    assert same(weights(plain), weights(added))
+
+
+class Known(Objective):
+    """``mean(u^2) + mean(D^2)`` at ``(x, 0.9, 0.2)``: a gradient that can be written down."""
+
+    def __init__(self):
+        super().__init__(f2.Intervals("both"))
+
+    def target(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def __call__(self, student, source, data, cond=None, *, anchor=None, progress=0.0):
+        u, divergence = student(data, 0.9, 0.2, cond)
+        loss = u.square().mean() + divergence.square().mean()
+        return Terms(loss, *(loss.detach() for _ in range(4)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("make", [MeanFlowModule, ManualModule, "dict"])
+def test_gradients_are_those_of_the_sum_of_both_losses(tmp_path, make, frozen, accumulate):
+    """Of the backbone and of the head, at one step, against autograd by hand."""
+    if make is ManualModule and accumulate > 1:
+        pytest.skip("manual optimisation accumulates by hand")
+    module = MeanFlowModule(as_dict=True) if make == "dict" else make()
+    f2d2 = callback(objective=Known(), frozen=frozen, weight=0.7, gradient_clip=None, check=False)
+    seen, batches, draws = {}, [], []
+    original = module.loss
+
+    def loss(batch):
+        draws.append(torch.get_rng_state())
+        batches.append(batch)
+        return original(batch)
+
+    module.loss = loss
+
+    class Gradients(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.update({n: p.grad.clone() for n, p in pl_module.net.named_parameters() if p.grad is not None})
+
+    head_gradients = []
+    step = AddedWeights.step
+
+    def spy(self, *args, **kwargs):
+        head_gradients.append([p.grad.clone() for p in self.parameters])
+        return step(self, *args, **kwargs)
+
+    start = {}
+
+    class Start(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            with torch.no_grad():
+                f2d2.added.live["head"].out.weight.normal_(generator=torch.Generator().manual_seed(1))
+            start["net"] = copy.deepcopy(pl_module.net)
+            start["head"] = copy.deepcopy(f2d2.added.live["head"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AddedWeights, "step", spy)
+        extra = {} if make is ManualModule else {"accumulate_grad_batches": accumulate}
+        # ours comes last: gradients are looked at before its step clears them
+        fit(tmp_path, module, Gradients(), f2d2, Start(), max_epochs=1, limit_val_batches=0,
+            limit_train_batches=accumulate, **extra)  # fmt: skip
+    net, head = start["net"], start["head"]
+    joint = f2.JointFlowMap(MeanFlow(directions="both")(net), head)
+    twin = MeanFlowModule()
+    twin.net = net
+    total, total_own = 0.0, 0.0
+    for batch, state in zip(batches, draws, strict=True):
+        torch.set_rng_state(state)
+        own = twin.loss(batch)
+        terms = Known()(joint, None, batch)
+        total = total + (own + 0.7 / 2 * terms.loss) / accumulate
+        total_own = total_own + own / accumulate
+    gradients = torch.autograd.grad(total, list(head.parameters()), retain_graph=True, allow_unused=True)
+    for mine, theirs in zip(head_gradients[0], gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    backbone = torch.autograd.grad(total_own if frozen else total, list(net.parameters()))
+    for (name, _), expected in zip(net.named_parameters(), backbone, strict=True):
+        torch.testing.assert_close(seen[name], expected, msg=name)
+
+
+@pytest.mark.parametrize("schedule", [None, "lambda", "onecycle", "cosine"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_any_scheduler_and_compiled_networks(tmp_path, schedule, compiled):
+    """No parameter group is added, and the head's rate follows the module's."""
+    module, f2d2 = MeanFlowModule(schedule=schedule, compiled=compiled), callback()
+    made = fit(tmp_path, module, f2d2, gradient_clip_val=0.5)
+    optimizer = made.optimizers[0]
+    mine = {id(p) for p in f2d2.added.parameters}
+    assert len(optimizer.param_groups) == 1
+    assert not mine & {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert not mine & {id(p) for p in module.parameters()}
+    assert f2d2.added.steps == made.global_step == 9
+    rate = f2d2.added.optimizer.param_groups[0]["lr"] / 1e-3
+    if schedule is None:
+        assert rate == 1
+    else:
+        group = optimizer.param_groups[0]
+        assert 0 < rate < 1
+        assert rate == pytest.approx(group["lr"] / group.get("max_lr", group["initial_lr"]), rel=0.2)
+
+
+def test_modules_and_networks_compiled_in_place(tmp_path):
+    """The whole LightningModule compiled, and a network by its own ``compile()``: the same numbers as plain."""
+    answers = []
+    for how in ("plain", "module", "in place"):
+        module, f2d2 = MeanFlowModule(), callback()
+        if how == "in place":
+            module.net.compile(backend="eager")
+        fit(tmp_path, torch.compile(module, backend="eager") if how == "module" else module, f2d2)
+        answers.append(f2d2.log_prob(torch.ones(2, 2), 2).value.detach())
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0])
+
+
+@pytest.mark.parametrize("make", [MeanFlowModule, ManualModule])
+def test_accumulation_and_head_steps(tmp_path, make):
+    if make is MeanFlowModule:
+        f2d2 = callback()
+        made = fit(tmp_path, make(), f2d2, accumulate_grad_batches=3, max_epochs=2)
+        assert f2d2.added.steps == made.global_step == 2
+    else:
+        f2d2 = callback()
+        fit(tmp_path, make(), f2d2, max_epochs=2)
+        assert f2d2.added.steps == 6  # one in each batch, though two optimisers stepped
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_keeps_the_head_in_single_precision(tmp_path, precision):
+    f2d2 = callback()
+    made = fit(tmp_path, MeanFlowModule(), f2d2, precision=precision)
+    assert {p.dtype for p in f2d2.added.live.parameters()} == {torch.float32}
+    assert all(torch.isfinite(v) for v in made.callback_metrics.values())
+    assert f2d2.log_prob(torch.randn(3, 2)).value.dtype == torch.float32
+
+
+def test_a_gradient_scaler_is_undone_and_an_overflow_skipped():
+    torch.manual_seed(0)
+    twins = [AddedWeights(nn.ModuleDict({"head": nn.Linear(3, 1)}), lambda p: torch.optim.SGD(p, 0.1), 0.5, None)
+             for _ in range(2)]  # fmt: skip
+    twins[1].live.load_state_dict(twins[0].live.state_dict())
+    twins[1].broadcast()
+    twins[0].broadcast()
+    x = torch.randn(5, 3)
+    for added, scale in zip(twins, (1.0, 1024.0), strict=True):
+        (scale * added.live["head"](x).square().mean()).backward()
+        added.step(scale)
+    torch.testing.assert_close(weights(twins[0].live), weights(twins[1].live))
+    before = weights(twins[1].live)
+    (torch.inf * twins[1].live["head"](x).sum()).backward()
+    twins[1].step(1024.0)
+    assert same(before, weights(twins[1].live))
+    assert twins[1].skipped == 1
+    (torch.nan * twins[0].live["head"](x).sum()).backward()
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        twins[0].step()
+
+
+@pytest.mark.parametrize("make", [MeanFlowModule, ManualModule])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("stop", [3, 4], ids=["between epochs", "within an epoch"])
+def test_a_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path, make, frozen, stop):
+    """With a module whose own noise is a function of the step, as the global generator is in no checkpoint."""
+
+    class Seeded(make):
+        def on_train_batch_start(self, batch, batch_idx):
+            torch.manual_seed(1000 * self.current_epoch + batch_idx)
+
+    per_batch = 2 if make is ManualModule else 1  # two optimisers count twice
+    whole, f2d2 = Seeded(dropout=0.2), callback(frozen=frozen)
+    fit(tmp_path, whole, f2d2)
+    between = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    often = between if stop == 3 else {"every_n_train_steps": per_batch}
+    saved = ModelCheckpoint(tmp_path / "saved", filename="x", save_top_k=1, **often)
+    cut = Record(stop=stop * per_batch)
+    fit(tmp_path, Seeded(dropout=0.2), callback(frozen=frozen), cut, saved, enable_checkpointing=True)
+    module, again = Seeded(dropout=0.2), callback(frozen=frozen)
+    fit(tmp_path, module, again, ckpt_path=str(tmp_path / "saved" / "x.ckpt"))
+    assert again.added.steps == f2d2.added.steps == 9
+    assert same(weights(whole), weights(module))
+    for kind in ("live", "average"):
+        assert same(weights(getattr(f2d2.added, kind)), weights(getattr(again.added, kind)))
+    x = torch.randn(4, 2)
+    assert torch.equal(f2d2.log_prob(x, 2).value, again.log_prob(x, 2).value)
+
+
+def test_the_modules_own_checkpoints_are_as_they_were(tmp_path):
+    """Loads without the callback, resumes without it, and a plain checkpoint resumes with it."""
+    module, f2d2 = MeanFlowModule(), callback()
+    made = fit(tmp_path, module, f2d2)
+    made.save_checkpoint(tmp_path / "with.ckpt")
+    assert set(module.state_dict()) == set(MeanFlowModule().state_dict())
+    loaded = MeanFlowModule.load_from_checkpoint(tmp_path / "with.ckpt", weights_only=True)
+    assert same(weights(loaded), weights(module))
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+        fit(tmp_path, MeanFlowModule(), ckpt_path=str(tmp_path / "with.ckpt"), max_epochs=4)
+    plain = fit(tmp_path, MeanFlowModule())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    fresh = callback()
+    fit(tmp_path, MeanFlowModule(), fresh, ckpt_path=str(tmp_path / "plain.ckpt"), max_epochs=4)
+    assert fresh.added.steps == 3
+
+
+def test_methods_are_given_back(tmp_path):
+    for failing in (None, 2):
+        module = MeanFlowModule()
+        record = Record(fail=failing)
+        if failing:
+            with pytest.raises(RuntimeError, match="a failure in training"):
+                fit(tmp_path, module, callback(), record)
+        else:
+            fit(tmp_path, module, callback(), record)
+        assert not {"training_step", "manual_backward", "on_save_checkpoint"} & set(vars(module))
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_validation_of_a_checkpoint_gives_what_training_logged(tmp_path, weights_only):
+    module, f2d2 = MeanFlowModule(), callback()
+    made = fit(tmp_path, module, f2d2)
+    logged = {name: float(v) for name, v in made.callback_metrics.items() if "f2d2" in name and "val" in name}
+    assert {f"val/f2d2_{name}_{k}" for name in ("nll", "gap", "correlation", "reference_nll") for k in (1, 2)} <= set(
+        logged
+    )
+    made.save_checkpoint(tmp_path / "x.ckpt", weights_only=weights_only)
+    again = trainer(tmp_path, callbacks=[callback()])
+    if weights_only:
+        with pytest.warns(UserWarning, match="no trained head"):
+            again.validate(MeanFlowModule(), datamodule=Pair(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
+        return
+    again.validate(MeanFlowModule(), datamodule=Pair(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
+    for name, value in logged.items():
+        assert float(again.callback_metrics[name]) == pytest.approx(value, abs=1e-6), name
+    again.test(MeanFlowModule(), datamodule=Pair(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
+    assert "test/f2d2_gap_2" in again.callback_metrics
+
+
+@pytest.mark.parametrize("source", ["export", "checkpoint", "weights only"])
+@pytest.mark.parametrize("interval", [None, "time"])
+def test_load_joint_answers_as_the_callback_does(tmp_path, source, interval):
+    module, f2d2 = MeanFlowModule(), callback(interval=interval)
+    saved = ModelCheckpoint(tmp_path / "saved", filename="x", save_weights_only=True)
+    made = fit(tmp_path, module, f2d2, saved, enable_checkpointing=True)
+    if interval:
+        assert f2d2.added.average["interval"].out.weight.abs().max() > 0
+    path = tmp_path / "x.pt"
+    if source == "export":
+        f2d2.export(path)
+    elif source == "checkpoint":
+        made.save_checkpoint(path)
+    else:
+        path = tmp_path / "saved" / "x.ckpt"
+        assert "callbacks" not in torch.load(path, weights_only=True)
+    joint = f2.load_joint(path, MeanNet())
+    x = torch.randn(5, 2)
+    for k in (1, 3):
+        assert torch.equal(f2.log_prob(joint, x, k).value, f2d2.log_prob(x, k).value)
+        assert torch.equal(f2.sample(joint, x, k).state, f2d2.sample(x, k).state)
+    with pytest.raises(ValueError, match="does not fit this MeanNet"):
+        f2.load_joint(path, MeanNet(width=16))
+
+
+def test_load_joint_needs_no_lightning(tmp_path):
+    f2d2 = callback()
+    fit(tmp_path, MeanFlowModule(), f2d2)
+    f2d2.export(tmp_path / "x.pt")
+    torch.save(MeanNet().state_dict(), tmp_path / "net.pt")
+    code = f"""
+import sys
+for name in ("lightning", "pytorch_lightning", "torchmetrics"):
+    sys.modules[name] = None
+import torch
+import f2d2_lightning as f2
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time, self.inlet = torch.nn.Linear(2, 32), torch.nn.Linear(2, 32)
+        n = torch.nn
+        self.middle = n.Sequential(n.SiLU(), n.Linear(32, 32), n.Dropout(0.0), n.SiLU())
+        self.outlet = n.Linear(32, 2)
+    def forward(self, x, times, aug_cond=None):
+        return self.outlet(self.middle(self.inlet(x) + self.time(torch.stack(times, -1))))
+
+joint = f2.load_joint({str(tmp_path / "x.pt")!r}, Net())
+print(f2.log_prob(joint, torch.ones(1, 2), 2).value.item())
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert float(answer.stdout) == pytest.approx(float(f2d2.log_prob(torch.ones(1, 2), 2).value), abs=1e-5)
+
+
+def test_load_joint_refuses_what_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        f2.load_joint(tmp_path / "x.pt", MeanNet())
+    with pytest.raises(ValueError, match="consolidate_checkpoint"):
+        f2.load_joint(tmp_path, MeanNet())
+    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="holds no joint map"):
+        f2.load_joint(tmp_path / "plain.ckpt", MeanNet())
+    (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 not all of it")
+    with pytest.raises(ValueError, match="cannot be read"):
+        f2.load_joint(tmp_path / "torn.pt", MeanNet())
+
+
+def test_a_map_to_data_only_is_inverted(tmp_path):
+    f2d2 = callback(directions="to_data", frozen=True)
+    made = fit(tmp_path, MeanFlowModule(), f2d2)
+    assert 0 <= float(made.callback_metrics["val/f2d2_unconverged_1"]) <= 1
+    answer = f2d2.log_prob(torch.zeros(2, 2), 2)
+    assert answer.converged is not None
+
+
+def test_likelihoods_of_a_trained_toy_are_right(tmp_path):
+    """End to end: Gaussian data, whose density is known, and the network's own reference likelihood."""
+    module = MeanFlowModule(schedule="onecycle")
+    objective = f2.TrajectoryRegression(nodes=12, capacity=512, refresh=32.0, chunk=128, intervals=f2.Intervals())
+    f2d2 = callback(objective=objective, reference=f2.Reference(steps=20, probes=0), steps=(1, 4))
+    made = trainer(tmp_path, callbacks=[f2d2], max_epochs=40, check_val_every_n_epoch=40)
+    torch.manual_seed(0)
+    data = Pair(count=1024)
+    data.batch_size = 128
+    module.hparams["total"] = 40 * 8
+    made.fit(module, datamodule=data)
+    mix = torch.tensor([[1.0, 0.0], [0.8, 0.3]])
+    truth = torch.distributions.MultivariateNormal(torch.tensor([0.5, -1.0]), mix @ mix.T)
+    x = truth.sample((400,))
+    for steps in (1, 4):
+        # a flipped sign of the divergence costs twice the 2.4 nats that the flow contracts volume by
+        assert abs(float(made.callback_metrics[f"val/f2d2_gap_{steps}"])) < 0.2
+        assert float(made.callback_metrics[f"val/f2d2_correlation_{steps}"]) > 0.95
+        with torch.no_grad():
+            value = f2d2.log_prob(x, steps).value
+        assert float((value - truth.log_prob(x)).mean().abs()) < 0.4
+        assert float(torch.corrcoef(torch.stack((value, truth.log_prob(x))))[0, 1]) > 0.9
+
+
+# --- wrong use: an error before the first step ---
+
+
+def refused(folder, module, *callbacks, match, kind=ValueError):
+    with pytest.raises(kind, match=match):
+        fit(folder, module, *callbacks)
+    assert module.trainer.global_step == 0
+
+
+def test_no_such_submodule(tmp_path):
+    refused(tmp_path, MeanFlowModule(), callback(flow_map="nett"), match=r"no submodule 'nett'; it has 'net'")
+    refused(tmp_path, MeanFlowModule(), callback(features="midle"), match=r"'middle'")
+    refused(tmp_path, MeanFlowModule(), callback(interval="tiem"), match=r"'time'")
+
+
+def test_two_callbacks_on_one_model(tmp_path):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `F2D2Callback`"):
+        fit(tmp_path, MeanFlowModule(), callback(), callback(weight=2.0))
+    module = MeanFlowModule()
+    module.alias = nn.ModuleDict({"net": module.net})
+    named = dict(module.named_modules(remove_duplicate=False))
+    assert named["alias.net"] is module.net
+    refused(tmp_path, module, callback(), callback(flow_map="alias.net"), match="two F2D2Callbacks are on one network")
+
+
+def test_a_call_that_does_not_fit(tmp_path):
+    wrong = callback(adapter=Adapter("net(x, s, t, cond)"))
+    match = r"was called as 'net\(x, s, t, cond\)' and raised TypeError.*It takes MeanNet.forward\(x"
+    refused(tmp_path, MeanFlowModule(), wrong, match=match)
+
+
+def test_an_answer_of_another_shape(tmp_path):
+    module = MeanFlowModule()
+    module.net.forward = types.MethodType(
+        lambda self, x, times, aug_cond=None: MeanNet.forward(self, x, times)[:, :1], module.net
+    )
+    refused(tmp_path, module, callback(), match=r"answered shape \(64, 1\); the answer must have the state's shape")
+
+
+def test_a_second_time_that_is_ignored(tmp_path):
+    module = MeanFlowModule()
+    forward = MeanNet.forward
+    module.net.forward = types.MethodType(
+        lambda self, x, times, aug_cond=None: forward(self, x, (times[0], torch.zeros_like(times[0]))), module.net
+    )
+    refused(tmp_path, module, callback(), match="does not depend on the end time")
+
+
+@pytest.mark.parametrize("wrong", ["sign", "direction"])
+def test_a_wrong_sign_or_direction_of_a_trained_model(tmp_path, wrong):
+    module = MeanFlowModule()
+    made = trainer(tmp_path, max_epochs=40, limit_val_batches=0)
+    torch.manual_seed(0)
+    made.fit(module, datamodule=Pair(count=512))
+    arguments = {"sign": {"velocity_scale": 1.0}, "direction": {"noise_time": 0.0, "data_time": 1.0}}[wrong]
+    adapter = MeanFlow(directions="both", **arguments)
+    refused(tmp_path, module, callback(adapter=adapter), match="points the wrong way.*give the adapter")
+    fit(tmp_path, module, callback(), max_epochs=1)
+
+
+def test_other_mistakes(tmp_path):
+    with pytest.raises(ValueError, match="set directions of both alike"):
+        callback(adapter=MeanFlow(directions="to_data"))
+    with pytest.raises(ValueError, match="instantaneous velocity"):
+        f2.F2D2Callback("net", FlowMatching())
+    with pytest.raises(ValueError, match="frozen=True does not train it"):
+        callback(frozen=True, interval="time")
+    with pytest.raises(ValueError, match="weight=0"):
+        callback(weight=0.0)
+    head = f2.DivergenceHead(features=7)
+    refused(tmp_path, MeanFlowModule(), callback(head=head), match=r"DivergenceHead\(features=32\)")
+    module = MeanFlowModule()
+    objective = f2.TrajectoryRegression(nodes=8, capacity=32, intervals=f2.Intervals("to_data"))
+    endpoint = f2.F2D2Callback("net", Consistency("net(x, (s, s))"), objective=objective, check=False)
+    refused(tmp_path, module, endpoint, match="the teacher that it was distilled from")
+    with pytest.raises(RuntimeError, match="there is no divergence head yet"):
+        callback().log_prob(torch.zeros(1, 2))
+
+
+def test_batches_of_another_form(tmp_path):
+    class Named(MeanFlowModule):
+        def loss(self, batch):
+            return super().loss(batch["image"])
+
+        def states(self, batch):
+            return batch["image"], None
+
+    def run(**kwargs):
+        loader = torch.utils.data.DataLoader([{"image": x} for x in torch.randn(64, 2)], batch_size=32)
+        f2d2 = callback(**kwargs)
+        trainer(tmp_path, callbacks=[f2d2], max_epochs=1).fit(Named(), loader)
+        return f2d2
+
+    with pytest.raises(ValueError, match=r"a batch is a dict with 'image'.*data_to_state"):
+        run()
+    assert run(data_to_state="states").added.steps == 2
+    assert run(data_to_state=lambda batch: (batch["image"], None)).added.steps == 2
+    with pytest.raises(ValueError, match="no such method"):
+        run(data_to_state="stats")
+
+
+def test_a_persistent_loader_is_not_disturbed(tmp_path):
+    """A second iterator of a loader with persistent workers would reset the one that training reads."""
+
+    class Seen(MeanFlowModule):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch.clone())
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    for callbacks in ([], [callback()]):
+        torch.manual_seed(0)
+        data = torch.arange(128.0).reshape(64, 2) / 64
+        loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, num_workers=1, persistent_workers=True)
+        module = Seen()
+        trainer(tmp_path, callbacks=callbacks, max_epochs=2).fit(module, loader)
+        seen.append(torch.cat(module.seen))
+    assert len(seen[0]) == 128
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_manual_optimisation_that_the_loss_cannot_ride_on(tmp_path):
+    class Own(ManualModule):
+        def training_step(self, batch, batch_idx):
+            _, optimizer = self.optimizers()
+            self.loss(batch).backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match=r"self.manual_backward\(loss\) instead of loss.backward\(\)"):
+        fit(tmp_path, Own(), callback())
+    module, f2d2 = ManualModule(toggle=False), callback(backward=1)
+    fit(tmp_path, module, f2d2)
+    assert f2d2.added.steps == 9
+    with pytest.raises(RuntimeError, match="called manual_backward 2 times"):
+        fit(tmp_path, ManualModule(), callback(backward=5))
+
+
+def test_another_head_is_refused_on_resume(tmp_path):
+    made = fit(tmp_path, MeanFlowModule(), callback(head=f2.DivergenceHead(features=32, hidden=8)))
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    other = callback(head=f2.DivergenceHead(features=32, hidden=16))
+    with pytest.raises(ValueError, match="of another shape than the callback's"):
+        fit(tmp_path, MeanFlowModule(), other, ckpt_path=str(tmp_path / "x.ckpt"), max_epochs=4)
+
+
+def test_networks_that_configure_model_makes(tmp_path):
+    class Late(MeanFlowModule):
+        def __init__(self):
+            super().__init__()
+            del self.net
+
+        def configure_model(self):
+            if not hasattr(self, "net"):
+                self.net = MeanNet()
+
+    f2d2 = callback()
+    fit(tmp_path, Late(), f2d2)
+    assert f2d2.added.steps == 9
+    refused(tmp_path, Late(), callback(flow_map="nett"), match="no submodule 'nett'")

@@ -1,0 +1,411 @@
+"""Models in folders: what is saved comes back, and nothing else is made of what a folder says."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from f2d2_lightning import DivergenceHead, F2D2Module, FlowMap, GaussianBaseline, JointFlowMap, as_flow_map
+from f2d2_lightning.checkpoints import from_pretrained, read_description, save_pretrained
+from f2d2_lightning.checkpoints.pretrained import CONFIG, WEIGHTS
+from f2d2_lightning.flows import GaussianFlow, TrigonometricPath
+from f2d2_lightning.modules.ema import copy_frozen
+from f2d2_lightning.nn import (
+    MLP,
+    AngleEmbedding,
+    DiT,
+    GaussianPreconditioned,
+    IntervalEmbedding,
+    PreconditionedMLP,
+    ResNet,
+    UNet,
+)
+from f2d2_lightning.utils.configured import OBJECT, arguments_of, as_plain
+from problems import randomize
+
+SHAPE = (2, 4, 4)
+
+
+def with_own_baseline():
+    baseline = GaussianBaseline(SHAPE, "diagonal")
+    baseline.fit([torch.randn(50, *SHAPE) * torch.linspace(0.1, 2, 4)])
+    return GaussianPreconditioned(MLP(SHAPE, 12, 1, embedding=AngleEmbedding(baseline, 8)), baseline)
+
+
+NETWORKS = {
+    "MLP": lambda: MLP(SHAPE, width=12, blocks=1, directions="to_data"),
+    "MLP with labels": lambda: MLP(SHAPE, 12, blocks=1, classes=3),
+    "PreconditionedMLP": lambda: PreconditionedMLP(SHAPE, "full", width=12, blocks=1),
+    "GaussianPreconditioned": with_own_baseline,
+    "ResNet": lambda: ResNet(SHAPE, 8, 1, directions="to_noise"),
+    "UNet": lambda: UNet(
+        SHAPE, width=8, multipliers=(1, 2), blocks=1, attention=(2,), embedding=IntervalEmbedding(6, 2)
+    ),
+    "DiT": lambda: DiT(SHAPE, patch=2, width=12, depth=1, heads=2),
+}
+
+
+def network_of(name):
+    network = NETWORKS[name]()
+    randomize(network)
+    return network
+
+
+def joint_of(name, baseline=True):
+    network = network_of(name)
+    fit = GaussianBaseline(SHAPE, "isotropic", TrigonometricPath()) if baseline else None
+    if fit is not None:
+        fit.fit([2 + 3 * torch.randn(20, *SHAPE)])
+    head = DivergenceHead(network.features, hidden=6, layers=1, baseline=fit)
+    randomize(head)
+    head.scale.fill_(7.0)
+    return JointFlowMap(network, head)
+
+
+def call(model, count=3):
+    torch.manual_seed(1)
+    early, late = 0.5 * torch.rand(count), 0.5 + 0.5 * torch.rand(count)
+    s, t = (late, early) if model.directions.label == "to_noise" else (early, late)
+    inner = getattr(model, "flow_map", model)
+    cond = torch.arange(count) % 3 if getattr(inner, "labels", None) is not None else None
+    with torch.no_grad():
+        answer = model(torch.randn(count, *SHAPE), s, t, cond)
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def same(mine, theirs):
+    for one, other in zip(call(mine), call(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def edit(folder, **changes):
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(content | changes))
+
+
+def edit_model(folder, change):
+    content = json.loads((folder / CONFIG).read_text())
+    change(content["model"])
+    (folder / CONFIG).write_text(json.dumps(content))
+
+
+def edit_weights(folder, change):
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A joint map in a folder."""
+    return save_pretrained(joint_of("MLP"), tmp_path / "model", levels=17, low=0.0, high=2.0)
+
+
+# --- there and back ---
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_joint_maps_come_back(tmp_path, name):
+    joint = joint_of(name)
+    save_pretrained(copy_frozen(joint), tmp_path / "a" / "b")
+    again = from_pretrained(tmp_path / "a" / "b")
+    same(again, joint)
+    assert type(again.flow_map) is type(joint.flow_map)
+    assert again.directions == joint.directions
+    assert not again.training
+    assert float(again.head.scale) == 7.0
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [CONFIG, WEIGHTS]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_flow_maps_come_back(tmp_path, name):
+    network = network_of(name)
+    save_pretrained(network, tmp_path)
+    same(from_pretrained(tmp_path, FlowMap), network)
+    with pytest.raises(ValueError, match=f"holds a {type(network).__name__}, and a JointFlowMap is asked for"):
+        from_pretrained(tmp_path)
+
+
+def test_a_closed_form_comes_back(tmp_path):
+    fit = GaussianBaseline(SHAPE, "full")
+    fit.fit([1 + 2 * torch.randn(60, *SHAPE)])
+    save_pretrained(GaussianFlow(fit), tmp_path, shape=SHAPE)
+    same(from_pretrained(tmp_path, GaussianFlow), GaussianFlow(fit))
+
+
+def test_a_trained_module_is_saved_by_its_average(tmp_path):
+    module = F2D2Module(MLP(SHAPE, 12, blocks=1), shape=SHAPE, levels=17, low=0.0, high=2.0)
+    randomize(module.average)
+    save_pretrained(
+        module.average, tmp_path, shape=module.shape, levels=module.levels, low=module.low, high=module.high
+    )
+    same(from_pretrained(tmp_path), module.average)
+    about = read_description(tmp_path)
+    assert (about.shape, about.levels, about.low, about.high, about.directions) == (SHAPE, 17, 0.0, 2.0, "both")
+    assert about.unit == "nats per unit of time"
+
+
+def test_a_frozen_backbone_stays_frozen(tmp_path):
+    joint = joint_of("MLP")
+    frozen = JointFlowMap(joint.flow_map, joint.head, frozen=True)
+    again = from_pretrained(save_pretrained(frozen, tmp_path)).train()
+    assert again.frozen
+    assert not again.flow_map.training
+    assert not any(parameter.requires_grad for parameter in again.flow_map.parameters())
+    assert all(parameter.requires_grad for parameter in again.head.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_dtype_is_kept_and_so_is_the_default_one(tmp_path, dtype):
+    joint = joint_of("MLP").to(dtype)
+    again = from_pretrained(save_pretrained(joint, tmp_path))
+    assert torch.get_default_dtype() == torch.float64
+    for name, value in joint.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_one_baseline_of_two_owners_is_one_again_and_saved_once(tmp_path):
+    network = with_own_baseline()
+    joint = JointFlowMap(network, DivergenceHead(network.features, hidden=4, baseline=network.baseline))
+    randomize(joint)
+    save_pretrained(joint, tmp_path)
+    again = from_pretrained(tmp_path)
+    assert again.head.baseline is again.flow_map.baseline
+    assert again.flow_map.network.embedding._baseline[0] is again.flow_map.baseline
+    assert sum(name.endswith("variances") for name in load_file(tmp_path / WEIGHTS)) == 1
+    same(again, joint)
+
+
+def test_tied_weights_are_saved_once(tmp_path):
+    network = MLP(SHAPE, width=12, blocks=2)
+    randomize(network)
+    network.blocks[1].expand.weight = network.blocks[0].expand.weight
+    save_pretrained(network, tmp_path)
+    assert "blocks.1.expand.weight" not in load_file(tmp_path / WEIGHTS)
+    same(from_pretrained(tmp_path, FlowMap), network)
+
+
+def test_what_was_changed_since_is_saved_as_it_is(tmp_path):
+    joint = joint_of("MLP")
+    joint.flow_map.embedding = IntervalEmbedding(64, 3)
+    joint.flow_map.directions = type(joint.directions).parse("both")
+    same(from_pretrained(save_pretrained(joint, tmp_path / "argument")), joint)
+    assert from_pretrained(tmp_path / "argument").directions.label == "both"
+    inner = joint_of("PreconditionedMLP")
+    inner.flow_map.network.embedding = IntervalEmbedding(64, 3)
+    same(from_pretrained(save_pretrained(inner, tmp_path / "inside")), inner)
+
+
+def test_a_change_that_no_argument_says_is_refused_and_nothing_is_written(tmp_path):
+    network = network_of("MLP")
+    network.outlet = torch.nn.Linear(12, 32, bias=False)
+    with pytest.raises(ValueError, match=r"was changed after it was made: its weights outlet\.bias"):
+        save_pretrained(network, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    preconditioned = network_of("GaussianPreconditioned")
+    preconditioned.directions = type(preconditioned.directions).parse("to_data")
+    with pytest.raises(ValueError, match="its directions, to_data,"):
+        save_pretrained(preconditioned, tmp_path / "model")
+
+
+def test_saving_again_replaces_and_leaves_nothing_beside(tmp_path, monkeypatch):
+    first, second = joint_of("MLP"), joint_of("ResNet")
+    save_pretrained(first, tmp_path)
+    save_pretrained(second, tmp_path)
+    same(from_pretrained(tmp_path), second)
+    monkeypatch.setattr(
+        "f2d2_lightning.checkpoints.pretrained.save_file", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(first, tmp_path)
+    same(from_pretrained(tmp_path), second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_a_network_that_reads_a_baseline_of_another_is_not_saved_without_it(tmp_path):
+    network = with_own_baseline()
+    with pytest.raises(ValueError, match="reads a GaussianBaseline that is no part of it"):
+        save_pretrained(network.network, tmp_path / "inner")
+    joint = joint_of("PreconditionedMLP")
+    joint.flow_map.network = network.network
+    with pytest.raises(ValueError, match=r"reads a GaussianBaseline|was changed"):
+        save_pretrained(joint, tmp_path / "joint")
+
+
+# --- what cannot be saved ---
+
+
+class Own(FlowMap):
+    def forward(self, x, s, t, cond=None):
+        return x
+
+
+class OwnMLP(MLP):
+    pass
+
+
+@pytest.mark.parametrize("network", [Own(), OwnMLP(SHAPE, 8), as_flow_map(lambda x, s, t, cond: x)])
+def test_classes_of_others_are_not_saved(tmp_path, network):
+    with pytest.raises(ValueError, match=r"the model is a .*(Own|_FunctionFlowMap).*save_joint"):
+        save_pretrained(network, tmp_path / "model", shape=SHAPE)
+    joint = JointFlowMap(MLP(SHAPE, 8, 1), DivergenceHead(network=network))
+    with pytest.raises(ValueError, match=r"network of DivergenceHead is a "):
+        save_pretrained(joint, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_without_a_shape_asks_for_it(tmp_path):
+    with pytest.raises(ValueError, match="does not say the shape"):
+        save_pretrained(GaussianFlow(GaussianBaseline((2,))), tmp_path)
+
+
+# --- folders that are not what they should be ---
+
+
+def test_names_of_a_hub_and_missing_files(tmp_path, saved):
+    with pytest.raises(FileNotFoundError, match=r'snapshot_download\("someone/model"\)'):
+        from_pretrained("someone/model")
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+        from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "builtins.eval",
+        "torch.nn.modules.linear.Linear",
+        "f2d2_lightning.nn.mlp._Block",
+        "f2d2_lightning.nn.mlp.Direction",
+        "f2d2_lightning.nn.mlp.Tensor",
+        "f2d2_lightning.nn.mlp.FlowMap",
+        "f2d2_lightning.nn.MLP.forward",
+        "f2d2_lightning.nn.nothing.MLP",
+        "f2d2_lightning.checkpoints.foreign.files.Machine",
+        "f2d2_lightning.checkpoints.export.Adapter",
+        "f2d2_lightning.utils.files.Path",
+        "..nn.mlp.MLP",
+        3,
+        None,
+    ],
+)
+def test_only_networks_heads_baselines_and_paths_of_this_package_are_made(saved, name):
+    edit_model(saved, lambda model: model["arguments"]["flow_map"].update({"class": name}))
+    with pytest.raises(ValueError, match=r"the configuration names|do not fit FlowMap"):
+        from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["arguments"]["flow_map"]["arguments"].update(width=16), r"inlet\.weight has shape \(12, 32\)"),
+        (lambda m: m["arguments"]["flow_map"]["arguments"].update(blocks=2), r"blocks\.1\.\S+ is missing"),
+        (lambda m: m["arguments"]["flow_map"]["arguments"].update(blocks=0), r"blocks\.0\.\S+ has no place"),
+        (lambda m: m["arguments"]["flow_map"]["arguments"].update(color=1), "do not fit MLP"),
+        (lambda m: m["arguments"]["flow_map"]["arguments"].update(width=-1), "do not fit MLP"),
+        (lambda m: m["arguments"]["flow_map"]["arguments"].update(directions="both"), "says directions='to_data'"),
+        (lambda m: m["arguments"].update(flow_map=None), "describes no flow map"),
+        (lambda m: m["arguments"].update(flow_map={"same_as": 99}), "refers to object 99"),
+        (lambda m: m.update(arguments=[1]), "arguments of JointFlowMap are a list"),
+        (lambda m: m.pop("arguments"), "where an object's class and arguments are needed"),
+    ],
+)
+def test_configurations_that_do_not_fit_the_weights(saved, change, message):
+    edit_model(saved, change)
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "transformers"}, "is of format 'transformers'"),
+        ({"version": 2}, "version 2"),
+        ({"shape": "2"}, "describes data of shape '2'"),
+        ({"levels": 1}, "levels 1"),
+        ({"low": None}, r"\[None"),
+        ({"unit": "bits"}, "divergences in 'bits'"),
+        ({"directions": "up"}, "direction is 'up'"),
+        ({"directions": "both"}, "not of the same model"),
+        ({"levels": 256}, "not of the same model"),
+        ({"model": 3}, "has 3 where"),
+        ({"replaced": {"flow_map.nothing": {"same_as": 0}}}, "no such part"),
+    ],
+)
+def test_descriptions_that_are_wrong(saved, changes, message):
+    edit(saved, **changes)
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(saved)
+
+
+def test_configurations_that_are_no_json(saved):
+    for content in (b"{", b"[1]", b"\xff\xfe", b"", b"[" * 100_000):
+        (saved / CONFIG).write_bytes(content)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("head.scale"), r"head\.scale is missing"),
+        (lambda w: w.update(extra=torch.zeros(1)), "extra has no place"),
+        (lambda w: w.update({"head.scale": torch.zeros(2)}), r"head\.scale has shape \(2,\), and the model \(\)"),
+        (lambda w: w.update({"head.scale": torch.tensor(1)}), r"head\.scale in \S+ is of torch\.int64"),
+    ],
+)
+def test_weights_that_do_not_fit(saved, change, message):
+    edit_weights(saved, change)
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(saved)
+
+
+def test_damaged_weights(saved):
+    content = (saved / WEIGHTS).read_bytes()
+    for damaged in (content[:-1], content[:100], b"", b"\xff" * 8 + content[8:], content[:8] + b"x" + content[9:]):
+        (saved / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            from_pretrained(saved)
+
+
+def test_weights_of_another_save_are_noticed(saved, tmp_path):
+    other = save_pretrained(joint_of("MLP"), tmp_path / "other", levels=256)
+    (saved / WEIGHTS).write_bytes((other / WEIGHTS).read_bytes())
+    with pytest.raises(ValueError, match="not of the same model"):
+        from_pretrained(saved)
+
+
+# --- what modules remember ---
+
+
+def test_modules_remember_plain_arguments_and_copies_of_them_too():
+    sizes = [2, 4, 4]
+    network = MLP(sizes, 12, blocks=1, embedding=IntervalEmbedding(6))
+    sizes.append(5)
+    given = {"shape": [2, 4, 4], "width": 12, "blocks": 1, "embedding": OBJECT}
+    defaults = {"expansion": 2, "dropout": 0.0, "classes": 0, "directions": "both"}
+    assert arguments_of(network) == given | defaults
+    assert arguments_of(copy.deepcopy(network)) == given | defaults
+    assert arguments_of(copy.deepcopy(network).embedding) == {"features": 6, "frequencies": 8}
+    assert arguments_of(PreconditionedMLP(SHAPE, width=8))["width"] == 8
+
+
+def test_plain_values_are_told_from_objects():
+    assert as_plain({"a": (1, [2.5, None]), "b": "c"}) == {"a": [1, [2.5, None]], "b": "c"}
+    for value in (torch.zeros(1), object(), [1, object()], {"a": object()}, {1: 2}, {2}):
+        assert as_plain(value) is OBJECT
+
+
+def test_a_wrong_call_fails_as_it_did():
+    with pytest.raises(TypeError, match="color"):
+        MLP(SHAPE, color=1)
+    with pytest.raises(TypeError, match="shape"):
+        MLP()

@@ -1,0 +1,474 @@
+"""Reading pickles without running them: values come through, and hostile files do nothing but raise."""
+
+import argparse
+import collections
+import copyreg
+import functools
+import io
+import os
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from f2d2_lightning.checkpoints._pickle import Machine, Record, RefusedPickleError, StoredTensor
+from f2d2_lightning.checkpoints.foreign import read_checkpoint
+
+NAMESPACE = ["argparse.Namespace"]
+
+
+def write(folder, content, name="file.pkl"):
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def tensors(value):
+    """A copy with tensors in the place of stored ones."""
+    if isinstance(value, StoredTensor):
+        return value.tensor()
+    if isinstance(value, dict):
+        return {name: tensors(part) for name, part in value.items()}
+    return type(value)(map(tensors, value)) if isinstance(value, (list, tuple)) else value
+
+
+# --- what is read ---
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool]
+
+
+def plenty():
+    base = torch.arange(24.0).reshape(4, 6)
+    return {
+        "dtypes": [torch.tensor([[0, 1], [1, 0], [1, 1]]).to(dtype) for dtype in DTYPES],
+        "turned": base.T,
+        "part": base[1:3, ::2],
+        "whole": base,
+        "number": torch.tensor(3.5),
+        "nothing": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.tensor([1.0, -2.0]), requires_grad=False),
+        "plain": (1, -2.5, 2**70, True, None, "ä", b"\x00\xff", [1, [2]], {3: "x"}),
+        "numpy": [np.float64(0.1), np.int32(-7), np.float32(0.5), np.bool_(True), np.float64(2).astype(">f8")],
+    }
+
+
+def as_pickle(protocol):
+    return lambda value: pickle.dumps(value, protocol)
+
+
+def as_saved(zipped):
+    def save(value):
+        buffer = io.BytesIO()
+        torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
+        return buffer.getvalue()
+
+    return save
+
+
+FORMATS = {
+    **{f"pickle {protocol}": as_pickle(protocol) for protocol in (3, 4, 5)},
+    "torch.save": as_saved(True),
+    "torch.save, old": as_saved(False),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_values_and_tensors_are_read_as_they_are(tmp_path, form):
+    value = plenty()
+    if form.startswith("torch"):
+        value.pop("plain")  # bytes take a function of codecs in the protocol of torch.save
+        value.pop("numpy")
+    read = tensors(read_checkpoint(write(tmp_path, FORMATS[form](value))))
+    assert read.keys() == value.keys()
+    assert read.get("plain") == value.get("plain")
+    assert read.get("numpy") == value.get("numpy")
+    assert not any(isinstance(number, np.generic) for number in read.get("numpy", []))
+    for name in ("turned", "part", "whole", "number", "nothing", "parameter"):
+        assert read[name].dtype == value[name].dtype
+        assert torch.equal(read[name], value[name])
+    for mine, theirs in zip(read["dtypes"], value["dtypes"], strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_dictionaries_of_weights_are_read_with_their_versions_dropped(tmp_path, form):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    state = network.state_dict()
+    assert state._metadata
+    read = tensors(read_checkpoint(write(tmp_path, FORMATS[form](state))))
+    assert type(read) is dict
+    assert list(read) == list(state)
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_modules_and_chosen_classes_become_records(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.SiLU())
+    saved = {"net": network, "args": argparse.Namespace(lr=0.1, names=["a"]), "dtype": torch.float16, "set": {1, "b"}}
+    path = write(tmp_path, pickle.dumps(saved))
+    read = read_checkpoint(path, NAMESPACE)
+    assert type(read["net"]) is Record
+    assert read["net"].kind == "torch.nn.modules.container.Sequential"
+    linear = read["net"].state["_modules"]["0"]
+    assert torch.equal(linear.state["_parameters"]["weight"].tensor(), network[0].weight)
+    assert read["args"].kind == "argparse.Namespace"
+    assert read["args"].state == {"lr": 0.1, "names": ["a"]}
+    assert (read["dtype"], read["set"]) == (torch.float16, {1, "b"})
+    with pytest.raises(RefusedPickleError, match=r"file\.pkl asks for argparse\.Namespace"):
+        read_checkpoint(path)
+
+
+def test_tensors_that_share_memory_in_a_zip_are_read_one_by_one(tmp_path):
+    base = torch.arange(6.0)
+    read = read_checkpoint(write(tmp_path, as_saved(True)([base, base[3:]])))
+    assert read[0].storage is read[1].storage
+    assert read[1].tensor().tolist() == [3, 4, 5]
+
+
+# --- hostile files: each would do something to who loads it the usual way ---
+
+
+def text(value):
+    raw = value.encode()
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def command(canary):
+    return f"touch {canary}"
+
+
+def opening(canary):
+    return f"open({str(canary)!r}, 'w').close()"
+
+
+class Calls:
+    """Is pickled as a call."""
+
+    def __init__(self, function, *arguments):
+        self.called = function, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+def old_file_with(content):
+    """What torch.save made before zips, with ``content`` in the place of the object's own pickle."""
+    head = [
+        pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True, "protocol_version": 1001})
+    ]
+    return b"".join(head) + content + pickle.dumps([], 2)
+
+
+HOSTILE = {
+    "os.system": lambda c: b"cposix\nsystem\n(S'" + command(c).encode() + b"'\ntR.",
+    "builtins.eval": lambda c: pickle.dumps(Calls(eval, opening(c))),
+    "builtins.exec": lambda c: pickle.dumps(Calls(exec, opening(c))),
+    "subprocess": lambda c: pickle.dumps(Calls(__import__("subprocess").check_call, ["touch", str(c)])),
+    "dotted name": lambda c: (
+        b"\x80\x04" + text("torch") + text("serialization.os.system") + b"\x93" + text(command(c)) + b"\x85R."
+    ),
+    "dotted name of an allowed module": lambda c: (
+        b"\x80\x04"
+        + text("torch.nn.modules.module")
+        + text("inspect.os.system")
+        + b"\x93"
+        + text(command(c))
+        + b"\x85R."
+    ),
+    "getattr": lambda c: (
+        b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\n"
+        + text("os")
+        + b"\x85R"
+        + text("system")
+        + b"\x86R"
+        + text(command(c))
+        + b"\x85R."
+    ),
+    "partial": lambda c: pickle.dumps(Calls(functools.partial(os.system, command(c)))),
+    "reconstructor": lambda c: (
+        b"ccopyreg\n_reconstructor\n(ccollections\nOrderedDict\ncbuiltins\ndict\n}tR0"
+        + b"cposix\nsystem\n(S'"
+        + command(c).encode()
+        + b"'\ntR."
+    ),
+    "inst": lambda c: b"(S'" + command(c).encode() + b"'\niposix\nsystem\n.",
+    "obj": lambda c: b"(cposix\nsystem\nS'" + command(c).encode() + b"'\no.",
+    "state that is a call": lambda c: (
+        # a partial object, whose state is replaced by that of a call, which is then made
+        b"\x80\x02cfunctools\npartial\ncbuiltins\nprint\n\x85R(cposix\nsystem\n" + text(command(c)) + b"\x85}Ntb)R."
+    ),
+    "bytes of a storage": lambda c: pickle.dumps(
+        Calls(torch.storage._load_from_bytes, pickle.dumps(Calls(os.system, command(c))))
+    ),
+    "object in the bytes of a storage": lambda c: pickle.dumps(
+        Calls(torch.storage._load_from_bytes, old_file_with(pickle.dumps(Calls(os.system, command(c)), 2)))
+    ),
+    "zip in the bytes of a storage": lambda c: pickle.dumps(
+        Calls(torch.storage._load_from_bytes, as_saved(True)(Calls(os.system, command(c))))
+    ),
+    "torch.save": lambda c: as_saved(True)({"model": Calls(os.system, command(c))}),
+    "torch.save, old": lambda c: as_saved(False)({"model": Calls(os.system, command(c))}),
+    "after the weights": lambda c: pickle.dumps({"ema": torch.zeros(2), "x": Calls(os.system, command(c))}),
+    "hooks of a tensor": lambda c: pickle.dumps(
+        Calls(
+            torch._utils._rebuild_tensor_v2,
+            torch.zeros(1)._typed_storage(),
+            0,
+            (1,),
+            (1,),
+            False,
+            collections.OrderedDict(a=Calls(os.system, command(c))),
+        )
+    ),
+}
+
+
+def load_as_usual(path):
+    content = path.read_bytes()
+    if content[:2] == b"PK" or content.startswith(pickle.dumps(0x1950A86A20F9469CFC6C, 2)):
+        return torch.load(path, weights_only=False)
+    return pickle.loads(content)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_run_when_loaded_as_usual_and_not_here(tmp_path, kind):
+    canary = tmp_path / "canary"
+    path = write(tmp_path, HOSTILE[kind](canary))
+    try:
+        load_as_usual(path)
+    except Exception:
+        assert canary.exists(), "the file is meant to do something"
+    assert canary.exists()
+    canary.unlink()
+    with pytest.raises(ValueError, match=r"asks for|no checkpoint") as error:
+        read_checkpoint(path, NAMESPACE)
+    assert str(path) in str(error.value)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("os.system", r"posix\.system"),
+        ("builtins.eval", r"builtins\.eval"),
+        ("dotted name", r"torch\.serialization\.os\.system"),
+        ("dotted name of an allowed module", r"torch\.nn\.modules\.module\.inspect\.os\.system"),
+        ("getattr", r"builtins\.getattr"),
+        ("partial", r"functools\.partial"),
+        ("reconstructor", r"copyreg\._reconstructor"),
+        ("inst", "the opcode INST"),
+        ("object in the bytes of a storage", r"posix\.system"),
+        ("torch.save", r"posix\.system"),
+        ("torch.save, old", r"posix\.system"),
+    ],
+)
+def test_the_refusal_names_what_was_asked_for_and_the_file(tmp_path, kind, named):
+    path = write(tmp_path, HOSTILE[kind](tmp_path / "canary"), "snapshot.pkl")
+    with pytest.raises(RefusedPickleError, match=rf"snapshot\.pkl asks for {named}.*nothing was run"):
+        read_checkpoint(path)
+
+
+def test_extension_codes_are_refused(tmp_path):
+    canary = tmp_path / "canary"
+    copyreg.add_extension("posix", "system", 0xF2)
+    try:
+        content = b"\x80\x02\x82\xf2" + text(command(canary)) + b"\x85R."
+        pickle.loads(content)
+        assert canary.exists()
+        canary.unlink()
+        with pytest.raises(RefusedPickleError, match="the opcode EXT1"):
+            read_checkpoint(write(tmp_path, content))
+        assert not canary.exists()
+    finally:
+        copyreg.remove_extension("posix", "system", 0xF2)
+
+
+def test_attributes_are_not_set_on_classes(tmp_path):
+    # a state of two parts is set with setattr, on the class itself if that is on the stack
+    content = b"\x80\x02cargparse\nNamespace\nN}" + text("marked") + b"K\x01s\x86b."
+    try:
+        pickle.loads(content)
+        assert argparse.Namespace.marked == 1
+        del argparse.Namespace.marked
+        with pytest.raises(RefusedPickleError, match="with a state of its own"):
+            read_checkpoint(write(tmp_path, content), NAMESPACE)
+        assert not hasattr(argparse.Namespace, "marked")
+    finally:
+        if hasattr(argparse.Namespace, "marked"):
+            del argparse.Namespace.marked
+
+
+ODD = {
+    "call of a class": (b"\x80\x02cargparse\nNamespace\n)R.", "a call of argparse.Namespace"),
+    "object made of arguments": (b"\x80\x02cargparse\nNamespace\nK\x01\x85\x81.", "made of arguments"),
+    "object with keywords": (b"\x80\x04cargparse\nNamespace\n)}\x92.", "NEWOBJ_EX"),
+    "call of a value": (b"\x80\x02K\x01)R.", "a call of int"),
+    "state of a list": (b"\x80\x02]}b.", "a list with a state"),
+    "state of a dictionary": (b"\x80\x02}}" + text("update") + b"K\x01sb.", "a dict with a state"),
+    "second state": (
+        b"\x80\x02cargparse\nNamespace\n)\x81}" + text("a") + b"K\x01sb}" + text("a") + b"K\x02sb.",
+        "with a state",
+    ),
+    "items of a record": (b"\x80\x02cargparse\nNamespace\n)\x81K\x01K\x02s.", "as if it were a dict"),
+    "keys that are no plain values": (b"\x80\x02}K\x01\x85K\x02s.", "plain keys"),
+    "a set of lists": (b"\x80\x04\x8f(]\x90.", "plain keys"),
+    "persistent identity": (b"\x80\x02K\x01Q.", "persistent identity"),
+    "old persistent identity": (b"Pos.system\n.", "PERSID"),
+    "buffer outside": (b"\x80\x05\x97.", "NEXT_BUFFER"),
+    "name that is no text": (b"\x80\x04K\x01K\x02\x93.", "no text"),
+    "storage class as a tensor": (b"\x80\x02ctorch\nFloatStorage\n)R.", "a call"),
+    "objects of NumPy": (b"\x80\x02cnumpy\ndtype\n" + text("O8") + b"\x85R.", "NumPy type O8"),
+    "name of this package": (
+        b"\x80\x02cf2d2_lightning.utils.files\nwhole_file\n.",
+        "f2d2_lightning.utils.files.whole_file",
+    ),
+    "function beside allowed ones": (b"\x80\x02ctorch\nload\n.", "torch.load"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_uses_of_what_is_allowed_are_refused(tmp_path, kind):
+    content, message = ODD[kind]
+    with pytest.raises(RefusedPickleError, match=message):
+        read_checkpoint(write(tmp_path, content), NAMESPACE)
+
+
+def test_nothing_is_imported(tmp_path):
+    (tmp_path / "imported_by_a_pickle.py").write_text("raise SystemExit('was run')")
+    content = b"\x80\x02cimported_by_a_pickle\nThing\n)\x81."
+    read = read_checkpoint(write(tmp_path, content), ["imported_by_a_pickle.Thing"])
+    assert read.kind == "imported_by_a_pickle.Thing"
+
+
+def test_source_code_of_persistent_objects_is_dropped(tmp_path):
+    canary = tmp_path / "canary"
+    meta = {"type": "class", "version": 6, "module_src": opening(canary), "class_name": "Net", "state": {"width": 3}}
+    content = (
+        b"\x80\x02ctorch_utils.persistence\n_reconstruct_persistent_obj\n" + pickle.dumps(meta, 2)[2:-1] + b"\x85R."
+    )
+    read = read_checkpoint(write(tmp_path, content))
+    assert (read.kind, read.state) == ("Net", {"width": 3})
+    assert not canary.exists()
+
+
+# --- claims that are not true ---
+
+
+def rebuilt(offset, shape, strides, numel=4):
+    return pickle.dumps(
+        Calls(torch._utils._rebuild_tensor_v2, torch.zeros(numel)._typed_storage(), offset, shape, strides, False, None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [
+        (0, (5,), (1,)),
+        (1, (4,), (1,)),
+        (0, (2, 2), (3, 1)),
+        (0, (2**40,), (0,)),
+        (0, (2**62, 2**62), (1, 1)),
+        (-1, (1,), (1,)),
+        (0, (1,), (-1,)),
+        (0, (-1, -4), (1, 1)),
+        (0, (2, 2), (1,)),
+        (0, (True,), (1,)),
+        (0, (2.0,), (1,)),
+        (0, [2], [1]),
+        (2**70, (0,), (1,)),
+    ],
+)
+def test_tensors_stay_within_their_storage(tmp_path, offset, shape, strides):
+    path = write(tmp_path, rebuilt(offset, shape, strides))
+    with pytest.raises(ValueError, match=r"does not lie within|no sizes|no storage, shape"):
+        read_checkpoint(path)
+    assert read_checkpoint(write(tmp_path, rebuilt(1, (3,), (1,)))).tensor().tolist() == [0, 0, 0]
+
+
+def test_storages_larger_than_the_file_are_not_made(tmp_path):
+    content = as_saved(False)(torch.arange(1000.0))
+    assert content.count(b"M\xe8\x03") >= 1
+    path = write(tmp_path, content.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f", 1))
+    with pytest.raises(ValueError, match=r"elements has|does not lie"):
+        read_checkpoint(path)
+    zipped = as_saved(True)(torch.arange(1000.0))
+    source = zipfile.ZipFile(io.BytesIO(zipped))
+    larger = io.BytesIO()
+    with zipfile.ZipFile(larger, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            target.writestr(name, data.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f", 1) if "data.pkl" in name else data)
+    with pytest.raises(ValueError, match="are announced"):
+        read_checkpoint(write(tmp_path, larger.getvalue()))
+
+
+def test_lengths_beyond_the_file_are_not_believed(tmp_path):
+    for content in (b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"abc.", b"\x80\x02\x8b\xff\xff\xff\x7f1."):
+        with pytest.raises(ValueError, match="damaged, cut short"):
+            read_checkpoint(write(tmp_path, content))
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    source = zipfile.ZipFile(io.BytesIO(as_saved(True)(torch.zeros(10))))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(ValueError, match="compressed"):
+        read_checkpoint(write(tmp_path, packed.getvalue()))
+
+
+def test_damaged_values_in_a_zip_are_noticed(tmp_path):
+    content = bytearray(as_saved(True)(torch.full((64,), 7.0)))
+    place = bytes(content).index(struct.pack("<d", 7.0) * 3)
+    content[place + 9] ^= 1
+    stored = read_checkpoint(write(tmp_path, bytes(content)))
+    with pytest.raises(ValueError, match="damaged"):
+        stored.tensor()
+
+
+@pytest.mark.parametrize("form", ["pickle 4", "torch.save", "torch.save, old"])
+def test_files_cut_short_are_refused_wherever_they_are_cut(tmp_path, form):
+    content = FORMATS[form]({"a": torch.arange(3.0), "b": [1, "x"]})
+    for length in range(0, len(content) - 1, max(1, len(content) // 60)):
+        with pytest.raises(ValueError, match=r"file\.pkl"):
+            read_checkpoint(write(tmp_path, content[:length]))
+
+
+@pytest.mark.parametrize("form", ["pickle 4", "torch.save", "torch.save, old"])
+def test_whatever_a_damaged_file_says_nothing_but_value_errors_come_of_it(tmp_path, form):
+    content = FORMATS[form](
+        {"a": torch.arange(3.0), "b": [1, "x"], "c": np.float64(1.0)} if form[0] == "p" else [torch.ones(2)]
+    )
+    random = np.random.default_rng(0)
+    for _ in range(250):
+        damaged = bytearray(content)
+        for place in random.integers(0, len(content), 2):
+            damaged[place] = random.integers(256)
+        try:
+            tensors(read_checkpoint(write(tmp_path, bytes(damaged))))
+        except ValueError:
+            continue
+
+
+def test_files_that_are_missing_or_something_else(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_checkpoint(tmp_path / "none.pkl")
+    with pytest.raises(ValueError, match="is empty"):
+        read_checkpoint(write(tmp_path, b""))
+    for content in (b"<html>404: Not Found</html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x00" * 100):
+        with pytest.raises(ValueError, match=r"file\.pkl"):
+            read_checkpoint(write(tmp_path, content))
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as target:
+        target.writestr("readme", "hello")
+    with pytest.raises(ValueError, match=r"one data\.pkl"):
+        read_checkpoint(write(tmp_path, archive.getvalue()))
+
+
+def test_a_machine_alone_reads_no_storages():
+    with pytest.raises(RefusedPickleError, match="storage"):
+        Machine("a stream").run(io.BytesIO(pickle.dumps(torch.zeros(1))))

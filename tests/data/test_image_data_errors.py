@@ -1,0 +1,667 @@
+"""Files that are not what they should be: refused with their name, what came and what to do; nothing runs or stays."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import pickle
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import f2d2_lightning as f2
+from f2d2_lightning.data.dataset import StoredValues
+from f2d2_lightning.data.images import _cache as cache
+from f2d2_lightning.data.images import celeba, cifar, imagenet
+from f2d2_lightning.data.images._pickle import read_pickle
+from f2d2_lightning.data.images._reader import Framing, ImageReader
+from f2d2_lightning.data.images._stores import open_store
+from made_data import (
+    CIFAR_BATCHES,
+    cifar_files,
+    edm_files,
+    imagenet_batch,
+    make_celeba,
+    make_edm,
+    make_imagenet_batches,
+    make_imagenet_pictures,
+    picture,
+    python2_pickle,
+    tar_gz,
+    write_cifar,
+    write_files,
+)
+from made_data import cifar as made_cifar
+
+
+def listing(folder):
+    """Every file below a folder, hidden ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def read_all(data):
+    for split in ("train", "val", "test"):
+        list(data.dataset(split))
+
+
+def load_all(data):
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        list(loader)
+
+
+def refused(data, message, *names):
+    """A data module refuses its files, on being set up or on being read, naming them."""
+    with pytest.raises(ValueError, match=message) as error:
+        read_all(data)
+    for name in names:
+        assert str(name) in str(error.value)
+
+
+class Runs:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def programs(path):
+    """Pickles that make a folder at ``path`` when they are read as usual, each in another way."""
+    text, place = f"import os; os.mkdir({str(path)!r})".encode(), str(path).encode()
+    made = {f"protocol {number}": pickle.dumps({"data": Runs(path)}, number) for number in range(6)}
+    made["text of Python 2"] = b"cos\nmkdir\n(S'" + place + b"'\ntR."
+    made["exec of Python 2"] = b"c__builtin__\nexec\n(S'" + text.replace(b"'", b'"') + b"'\ntR."
+    made["instance"] = b"(S'" + place + b"'\nios\nmkdir\n."
+    made["object"] = b"(cos\nmkdir\nS'" + place + b"'\no."
+    made["behind an array's name"] = b"cnumpy.core.multiarray\nos\n."
+    return made
+
+
+@pytest.mark.parametrize("case", list(programs("x")))
+def test_pickles_run_nothing(tmp_path, case):
+    path = tmp_path / "made"
+    content = programs(path)[case]
+    with pytest.raises(
+        ValueError, match=r"file names .*(mkdir|exec|os).*nothing of it was run: get it again from here"
+    ):
+        read_pickle(io.BytesIO(content), "file", "here")
+    assert not path.exists()
+
+
+def test_the_programs_would_run(tmp_path):
+    """What the test above relies on."""
+    for case, content in programs(tmp_path / "made").items():
+        if case != "behind an array's name":
+            pickle.loads(content)
+            (tmp_path / "made").rmdir()
+
+
+def test_a_pickle_changes_nothing_for_the_next():
+    """It can set attributes of what it is given, classes included."""
+    data = {"data": np.arange(6, dtype=np.uint8).reshape(2, 3)}
+    for name in (b"numpy\ndtype\n", b"numpy.core.multiarray\n_reconstruct\n"):
+        for attribute in (b"dtype", b"array", b"__setstate__"):
+            poison = b"\x80\2}(U\1ac" + name + b"N}U" + bytes([len(attribute)]) + attribute + b"K\5s\x86bu."
+            with contextlib.suppress(ValueError):
+                read_pickle(io.BytesIO(poison), "file", "here")
+            assert np.array_equal(read_pickle(io.BytesIO(python2_pickle(data)), "file", "here")["data"], data["data"])
+
+
+GOOD_PICKLE = python2_pickle({"data": np.zeros((2, 3), np.uint8), "labels": [1, 2]})
+PICKLES = {
+    "empty": b"",
+    "text": b"<html>404</html>",
+    "cut short": GOOD_PICKLE[:-20],
+    "without an end": GOOD_PICKLE[:-1],
+    "something after the end": GOOD_PICKLE + b"x",
+    "a list": pickle.dumps([1, 2], 2),
+    "an array of objects": GOOD_PICKLE.replace(b"U\x02u1", b"U\x02O8"),
+    "fewer bytes than the shape": GOOD_PICKLE.replace(b"K\2K\3\x86", b"K\2K\4\x86"),
+    "an array without a state": b"\x80\2}(U\1acnumpy.core.multiarray\n_reconstruct\n)Ru.",
+    "persistent": b"\x80\2}(U\1aU\1bQu.",
+    "an extension": b"\x80\2}(U\1a\x82\1u.",
+}
+
+
+@pytest.mark.parametrize("case", list(PICKLES))
+def test_damaged_pickles(case):
+    with pytest.raises(ValueError, match=r"file is no pickle of a dictionary.*get it again from here"):
+        read_pickle(io.BytesIO(PICKLES[case]), "file", "here")
+
+
+ROWS = 6
+
+
+@pytest.fixture
+def small_cifar(monkeypatch):
+    monkeypatch.setattr(cifar, "ROWS", ROWS)
+
+
+def batch(**changes):
+    images, labels = made_cifar(ROWS)
+    values = {"batch_label": "x", "labels": labels[0].tolist(), "data": images[0].reshape(ROWS, -1), "filenames": []}
+    return python2_pickle({k: v for k, v in (values | changes).items() if v is not None})
+
+
+BAD_BATCHES = {
+    "too few rows": (lambda: batch(data=np.ones((5, 3072), np.uint8)), r"images uint8 \(5, 3072\) and 6 labels"),
+    "one channel": (lambda: batch(data=np.ones((6, 1024), np.uint8)), r"images uint8 \(6, 1024\)"),
+    "too few labels": (lambda: batch(labels=[1, 2]), r"and 2 labels"),
+    "label 10": (lambda: batch(labels=[0, 1, 2, 3, 4, 10]), "labels 0 to 10; 0 to 9 are expected"),
+    "label -1": (lambda: batch(labels=[0, 1, 2, 3, 4, -1]), "labels -1 to 4"),
+    "labels as text": (lambda: batch(labels=["a"] * 6), "a list of whole numbers called labels"),
+    "no images": (lambda: batch(data=None), "an array called data"),
+    "cut short": (lambda: batch()[:-1000], "is truncated or corrupt"),
+    "empty": (lambda: b"", "is truncated or corrupt"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_BATCHES))
+@pytest.mark.parametrize("layout", ["cifar-10-batches-py", "cifar-10-python.tar.gz"])
+def test_bad_cifar_batches(tmp_path, small_cifar, layout, case):
+    make, message = BAD_BATCHES[case]
+    files = cifar_files(*made_cifar(ROWS), "python")
+    files["data_batch_3"] = make()
+    write_cifar(tmp_path, layout, files)
+    refused(
+        f2.data.CIFAR10(str(tmp_path), val=5), message, tmp_path / layout, "data_batch_3", "get it again from https://"
+    )
+
+
+def test_a_cifar_batch_that_would_run_a_program(tmp_path, small_cifar):
+    files = cifar_files(*made_cifar(ROWS), "python")
+    files["data_batch_2"] = pickle.dumps(Runs(tmp_path / "made"), 2)
+    write_cifar(tmp_path, "cifar-10-python.tar.gz", files)
+    refused(f2.data.CIFAR10(str(tmp_path), val=5), r"mkdir.*nothing of it was run", "data_batch_2")
+    assert listing(tmp_path) == ["cifar-10-python.tar.gz"]
+    assert not (tmp_path / "made").exists()
+
+
+BAD_BINARIES = {
+    "cut short": (lambda content: content[:-5], r"has 18433 bytes, no multiple of 3073"),
+    "a row too few": (lambda content: content[:-3073], r"\(5, 3072\) and 5 labels"),
+    "label 10": (lambda content: bytes([10]) + content[1:], "to 10; 0 to 9 are expected"),
+    "empty": (lambda content: b"", r"\(0, 3072\) and 0 labels"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_BINARIES))
+@pytest.mark.parametrize("layout", ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"])
+def test_bad_binary_cifar(tmp_path, small_cifar, layout, case):
+    change, message = BAD_BINARIES[case]
+    files = cifar_files(*made_cifar(ROWS), "binary")
+    files["test_batch.bin"] = change(files["test_batch.bin"])
+    write_cifar(tmp_path, layout, files)
+    refused(
+        f2.data.CIFAR10(str(tmp_path), val=5),
+        message,
+        tmp_path / layout,
+        "test_batch.bin",
+        "get it again from https://",
+    )
+
+
+def damaged(content, place, length=2):
+    return content[:place] + bytes(byte ^ 0xFF for byte in content[place : place + length]) + content[place + length :]
+
+
+BAD_ARCHIVES = {
+    "empty": lambda content: b"",
+    "cut in half": lambda content: content[: len(content) // 2],
+    "without its end": lambda content: content[:-9],
+    "damaged": lambda content: damaged(content, len(content) // 3),
+    "another checksum": lambda content: damaged(content, len(content) - 8),
+    "not compressed": lambda content: b"no archive",
+    "not a tar file": lambda content: gzip.compress(b"no tar file" * 100),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_ARCHIVES))
+@pytest.mark.parametrize("version", ["python", "binary"])
+def test_bad_cifar_archives(tmp_path, small_cifar, version, case):
+    path = tmp_path / f"cifar-10-{version}.tar.gz"
+    files = cifar_files(*made_cifar(ROWS), version)
+    inner = {"python": "py", "binary": "bin"}[version]
+    content = tar_gz({f"cifar-10-batches-{inner}/{name}": content for name, content in files.items()})
+    path.write_bytes(BAD_ARCHIVES[case](content))
+    refused(f2.data.CIFAR10(str(tmp_path), val=5), "truncated|corrupt", path, "get it again from https://")
+    assert listing(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("layout", ["cifar-10-batches-py", "cifar-10-python.tar.gz"])
+def test_missing_cifar_batches(tmp_path, small_cifar, layout):
+    files = cifar_files(*made_cifar(ROWS), "python")
+    del files["data_batch_4"]
+    write_cifar(tmp_path, layout, files)
+    refused(f2.data.CIFAR10(str(tmp_path), val=5), "lacks data_batch_4; it is incomplete", tmp_path / layout)
+
+
+@pytest.mark.parametrize("numbers", [{"val": 30}, {"val": 0}, {"val": 5, "count": 26}, {"val": 5, "test": 7}])
+def test_more_than_there_is(tmp_path, small_cifar, numbers):
+    write_cifar(tmp_path, "cifar-10-batches-py", cifar_files(*made_cifar(ROWS), "python"))
+    refused(f2.data.CIFAR10(str(tmp_path), **numbers), "do not fit 30 training and 6 test")
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (
+            lambda folder: f2.data.CIFAR10(folder),
+            (
+                "cifar-10-batches-py",
+                "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                "c58f30108f718f92721af3b",
+            ),
+        ),
+        (
+            lambda folder: f2.data.CelebA64(folder),
+            ("img_align_celeba.zip", "mmlab.ie.cuhk.edu.hk", "00d2c5bc6d35e252742224ab"),
+        ),
+        (lambda folder: f2.data.ImageNet64(folder), ("train_data_batch_10", "val_data", "https://image-net.org")),
+        (lambda folder: f2.data.ImageNet64(folder, "pictures"), ("train_64x64", "valid_64x64", "image-net.org/small")),
+        (
+            lambda folder: f2.data.EDMZip(folder + "/a.zip", 8),
+            ("a.zip", "https://github.com/NVlabs/edm", "dataset_tool.py"),
+        ),
+        (lambda folder: f2.data.ImageFolder(folder + "/a", 8), ("neither a folder nor a zip file",)),
+        (lambda folder: f2.data.FashionMNIST(folder), ("train-images-idx3-ubyte", "github.com/zalandoresearch")),
+    ],
+    ids=["cifar", "celeba", "imagenet", "pictures", "edm", "folder", "fashion"],
+)
+def test_missing_files_say_which_go_where(tmp_path, make, names):
+    with pytest.raises(FileNotFoundError) as error:
+        make(str(tmp_path)).setup()
+    for name in (*names, str(tmp_path)):
+        assert name in str(error.value)
+    assert listing(tmp_path) == []
+
+
+CELEBA = (7, 2, 2)
+
+
+@pytest.fixture
+def faces(tmp_path, monkeypatch):
+    monkeypatch.setattr(celeba, "COUNTS", dict(zip(celeba.SPLITS, CELEBA, strict=True)))
+    make_celeba(tmp_path, CELEBA, zipped=True)
+    return tmp_path
+
+
+def replace_text(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "arguments"),
+    [
+        (lambda f: replace_text(f / "list_eval_partition.txt", "000011.jpg 2\n", ""), "1 test images; 7 train", {}),
+        (lambda f: replace_text(f / "list_eval_partition.txt", "11.jpg 2", "11.jpg 3"), "line 11 of .*0, 1 or 2", {}),
+        (lambda f: (f / "list_eval_partition.txt").write_bytes(b"\xff\xfe\x00"), "is no text", {}),
+        (lambda f: None, "attribute='Smile'; .* has 5_o_Clock_Shadow, Smiling", {"attribute": "Smile"}),
+        (lambda f: replace_text(f / "list_attr_celeba.txt", "000011", "000099"), "lacks 1 of", {"attribute": "Young"}),
+        (
+            lambda f: replace_text(f / "list_attr_celeba.txt", "000011.jpg ", "000011.jpg 1 "),
+            "line 13",
+            {"attribute": "Young"},
+        ),
+        (lambda f: None, "crop of 200 x 200", {"crop": 200}),
+    ],
+    ids=[
+        "list cut short",
+        "no such split",
+        "list is no text",
+        "no such attribute",
+        "missing row",
+        "long row",
+        "large crop",
+    ],
+)
+def test_bad_celeba_lists(faces, change, message, arguments):
+    change(faces)
+    refused(f2.data.CelebA64(str(faces), **arguments), message, faces)
+
+
+def rewrite(path, name, content):
+    """Replace, or remove, a member of a zip file."""
+    with zipfile.ZipFile(path) as archive:
+        files = {n: archive.read(n) for n in archive.namelist()}
+    inner = next(n for n in files if n.endswith(name))
+    files[inner] = content
+    write_files(path, {n: c for n, c in files.items() if c is not None}, True)
+
+
+GRAY = np.zeros((218, 178), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "lacks 1 of 11 images"),
+        (picture(np.zeros((178, 218, 3), np.uint8), "jpeg"), "is 218 x 178 .*178 x 218 is expected"),
+        (picture(GRAY, "jpeg"), "has mode L"),
+        (picture(np.zeros((218, 178, 3), np.uint8), "jpeg")[:300], "cannot be read as an image"),
+        (b"", "cannot be read as an image"),
+    ],
+    ids=["missing", "turned", "grey", "cut short", "empty"],
+)
+def test_bad_celeba_images(faces, content, message):
+    rewrite(faces / "img_align_celeba.zip", "000005.jpg", content)
+    data = f2.data.CelebA64(str(faces), cache=str(faces / "arrays"))
+    refused(data, message, faces / "img_align_celeba.zip", "000005.jpg")
+    assert listing(faces) == ["img_align_celeba.zip", "list_attr_celeba.txt", "list_eval_partition.txt"]
+
+
+BAD_ZIPS = {
+    "empty": (lambda content: b"", "cannot be read as a zip file"),
+    "no zip file": (lambda content: b"<html>" * 50, "cannot be read as a zip file"),
+    "cut in half": (lambda content: content[: len(content) // 2], "cannot be read as a zip file"),
+    "without its end": (lambda content: content[:-10], "cannot be read as a zip file"),
+    "a pixel changed": (lambda content: damaged(content, 120, 1), "is damaged .its checksum is another"),
+    "a header changed": (lambda content: damaged(content, 1, 1), "is damaged .no file begins"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_ZIPS))
+def test_bad_zip_files(tmp_path, case):
+    change, message = BAD_ZIPS[case]
+    path = tmp_path / "a.zip"
+    make_edm(path)
+    path.write_bytes(change(path.read_bytes()))
+    refused(f2.data.EDMZip(str(path), 8, val=5), message, path, "get")
+
+
+def test_other_compressions_are_refused(tmp_path):
+    path = tmp_path / "a.zip"
+    write_files(path, {"a.png": picture(np.zeros((8, 8, 3), np.uint8))}, True, zipfile.ZIP_LZMA)
+    refused(f2.data.EDMZip(str(path), 8), "compressed by method 14.*unpack the zip file", path)
+
+
+def images_of(count=9):
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+
+
+def labelled(labels):
+    return json.dumps({"labels": labels}).encode()
+
+
+NAMES = [f"00000/img{row:08d}.png" for row in range(9)]
+BAD_EDM = {
+    "no list": ({"dataset.json": None}, "has no dataset.json, so no labels; set labels=False"),
+    "no json": ({"dataset.json": b"{"}, "is not .*make it again"),
+    "another json": ({"dataset.json": b"[1, 2]"}, "is not .*make it again"),
+    "no pairs": ({"dataset.json": labelled([1, 2])}, "is not .*make it again"),
+    "a label missing": (
+        {"dataset.json": labelled([[n, 0] for n in NAMES[1:]])},
+        "has no label for 1 of 9 .*img00000000",
+    ),
+    "a negative label": ({"dataset.json": labelled([[n, -1] for n in NAMES])}, "the label -1; whole numbers from 0"),
+    "a vector": ({"dataset.json": labelled([[n, [0.5, 1.0]] for n in NAMES])}, r"the label \[0.5, 1.0\]"),
+    "another size": (
+        {NAMES[4]: picture(np.zeros((8, 9, 3), np.uint8))},
+        "img00000004.png is 9 x 8 .*8 x 8 is expected",
+    ),
+    "grey": ({NAMES[4]: picture(np.zeros((8, 8), np.uint8))}, "img00000004.png has mode L"),
+    "with alpha": ({NAMES[4]: picture(np.zeros((8, 8, 4), np.uint8))}, "img00000004.png has mode RGBA"),
+    "cut short": ({NAMES[4]: picture(images_of()[4])[:90]}, "img00000004.png cannot be read as an image"),
+    "another file": ({"model.pkl": b"x"}, "holds 1 file of other types .model.pkl"),
+    "no images": (dict.fromkeys(NAMES), "holds no images"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_EDM))
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+def test_bad_edm_files(tmp_path, zipped, case):
+    changes, message = BAD_EDM[case]
+    files = {n: c for n, c in (edm_files(images_of(), range(9)) | changes).items() if c is not None}
+    write_files(tmp_path / "a.zip", files, zipped)
+    data = f2.data.EDMZip(str(tmp_path / "a.zip"), 8, labels=True, val=2, test=2, cache=str(tmp_path / "arrays"))
+    before = listing(tmp_path)
+    refused(data, message, tmp_path / "a.zip")
+    assert listing(tmp_path) == before
+
+
+def test_a_bad_file_is_named_in_a_worker_too(tmp_path):
+    files = edm_files(images_of(), range(9)) | {NAMES[4]: picture(np.zeros((8, 9, 3), np.uint8))}
+    write_files(tmp_path / "a.zip", files, True)
+    data = f2.data.EDMZip(str(tmp_path / "a.zip"), 8, val=2, test=2, num_workers=2, batch_size=2)
+    with pytest.raises(ValueError, match=r"img00000004.png is 9 x 8"):
+        load_all(data)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: f2.data.EDMZip(path, 16), "is 8 x 8 .*16 x 16 is expected"),
+        (lambda path: f2.data.EDMZip(path, 8, 1), "mode RGB, but the model is for mode L"),
+        (lambda path: f2.data.EDMZip(path, 8, 4).setup(), "channels=4; 1 .grey. or 3"),
+        (lambda path: f2.data.EDMZip(path, 0), "at least 1 pixel"),
+        (lambda path: f2.data.ImageFolder(path, 4), "holds 1 file of other types .dataset.json"),
+        (lambda path: f2.data.ImageFolder(path, 8, crop=-3), "at least 1 pixel"),
+        (lambda path: f2.data.ImageFolder(path, 8, crop="round"), "crop='round'; a number of pixels, 'square' or None"),
+        (lambda path: f2.data.ImageFolder(path, 8, resize="nearest"), "resize='nearest'; box, bilinear"),
+        (lambda path: f2.data.ImageNet64(path, "2016"), "version='2016'; 'batches'"),
+    ],
+)
+def test_unfit_arguments(tmp_path, make, message):
+    make_edm(tmp_path / "a.zip")
+    with pytest.raises(ValueError, match=message):
+        make(str(tmp_path / "a.zip")).setup()
+
+
+def test_classes_of_a_folder(tmp_path):
+    image = picture(images_of()[0])
+    write_files(tmp_path / "train", {"a/1.png": image, "b/2.png": image, "a/3.png": image}, False)
+    write_files(tmp_path / "test", {"a/1.png": image, "c/2.png": image}, False)
+    arguments = {"size": 8, "labels": True, "val": 1, "test": None}
+    other = f2.data.ImageFolder(str(tmp_path / "train"), test_folder=str(tmp_path / "test"), **arguments)
+    refused(other, r"test/c/2.png is in no folder of a class \(a, b\)")
+    write_files(tmp_path / "train", {"4.png": image}, False)
+    refused(
+        f2.data.ImageFolder(str(tmp_path / "train"), **arguments), r"train/4.png is in no folder of a class \(a, b\)"
+    )
+
+
+COUNTS = (3, 2, 2, 2, 2, 2, 2, 2, 2, 4)
+
+
+@pytest.fixture
+def small_imagenet(monkeypatch):
+    monkeypatch.setattr(imagenet, "BATCH_COUNTS", {"train": 23, "valid": 6})
+    monkeypatch.setattr(imagenet, "PICTURE_COUNTS", {"train": 23, "valid": 6})
+
+
+def imagenet_content(kind, columns=12288, rows=2, labels=(1, 2)):
+    return imagenet_batch(np.ones((rows, columns), np.uint8), np.array(labels), kind)
+
+
+def npz_of_objects(path):
+    made = io.BytesIO()
+    np.savez(made, data=np.array([Runs(path)], object), labels=np.array([1]))
+    return made.getvalue()
+
+
+BAD_IMAGENET = {
+    "cut short": (lambda kind, _: imagenet_content(kind)[:-500], "truncated or corrupt"),
+    "empty": (lambda kind, _: b"", "truncated or corrupt"),
+    "text": (lambda kind, _: b"<html>404</html>", "truncated or corrupt"),
+    "damaged": (lambda kind, _: damaged(imagenet_content(kind), 30, 40), "truncated or corrupt"),
+    "32 pixels": (lambda kind, _: imagenet_content(kind, 3072), r"has uint8 \(2, 3072\) as data"),
+    "label 0": (lambda kind, _: imagenet_content(kind, labels=(0, 1)), "labels 0 to 1; 1 to 1000 are expected"),
+    "label 1001": (lambda kind, _: imagenet_content(kind, labels=(7, 1001)), "labels 7 to 1001"),
+    "too few labels": (lambda kind, _: imagenet_content(kind, labels=(7,)), r"2 images and int64 \(1,\) as labels"),
+    "another number": (lambda kind, _: imagenet_content(kind, rows=1, labels=(7,)), "hold 22 images; 23 are expected"),
+    "a program": (
+        lambda kind, path: npz_of_objects(path) if kind == "npz" else pickle.dumps(Runs(path), 2),
+        "holds object; integers|nothing of it was run",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_IMAGENET))
+@pytest.mark.parametrize("kind", ["npz", "python2"])
+def test_bad_imagenet_batches(tmp_path, small_imagenet, kind, case):
+    make, message = BAD_IMAGENET[case]
+    make_imagenet_batches(tmp_path, COUNTS, 6, kind)
+    path = tmp_path / ("train_data_batch_6.npz" if kind == "npz" else "train_data_batch_6")
+    path.write_bytes(make(kind, tmp_path / "made"))
+    before = listing(tmp_path)
+    names = () if case == "another number" else (path,)
+    refused(f2.data.ImageNet64(str(tmp_path), val=5), message, "again from https://image-net.org", *names)
+    # nothing is left but the arrays of the other part, which are whole
+    left = {*listing(tmp_path)} - {*before}
+    assert len(left) == 2
+    assert all(name.startswith("cache/valid-") and name.endswith(".npy") for name in left)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "valid_64x64/0000003.png").unlink(), "holds 5 images; 6 are expected"),
+        (lambda folder: (folder / "train_64x64/notes.txt").write_text("x"), "other types .notes.txt"),
+        (
+            lambda folder: (folder / "train_64x64/0000003.png").write_bytes(picture(np.zeros((32, 32, 3), np.uint8))),
+            "0000003.png is 32 x 32 .*64 x 64 is expected",
+        ),
+        (lambda folder: (folder / "train_64x64/0000003.png").write_bytes(b"\x89PNG"), "0000003.png cannot be read"),
+    ],
+    ids=["one missing", "another file", "another size", "no image"],
+)
+def test_bad_imagenet_pictures(tmp_path, small_imagenet, change, message):
+    make_imagenet_pictures(tmp_path, 23, 6, zipped=False)
+    change(tmp_path)
+    refused(f2.data.ImageNet64(str(tmp_path), "pictures", val=5, cache=str(tmp_path / "arrays")), message, tmp_path)
+    assert not [name for name in listing(tmp_path) if name.startswith("arrays") and "valid" not in name]
+
+
+def reader(folder, count=20):
+    write_files(folder, {f"{n:02d}.png": picture(i) for n, i in enumerate(images_of(count))}, False)
+    store = open_store(folder)
+    return ImageReader(store, range(count), 3, Framing(8))
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNK", 4)
+    values = reader(tmp_path / "images")
+    read = ImageReader.read
+
+    def interrupted(self, rows):
+        if 12 in rows:
+            assert [name for name in os.listdir(tmp_path / "arrays") if ".part-" in name]
+            raise KeyboardInterrupt
+        return read(self, rows)
+
+    monkeypatch.setattr(ImageReader, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.cached(values, tmp_path / "arrays", "made")
+    assert listing(tmp_path / "arrays") == []
+    monkeypatch.undo()
+    # what a process that was killed leaves is removed, and nothing else that may be there
+    path = tmp_path / "arrays" / f"made-{cache.digest(values.fingerprint())}.npy"
+    path.with_name(f"{path.name}.part-12-0a1b2c3d").write_bytes(b"half")
+    other = path.with_name("other.npy.part-12-0a1b2c3d")
+    other.write_bytes(b"half")
+    assert torch.equal(cache.cached(values, tmp_path / "arrays", "made")[:], values[:])
+    assert listing(tmp_path / "arrays") == [path.name, other.name]
+
+
+def test_several_processes_convert_once(tmp_path, monkeypatch):
+    values, count = reader(tmp_path / "images"), []
+    read = ImageReader.read
+    monkeypatch.setattr(cache, "CHUNK", 4)
+
+    def counted(self, rows):
+        count.extend(rows)
+        return read(self, rows)
+
+    monkeypatch.setattr(ImageReader, "read", counted)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(cache.cached(values, tmp_path / "arrays", "made")[:]))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(count) == list(range(20))
+    assert len(found) == 4
+    assert all(torch.equal(value, found[0]) for value in found)
+    assert len(listing(tmp_path / "arrays")) == 1
+
+
+def test_a_cache_is_of_its_images_and_their_framing(tmp_path):
+    values = reader(tmp_path / "images")
+    cache.cached(values, tmp_path / "arrays", "made")
+    smaller = ImageReader(values.store, range(20), 3, Framing(4, resize="box"))
+    assert cache.cached(smaller, tmp_path / "arrays", "made").shape == (20, 3, 4, 4)
+    fewer = ImageReader(values.store, range(1, 20), 3, Framing(8))
+    assert cache.cached(fewer, tmp_path / "arrays", "made").shape == (19, 3, 8, 8)
+    (tmp_path / "images" / "03.png").write_bytes(picture(255 - images_of()[3]))
+    changed = cache.cached(
+        ImageReader(open_store(tmp_path / "images"), range(20), 3, Framing(8)), tmp_path / "arrays", "made"
+    )
+    assert torch.equal(changed[3], 255 - values[:0].new_tensor(images_of()[3]).permute(2, 0, 1))
+    assert len(listing(tmp_path / "arrays")) == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    [lambda c: c[:-100], lambda c: b"", lambda c: b"no array", lambda c: c[:40]],
+    ids=["cut short", "empty", "another format", "cut in its head"],
+)
+def test_a_damaged_array_is_refused(tmp_path, content):
+    values = reader(tmp_path / "images")
+    path = cache.cached(values, tmp_path / "arrays", "made").path
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(ValueError, match="remove it, and make it again") as error:
+        cache.cached(values, tmp_path / "arrays", "made")
+    assert str(path) in str(error.value)
+
+
+def test_arrays_of_objects_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([Runs(tmp_path / "made")], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"a.npy cannot be read as a NumPy file of plain numbers: it holds object"):
+        StoredValues(tmp_path / "a.npy")
+    assert not (tmp_path / "made").exists()
+
+
+def test_parts_that_do_not_make_up_an_array(tmp_path):
+    path = tmp_path / "a.npy"
+    for parts, message in (
+        ([np.zeros((2, 3), np.uint8)], "2 rows came"),
+        ([np.zeros((4, 2), np.uint8)], r"a part has uint8 \(4, 2\)"),
+        ([np.zeros((4, 3))], r"a part has float64 \(4, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.write_array(path, (4, 3), parts)
+    assert listing(tmp_path) == []
+
+
+def test_links_to_folders_are_refused(tmp_path):
+    reader(tmp_path / "images")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "link").symlink_to(tmp_path / "images")
+    refused(f2.data.ImageFolder(str(tmp_path / "all"), 8), "is a link to a folder; links are not followed")
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    image = picture(images_of()[0])
+    files = {"a.png": image, ".b.png": b"x", "__MACOSX/._a.png": b"x", ".cache/c.txt": b"x"}
+    write_files(tmp_path / "a.zip", files, True)
+    assert open_store(tmp_path / "a.zip").names == ["a.png"]
+    write_files(tmp_path / "a", {n: c for n, c in files.items() if not n.startswith("__")}, False)
+    assert open_store(tmp_path / "a").names == ["a.png"]
+
+
+def test_the_batches_are_six():
+    assert cifar.BATCHES == CIFAR_BATCHES

@@ -1,0 +1,434 @@
+"""Closed forms: Gaussian map and baseline, mixtures, paths."""
+
+import itertools
+import math
+
+import numpy
+import pytest
+import torch
+
+from f2d2_lightning import GaussianBaseline
+from f2d2_lightning.divergence.estimators import jacobian_product
+from f2d2_lightning.flows import GaussianFlow, LinearPath, TrigonometricPath
+from problems import PROBLEMS, rotation, trace, z_score
+
+PAIRS = [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (0.9, 0.35), (0.0, 0.01), (1.0, 0.99)]
+close = torch.testing.assert_close
+
+
+def times(pair, count=5):
+    return torch.full((count,), pair[0]), torch.full((count,), pair[1])
+
+
+@pytest.mark.parametrize("path", [LinearPath(), TrigonometricPath()], ids=["linear", "trigonometric"])
+class TestPath:
+    def test_ends(self, path):
+        ends = torch.tensor([0.0, 1.0])
+        close(path.alpha(ends), ends)
+        close(path.sigma(ends), 1 - ends)
+
+    @pytest.mark.parametrize("name", ["alpha", "sigma"])
+    def test_slope_is_the_divided_difference(self, path, name):
+        f, f_slope = getattr(path, name), getattr(path, f"{name}_slope")
+        s, t = torch.rand(50), torch.rand(50)
+        close(f_slope(s, t), (f(t) - f(s)) / (t - s), rtol=1e-10, atol=1e-10)
+        t.requires_grad_(True)
+        (derivative,) = torch.autograd.grad(f(t).sum(), t)
+        close(f_slope(t, t).detach(), derivative)
+
+    def test_conditional_velocity_is_the_derivative_of_the_state(self, path):
+        data, noise, t, h = torch.randn(6, 1, 2, 2), torch.randn(6, 1, 2, 2), 0.1 + 0.8 * torch.rand(6), 1e-5
+        difference = (path.sample(data, noise, t + h) - path.sample(data, noise, t - h)) / (2 * h)
+        close(path.conditional_velocity(data, noise, t), difference, rtol=1e-7, atol=1e-7)
+
+
+def test_velocity_is_the_analytic_one(problem):
+    t = torch.linspace(0, 1, 11)
+    x = problem.states_at(t) + 0.3
+    close(problem.field.velocity(x, t), problem.velocity(x, t), rtol=1e-9, atol=1e-9)
+
+
+def test_log_prob_is_that_of_torch_distributions(problem):
+    t = torch.linspace(0, 1, 11)
+    x = problem.states_at(t) + 0.3
+    log_prob = problem.baseline.log_prob if len(problem.weights) == 1 else problem.field.log_prob
+    close(log_prob(x, t), problem.log_prob(x, t), rtol=1e-9, atol=1e-9)
+
+
+def test_velocity_carries_the_density(problem):
+    """Continuity equation: ``d/dt log p + v . grad log p + div v = 0``."""
+    t = torch.linspace(0.02, 0.98, 12).requires_grad_(True)
+    x = problem.states_at(t.detach()).requires_grad_(True)
+    d_x, d_t = torch.autograd.grad(problem.log_prob(x, t).sum(), (x, t))
+    v = problem.field.velocity(x, t).detach()
+    divergence = trace(lambda y: problem.field.velocity(y, t.detach()), x)
+    assert divergence.abs().min() > 1e-3
+    close(d_t + (v * d_x).flatten(1).sum(-1), -divergence, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+class TestGaussianMap:
+    def test_direct_formula(self, gaussian, pair):
+        s, t = times(pair)
+        x = gaussian.states(5, pair[0])
+        u, divergence = gaussian.field(x, s, t)
+        state, change = gaussian.jump(x, s, t)
+        gap = (t - s).reshape(-1, *(1 for _ in gaussian.shape))
+        close(u, (state - x) / gap, rtol=1e-8, atol=1e-8)
+        close(divergence, -change / (t - s), rtol=1e-8, atol=1e-8)
+        assert divergence.abs().min() > 0.01
+
+    def test_divergence_is_the_log_determinant_of_the_map(self, gaussian, pair):
+        s, t = times(pair, 1)
+        x = gaussian.states(1, pair[0])
+        jump = gaussian.field.jump(x, s, t)
+        jacobian = torch.autograd.functional.jacobian(lambda y: gaussian.field.jump(y, s, t).state, x)
+        log_det = torch.linalg.slogdet(jacobian.reshape(gaussian.dim, gaussian.dim)).logabsdet
+        close(jump.log_prob_change, -log_det[None], rtol=1e-9, atol=1e-9)
+
+    def test_jump_moves_the_log_density(self, gaussian, pair):
+        s, t = times(pair)
+        x = gaussian.states(5, pair[0])
+        state, change = gaussian.field.jump(x, *pair)
+        close(gaussian.log_prob(x, s) + change, gaussian.log_prob(state, t), rtol=1e-9, atol=1e-9)
+
+    def test_round_trip(self, gaussian, pair):
+        x = gaussian.states(5, pair[0])
+        there = gaussian.field.jump(x, *pair)
+        back = gaussian.field.jump(there.state, *pair[::-1])
+        close(back.state, x, rtol=1e-10, atol=1e-10)
+        close(back.log_prob_change, -there.log_prob_change, rtol=1e-10, atol=1e-10)
+
+    def test_velocity_is_the_derivative_of_the_map_in_time(self, gaussian, pair):
+        s, h = pair[0], 1e-5
+        middle = 0.5 * sum(pair)
+        x = gaussian.states(5, s)
+        ahead, behind = gaussian.field.jump(x, s, middle + h), gaussian.field.jump(x, s, middle - h)
+        state = gaussian.field.jump(x, s, middle).state
+        close(gaussian.field.velocity(state, middle), (ahead.state - behind.state) / (2 * h), rtol=1e-6, atol=1e-6)
+        change = (ahead.log_prob_change - behind.log_prob_change) / (2 * h)
+        close(gaussian.field.divergence(state, middle), -change, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.8, 1.0])
+def test_diagonal_is_the_limit(gaussian, t):
+    x = gaussian.states(5, t)
+    u, divergence = gaussian.field(x, t, t)
+    close(divergence, gaussian.divergence(x, torch.full((5,), t)), rtol=1e-9, atol=1e-9)
+    close(u, gaussian.velocity(x, torch.full((5,), t)), rtol=1e-9, atol=1e-9)
+    for h in (1e-3, 1e-6, 1e-9, 1e-12):
+        beside = t - h if t > 0.5 else t + h
+        close(gaussian.field(x, t, beside).velocity, u, rtol=0, atol=1e3 * h + 1e-13 * float(u.abs().max() + 1))
+        close(gaussian.field(x, t, beside).divergence, divergence, rtol=0, atol=1e4 * h + 1e-11)
+
+
+def baselines(gaussian):
+    """The three covariances, each with its own Gaussian."""
+    mean, full = gaussian.means[0], gaussian.covariances[0]
+    yield GaussianBaseline.from_covariance(mean, full, gaussian.path, gaussian.shape), full
+    for kind, variances in (("diagonal", full.diagonal()), ("isotropic", full.diagonal().mean().expand(gaussian.dim))):
+        baseline = GaussianBaseline.standard(gaussian.shape, kind, gaussian.path)
+        baseline.mean.copy_(mean)
+        baseline.variances.copy_(variances[: len(baseline.variances)])
+        yield baseline, torch.diag(variances)
+
+
+def test_every_covariance_is_the_full_one(gaussian):
+    s, t = torch.rand(6), torch.rand(6)
+    x, v = gaussian.states_at(s), torch.randn(6, *gaussian.shape)
+    for baseline, covariance in baselines(gaussian):
+        full = GaussianBaseline.from_covariance(gaussian.means[0], covariance, gaussian.path, gaussian.shape)
+        for name, arguments in {
+            "average_velocity": (x, s, t),
+            "divergence": (s, t),
+            "clock": (t,),
+            "jacobian_product": (v, s, t),
+            "log_prob": (x, t),
+        }.items():
+            close(getattr(baseline, name)(*arguments), getattr(full, name)(*arguments), rtol=1e-9, atol=1e-9)
+
+
+def test_identities(gaussian):
+    """Semigroup, Lagrangian and Eulerian, for u and D, with derivatives by central differences."""
+    s, m, t = (0.05 + 0.9 * torch.rand(8) for _ in range(3))
+    h = 1e-5
+    for baseline, _ in baselines(gaussian):
+        flow = GaussianFlow(baseline)
+        x = gaussian.states_at(s)
+        wide = lambda time, x=x: time.reshape(-1, *(1 for _ in x.shape[1:]))  # noqa: E731
+        pair, here = flow(x, s, t), flow(x, s, s)
+        landed = flow.jump(x, s, t).state
+        there = flow(landed, t, t)
+        first, second = flow(x, s, m), flow(flow.jump(x, s, m).state, m, t)
+        for part, scale in (("velocity", wide), ("divergence", lambda time: time)):
+            f = lambda *arguments, flow=flow, part=part: getattr(flow(*arguments), part)  # noqa: E731
+            whole = scale(m - s) * getattr(first, part) + scale(t - m) * getattr(second, part)
+            close(scale(t - s) * getattr(pair, part), whole, rtol=1e-9, atol=1e-9)
+            d_t = (f(x, s, t + h) - f(x, s, t - h)) / (2 * h)
+            close(getattr(pair, part), getattr(there, part) - scale(t - s) * d_t, rtol=1e-6, atol=1e-6)
+            v = here.velocity
+            d_s = (f(x + h * v, s + h, t) - f(x - h * v, s - h, t)) / (2 * h)
+            close(getattr(pair, part), getattr(here, part) + scale(t - s) * d_s, rtol=1e-6, atol=1e-6)
+
+
+def test_jacobian_product_and_whitening(gaussian):
+    s, t = torch.rand(4), torch.rand(4)
+    x, v = gaussian.states_at(s), torch.randn(4, *gaussian.shape)
+    _, product = torch.autograd.functional.jvp(lambda y: gaussian.baseline.average_velocity(y, s, t), x, v)
+    close(gaussian.baseline.jacobian_product(v, s, t), product)
+    close(gaussian.baseline.from_axes(gaussian.baseline.to_axes(x)), x)
+    means, covariances = gaussian.moments(s)
+    squared = ((x.flatten(1) - means[:, 0])[:, None] @ torch.linalg.inv(covariances[:, 0])).squeeze(1)
+    mahalanobis = (squared * (x.flatten(1) - means[:, 0])).sum(-1)
+    close(gaussian.baseline.whiten(x, s).square().sum(-1), mahalanobis)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "isotropic"])
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 1)])
+def test_fit_is_the_moments(kind, shape):
+    dim = math.prod(shape)
+    data = 100 + torch.randn(500, dim) @ (rotation(dim, 1) * torch.linspace(0.2, 2, dim)).T
+    images = data.reshape(-1, *shape)
+    baseline = GaussianBaseline(shape, kind).fit(batch for batch in images.split(64))
+    covariance = torch.cov(data.T)
+    if kind == "diagonal":
+        covariance = torch.diag(covariance.diagonal())
+    elif kind == "isotropic":
+        covariance = covariance.diagonal().mean() * torch.eye(dim)
+    close(baseline.mean, data.mean(0))
+    axes = torch.eye(dim) if baseline.axes is None else baseline.axes
+    close((axes * baseline.variances) @ axes.T, covariance, rtol=1e-6, atol=1e-7)
+    assert bool(baseline.fitted)
+
+
+def test_fit_keeps_a_floor():
+    baseline = GaussianBaseline((2,)).fit([torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]])], floor=1e-3)
+    close(baseline.variances.min(), torch.tensor(1e-3))
+    assert baseline.divergence(torch.zeros(1), torch.ones(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "isotropic"])
+def test_state_dict_round_trip(kind):
+    data = torch.randn(50, 3) @ rotation(3, 2) * 2 + 1
+    fitted = GaussianFlow(GaussianBaseline((3,), kind).fit([data]))
+    loaded = GaussianFlow(GaussianBaseline.standard((3,), kind))
+    x, s, t = torch.randn(4, 3), torch.rand(4), torch.rand(4)
+    assert not bool(loaded.baseline.fitted)
+    assert not torch.equal(loaded(x, s, t).velocity, fitted(x, s, t).velocity)
+    loaded.load_state_dict(fitted.state_dict())
+    assert bool(loaded.baseline.fitted)
+    for a, b in zip(loaded(x, s, t), fitted(x, s, t), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "isotropic"])
+@pytest.mark.parametrize("pair", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.6, 0.6001)], ids=str)
+def test_single_precision(kind, pair):
+    data = torch.randn(200, 3) @ (rotation(3, 2) * torch.tensor([0.03, 0.4, 2.0])).T + 1
+    double = GaussianFlow(GaussianBaseline((3,), kind).fit([data]))
+    single = GaussianFlow(GaussianBaseline((3,), kind).fit([data])).float()
+    x = torch.randn(4, 3)
+    for a, b in zip(single(x.float(), *pair), double(x, *pair), strict=True):
+        assert a.dtype == torch.float32
+        close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", [(0.0, 1.0), (1.0, 0.0)], ids=str)
+def test_narrow_axes_in_single_precision(pair):
+    """Pixels that hold dequantization noise only: 8-bit data on [-1, 1] have a variance of 5e-6 there."""
+    dim, variance = 100, (2 / 256) ** 2 / 12
+    baseline = GaussianBaseline((dim,), "isotropic")
+    baseline.variances.fill_(variance)
+    factor = variance**0.5 if pair[1] == 1 else variance**-0.5
+    x = torch.ones(1, dim) / factor**0.5
+    single = GaussianFlow(baseline.float())
+    close(
+        single(x.float(), *pair).divergence.double() * (pair[1] - pair[0]),
+        torch.tensor([dim * math.log(factor)]),
+        rtol=1e-5,
+        atol=0.0,
+    )
+    close(single.jump(x.float(), *pair).state.double(), x * factor, rtol=1e-4, atol=0.0)
+
+
+def test_mixture_samples_have_its_moments(mixture):
+    x = mixture.field.sample(20000).flatten(1)
+    mean = mixture.weights @ mixture.means
+    spread = mixture.means - mean
+    covariance = torch.einsum("k,kij->ij", mixture.weights, mixture.covariances) + (spread.T * mixture.weights) @ spread
+    assert z_score(x, mean).abs().max() < 4.5
+    products = (x - mean)[:, :, None] * (x - mean)[:, None]
+    assert z_score(products.flatten(1), covariance.flatten()).abs().max() < 4.5
+
+
+def test_problems_are_not_too_easy():
+    """Guards the guards: rotated Jacobians and divergences away from zero."""
+    for make, t in itertools.product(PROBLEMS.values(), (0.2, 0.8)):
+        problem = make()
+        x, time = problem.states(64, t), torch.full((64,), t)
+        rows = torch.func.vmap(torch.func.jacrev(lambda y, s, p=problem: p.velocity(y[None], s[None])[0]))(x, time)
+        jacobian = rows.reshape(64, problem.dim, problem.dim)
+        assert (jacobian - torch.diag_embed(jacobian.diagonal(dim1=1, dim2=2))).abs().amax((1, 2)).mean() > 0.1
+        assert problem.divergence(x, time).abs().mean() > 0.3
+
+
+ANGLE_PAIRS = [(1.0, 0.0), (0.0, 1.0), (0.0, 0.9), (1.0, 0.995), (0.98, 0.3), (0.5, 0.5001), (0.7, 0.7 - 1e-9)]
+SPREAD = torch.tensor([2.0, 1e-4, 0.3, 40.0], dtype=torch.float64)  # variances, not in order
+CURVES = pytest.mark.parametrize("path", [LinearPath(), TrigonometricPath()], ids=["linear", "trigonometric"])
+
+
+def spread(path, kind="full"):
+    """A fit with narrow and wide axes."""
+    if kind == "full":
+        axes = rotation(4, 5)
+        return GaussianBaseline.from_covariance(torch.linspace(-1, 2, 4), (axes * SPREAD) @ axes.T, path)
+    baseline = GaussianBaseline((4,), kind, path)
+    baseline.mean.copy_(torch.linspace(-1, 2, 4))
+    baseline.variances.copy_(SPREAD if kind == "diagonal" else SPREAD[1:2])
+    return baseline
+
+
+def coefficients(path, t):
+    """``alpha, sigma`` and their derivatives, not by the package."""
+    if isinstance(path, LinearPath):
+        return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+    a, b = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
+    return a, b, math.pi / 2 * b, -math.pi / 2 * a
+
+
+def angles(path, t, variances):
+    a, b, _, _ = coefficients(path, t)
+    return math.pi / 2 - torch.atan(b[:, None] / (a[:, None] * variances.sqrt()))
+
+
+def angular_velocity(path, t, variances):
+    a, b, da, db = (c[..., None] for c in coefficients(path, t))
+    return variances.sqrt() * (da * b - a * db) / (b**2 + a**2 * variances)
+
+
+@CURVES
+@pytest.mark.parametrize("kind", ["full", "diagonal", "isotropic"])
+class TestAngle:
+    def test_angle(self, path, kind):
+        baseline, t = spread(path, kind), torch.linspace(0, 1, 21)
+        close(baseline.angle(t), angles(path, t, baseline.variances), rtol=1e-9, atol=1e-9)
+        close(baseline.angle(torch.tensor([0.0])), torch.zeros(1, len(baseline.variances)))
+        close(baseline.angle(torch.tensor([1.0])), torch.full((1, len(baseline.variances)), math.pi / 2))
+
+    def test_rate_is_the_difference_of_angles(self, path, kind):
+        baseline = spread(path, kind)
+        pairs = torch.tensor([pair for pair in ANGLE_PAIRS if abs(pair[1] - pair[0]) > 1e-3])
+        s, t = torch.cat((pairs, 0.98 * torch.rand(200, 2))).T
+        difference = angles(path, t, baseline.variances) - angles(path, s, baseline.variances)
+        close(baseline.angle_rate(s, t), difference / (t - s)[:, None], rtol=1e-9, atol=1e-9)
+        assert bool((baseline.angle_rate(s, t) > 0).all())
+        close(baseline.angle_rate(s, t), baseline.angle_rate(t, s), rtol=1e-12, atol=0.0)
+
+    def test_rate_near_the_diagonal(self, path, kind):
+        """The mean angular velocity, by quadrature, across the switch from the series to the arctangent."""
+        baseline = spread(path, kind)
+        gaps = torch.logspace(-13, -2.5, 40).repeat_interleave(4)
+        s = torch.tensor([0.0, 0.4, 0.9, 1.0]).repeat(40)
+        t = torch.where(s > 0.5, s - gaps, s + gaps)
+        nodes, weights = (torch.as_tensor(part) for part in numpy.polynomial.legendre.leggauss(12))
+        between = s[:, None] + (t - s)[:, None] * (nodes + 1) / 2
+        mean = (angular_velocity(path, between, baseline.variances) * weights[:, None]).sum(1) / 2
+        close(baseline.angle_rate(s, t), mean, rtol=1e-10, atol=0.0)
+
+    def test_rate_on_the_diagonal(self, path, kind):
+        baseline, t = spread(path, kind), torch.linspace(0, 1, 21)
+        close(baseline.angle_rate(t, t), angular_velocity(path, t, baseline.variances), rtol=1e-12, atol=0.0)
+
+    @pytest.mark.parametrize("which", ["s", "t"])
+    def test_time_derivative(self, path, kind, which):
+        baseline, h = spread(path, kind), 1e-6
+        s = torch.tensor([0.1, 0.9, 0.5, 0.5, 0.995, 1 - 2e-6, 2e-6, 0.99])
+        t = torch.tensor([0.8, 0.2, 0.5, 0.5 + 1e-7, 0.99, 2e-6, 1 - 2e-6, 0.995])
+        function = {"s": lambda a: baseline.angle_rate(a, t), "t": lambda a: baseline.angle_rate(s, a)}[which]
+        at = {"s": s, "t": t}[which]
+        with torch.no_grad():
+            value, product = jacobian_product(function, at, torch.ones_like(at))
+        expected = (function(at + h) - function(at - h)) / (2 * h)
+        scale = value.amax() if kind == "isotropic" else value.amax(0)
+        close(product / scale, expected / scale, rtol=1e-5, atol=1e-7)
+        leaf = at.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(function(leaf).sum(), leaf)
+        close(gradient, product.sum(-1))
+
+    def test_diagonal_derivative_is_half_the_angular_acceleration(self, path, kind):
+        baseline, h = spread(path, kind), 1e-6
+        t = torch.tensor([0.1, 0.6, 0.98])
+        _, product = jacobian_product(lambda a: baseline.angle_rate(t, a), t, torch.ones(3))
+        ahead, behind = (angular_velocity(path, t + d, baseline.variances) for d in (h, -h))
+        close(product, (ahead - behind) / (4 * h), rtol=1e-6, atol=1e-6)
+
+    def test_clock_is_the_mean_angle(self, path, kind):
+        baseline, t = spread(path, kind), torch.linspace(0, 1, 101)
+        clock = baseline.clock(t)
+        close(clock, angles(path, t, baseline.variances).mean(-1) / (math.pi / 2), rtol=1e-9, atol=1e-9)
+        close(clock[[0, -1]], torch.tensor([0.0, 1.0]))
+        assert bool((clock.diff() > 0).all())
+
+    @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+    def test_drawn_times_have_the_clocks_density(self, path, kind, share):
+        """Stratified: the k-th of n times lies in the k-th n-th of the distribution, anywhere in it."""
+        baseline, count = spread(path, kind), 400
+        drawn = torch.stack([baseline.draw_times(count, share).double() for _ in range(50)])
+        assert float(drawn.min()) >= 0
+        assert float(drawn.max()) <= 1
+        clock = angles(path, drawn.flatten(), baseline.variances).mean(-1) / (math.pi / 2)
+        level = (1 - share) * clock.reshape(drawn.shape) + share * drawn
+        within = level.sort(-1).values * count - torch.arange(count)
+        # narrow axes turn within a few cells of the table that is inverted
+        assert float(within.min()) > -0.3
+        assert float(within.max()) < 1.3
+        close(float(within.mean()), 0.5, rtol=0.0, atol=0.06)
+        close(float(within.var()), 1 / 12, rtol=0.1, atol=0.0)
+
+    def test_unwhiten_inverts_whiten(self, path, kind):
+        baseline, t = spread(path, kind), torch.tensor([0.0, 0.3, 0.9, 1.0])
+        x, z = torch.randn(4, 4), torch.randn(4, 4)
+        close(baseline.unwhiten(baseline.whiten(x, t), t), x)
+        close(baseline.whiten(baseline.unwhiten(z, t), t), z)
+
+    def test_whitened_coordinates_stand_still(self, path, kind):
+        baseline = spread(path, kind)
+        s, t = torch.tensor([1.0, 0.0, 0.8, 0.2]), torch.tensor([0.0, 1.0, 0.1, 0.99])
+        x = baseline.unwhiten(torch.randn(4, 4), s)
+        landed = GaussianFlow(baseline).jump(x, s, t).state
+        close(baseline.whiten(landed, t), baseline.whiten(x, s), rtol=1e-9, atol=1e-9)
+
+
+def test_unwhitened_images_have_the_marginals_moments(gaussian):
+    t = torch.full((20000,), 0.6)
+    x = gaussian.baseline.unwhiten(torch.randn(20000, gaussian.dim), t)
+    assert x.shape[1:] == gaussian.shape
+    means, covariances = gaussian.moments(t[:1])
+    assert z_score(x.flatten(1), means[0, 0]).abs().max() < 4.5
+    centered = x.flatten(1) - means[0, 0]
+    products = (centered[:, :, None] * centered[:, None]).flatten(1)
+    assert z_score(products, covariances[0, 0].flatten()).abs().max() < 4.5
+
+
+def test_default_share_of_uniform_times():
+    """A quarter, so that no stretch of time starves where the clock stands still."""
+    baseline = GaussianBaseline((1,), "isotropic")
+    baseline.variances.fill_(1e-8)
+    t = torch.cat([baseline.draw_times(100) for _ in range(20)])
+    assert abs(float((t < 0.9).double().mean()) - 0.225) < 0.01
+
+
+def test_narrow_axes_survive_half_precision():
+    """Turned towards the axes, a state keeps its narrow coordinates beside wide ones under autocast too."""
+    variances = torch.logspace(-5, 0, 16)
+    axes = rotation(16, 1)
+    baseline = GaussianBaseline.from_covariance(torch.zeros(16), axes @ torch.diag(variances) @ axes.T).float()
+    x = (torch.randn(64, 16) * variances.sqrt() @ axes.T).float()
+    one = torch.ones(64).float()
+    expected = baseline.log_prob(x, one)
+    with torch.autocast("cpu", torch.bfloat16):
+        came = baseline.log_prob(x, one)
+        back = baseline.from_axes(baseline.to_axes(x))
+    assert came.dtype == torch.float32
+    torch.testing.assert_close(came, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-5)

@@ -1,0 +1,320 @@
+"""What was computed is kept: starting values, checkpoints on a full disk, signals, and weights that are numbers."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
+from f2d2_lightning.callbacks import LastCheckpoint, last_checkpoint
+from f2d2_lightning.training.loading import load_module, read_checkpoint
+from lightning_parts import Pair, student, teacher, trainer
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+# --- a model that was trained is not started anew ---
+
+
+class NoRate(torch.optim.SGD):
+    """An optimiser that changes nothing."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, lr=0.0)
+
+
+def trained(tmp_path, **kwargs):
+    of = teacher()
+    trainer(tmp_path, max_epochs=2).fit(of, datamodule=Pair())
+    module = student(of, optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-2), **kwargs)
+    trainer(tmp_path, max_epochs=40).fit(module, datamodule=Pair())
+    return of, module
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "weights", "state_dict", "the same object"])
+def test_fit_of_a_trained_student_goes_on_from_it(tmp_path, way):
+    of, module = trained(tmp_path)
+    run = trainer(tmp_path, max_epochs=1)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "trained.ckpt", weights_only=way == "weights")
+    if way == "the same object":
+        again = module
+    elif way == "state_dict":
+        again = student(of)
+        again.load_state_dict(read_checkpoint(tmp_path / "trained.ckpt")["state_dict"])
+    else:
+        flow_map, head = student(of).joint.flow_map, student(of).joint.head
+        again = load_module(tmp_path / "trained.ckpt", f2.F2D2Module, flow_map=flow_map, head=head, teacher=of,
+                            objective=f2.TrajectoryRegression(nodes=8, capacity=64, chunk=16))  # fmt: skip
+    x = torch.randn(20, 2)
+    before = module.log_prob(x, 2).value.clone()
+    again.optimizer, again.ema_decay = NoRate, 0.999
+    trainer(tmp_path, max_steps=1, max_epochs=-1).fit(again.train(), datamodule=Pair())
+    # the average moves towards the live weights, which it has not reached
+    assert torch.allclose(again.log_prob(x, 2).value, before, atol=0.02)
+    started_anew = student(of, optimizer=NoRate)
+    trainer(tmp_path, max_steps=1, max_epochs=-1).fit(started_anew, datamodule=Pair())
+    assert (started_anew.log_prob(x, 2).value - before).abs().mean() > 0.2
+
+
+def test_fit_of_a_trained_teacher_keeps_its_average(tmp_path):
+    of = teacher()
+    trainer(tmp_path, max_epochs=3).fit(of, datamodule=Pair())
+    average = [p.clone() for p in of.average.parameters()]
+    of.optimizer, of.ema_decay = NoRate, 0.9
+    trainer(tmp_path, max_steps=1, max_epochs=-1).fit(of, datamodule=Pair())
+    for before, after, live in zip(average, of.average.parameters(), of.flow_map.parameters(), strict=True):
+        assert torch.allclose(after, 0.55 * before + 0.45 * live, atol=1e-6)
+
+
+# --- weights that are numbers ---
+
+
+class Poisoned(Pair):
+    """One sample that is NaN, seen in the second epoch's second batch or so."""
+
+    def splits(self):
+        parts = super().splits()
+        parts["train"][0][-1] = float("nan")
+        return parts
+
+
+SELF_MADE = [f2.objectives.Semigroup, f2.objectives.Lagrangian, f2.objectives.Eulerian]
+
+
+@pytest.mark.parametrize("kind", ["teacher", *SELF_MADE])
+def test_one_nan_sample_stops_the_run_before_it_spoils_anything(tmp_path, kind):
+    module = teacher() if kind == "teacher" else student(objective=kind(), warm_start=False)
+    keep = LastCheckpoint(every_n_train_steps=1)
+
+    class Healthy(L.Callback):
+        """The weights before each step."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    healthy = Healthy()
+    if kind != "teacher":
+        # starting values are set from all of the data, which would be refused there
+        module.prepare = module.fit_baselines = lambda: None
+    run = trainer(tmp_path, max_epochs=3, callbacks=[healthy, keep], enable_checkpointing=True)
+    with pytest.raises(
+        FloatingPointError, match=r"before optimiser step \d.*batch \d.*NaN or infinite in \d+ parameters"
+    ):
+        run.fit(module, datamodule=Poisoned())
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in healthy.before.items())
+    last = tmp_path / "checkpoints/last.ckpt"
+    if last.exists():
+        assert all(value.isfinite().all() for value in read_checkpoint(last)["state_dict"].values())
+
+
+def test_a_nan_gradient_is_told_from_nan_data(tmp_path):
+    module = teacher()
+    last = list(module.flow_map.parameters())[-1]
+    last.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="the batch is finite: lower the learning rate"):
+        trainer(tmp_path).fit(module, datamodule=Pair())
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    module, keep = teacher(), LastCheckpoint(every_n_train_steps=1)
+
+    class Spoil(L.Callback):
+        """As a learning rate that overflows would."""
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 2:
+                next(pl_module.flow_map.parameters()).data.fill_(float("inf"))
+
+    run = trainer(tmp_path, callbacks=[Spoil(), keep], enable_checkpointing=True)
+    with pytest.raises(FloatingPointError, match=r"nothing was saved: .* first flow_map"):
+        run.fit(module, datamodule=Pair())
+    assert read_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 1
+
+
+# --- the newest state on disk ---
+
+
+def kept(folder):
+    return {path.name: read_checkpoint(path)["global_step"] for path in sorted((folder / "checkpoints").glob("*.ckpt"))}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_steps": 5, "max_epochs": -1}, {"last.ckpt": 5, "previous.ckpt": 4}),
+        ({"max_steps": 6, "max_epochs": -1, "check_val_every_n_epoch": 100}, {"last.ckpt": 6, "previous.ckpt": 4}),
+        ({"max_epochs": 2, "limit_val_batches": 0}, {"last.ckpt": 6, "previous.ckpt": 4}),
+        ({"max_epochs": 1}, {"last.ckpt": 3, "previous.ckpt": 2}),
+    ],
+)
+def test_the_end_is_saved_whether_validation_runs_or_not(tmp_path, settings, expected):
+    keep = LastCheckpoint(every_n_train_steps=2)
+    trainer(tmp_path, callbacks=[keep], enable_checkpointing=True, **settings).fit(teacher(), datamodule=Pair())
+    assert kept(tmp_path) == expected
+    assert not list(tmp_path.rglob("*.part*")) + list(tmp_path.rglob(".saving"))
+
+
+def test_a_full_disk_costs_no_more_than_a_save(tmp_path, monkeypatch):
+    """The system's temporary folder is not used; a save that fails leaves what was there, and the run goes on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    original, calls = last_checkpoint.sync, []
+
+    def full(path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+        original(path)
+
+    monkeypatch.setattr(last_checkpoint, "sync", full)
+    keep = LastCheckpoint(every_n_train_steps=1)
+    run = trainer(tmp_path, max_steps=2, max_epochs=-1, callbacks=[keep], enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"step 2 could not be saved.*No space left.*saved at step 1 is still there"):
+        run.fit(teacher(), datamodule=Pair())
+    # the end, two saves later
+    assert kept(tmp_path) == {"last.ckpt": 2, "previous.ckpt": 1}
+
+
+def test_a_run_whose_end_cannot_be_saved_fails(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(last_checkpoint, "sync", full)
+    run = trainer(tmp_path, max_steps=2, max_epochs=-1, callbacks=[LastCheckpoint()], enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="could not be saved"), pytest.raises(OSError, match="could not be saved in"):
+        run.fit(teacher(), datamodule=Pair())
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path):
+    """The kernel's own refusal, in the middle of Lightning's writing."""
+    keep = LastCheckpoint(every_n_train_steps=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limit(L.Callback):
+        """The disk is full from the second step on."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 1:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+            if trainer.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    run = trainer(tmp_path, max_steps=3, max_epochs=-1, callbacks=[Limit(), keep], enable_checkpointing=True)
+    try:
+        with pytest.warns(UserWarning, match="step 2 could not be saved"):
+            run.fit(teacher(), datamodule=Pair())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kept(tmp_path)["last.ckpt"] == 3
+
+
+def test_a_second_fit_with_the_same_callback_saves_too(tmp_path):
+    keep = LastCheckpoint(every_n_train_steps=2)
+    for name, steps in (("first", 6), ("second", 3)):
+        keep.dirpath = tmp_path / name / "checkpoints"
+        run = trainer(tmp_path, max_steps=steps, max_epochs=-1, callbacks=[keep], enable_checkpointing=True)
+        run.fit(teacher(), datamodule=Pair())
+    assert kept(tmp_path / "first") == {"last.ckpt": 6, "previous.ckpt": 4}
+    assert kept(tmp_path / "second") == {"last.ckpt": 3, "previous.ckpt": 2}
+
+
+# --- signals ---
+
+SCRIPT = """
+import sys, time, pathlib, warnings
+warnings.filterwarnings("ignore")
+sys.path.insert(0, {tests!r})
+import lightning as L
+from f2d2_lightning.callbacks import LastCheckpoint
+from lightning_parts import Pair, teacher, trainer
+
+class Slow(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2 and {where!r} == "training":
+            pathlib.Path("there").touch()
+            time.sleep({pause})
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if {where!r} == "validation" and trainer.global_step == 3:
+            pathlib.Path("there").touch()
+            time.sleep({pause})
+
+fit = trainer(pathlib.Path("."), max_epochs=3, callbacks=[Slow(), LastCheckpoint()], enable_checkpointing=True)
+last = pathlib.Path("checkpoints/last.ckpt")
+fit.fit(teacher(), datamodule=Pair(), ckpt_path=last if last.exists() else None)
+print("finished", fit.global_step)
+"""
+
+
+def start(tmp_path, where, pause):
+    (tmp_path / "there").unlink(missing_ok=True)
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1] / "support"), where=where, pause=pause)
+    (tmp_path / "run.py").write_text(textwrap.dedent(script))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, "run.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "step"),
+    [("training", signal.SIGTERM, 3), ("training", signal.SIGINT, 3), ("validation", signal.SIGTERM, 3)],
+)
+def test_a_signal_saves_and_is_told_by_the_exit_code(tmp_path, where, number, step):
+    process = start(tmp_path, where, 1.0)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "there").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert kept(tmp_path) == {"last.ckpt": step}
+    again = start(tmp_path, "nowhere", 0)
+    assert "finished 9" in again.communicate(timeout=120)[0]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert "finished 9" in start(whole, "nowhere", 0).communicate(timeout=120)[0]
+    one, other = (read_checkpoint(path / "checkpoints/last.ckpt")["state_dict"] for path in (tmp_path, whole))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Accumulated(L.Callback):
+    """A signal in the middle of a step that is made of several batches."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.count = batch, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.count += 1
+        if self.count == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("batch", range(1, 6))
+def test_a_signal_waits_for_all_batches_of_a_step(tmp_path, batch):
+    settings = {"max_epochs": 3, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+    whole, parts, rest = teacher(), teacher(), teacher()
+    trainer(tmp_path / "whole", callbacks=[LastCheckpoint()], **settings).fit(whole, datamodule=Pair())
+    run = trainer(tmp_path / "parts", callbacks=[LastCheckpoint(), Accumulated(batch)], **settings)
+    with pytest.raises(SystemExit) as stop:
+        run.fit(parts, datamodule=Pair())
+    assert stop.value.code == 143
+    again = trainer(tmp_path / "parts", callbacks=[LastCheckpoint()], **settings)
+    again.fit(rest, datamodule=Pair(), ckpt_path=tmp_path / "parts/checkpoints/last.ckpt")
+    assert again.global_step == 6
+    assert same(whole, rest)

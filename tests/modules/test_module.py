@@ -1,0 +1,339 @@
+"""LightningModules: what is trained, what is kept, what is logged, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import f2d2_lightning as f2
+from f2d2_lightning.modules.ema import update_average
+from f2d2_lightning.nn import MLP, AddedTime, GaussianPreconditioned, OneTimeEmbedding
+from lightning_parts import Pair, student, teacher, trainer
+from problems import randomize
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Record(L.Callback):
+    """Losses as they come."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+class Stop(L.Callback):
+    """An interruption after some batches."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.after:
+            raise RuntimeError("interrupted")
+
+
+def make(kind: str) -> f2.modules.FlowModule:
+    if kind == "teacher":
+        return f2.FlowMatchingModule(
+            MLP((2,), width=16, blocks=1, dropout=0.2), shape=(2,), warmup=2, validate_nll=True,
+            reference=f2.Reference(steps=4, probes=0),
+        )  # fmt: skip
+    objective = {
+        "trajectory": lambda: None,
+        "semigroup": f2.objectives.Semigroup,
+        "lagrangian": f2.objectives.Lagrangian,
+    }[kind]()
+    return student() if objective is None else student(objective=objective)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "trajectory", "semigroup", "lagrangian"])
+@pytest.mark.parametrize("every", ["epoch", "step"])
+def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path, kind, every):
+    when = {"every_n_epochs": 1} if every == "epoch" else {"every_n_train_steps": 2}
+
+    def run(folder, stop=None, ckpt=None):
+        L.seed_everything(5, verbose=False)
+        module, record = make(kind), Record()
+        callbacks = [record, ModelCheckpoint(folder, save_last=True, **when)]
+        callbacks += [] if stop is None else [Stop(stop)]
+        fit = trainer(folder, max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
+        if stop is None:
+            fit.fit(module, datamodule=Pair(), ckpt_path=ckpt)
+        else:
+            with pytest.raises(RuntimeError, match="interrupted"):
+                fit.fit(module, datamodule=Pair(), ckpt_path=ckpt)
+        return module, record.losses
+
+    whole, losses = run(tmp_path / "whole")
+    assert len(losses) == 12
+    _, before = run(tmp_path / "parts", stop=8)
+    resumed, after = run(tmp_path / "parts", ckpt=tmp_path / "parts" / "last.ckpt")
+    assert before == losses[:8]
+    assert after == losses[-len(after) :]
+    assert len(after) == (6 if every == "epoch" else 4)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_teacher_learns_a_gaussian(tmp_path):
+    flow_map = GaussianPreconditioned(MLP((2,), width=16, blocks=1), f2.GaussianBaseline((2,)))
+    module = f2.FlowMatchingModule(flow_map, shape=(2,), warmup=2)
+    data = Pair()
+    trainer(tmp_path).fit(module, datamodule=data)
+    # the baseline was fitted to the data that it saw
+    train = data.dataset("train").values
+    assert torch.allclose(module.flow_map.baseline.mean, train.mean(0), atol=1e-5)
+    exact = torch.distributions.MultivariateNormal(train.mean(0), torch.cov(train.T))
+    x = data.dataset("test").values
+    assert torch.allclose(f2.reference_log_prob(module.average, x).value, exact.log_prob(x), atol=0.5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_trained(tmp_path, frozen):
+    # a flow map in both directions, as it would be without a likelihood
+    torch.manual_seed(0)
+    flow_map = MLP((2,), width=16, blocks=1)
+    with torch.no_grad():
+        flow_map.outlet.weight.normal_(0, 0.1)
+    before = copy.deepcopy(flow_map.state_dict())
+    module = student(flow_map=flow_map, frozen=frozen, warm_start=False)
+    noise = torch.randn(5, 2)
+    samples = f2.sample(flow_map.eval(), noise, 2).state
+    flow_map.train()
+    fit = trainer(tmp_path)
+    fit.fit(module, datamodule=Pair())
+    same = [torch.equal(a, before[name]) for name, a in module.joint.flow_map.state_dict().items()]
+    assert all(same) if frozen else not any(same[1:3])
+    assert float(module.joint.head.out.weight.abs().sum()) > 0
+    if frozen:
+        assert torch.equal(module.sample(noise, 2).state, samples)
+        assert torch.equal(f2.sample(flow_map, noise, 2).state, samples)
+        # frozen, the average shares the backbone and keeps no second copy in memory
+        assert module.average.flow_map is module.joint.flow_map
+
+
+def test_warm_start_scale_and_baseline(tmp_path):
+    of = teacher()
+    with torch.no_grad():
+        of.average.outlet.weight.normal_()
+    module = student(of)
+    trainer(tmp_path, limit_train_batches=1, max_epochs=1).fit(module, datamodule=Pair())
+    x = torch.randn(4, 2)
+    start = student(of)
+    start.trainer = trainer(tmp_path)
+    assert torch.allclose(start.joint.flow_map(x, 0.3, 0.3), of.average(x, 0.3, 0.3))
+    assert bool(module.joint.head.baseline.fitted)
+    assert float(module.joint.head.scale) != 1.0
+    assert torch.equal(module.joint.head.scale, module.average.head.scale)
+
+
+def test_a_student_with_a_second_time_starts_as_its_one_time_teacher(tmp_path):
+    def backbone(two_times):
+        embedding = OneTimeEmbedding(16)
+        return MLP((2,), width=16, blocks=1, embedding=AddedTime(embedding) if two_times else embedding)
+
+    of = f2.FlowMatchingModule(backbone(False), shape=(2,), warmup=2)
+    randomize(of.average)
+    module = student(of, flow_map=backbone(True), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    trainer(tmp_path, limit_train_batches=1, max_epochs=1).fit(module, datamodule=Pair())
+    x, s, t = torch.randn(4, 2), torch.rand(4), torch.rand(4)
+    for trained in (module.joint.flow_map, module.average.flow_map):
+        torch.testing.assert_close(trained(x, s, s), of.average(x, s, s), rtol=0, atol=1e-6)
+        # blind to the end at first, whatever it is
+        torch.testing.assert_close(trained(x, s, t), of.average(x, s, s), rtol=0, atol=1e-6)
+    assert (of.average(x, s, s) - of.average(x, t, t)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("off_diagonal", ["teacher", "student"])
+def test_who_teaches_off_the_diagonal(off_diagonal):
+    """The teacher anchors the diagonal either way; intervals ask it, or the student's own diagonal."""
+    of = teacher()
+    randomize(of.average)
+    module = student(
+        of, objective=f2.objectives.Lagrangian(), estimator=f2.divergence.Exact(), off_diagonal=off_diagonal
+    )
+    randomize(module.joint)
+    x, t = torch.randn(4, 2), torch.rand(4)
+    source, anchor = module.make_source()
+    exact = f2.divergence.Exact()(of.average.velocity, x, t)
+    expected = exact[:2] if off_diagonal == "teacher" else tuple(module.joint(x, t, t))
+    for answer, known in ((anchor(x, t), exact[:2]), (source(x, t), expected)):
+        for mine, theirs in zip(answer, known, strict=True):
+            torch.testing.assert_close(mine, theirs.detach())
+    with pytest.raises(ValueError, match="off_diagonal is 'nobody'"):
+        student(of, off_diagonal="nobody")
+
+
+def test_the_teacher_is_not_in_the_checkpoint(tmp_path):
+    of = teacher()
+    weights = copy.deepcopy(of.state_dict())
+    module = student(of)
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(module, datamodule=Pair())
+    fit.save_checkpoint(tmp_path / "student.ckpt")
+    names = torch.load(tmp_path / "student.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in names} == {"joint", "average"}
+    assert all(torch.equal(a, weights[name]) for name, a in of.state_dict().items())
+    loaded = f2.F2D2Module.load_from_checkpoint(
+        tmp_path / "student.ckpt", flow_map=MLP((2,), width=16, blocks=1), shape=(2,)
+    )
+    x = Pair().dataset("test").values
+    for steps in (1, 4):
+        assert torch.equal(loaded.log_prob(x, steps).value, module.log_prob(x, steps).value)
+
+
+@pytest.mark.parametrize("teacher_kind", ["module", "function", "none"])
+def test_logged_metrics_are_those_of_the_answers(tmp_path, teacher_kind):
+    of = teacher()
+    if teacher_kind == "module":
+        module = student(of)
+    else:
+        given = (
+            None
+            if teacher_kind == "none"
+            else f2.flows.MixtureFlow(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
+        )
+        objective = f2.objectives.Semigroup() if teacher_kind == "none" else f2.objectives.Eulerian()
+        module = f2.F2D2Module(
+            MLP((2,), width=16, blocks=1), (2,), given, objective=objective, reference=f2.Reference(steps=8, probes=0)
+        )
+    fit = trainer(tmp_path, max_epochs=1)
+    data = Pair()
+    fit.fit(module, datamodule=data)
+    x = data.dataset("val").values
+    with torch.no_grad():
+        reference = f2.reference_log_prob(module.teacher_velocity(), x, steps=8).value
+        for steps in (1, 2, 4, 8):
+            value = module.log_prob(x, steps).value
+            logged = fit.callback_metrics
+            assert float(logged[f"val/nll_{steps}"]) == pytest.approx(-float(value.mean()), rel=1e-4)
+            assert float(logged[f"val/gap_{steps}"]) == pytest.approx(float((reference - value).mean()), abs=1e-4)
+            r = float(torch.corrcoef(torch.stack((reference, value)))[0, 1])
+            assert float(logged[f"val/correlation_{steps}"]) == pytest.approx(r, abs=1e-3)
+    assert {"train/velocity_mse", "train/divergence_mse", "train/loss"} <= set(fit.callback_metrics)
+
+
+def test_the_reference_is_computed_once(tmp_path):
+    module = student()
+    calls = []
+    original = module.reference
+    module.reference = lambda *args: calls.append(1) or original(*args)
+    trainer(tmp_path, max_epochs=3).fit(module, datamodule=Pair())
+    assert len(calls) == 2  # two validation batches, three epochs
+
+
+def test_without_a_teacher_the_reference_follows_the_student(tmp_path):
+    module = f2.F2D2Module(
+        MLP((2,), width=16, blocks=1),
+        (2,),
+        objective=f2.objectives.Semigroup(),
+        reference=f2.Reference(steps=8, probes=0),
+    )
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(module, datamodule=Pair())
+    x = Pair().dataset("val").values
+    with torch.no_grad():
+        last = -float(f2.reference_log_prob(module.average.velocity, x, steps=8).value.mean())
+    assert float(fit.callback_metrics["val/reference_nll"]) == pytest.approx(last, rel=1e-5)
+
+
+def test_a_fixed_subset_is_compared(tmp_path):
+    module = student(reference_samples=5)
+    calls = []
+    original = module.reference
+    module.reference = lambda velocity, x, cond: calls.append(len(x)) or original(velocity, x, cond)
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(module, datamodule=Pair())
+    assert calls == [5]
+    x = Pair().dataset("val").values
+    with torch.no_grad():
+        value = module.log_prob(x, 2).value
+        reference = original(module.teacher_velocity(), x[:5], None).value
+    assert float(fit.callback_metrics["val/nll_2"]) == pytest.approx(-float(value.mean()), rel=1e-4)
+    assert float(fit.callback_metrics["val/gap_2"]) == pytest.approx(float((reference - value[:5]).mean()), abs=1e-4)
+    assert len(module.agreement_values()[1]) == 5
+
+
+def test_average_follows_and_shares():
+    live = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average = copy.deepcopy(live)
+    with torch.no_grad():
+        live[0].weight.add_(1.0)
+        live[1].running_mean.add_(3.0)
+    expected = 0.9 * average[0].weight + 0.1 * live[0].weight
+    update_average(average, live, 0.9)
+    assert torch.allclose(average[0].weight, expected)
+    assert torch.equal(average[1].running_mean, live[1].running_mean)
+
+
+def test_inference_evaluates_the_average_in_evaluation_mode():
+    module = student(flow_map=MLP((2,), width=16, blocks=1, dropout=0.5), warm_start=False)
+    module.train()
+    with torch.no_grad():
+        for p in module.average.parameters():
+            p.normal_(0, 0.2)
+    x = torch.randn(3, 2)
+    assert torch.equal(module.log_prob(x, 2).value, module.log_prob(x, 2).value)
+    assert torch.equal(module(x, 0.0, 1.0).velocity, module.average(x, 0.0, 1.0).velocity)
+
+
+def test_gradients_reach_the_input():
+    module = student()
+    x = torch.randn(3, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(module.log_prob(x, 2).value.sum(), x)
+    assert bool(gradient.isfinite().all())
+    assert float(gradient.abs().sum()) > 0
+
+
+class Wrong(Pair):
+    shape = (3,)
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (
+            lambda p: student(objective=f2.objectives.Semigroup(intervals=f2.Intervals("to_data"))),
+            "directions of both alike",
+        ),
+        (lambda p: f2.F2D2Module(), "flow_map and shape are needed"),
+        (lambda p: student(ema_decay=1.0), r"ema_decay=1.0 lies in \[0, 1\)"),
+        (lambda p: trainer(p).fit(student(), datamodule=Wrong()), r"shape=\(2,\), but Wrong has shape=\(3,\)"),
+        (lambda p: trainer(p).fit(student(levels=17), datamodule=f2.data.Digits()), "make them agree"),
+        (
+            lambda p: trainer(p).fit(f2.F2D2Module(MLP((2,)), (2,), str(p / "none.ckpt")), datamodule=Pair()),
+            "there is no checkpoint at",
+        ),
+        (
+            lambda p: trainer(p).fit(student(flow_map=MLP((2,), width=8)), datamodule=Pair()),
+            "cannot start from the teacher's weights",
+        ),
+        (lambda p: student().data_to_state(torch.zeros(2, 5)), r"shape \(2, 5\), but the module was made for \(B, 2\)"),
+        (lambda p: student().sample(0), "at least one"),
+    ],
+)
+def test_errors(tmp_path, make_it, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make_it(tmp_path)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(teacher(), datamodule=Pair())
+    fit.save_checkpoint(tmp_path / "teacher.ckpt")
+    other = f2.FlowMatchingModule(MLP((2,), width=8, blocks=1), shape=(2,))
+    with pytest.raises(ValueError, match="checkpoint is of another model"):
+        trainer(tmp_path).fit(other, datamodule=Pair(), ckpt_path=tmp_path / "teacher.ckpt")

@@ -1,0 +1,169 @@
+"""An interrupted run goes on to the same numbers, wherever it was stopped."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+
+import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
+from f2d2_lightning.callbacks import LastCheckpoint
+from f2d2_lightning.cli._resuming import is_finished
+from lightning_parts import Pair, trainer
+
+
+class Batches(L.Callback):
+    """What was trained on, in order, and when Lightning said it was."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+        self.places: list[tuple[int, ...]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        logged = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.places.append((trainer.current_epoch, batch_idx, trainer.global_step, logged))
+        self.seen.append((batch[0] if isinstance(batch, (tuple, list)) else batch).clone())
+
+
+class Save(L.Callback):
+    """A checkpoint from one hook at one step."""
+
+    def __init__(self, folder, hook: str, step: int) -> None:
+        self.path, self.step, self.saved = folder / "saved.ckpt", step, False
+        setattr(self, hook, self._save)
+
+    def _save(self, trainer, *args, **kwargs):
+        if trainer.global_step == self.step and not self.saved and not trainer.sanity_checking:
+            self.saved = True
+            trainer.save_checkpoint(self.path)
+
+
+def fit(folder, module, data, callbacks, ckpt=None, **kwargs):
+    folder.mkdir(exist_ok=True)
+    run = trainer(folder, callbacks=callbacks, **{"max_epochs": 3, **kwargs})
+    run.fit(module, datamodule=data, ckpt_path=ckpt)
+    return run
+
+
+class Images(f2.data.Digits):
+    """A few digits that are mirrored, read lazily."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(batch_size=32, **kwargs)
+        self.flip = True
+
+    def splits(self):
+        return {name: (values[:96].numpy(), labels) for name, (values, labels) in super().splits().items()}
+
+
+def small_teacher(data):
+    torch.manual_seed(0)
+    network = f2.nn.MLP(data.shape, width=4, blocks=1)
+    return f2.FlowMatchingModule(network, shape=data.shape, levels=data().levels, warmup=2)
+
+
+def check_the_rest(whole, parts, seen, rest, step):
+    """Whether the batches of the second part are those that the first part had not seen, and the weights the same."""
+    expected = seen.seen[step:]
+    assert len(rest.seen) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(rest.seen, expected, strict=True))
+    assert rest.places == seen.places[step:]
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+CASES = [
+    *[(0, "on_train_batch_end", step, {}) for step in range(1, 9)],
+    *[(0, "on_train_batch_end", step, {"limit_train_batches": 2}) for step in range(1, 6)],
+    *[(2, "on_train_batch_end", step, {}) for step in (2, 3, 6)],
+    *[(w, hook, step, {}) for w in (0, 2) for hook in ("on_train_epoch_end", "on_validation_end") for step in (3, 6)],
+    *[(0, "on_validation_batch_end", step, {}) for step in (3, 6)],
+    (0, "on_train_epoch_end", 2, {"limit_train_batches": 2}),
+    (0, "on_train_end", 9, {}),
+    *[(w, "on_train_batch_end", step, {"check_val_every_n_epoch": 2}) for w in (0, 2) for step in (3, 4, 6)],
+    *[(w, "on_train_epoch_end", step, {"check_val_every_n_epoch": 2}) for w in (0, 2) for step in (3, 6)],
+    *[(0, "on_train_batch_end", step, {"limit_val_batches": 0}) for step in range(1, 9)],
+    *[(w, "on_train_epoch_end", step, {"limit_val_batches": 0}) for w in (0, 2) for step in (3, 6)],
+    *[(0, "on_train_batch_end", step, {"val_check_interval": 1}) for step in range(1, 9)],
+    *[(0, "on_validation_end", step, {"val_check_interval": 1}) for step in range(1, 9)],
+    *[(0, "on_train_batch_end", s, {"val_check_interval": 2, "check_val_every_n_epoch": None}) for s in range(1, 9)],
+    *[(0, "on_train_epoch_end", s, {"val_check_interval": 2, "check_val_every_n_epoch": None}) for s in (3, 6)],
+    *[(0, "on_train_batch_start", step, {}) for step in range(9)],
+    *[(0, "on_train_epoch_start", step, {}) for step in (3, 6)],
+]
+
+
+@pytest.mark.parametrize(("workers", "hook", "step", "settings"), CASES)
+def test_the_batches_after_a_resume_are_the_next_ones(tmp_path, workers, hook, step, settings):
+    whole, seen, save = small_teacher(Pair), Batches(), Save(tmp_path, hook, step)
+    fit(tmp_path, whole, Pair(num_workers=workers), [seen, save], **settings)
+    assert save.saved
+    parts, rest = small_teacher(Pair), Batches()
+    run = fit(tmp_path, parts, Pair(num_workers=workers), [rest], save.path, **settings)
+    assert run.global_step == len(seen.seen)
+    check_the_rest(whole, parts, seen, rest, step)
+
+
+class Validations(L.Callback):
+    """Steps at which validation ended, and what it found."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, float]] = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.found.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
+
+
+@pytest.mark.parametrize(
+    ("step", "settings"), [(6, {}), (5, {"val_check_interval": 2}), (6, {"val_check_interval": 1})]
+)
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_validation_that_was_cut_off_is_run_again(tmp_path, step, settings, after):
+    whole, seen, validated = small_teacher(Pair), Batches(), Validations()
+    save, passed = Save(tmp_path, "on_validation_batch_end", step), []
+
+    def at_a_batch(trainer, *args, original=save._save, **kwargs):
+        if trainer.global_step == step:
+            passed.append(1)
+            if len(passed) == after:
+                original(trainer)
+
+    save.on_validation_batch_end = at_a_batch
+    settings = settings | {"max_epochs": 4}
+    fit(tmp_path, whole, Pair(), [seen, save, validated], **settings)
+    parts, rest, again = small_teacher(Pair), Batches(), Validations()
+    fit(tmp_path, parts, Pair(), [rest, again], save.path, **settings)
+    assert again.found == [found for found in validated.found if found[0] >= step]
+    check_the_rest(whole, parts, seen, rest, step)
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"), [("on_train_batch_end", 3), ("on_train_batch_end", 4), ("on_train_epoch_end", 6)]
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mirrored_lazy_images_go_on_too(tmp_path, workers, hook, step):
+    whole, seen, save = small_teacher(Images), Batches(), Save(tmp_path, hook, step)
+    fit(tmp_path, whole, Images(num_workers=workers), [seen, save])
+    parts, rest = small_teacher(Images), Batches()
+    fit(tmp_path, parts, Images(num_workers=workers), [rest], save.path)
+    check_the_rest(whole, parts, seen, rest, step)
+
+
+@pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_steps": 4}, {"max_steps": 6}, {"max_steps": 2}])
+def test_a_finished_run_can_be_trained_on(tmp_path, end):
+    schedule = {"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)}
+    make = lambda: f2.FlowMatchingModule(f2.nn.MLP((2,), width=4, blocks=1), (2,), warmup=0, **schedule)  # noqa: E731
+    torch.manual_seed(0)
+    whole, seen = make(), Batches()
+    fit(tmp_path / "whole", whole, Pair(), [seen], enable_checkpointing=True)
+    torch.manual_seed(0)
+    first, parts, rest = make(), make(), Batches()
+    end = {"max_epochs": -1, "enable_checkpointing": True} | end
+    run = fit(tmp_path / "parts", first, Pair(), [LastCheckpoint()], **end)
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    assert is_finished(last)
+    fit(tmp_path / "parts", parts, Pair(), [rest], last)
+    # after max_steps Lightning is one ahead in the steps that loggers see
+    rest.places = [(*place[:3], seen.places[place[2]][3]) for place in rest.places]
+    check_the_rest(whole, parts, seen, rest, run.global_step)

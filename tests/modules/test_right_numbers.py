@@ -1,0 +1,963 @@
+"""Numbers that were wrong without a word, each on a small input with the right value beside it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.tuner import Tuner
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
+from f2d2_lightning.adapters import Adapter, ConventionError, check_convention, check_differentiable
+from f2d2_lightning.divergence import DerivativeError
+from f2d2_lightning.divergence.estimators import SampleProbes
+from f2d2_lightning.likelihood.quantization import warn_of_discrete
+from f2d2_lightning.metrics import LikelihoodEvaluation
+from f2d2_lightning.metrics.likelihood import doubt
+from f2d2_lightning.nn import MLP
+from f2d2_lightning.utils.seeding import row_keys
+from foreign import MeanFlowModule, callback
+from lightning_parts import Pair, student, teacher, trainer
+
+MODES = ("forward", "reverse", "finite")
+pytestmark = pytest.mark.usefixtures("single_precision")
+
+
+# --- derivatives of other people's networks ---
+
+
+class WritesIntoItsSum(nn.Module):
+    def forward(self, x, t, cond=None):
+        h = x + t[:, None]
+        h.mul_(2.0)
+        return h + x
+
+
+class WritesIntoItsInput(nn.Module):
+    def forward(self, x, t, cond=None):
+        return 3 * x.mul_(2.0)
+
+
+class LeakyWithSkip(nn.Module):
+    """Slopes 1 and .2 after a time embedding, plus the state: divergence ``d + sum of slopes``."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.LeakyReLU(0.2, inplace=True)
+
+    def forward(self, x, t, cond=None):
+        h = x + t[:, None]
+        return self.act(h) + x
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_operations_in_place_have_their_own_derivative(mode):
+    x = torch.tensor([[0.5, -2.0, 1.0, 3.0], [1.0, 1.0, -1.0, -3.0]], dtype=torch.float64)
+    before = x.clone()
+    estimators = (f2.divergence.Exact(mode=mode, step=1e-4), f2.Hutchinson(3, mode=mode, step=1e-4))
+    slopes = torch.where(x + 0.25 > 0, 1.0, 0.2).sum(1)
+    for network, right in (
+        (WritesIntoItsSum(), 12.0),
+        (LeakyWithSkip(), 4 + slopes),
+        (WritesIntoItsInput(), 24.0),
+    ):
+        for estimator in estimators:
+            found = estimator(network, x, 0.25).divergence
+            assert torch.allclose(found, torch.as_tensor(right, dtype=x.dtype), atol=1e-6), type(network).__name__
+        assert torch.equal(x, before)
+
+
+class Tokens(nn.Module):
+    """Attention of every kind that torch has, over three tokens of four numbers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.qkv = nn.Linear(4, 12)
+        if kind == "module":
+            self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+        elif kind == "layer":
+            self.inner = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x, t, cond=None):
+        h = x.reshape(len(x), 3, 4) + t[:, None, None]
+        if self.kind == "function":
+            q, k, v = self.qkv(h).reshape(len(x), 3, 3, 2, 2).permute(2, 0, 3, 1, 4)
+            h = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
+        elif self.kind == "module":
+            h = self.inner(h, h, h, need_weights=False)[0]
+        else:
+            h = self.inner(h)
+        return h.reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", ["function", "module", "layer"])
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_is_differentiated(kind, mode):
+    network = Tokens(kind).double().eval()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    t = torch.full((3,), 0.3, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda y: network(y, t).sum(0), x).permute(1, 0, 2)
+    right = jacobian.diagonal(dim1=1, dim2=2).sum(-1)
+    assert float(right.abs().min()) > 1e-3
+    with torch.no_grad():
+        found = f2.divergence.Exact(mode=mode, step=1e-4)(network, x, t).divergence
+    assert torch.allclose(found, right, atol=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Distances(nn.Module):
+    def forward(self, x):
+        return torch.cdist(x[:, None], torch.eye(4, dtype=x.dtype)[None].expand(len(x), 4, 4))[:, 0]
+
+
+class Far(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"far": Distances()})
+
+    def forward(self, x, t, cond=None):
+        return self.body["far"](x)
+
+
+def test_what_has_no_derivative_in_forward_mode_is_named_and_others_do():
+    torch.manual_seed(0)
+    network, x = Far(), torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(DerivativeError, match=r"'body\.far' \(Distances\) of Far .*Hutchinson\(mode='finite'\)"):
+        f2.divergence.Exact()(network, x, 0.5)
+    answers = [f2.divergence.Exact(mode=mode, step=1e-4)(network, x, 0.5).divergence for mode in ("reverse", "finite")]
+    assert torch.allclose(answers[0], answers[1], atol=1e-6)
+    assert float(answers[0].detach().abs().min()) > 1e-3
+    assert float(f2.Reference(steps=4, probes=0, mode="finite")(network, x).value.std()) > 0
+
+
+class Energy(nn.Module):
+    """The velocity is a gradient of -|x|^2 that the network takes itself."""
+
+    def forward(self, x, t, cond=None):
+        with torch.enable_grad():
+            y = x.detach().requires_grad_(True)
+            return torch.autograd.grad(-y.square().sum(), y)[0]
+
+
+class Inference(nn.Module):
+    def forward(self, x, t, cond=None):
+        with torch.inference_mode():
+            return -2 * x
+
+
+class Constant(nn.Module):
+    def forward(self, x, t, cond=None):
+        return torch.ones_like(x)
+
+
+def test_dropped_derivatives_are_refused():
+    x = torch.randn(3, 4)
+    for network in (Energy(), Inference()):
+        for mode in ("forward", "reverse"):
+            with torch.no_grad(), pytest.raises(DerivativeError, match="no derivative came through it"):
+                f2.Reference(steps=2, mode=mode)(network, x)
+        exact = f2.Reference(steps=2, probes=0, mode="finite")(network, x).value
+        assert torch.allclose(exact, f2.Reference(steps=2, probes=0)(lambda y, t, c: -2 * y, x).value, atol=1e-4)
+    for mode in MODES:
+        assert torch.equal(f2.divergence.Exact(mode=mode)(Constant(), x, 0.5).divergence, torch.zeros(3))
+
+
+def test_an_error_of_the_network_itself_is_its_own():
+    def broken(x, t, cond):
+        return x @ torch.ones(3, 3)
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        f2.divergence.Exact()(broken, torch.ones(2, 4), 0.5)
+
+
+@pytest.mark.parametrize("name", ["Lagrangian", "Eulerian"])
+@pytest.mark.parametrize("interval", [(0.2, 0.9), (0.9, 0.2), (0.0, 1.0), (1.0, 0.0)])
+def test_differences_along_time_are_the_derivative(name, interval):
+    covariance = torch.tensor([[2.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
+    mean = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    flow = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(mean, covariance))
+    x = torch.randn(5, 2, dtype=torch.float64)
+    s, t = (torch.full((5,), time, dtype=torch.float64) for time in interval)
+    source = f2.objectives.TeacherSource(flow, f2.divergence.Exact())
+    right = flow(x, s, t)
+    for mode in ("forward", "finite"):
+        found = getattr(f2, name)(mode=mode, step=1e-4).target(flow, source, x, s, t, None)
+        tolerance = 1e-9 if mode == "forward" else 1e-3
+        assert torch.allclose(found.velocity, right.velocity, atol=tolerance)
+        assert torch.allclose(found.divergence, right.divergence, atol=tolerance)
+    with pytest.raises(ValueError, match="'forward' or 'finite'"):
+        getattr(f2, name)(mode="reverse")
+
+
+@pytest.mark.parametrize("mode", ["reverse", "finite"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_other_modes_work_from_the_first_step_to_the_report(tmp_path, mode, frozen):
+    module = MeanFlowModule()
+    added = callback(estimator=f2.Hutchinson(mode=mode), reference=None, frozen=frozen)
+    made = trainer(tmp_path, callbacks=[added], max_epochs=1)
+    made.fit(module, datamodule=Pair())
+    assert added.reference.mode == mode
+    assert math.isfinite(float(made.callback_metrics["val/f2d2_gap_2"]))
+    distilled = student(estimator=f2.Hutchinson(mode=mode), reference=None)
+    distilled.reference = f2.Reference(steps=8, mode=distilled.reference.mode)
+    made = trainer(tmp_path, max_epochs=1)
+    made.fit(distilled, datamodule=Pair())
+    assert math.isfinite(float(made.callback_metrics["val/gap_2"]))
+
+
+def test_threads_wait_for_each_other():
+    torch.manual_seed(0)
+    network, x = MLP((2,), width=32, blocks=2).eval(), torch.randn(32, 2)
+    for p in network.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    right = f2.Reference(steps=20)(network, x).value
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(f2.Reference(steps=20)(network, x).value)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(value, right) for value in found)
+
+
+# --- references ---
+
+
+def gaussian(dim=6):
+    torch.manual_seed(3)
+    axes = torch.linalg.qr(torch.randn(dim, dim))[0]
+    covariance = axes @ torch.diag(torch.linspace(0.1, 4.0, dim)) @ axes.T
+    return f2.flows.MixtureFlow(
+        torch.ones(2), torch.stack((torch.ones(dim), -torch.ones(dim))), torch.stack((covariance,) * 2)
+    )
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4"])
+def test_one_probe_knows_its_standard_error(method):
+    axes = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(3)))[0]
+    covariance = axes @ torch.diag(torch.linspace(0.1, 4.0, 6)) @ axes.T
+    flow = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(torch.ones(6), covariance))
+    x = torch.randn(200, 6)
+    answers = [f2.Reference(method, steps=24, seed=seed)(flow, x) for seed in range(12)]
+    values, errors = torch.stack([a.value for a in answers]), torch.stack([a.standard_error for a in answers])
+    assert float((errors.square().mean() / values.var(0).mean()).sqrt()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_a_sample_has_its_reference_in_any_batch(distribution):
+    flow = gaussian(40)
+    x = flow.sample(20, torch.Generator().manual_seed(1))
+
+    def reference(y):
+        estimator = f2.Hutchinson(2, distribution)
+        return f2.reference_log_prob(flow, y, divergence=estimator, steps=10, seed=7).value
+
+    alone = torch.cat([reference(row[None]) for row in x])
+    assert torch.allclose(reference(x), alone, atol=1e-4)
+    turned = torch.randperm(20)
+    assert torch.allclose(reference(x[turned]), alone[turned], atol=1e-4)
+    other = f2.reference_log_prob(flow, x, divergence=f2.Hutchinson(2, distribution), steps=10, seed=8).value
+    assert float((other - alone).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_probes_of_keys_have_the_moments_of_others(distribution):
+    x = torch.randn(500, 70)
+    probes = SampleProbes(f2.Hutchinson(3, distribution), x, 7)
+    eps = torch.cat([probes.draw() for _ in range(15)])
+    assert eps.shape == (45, 500, 70)
+    flat = eps[[0, 1, 31, 32, 44]].reshape(2500, 70)
+    assert float(flat.mean(0).abs().max()) < 0.1
+    second = flat.T @ flat / 2500
+    assert float((second - torch.eye(70)).abs().max()) < 0.15
+    assert len(flat.unique(dim=0)) == 2500
+    # of one element over the probes
+    over = eps.flatten(1).T[:2000]
+    assert float((over.T @ over / 2000 - torch.eye(45)).abs().max()) < 0.15
+    # what another machine rounds otherwise is no other sample
+    again = SampleProbes(f2.Hutchinson(3, distribution), x.double() * (1 + 1e-7), 7).draw()
+    assert float((again - eps[:3]).ne(0).double().mean()) < 0.01
+    assert len(row_keys(x).unique()) == 500
+    assert torch.equal(row_keys(x)[137:138], row_keys(x[137:138]))
+
+
+def test_large_states_do_not_take_a_derivative_per_dimension():
+    calls = []
+
+    def field(x, t, cond):
+        calls.append(len(x))
+        return -x
+
+    for dim, most in ((128, 128), (129, 1)):
+        calls.clear()
+        answer = f2.reference_log_prob(field, torch.randn(2, dim), steps=1, method="euler")
+        assert sum(calls) == 2 * most
+        assert answer.standard_error is None
+
+
+def test_kept_references_are_of_the_same_solver_and_weights():
+    module, x = student(), torch.randn(5, 2)
+    velocity = module.average.velocity
+    first = module.reference_log_prob(x, None, velocity)
+    module.reference = f2.Reference(steps=2, method="euler", probes=0)
+    second = module.reference_log_prob(x, None, velocity)
+    assert torch.equal(second, module.reference(velocity, x).value)
+    with torch.no_grad():
+        next(module.average.parameters()).add_(0.5)
+    for p in module.average.flow_map.parameters():
+        p.data.normal_(0, 0.3)
+    third = module.reference_log_prob(x, None, velocity)
+    assert torch.equal(third, module.reference(velocity, x).value)
+    assert float((first - third).abs().max()) > 1e-3
+
+
+# --- range, levels, dequantization ---
+
+LEVELS = f2.Quantization(17)
+
+
+def digits_like(count=64):
+    return torch.randint(0, 17, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda k: -1 + (k + 0.5) * 2 / 17, "never dequantized"),  # bin centres
+        (lambda k: -1 + k * 2 / 17, "never dequantized"),  # lower edges
+        (lambda k: k / 16 * 2 - 1, "never dequantized"),  # both ends
+        (lambda k: (k + torch.rand(k.shape)) / 17, r"seem to fill \[0, 1\]"),
+        (lambda k: (k + torch.rand(k.shape)) / 17 - 0.5, r"seem to fill \[-0.5, 0.5\]"),
+        (lambda k: k + torch.rand(k.shape), "% of the values outside"),
+        (lambda k: k.float(), "% of the values outside"),
+        (lambda k: k / 16, "0, 1"),
+    ],
+)
+def test_states_that_are_not_dequantized_on_the_range_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        LEVELS.check_states(make(digits_like()))
+
+
+def test_states_that_are_right_pass():
+    k = digits_like()
+    LEVELS.check_states(LEVELS.dequantize(k))
+    LEVELS.check_states(LEVELS.dequantize(k)[:1])
+    LEVELS.check_states(LEVELS.dequantize(k[:1, :, :1, :2]))
+    LEVELS.check_states(LEVELS.dequantize(torch.zeros_like(k)))  # a batch of black images
+    LEVELS.check_states(LEVELS.dequantize(torch.full_like(k, 16)))
+    # a model's own samples lie a little outside
+    LEVELS.check_states(LEVELS.dequantize(k) + 0.1 * torch.randn(k.shape))
+    dark = f2.Quantization(65536)  # a level has some hundred floats
+    dark.check_states(dark.dequantize(torch.zeros(64, 256, dtype=torch.long)))
+    for levels, low, high in ((2, 0.0, 1.0), (256, 0.0, 256.0), (256, -3.0, 3.0), (65536, 0.0, 1.0)):
+        other = f2.Quantization(levels, low, high)
+        other.check_states(other.dequantize(torch.randint(0, levels, (200, 6))))
+
+
+class Levels(Pair):
+    """Integers of 17 levels in the plane, given as they are told to."""
+
+    def __init__(self, low=-1.0, high=1.0, give=None):
+        super().__init__(quantization=f2.Quantization(17, low, high))
+        self.give = give
+
+    def splits(self):
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randint(0, 17, (400, 2), generator=generator)
+        if self.give is not None:
+            self.quantization, values = None, self.give(values)
+        return {"train": (values, None), "val": (values[:50], None), "test": (values[:51], None)}
+
+
+def test_a_student_takes_levels_and_range_of_its_teacher(tmp_path):
+    of = teacher(levels=17, low=0.0, high=2.0)
+    made = student(of)
+    assert (made.levels, made.low, made.high) == (17, 0.0, 2.0)
+    assert made.objective.quantization == f2.Quantization(17, 0.0, 2.0)
+    run = trainer(tmp_path, max_epochs=1, enable_checkpointing=True, logger=False)
+    run.fit(made, datamodule=Levels(0.0, 2.0))
+    # the width of a level is 2 / 17 whatever its place: the same densities in bits are
+    x = torch.rand(4, 2)
+    bits = f2.bits_per_dim(made.log_prob(x).value, 2, 17, 0.0, 2.0)
+    assert torch.allclose(bits, -(made.log_prob(x).value + 2 * math.log(2 / 17)) / (2 * math.log(2)), atol=1e-5)
+    run.save_checkpoint(tmp_path / "s.ckpt")
+    kept = torch.load(tmp_path / "s.ckpt", weights_only=True)["hyper_parameters"]
+    assert (kept["levels"], kept["low"], kept["high"]) == (17, 0.0, 2.0)
+    with pytest.raises(ValueError, match=r"teacher was trained on .*high=2\.0.*the student is for .*high=1\.0"):
+        student(of, levels=17, high=1.0)
+    with pytest.raises(ValueError, match="the objective has"):
+        student(of, objective=f2.TrajectoryRegression(quantization=f2.Quantization(17)))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_ranges_are_compared_with_the_data_in_every_stage(tmp_path, stage):
+    wrong = Levels(0.0, 1.0)
+    for module in (teacher(levels=17), student(teacher(levels=17))):
+        with pytest.raises(ValueError, match=r"low=-1\.0, but Levels has low=0\.0"):
+            getattr(trainer(tmp_path), stage)(module, datamodule=wrong)
+    with pytest.raises(ValueError, match=r"F2D2Callback has low=-1\.0, but Levels has low=0\.0"):
+        getattr(trainer(tmp_path, callbacks=[callback(levels=17)]), stage)(MeanFlowModule(), datamodule=wrong)
+
+
+def test_a_callback_takes_levels_and_range_of_the_data(tmp_path):
+    added = callback()
+    run = trainer(tmp_path, callbacks=[added], max_epochs=1)
+    run.fit(MeanFlowModule(), datamodule=Levels(0.0, 2.0))
+    assert added.quantization == added.objective.quantization == f2.Quantization(17, 0.0, 2.0)
+    x = torch.stack(list(Levels(0.0, 2.0).dataset("val")))
+    bits = f2.bits_per_dim(added.log_prob(x, 1).value, 2, 17, 0.0, 2.0).mean()
+    assert float(run.callback_metrics["val/f2d2_nll_1"]) == pytest.approx(float(bits), abs=1e-4)
+
+
+def test_an_empty_range_is_refused():
+    for make in (lambda **k: teacher(**k), lambda **k: student(**k), lambda **k: callback(**k)):
+        with pytest.raises(ValueError, match="low < high"):
+            make(levels=17, low=1.0, high=1.0)
+
+
+@pytest.mark.parametrize("give", [lambda k: -1 + (k + 0.5) * 2 / 17, lambda k: k.float(), lambda k: k / 17 + 1e-3])
+def test_the_first_batch_of_every_stage_is_looked_at(tmp_path, give):
+    data = Levels(give=give)
+    loader = DataLoader(data.splits()["train"][0], batch_size=200)
+    for stage in ("fit", "validate", "test"):
+        for module in (teacher(levels=17), student(teacher(levels=17))):
+            with pytest.raises(ValueError, match="dequantize"):
+                getattr(trainer(tmp_path), stage)(module, loader)
+    with pytest.raises(ValueError, match="dequantize"):
+        trainer(tmp_path, callbacks=[callback(levels=17)]).fit(MeanFlowModule(), loader)
+
+
+def test_continuous_data_that_look_discrete_are_said(tmp_path):
+    loader = DataLoader(torch.randint(0, 5, (1200, 2)).float(), batch_size=600)
+    with pytest.warns(UserWarning, match="look discrete"):
+        trainer(tmp_path, max_steps=1).fit(teacher(), loader)
+
+
+def test_mixed_starts_of_a_callback_are_put_back_on_levels(tmp_path):
+    objective = f2.TrajectoryRegression(nodes=4, capacity=64, chunk=32, starts={"mixed": 1.0})
+    added = callback(levels=17, objective=objective, check=False)
+    trainer(tmp_path, callbacks=[added], max_steps=1).fit(MeanFlowModule(), datamodule=Levels())
+    starts = torch.cat([entry["x"] for entry in objective.state_dict()["pool"]["entries"]])
+    # uniform within a level: a mean of two neighbours, which is not, would be triangular
+    place = (starts + 1) / 2 * 17
+    assert added.objective.quantization == LEVELS
+    assert torch.equal(LEVELS.quantize(starts).float(), place.floor())
+    LEVELS.check_states(starts)
+
+
+@pytest.mark.parametrize(
+    ("row", "quantized", "match"),
+    [
+        ({"nll": -0.1}, True, "no code of negative length"),
+        ({"nll": -0.1}, False, None),
+        ({"nll": 3.0, "gap": 0.5, "reference_deviation": 0.3}, True, "more than samples differ"),
+        ({"nll": 3.0, "gap": -0.2, "reference_deviation": 0.3}, True, None),
+        ({"nll": 3.0, "round_trip": 0.6}, False, "misses the data by 0.6"),
+        ({"nll": 3.0, "round_trip": 0.4, "gap": math.nan}, False, None),
+        ({"nll": 2.0, "reference_nll": -4.0}, True, "the reference is -4"),
+    ],
+)
+def test_impossible_likelihoods_are_said(row, quantized, match):
+    said = doubt(row, quantized, data_deviation=1.0)
+    assert said == "" if match is None else match in said
+
+
+def test_a_doubtful_likelihood_is_in_log_and_table():
+    evaluation = LikelihoodEvaluation((1, 2), 2, 17, -1.0, 1.0, torch.device("cpu"))
+    good, bad = torch.tensor([-2.0, -1.0, -2.5]), torch.tensor([9.0, 8.0, 9.5])
+    evaluation.update({1: good, 2: bad}, good, reference_error=torch.tensor([0.3, 0.0, 0.4]))
+    results = evaluation.results()
+    assert results["doubtful_2"] == 1
+    assert "doubtful_1" not in results
+    assert float(results["reference_error"]) == pytest.approx((0.25 / 3) ** 0.5 / (2 * math.log(2)), rel=1e-5)
+    assert "the likelihood in 2 steps is doubtful" in evaluation.doubts()
+    assert [bool(row["doubt"]) for row in evaluation.rows()] == [False, True]
+
+
+# --- conditioning ---
+
+
+class ByContract(f2.FlowMap):
+    """Conditional, written by the documented contract and no more."""
+
+    features = 2
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(2, 2)
+
+    def forward(self, x, s, t, cond=None):
+        return x + self.table(cond)
+
+    def forward_features(self, x, s, t, cond=None):
+        return self(x, s, t, cond), x
+
+
+class Labelled(Pair):
+    def splits(self):
+        return {name: (x, (x[:, 0] > 0).long()) for name, (x, _) in super().splits().items()}
+
+
+def test_a_flow_map_by_the_contract_gets_its_conditioning(tmp_path):
+    of = f2.FlowMatchingModule(ByContract(), (2,))
+    assert of.conditional is None
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(of, datamodule=Labelled())
+    made = student(of, steps=(1,))
+    trainer(tmp_path, max_epochs=1).fit(made, datamodule=Labelled())
+    x = torch.randn(4, 2)
+    one, other = (made.log_prob(x, 1, torch.full((4,), k)).value for k in (0, 1))
+    assert float((one - other).abs().min()) > 1e-4
+
+
+def test_conditioning_that_would_be_ignored_is_refused():
+    made, x, labels = student(), torch.randn(4, 2), torch.zeros(4, dtype=torch.long)
+    assert made.conditional is False
+    for ask in (made.log_prob, made.sample):
+        with pytest.raises(ValueError, match="takes none"):
+            ask(x, 2, labels)
+    with pytest.raises(ValueError, match="takes none"):
+        f2.reference_log_prob(made.average, x, labels, steps=2)
+
+
+@pytest.mark.parametrize("cond", [{"label": torch.zeros(4)}, (torch.zeros(4), torch.zeros(4)), ["a"] * 4])
+def test_conditioning_of_another_form_is_refused(cond):
+    joint = f2.JointFlowMap(ByContract(), f2.DivergenceHead(features=2))
+    with pytest.raises(ValueError, match=f"cond is a {type(cond).__name__}; a tensor"):
+        f2.log_prob(joint, torch.randn(4, 2), 2, cond)
+    of = f2.FlowMatchingModule(ByContract(), (2,))
+    with pytest.raises(ValueError, match="a tensor"):
+        of.state((torch.randn(4, 2), cond))
+
+
+# --- teachers ---
+
+
+def test_a_teacher_that_is_the_students_own_network_stays_as_it_is(tmp_path):
+    network = MLP((2,), width=16, blocks=1)
+    before = [p.clone() for p in network.parameters()]
+    made = f2.F2D2Module(
+        network,
+        (2,),
+        network,
+        objective=f2.TrajectoryRegression(nodes=4, capacity=64, refresh=8.0, chunk=16),
+        reference=f2.Reference(steps=4, probes=0),
+        optimizer=lambda p: torch.optim.SGD(p, 0.1),
+    )
+    trainer(tmp_path, max_steps=3).fit(made, datamodule=Pair())
+    assert all(p.requires_grad for p in network.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(made.teacher.parameters(), before, strict=True))
+    module = MeanFlowModule()
+    wrapped = f2.adapters.MeanFlow(directions="both")(module.net)
+    added = callback(teacher=wrapped)
+    trainer(tmp_path, callbacks=[added], max_steps=3).fit(module, datamodule=Pair())
+    assert all(p.requires_grad for p in module.net.parameters())
+
+
+def test_a_separate_teacher_keeps_its_gradients(tmp_path):
+    network = MLP((2,), width=16, blocks=1)
+    made = f2.F2D2Module(
+        MLP((2,), width=16, blocks=1),
+        (2,),
+        network,
+        objective=f2.TrajectoryRegression(nodes=4, capacity=64),
+        reference=f2.Reference(steps=4),
+    )
+    trainer(tmp_path, max_steps=2).fit(made, datamodule=Pair())
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+
+
+def test_the_average_of_a_teacher_as_backbone_is_copied_and_trained(tmp_path):
+    of = teacher()
+    for part in (of.average, of.flow_map):
+        made = f2.F2D2Module(part, (2,), of, objective=f2.TrajectoryRegression(nodes=4, capacity=64))
+        assert made.joint.flow_map is not part
+        assert all(p.requires_grad for p in made.joint.flow_map.parameters())
+        kept = [p.clone() for p in of.average.parameters()]
+        trainer(tmp_path, max_steps=2).fit(made, datamodule=Pair())
+        assert all(torch.equal(p, q) for p, q in zip(of.average.parameters(), kept, strict=True))
+        assert any(not torch.equal(p, q) for p, q in zip(made.average.flow_map.parameters(), kept, strict=True))
+    with pytest.raises(ValueError, match="requires gradients, so it would not be trained"):
+        f2.F2D2Module(MLP((2,), width=16).requires_grad_(False), (2,), lambda x, t, cond: -x)
+
+
+def test_a_function_can_be_a_teacher(tmp_path):
+    mean, covariance = torch.tensor([0.5, -1.0]), torch.tensor([[1.0, 0.8], [0.8, 0.73]])
+    flow = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(mean, covariance))
+    made = f2.F2D2Module(
+        MLP((2,), width=16, blocks=1),
+        (2,),
+        lambda x, t, cond: flow.velocity(x, t),
+        objective=f2.TrajectoryRegression(nodes=4, capacity=64),
+        reference=f2.Reference(steps=100, probes=0),
+        steps=(1,),
+    )
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(made, datamodule=Pair())
+    x = Pair().dataset("val").values
+    right = -torch.distributions.MultivariateNormal(mean, covariance).log_prob(x).mean()
+    assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), abs=1e-3)
+    with pytest.raises(ValueError, match="the teacher is a int"):
+        f2.F2D2Module(MLP((2,)), (2,), 3)
+
+
+def test_an_untrained_student_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="was not trained"):
+        trainer(tmp_path).test(student(), datamodule=Pair(), verbose=False)
+
+
+# --- sizes, precision, Lightning ---
+
+
+def test_another_size_than_trained_is_refused():
+    class AnySize(f2.FlowMap):
+        def forward_features(self, x, s, t, cond=None):
+            return -x, x.mean(1, keepdim=True)
+
+    head = f2.DivergenceHead(features=1, baseline=f2.GaussianBaseline((2,), "diagonal"))
+    with pytest.raises(ValueError, match=r"shape \(3, 4\)"):
+        f2.log_prob(f2.JointFlowMap(AnySize(), head), torch.randn(3, 4), 1)
+    for ask in (student().log_prob, student().sample):
+        with pytest.raises(ValueError, match=r"shape \(3, 1, 4, 4\), but the model was trained for \(B, 2\)"):
+            ask(torch.randn(3, 1, 4, 4), 1)
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_half_precision_of_weights_is_refused_at_the_start(tmp_path, precision):
+    for module in (teacher(), student()):
+        with pytest.raises(ValueError, match=f"precision='{precision}'.*bf16-mixed"):
+            trainer(tmp_path, precision=precision).fit(module, datamodule=Pair())
+    head = f2.DivergenceHead(features=2).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"head\.float\(\)"):
+        f2.JointFlowMap(ByContract(), head)(torch.zeros(2, 2), 1.0, 0.0, torch.zeros(2, dtype=torch.long))
+
+
+def test_double_precision_works_everywhere(tmp_path):
+    x = torch.randn(3, 2, dtype=torch.float64)
+    made = student()
+    run = trainer(tmp_path, precision="64-true", max_epochs=1)
+    run.fit(made, datamodule=Pair())
+    assert math.isfinite(float(run.callback_metrics["val/gap_1"]))
+    value = made.log_prob(x).value
+    assert value.dtype == torch.float64
+    assert torch.allclose(made.float().log_prob(x).value.double(), value, atol=1e-4)
+    added, module = callback(), MeanFlowModule()
+    trainer(tmp_path, precision="64-true", callbacks=[added], max_epochs=1).fit(module, datamodule=Pair())
+    assert added.log_prob(x).value.dtype == torch.float64
+    # double states of somebody's data in a single-precision run
+    loader = DataLoader(torch.randn(64, 2, dtype=torch.float64), batch_size=32)
+    trainer(tmp_path, max_steps=2).fit(student(), loader, loader)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randn(2)
+
+
+def test_training_data_without_an_end(tmp_path):
+    made = student()
+    trainer(tmp_path, max_steps=2, max_epochs=-1).fit(made, DataLoader(Endless(), batch_size=8192))
+    assert bool(made.joint.head.baseline.fitted)
+    assert torch.allclose(made.joint.head.baseline.variances, torch.ones(2), atol=0.05)
+
+
+def test_modules_of_the_other_lightning_are_refused():
+    class Module(nn.Module):
+        net = None
+
+    with pytest.raises(ValueError, match="import lightning as L"):
+        callback().setup(L.Trainer(logger=False, accelerator="cpu"), Module(), "fit")
+
+
+@pytest.mark.parametrize("what", ["lr_find", "scale_batch_size"])
+@pytest.mark.parametrize("who", ["callback", "module"])
+def test_a_tuner_leaves_no_trace(tmp_path, what, who):
+    def run(tuned):
+        torch.manual_seed(0)
+        added = callback() if who == "callback" else None
+        module = MeanFlowModule() if added else student()
+        made = trainer(tmp_path, max_steps=3, callbacks=[added] if added else [])
+        if added:
+            module.lr = 1e-2
+        data = Pair()
+        if tuned:
+            options = {"num_training": 6} if what == "lr_find" else {"max_trials": 2, "steps_per_trial": 1}
+            options |= {"update_attr": False} if what == "lr_find" else {}
+            getattr(Tuner(made), what)(module, datamodule=data, **options)
+            data.batch_size = 32
+            module.lr = 1e-2 if added else None
+        torch.manual_seed(5)
+        made = trainer(tmp_path, max_steps=3, callbacks=[added] if added else [])
+        made.fit(module, datamodule=data)
+        x = torch.linspace(-1, 1, 8).reshape(4, 2)
+        return (added or module).log_prob(x, 2).value.detach()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(run(True), run(False))
+
+
+def test_a_tuned_rate_is_taken():
+    module = teacher()
+    module.lr = 0.125
+    module._trainer = L.Trainer(max_steps=1, logger=False, accelerator="cpu")
+    assert module.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"] == 0.125
+
+
+@pytest.mark.parametrize("who", ["teacher", "student", "callback"])
+def test_figures_do_not_depend_on_batches_and_workers(tmp_path, who):
+    def run(size, workers):
+        torch.manual_seed(0)
+        data = Pair(num_workers=workers)
+        data.eval_batch_size = size
+        if who == "callback":
+            added = callback(reference=f2.Reference(steps=8), reference_samples=13)
+            made = trainer(tmp_path, callbacks=[added], max_epochs=1)
+            made.fit(MeanFlowModule(), datamodule=data)
+            return {name: value for name, value in made.callback_metrics.items() if "f2d2" in name}
+        settings = {"reference": f2.Reference(steps=8)}
+        module = teacher(validate_nll=True, **settings) if who == "teacher" else None
+        module = module or student(reference_samples=13, **settings)
+        made = trainer(tmp_path)
+        made.validate(module, datamodule=data, verbose=False)
+        return dict(made.callback_metrics)
+
+    one, other = run(50, 0), run(7, 2)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert float(other[name]) == pytest.approx(float(value), abs=2e-5), name
+
+
+class HalfDetached(nn.Module):
+    """``-2 x``, half of it behind a detach: forward mode says -1 for each dimension."""
+
+    def forward(self, x, t, cond=None):
+        return -x - x.detach()
+
+
+def test_a_teacher_that_loses_a_part_of_its_derivative_is_refused_before_the_first_step(tmp_path):
+    def made(**kwargs):
+        objective = f2.TrajectoryRegression(nodes=4, capacity=64)
+        return f2.F2D2Module(MLP((2,), width=16, blocks=1), (2,), HalfDetached(), objective=objective, **kwargs)
+
+    with pytest.raises(ConventionError, match=r"HalfDetached answers, but not with its derivative.*mode='finite'"):
+        trainer(tmp_path, max_steps=1).fit(made(), datamodule=Pair())
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        trainer(tmp_path, callbacks=[callback(teacher=HalfDetached())]).fit(MeanFlowModule(), datamodule=Pair())
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(made(estimator=f2.Hutchinson(mode="finite"), reference_samples=5), datamodule=Pair())
+    x = Pair().dataset("val").values[:5]
+    variance = math.exp(4.0)  # the flow of -2 x shrinks noise by exp(-2)
+    right = -torch.distributions.Normal(0.0, 1 / variance**0.5).log_prob(x).sum(1).mean()
+    assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), rel=1e-3)
+    # in validation alone as well
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        trainer(tmp_path).validate(made(), datamodule=Pair(), verbose=False)
+
+
+# --- what a second look found ---
+
+
+def distilled(network, of, **kwargs):
+    objective = f2.TrajectoryRegression(nodes=4, capacity=64)
+    settings = {"reference": f2.Reference(steps=8, probes=0), "steps": (1,), "objective": objective} | kwargs
+    return f2.F2D2Module(network, (2,), of, **settings)
+
+
+def moving():
+    torch.manual_seed(0)
+    network = MLP((2,), width=16, blocks=1)
+    for p in network.parameters():
+        p.data.normal_(0, 0.3)
+    return network
+
+
+@pytest.mark.parametrize("how", ["module", "method", "function"])
+def test_a_teacher_that_was_changed_has_another_reference(tmp_path, how):
+    network = moving()
+    made = distilled(
+        MLP((2,), width=16, blocks=1),
+        {"module": network, "method": network.velocity, "function": lambda x, t, c: network.velocity(x, t)}[how],
+    )
+    for _ in range(2):
+        run = trainer(tmp_path)
+        run.validate(made, datamodule=Pair(), verbose=False)
+        right = -made.reference(made.teacher_velocity(), Pair().dataset("val").values).value.mean()
+        assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), abs=1e-4)
+        for p in network.parameters():
+            p.data.mul_(1.5)
+
+
+def test_references_of_functions_are_not_mixed_up():
+    made, x = student(), torch.randn(5, 2)
+    for k in (1.0, 2.0, 3.0):
+        velocity = functools.partial(lambda k, x, t, c: -k * x, k)
+        assert torch.equal(made.reference_log_prob(x, None, velocity), made.reference(velocity, x).value)
+        del velocity
+
+
+def test_teachers_behind_methods_and_functions_stay_as_they_are(tmp_path):
+    network = moving()
+    x, t = torch.randn(4, 2), torch.full((4,), 0.5)
+    before = network.velocity(x, t).detach()
+    made = distilled(network, network.velocity, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(made, datamodule=Pair())
+    assert torch.equal(made.teacher_velocity()(x, t), before)
+    assert not torch.equal(network.velocity(x, t), before)
+
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = [network]
+
+        def forward(self, x, t, cond=None):
+            return self.kept[0].velocity(x, t)
+
+    with pytest.raises(ValueError, match=r"a function of a copy, copy\.deepcopy"):
+        distilled(network, lambda x, t, c: network.velocity(x, t))
+    held = distilled(network, Held(), optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(held, datamodule=Pair())
+    module = MeanFlowModule()
+    own = f2.adapters.MeanFlow(directions="both")(module.net)
+    added = callback(teacher=own.velocity)
+    before = own.velocity(x, t).detach()
+    trainer(tmp_path, callbacks=[added], max_steps=3).fit(module, datamodule=Pair())
+    assert torch.equal(added.teacher(x, t, None), before)
+
+
+class DetachedNorm(nn.Module):
+    def forward(self, x, t, cond=None):
+        return x / (x.detach().norm(dim=1, keepdim=True) + 0.01)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("network", [DetachedNorm(), HalfDetached()])
+def test_parts_of_a_derivative_that_are_lost_are_seen_in_both_modes(mode, network):
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        check_differentiable(network, torch.randn(64, 6), mode=mode)
+
+
+def test_a_teacher_is_looked_at_before_its_own_likelihood(tmp_path):
+    class Own(f2.FlowMap):
+        features = 2
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, s, t, cond=None):
+            return self.scale * (-x - x.detach())
+
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        trainer(tmp_path).test(f2.FlowMatchingModule(Own(), (2,)), datamodule=Pair(), verbose=False)
+
+
+@pytest.mark.parametrize("other", [{"levels": 256, "low": 0.0, "high": 2.0}, {"levels": 17, "low": 0.0, "high": 4.0}])
+def test_a_checkpoint_of_other_levels_is_refused(tmp_path, other):
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(teacher(levels=17, low=0.0, high=2.0), datamodule=Levels(0.0, 2.0))
+    run.save_checkpoint(tmp_path / "t.ckpt")
+    loader = DataLoader(torch.stack(list(Levels(0.0, 2.0).dataset("train"))), batch_size=40)
+    with pytest.raises(ValueError, match="the checkpoint is of a model with"):
+        trainer(tmp_path).test(teacher(**other), loader, ckpt_path=tmp_path / "t.ckpt", verbose=False)
+
+
+def test_sixteen_bits_that_were_never_dequantized_are_refused():
+    k = torch.randint(0, 65536, (64, 256))
+    for low, span in ((-1.0, 2.0), (0.0, 1.0)):
+        with pytest.raises(ValueError, match="never dequantized"):
+            f2.Quantization(65536, low, low + span).check_states(low + span * k / 65535)
+
+
+def test_point_masses_are_said():
+    x = f2.Quantization(256).dequantize(torch.randint(0, 256, (64, 1, 28, 28)))
+    for wrong in (nn.functional.pad(x, (2,) * 4, value=-1.0), torch.cat([x] * 3 + [torch.ones_like(x)], 1)):
+        with pytest.warns(UserWarning, match="one and the same number"):
+            f2.Quantization(256).check_states(wrong)
+    table = torch.randn(500, 4)
+    for column in (table[:, :1].round(), table[:, :1].relu(), torch.ones(500, 1)):
+        with pytest.warns(UserWarning, match="columns 4 of the states"):
+            warn_of_discrete(torch.cat((table, column), 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_discrete(table)
+        f2.Quantization(256).check_states(x)
+
+
+def test_few_bright_or_pale_pictures_pass():
+    for levels, low, high, first, last in (
+        (256, -1.0, 1.0, 128, 256),
+        (256, -1.0, 1.0, 64, 192),
+        (2, -1.0, 1.0, 1, 2),
+        (256, 0.0, 256.0, 0, 1),
+    ):
+        quantization = f2.Quantization(levels, low, high)
+        quantization.check_states(quantization.dequantize(torch.randint(first, last, (4, 1, 28, 28))))
+
+
+def test_a_reference_that_is_nan_is_said_and_not_compared(tmp_path):
+    made = distilled(MLP((2,), width=16, blocks=1), lambda x, t, c: torch.where(x[:, :1] > 1.0, torch.nan, -x))
+    run = trainer(tmp_path)
+    with pytest.warns(UserWarning, match=r"the reference is NaN or infinite for \d+ samples"):
+        run.validate(made, datamodule=Pair(), verbose=False)
+    assert math.isfinite(float(run.callback_metrics["val/gap_1"]))
+
+
+def test_the_check_of_a_convention_holds_at_any_scale_of_the_data():
+    class Field(nn.Module):
+        def __init__(self, flow):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x, t):
+            return self.flow.velocity(x, t)
+
+    class Nothing(nn.Module):
+        def forward(self, x, t):
+            return torch.zeros_like(x)
+
+    adapter = Adapter("net(x, s)", noise_time=0.0, data_time=1.0, directions="none")
+    means = torch.stack((torch.ones(4), -torch.ones(4)))
+    for scale in (0.01, 0.3, 3.0, 50.0):
+        flow = f2.flows.MixtureFlow(torch.ones(2), 0.7 * scale * means, (0.5 * scale**2 * torch.eye(4)).expand(2, 4, 4))
+        x = flow.sample(64, torch.Generator().manual_seed(0))
+        for network in (Field(flow), Nothing()):
+            check_convention(adapter(network), x)
+
+
+def test_a_heads_network_answers_one_number():
+    head = f2.DivergenceHead(network=MLP((2,), width=16, blocks=1))
+    with pytest.raises(ValueError, match="one number a state"):
+        f2.log_prob(f2.JointFlowMap(MLP((2,), width=16, blocks=1), head), torch.randn(3, 2), 1)
+
+
+def test_reverse_mode_says_what_it_cannot_do():
+    def split(x, t, cond):
+        a, b = (x + t[:, None]).chunk(2, 1)
+        return torch.cat((torch.relu_(a), b), 1)
+
+    with torch.no_grad(), pytest.raises(DerivativeError, match="mode='finite'"):
+        f2.divergence.Exact(mode="reverse")(split, torch.randn(3, 2), 0.5)
+    with torch.inference_mode():
+        found = f2.divergence.Exact(mode="reverse")(lambda x, t, c: x * t[:, None], torch.randn(3, 2), 0.5).divergence
+    assert torch.equal(found, torch.ones(3))
+
+
+def test_a_teacher_of_another_path_is_refused():
+    with pytest.raises(ValueError, match=r"teacher was trained on TrigonometricPath, the objective is on LinearPath"):
+        student(teacher(path=f2.flows.TrigonometricPath()))

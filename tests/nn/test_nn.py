@@ -1,0 +1,335 @@
+"""Backbones: derivatives in state and both times, any order of the times, classes, features."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from f2d2_lightning import GaussianBaseline
+from f2d2_lightning.divergence.estimators import jacobian_product
+from f2d2_lightning.flows import TrigonometricPath
+from f2d2_lightning.nn import (
+    MLP,
+    AddedTime,
+    AngleEmbedding,
+    DiT,
+    GaussianPreconditioned,
+    IntervalEmbedding,
+    OneTimeEmbedding,
+    PreconditionedMLP,
+    ResNet,
+    UNet,
+)
+from problems import PROBLEMS, randomize, rotation
+
+close = torch.testing.assert_close
+
+
+def preconditioned(network, path=None):
+    dim = torch.Size(network.shape).numel()
+    covariance = rotation(dim, 3) @ torch.diag(torch.logspace(-2, 0.5, dim)) @ rotation(dim, 3).T
+    return GaussianPreconditioned(
+        network, GaussianBaseline.from_covariance(torch.linspace(-1, 1, dim), covariance, path, network.shape)
+    )
+
+
+def by_angles(shape=(3,), covariance="full", **options):
+    """A preconditioned MLP whose times are embedded by angles, fitted to data of very different widths."""
+    network = PreconditionedMLP(shape, covariance, width=16, **{"blocks": 1, **options})
+    dim = torch.Size(shape).numel()
+    widths = (
+        torch.logspace(-1.5, 0.3, dim) if covariance != "full" else rotation(dim, 3) * torch.logspace(-1.5, 0.3, dim)
+    )
+    data = 1 + torch.randn(200, dim) @ widths.T if widths.ndim == 2 else 1 + torch.randn(200, dim) * widths
+    network.baseline.fit([data.reshape(-1, *shape)])
+    return network
+
+
+NETWORKS = {
+    "mlp vector": lambda **k: MLP((3,), width=16, blocks=2, **k),
+    "mlp image": lambda **k: MLP((2, 2, 4), width=16, blocks=1, **k),
+    "mlp with an added time": lambda **k: MLP((3,), width=16, embedding=AddedTime(OneTimeEmbedding(8)), **k),
+    "resnet": lambda **k: ResNet((2, 2, 4), width=8, blocks=1, **k),
+    "unet": lambda **k: UNet((2, 2, 4), width=8, multipliers=(1, 2), blocks=1, attention=(2,), **k),
+    "dit": lambda **k: DiT((3, 2, 4), width=16, depth=2, heads=2, **k),
+    "preconditioned mlp": lambda **k: preconditioned(MLP((3,), width=16, blocks=1, **k)),
+    "preconditioned mlp by angles": lambda **k: by_angles(**k),
+    "preconditioned image by angles": lambda **k: by_angles((1, 2, 2), "diagonal", **k),
+    "preconditioned dit": lambda **k: preconditioned(DiT((1, 2, 4), width=16, depth=1, heads=2, **k)),
+    "preconditioned resnet": lambda **k: preconditioned(ResNet((1, 2, 4), width=8, blocks=1, **k)),
+}
+
+
+@pytest.fixture(params=[(name, classes) for name in NETWORKS for classes in (0, 3)], ids=str)
+def case(request):
+    name, classes = request.param
+    torch.manual_seed(1)
+    network = randomize(NETWORKS[name](classes=classes), 0.2)
+    shape = getattr(network, "network", network).shape
+    cond = torch.tensor([2, 0, 1, 1]) if classes else None
+    return network, torch.randn(4, *shape), torch.tensor([0.2, 0.9, 0.5, 0.6]), torch.tensor([0.8, 0.1, 0.5, 0.3]), cond
+
+
+def central(function, h=1e-5):
+    return ((function(h) - function(-h)) / (2 * h)).detach()
+
+
+def test_jvp_in_the_state(case):
+    network, x, s, t, cond = case
+    v = torch.randn_like(x)
+    with torch.no_grad():
+        value, product = jacobian_product(lambda y: network(y, s, t, cond), x, v)
+    close(value, network(x, s, t, cond).detach())
+    close(product, central(lambda h: network(x + h * v, s, t, cond)), rtol=1e-5, atol=1e-5)
+    assert product.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("which", ["s", "t"])
+def test_jvp_in_time(case, which):
+    network, x, s, t, cond = case
+    one = torch.ones(4)
+    f = lambda a, b: network(x, a, b, cond)  # noqa: E731
+    with torch.no_grad():
+        if which == "s":
+            _, product = jacobian_product(lambda a: f(a, t), s, one)
+            expected = central(lambda h: f(s + h, t))
+        else:
+            _, product = jacobian_product(lambda b: f(s, b), t, one)
+            expected = central(lambda h: f(s, t + h))
+    close(product, expected, rtol=1e-5, atol=1e-5)
+    assert product.abs().max() > 1e-3
+
+
+def test_reverse_mode_agrees_with_forward(case):
+    network, x, s, t, cond = case
+    v, w = torch.randn_like(x), torch.randn_like(x)
+    _, product = jacobian_product(lambda y: network(y, s, t, cond), x, v)
+    y = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad((network(y, s, t, cond) * w).sum(), y)
+    close((gradient * v).sum(), (product * w).sum().detach())
+
+
+def test_direction_matters(case):
+    """Negative intervals are answered, and not as positive ones."""
+    network, x, s, t, cond = case
+    there, back = network(x, s, t, cond), network(x, t, s, cond)
+    different = (there - back).flatten(1).abs().amax(1)
+    assert bool((different[s != t] > 1e-4).all())
+    assert bool((different[s == t] == 0).all())
+
+
+def test_features_path_is_bitwise_the_forward_path(case):
+    network, x, s, t, cond = case
+    u, h = network.forward_features(x, s, t, cond)
+    assert torch.equal(u, network(x, s, t, cond))
+    assert h.shape[:2] == (4, network.features)
+    assert (h[0] - h[1]).abs().max() > 1e-3
+
+
+def test_samples_do_not_mix(case):
+    network, x, s, t, cond = case
+    alone = [
+        network(x[i : i + 1], s[i : i + 1], t[i : i + 1], None if cond is None else cond[i : i + 1]) for i in range(4)
+    ]
+    close(torch.cat(alone), network(x, s, t, cond))
+
+
+def test_classes_matter(case):
+    network, x, s, t, cond = case
+    if cond is not None:
+        different = (network(x, s, t, cond) - network(x, s, t, (cond + 1) % 3)).flatten(1).abs().amax(1)
+        assert bool((different > 1e-4).all())
+
+
+def test_starts_at_zero_or_at_the_gaussian_map():
+    for path in ("linear", "trigonometric"):
+        problem = PROBLEMS[f"gaussian-vector-{path}"]()
+        network = GaussianPreconditioned(MLP((3,), width=8, blocks=1), problem.baseline)
+        s, t = torch.rand(5), torch.rand(5)
+        x = problem.states_at(s)
+        close(network(x, s, t), problem.field(x, s, t).velocity)
+        close(network.network(x, s, t), torch.zeros_like(x))
+
+
+def test_preconditioned_network_sees_unit_variances():
+    """And its answer is scaled by the deviation of the conditional velocity: a unit answer has the exact spread."""
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    seen = []
+
+    class Watching(MLP):
+        def forward_features(self, x, s, t, cond=None):
+            seen.append(x)
+            return torch.randn_like(x), x
+
+    network = GaussianPreconditioned(Watching((3,)), problem.baseline)
+    for time in (0.0, 0.4, 1.0):
+        t = torch.full((20000,), time)
+        x = problem.states(20000, time)
+        answer = network(x, t, t) - problem.velocity(x, t)
+        close(torch.cov(seen[-1].T), torch.eye(3), rtol=0, atol=0.05)
+        close(seen[-1].mean(0), torch.zeros(3), rtol=0, atol=0.05)
+        _, covariance = problem.moments(t[:1])
+        expected = problem.covariances[0] @ torch.linalg.inv(covariance[0, 0])
+        close(torch.cov(answer.T), expected, rtol=0, atol=0.06)
+
+
+def test_embedding_tells_pairs_of_times_apart():
+    embedding = IntervalEmbedding(16)
+    s, t = torch.rand(50), torch.rand(50)
+    assert (embedding(s, t) - embedding(t, s)).abs().amax(1).min() > 1e-3
+    assert torch.pdist(embedding(s, t)).min() > 1e-3
+
+
+def test_dropout_is_for_training_only():
+    network, x = randomize(MLP((3,), width=16, blocks=1, dropout=0.5)), torch.randn(4, 3)
+    assert not torch.equal(network(x, 0.0, 1.0), network(x, 0.0, 1.0))
+    network.eval()
+    assert torch.equal(network(x, 0.0, 1.0), network(x, 0.0, 1.0))
+
+
+PAIRS = [(0.2, 0.7), (0.9, 0.3), (0.0, 1.0), (1.0, 0.0), (0.5, 0.5)]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("path", [None, TrigonometricPath()], ids=["linear", "trigonometric"])
+@pytest.mark.parametrize("shape", [(3,), (1, 2, 2)], ids=str)
+def test_preconditioning_turns_whitened_coordinates_by_the_angle(shape, path, pair):
+    """``z_t = z_s + (theta_t - theta_s) n(z_s, s, t)``, in both directions, with angles and whitening written here."""
+    network = randomize(preconditioned(MLP(shape, width=16, blocks=1), path), 0.2)
+    baseline, dim = network.baseline, torch.Size(shape).numel()
+
+    def white(x, t):
+        a, b = (t, 1 - t) if path is None else (math.sin(math.pi / 2 * t), math.cos(math.pi / 2 * t))
+        centered = x.flatten(1) - a * torch.linspace(-1, 1, dim)
+        deviations = baseline.variances.sqrt()
+        angle = torch.atan2(a * deviations, b * torch.ones(dim))
+        return (centered @ baseline.axes) / (b**2 + a**2 * deviations**2).sqrt(), angle
+
+    s, t = pair
+    x = torch.randn(5, *shape)
+    landed = network.jump(x, s, t)
+    (z_s, angle_s), (z_t, angle_t) = white(x, s), white(landed, t)
+    answer = network.network(z_s.reshape(x.shape), s, t).flatten(1)
+    close(z_t, z_s + (angle_t - angle_s) * answer, rtol=1e-9, atol=1e-9)
+    if s != t:
+        assert (z_t - z_s).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "isotropic"])
+def test_preconditioned_mlp_starts_at_the_gaussian_map(covariance):
+    network = by_angles((3,), covariance)
+    s, t, x = torch.rand(5), torch.rand(5), torch.randn(5, 3)
+    close(network(x, s, t), network.baseline.average_velocity(x, s, t))
+    randomize(network)
+    assert (network(x, s, t) - network.baseline.average_velocity(x, s, t)).abs().max() > 0.05
+
+
+def test_a_copy_embeds_by_its_own_baseline():
+    """The embedding holds the baseline out of sight of the module tree; a copy must not go on with the original's."""
+    original = randomize(by_angles())
+    copied = copy.deepcopy(original)
+    assert copied.network.embedding._baseline[0] is copied.baseline
+    assert copied.baseline is not original.baseline
+    x, s, t = torch.randn(4, 3), torch.rand(4), torch.rand(4)
+    expected = original(x, s, t)
+    assert torch.equal(copied(x, s, t), expected)
+    embedded = original.network.embedding(s, t)
+    copied.baseline.variances.mul_(100)
+    assert torch.equal(original(x, s, t), expected)
+    assert torch.equal(original.network.embedding(s, t), embedded)
+    assert (copied.network.embedding(s, t) - embedded).abs().max() > 1e-2
+
+
+def test_a_checkpoint_holds_the_baseline_once():
+    original = randomize(by_angles())
+    state = original.state_dict()
+    for name in ("mean", "variances", "axes", "fitted"):
+        assert [key for key in state if key.split(".")[-1] == name] == [f"baseline.{name}"]
+    assert [name for name, m in original.named_modules() if isinstance(m, GaussianBaseline)] == ["baseline"]
+    loaded = PreconditionedMLP((3,), "full", width=16, blocks=1)
+    loaded.load_state_dict(state)
+    x, s, t = torch.randn(4, 3), torch.rand(4), torch.rand(4)
+    assert torch.equal(loaded(x, s, t), original(x, s, t))
+    # and a conversion reaches the embedding too
+    single = loaded.float()(x.float(), s.float(), t.float())
+    assert single.dtype == torch.float32
+    close(single.double(), original(x, s, t), rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_is_unaffected_by_the_weights_of_the_difference():
+    """On the diagonal the embedding sees one time; a student that starts from a teacher keeps its velocity."""
+    network = by_angles()
+    assert bool((network.network.embedding.difference.weight == 0).all())
+    randomize(network.network.blocks)
+    randomize(network.network.outlet)
+    x, s, t = torch.randn(4, 3), torch.tensor([0.0, 0.4, 0.8, 1.0]), torch.tensor([0.6, 0.9, 0.1, 0.2])
+    embedding = network.network.embedding
+    assert torch.equal(embedding(s, t), embedding(s, s))
+    diagonal, jump = network(x, s, s), network(x, s, t)
+    randomize(embedding.difference)
+    assert torch.equal(network(x, s, s), diagonal)
+    assert bool(((network(x, s, t) - jump).abs().amax(1) > 1e-4).all())
+    assert (embedding(s, t) - embedding(t, s)).abs().amax(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["expanded", "batch"])
+def test_angle_embedding_of_shared_times(form):
+    embedding = randomize(AngleEmbedding(spread_fit(), 16))
+    make = {"expanded": lambda v: torch.tensor(v).expand(4), "batch": lambda v: torch.full((4,), v)}[form]
+    for s, t in PAIRS:
+        answer = embedding(make(s), make(t))
+        assert len(answer) == (1 if form == "expanded" else 4)
+        close(answer.expand(4, 16), embedding(torch.tensor([s]), torch.tensor([t])).expand(4, 16))
+
+
+def spread_fit(permutation=None):
+    baseline = GaussianBaseline((9,), "diagonal")
+    variances = torch.logspace(-4, 2, 9)
+    baseline.variances.copy_(variances if permutation is None else variances[permutation])
+    return baseline
+
+
+def test_angle_embedding_goes_from_the_narrowest_axis_to_the_widest():
+    """Whatever the order of the axes: what it sees are cosines and sines of five angles, written here."""
+    embedding = randomize(AngleEmbedding(spread_fit(), 16))
+    other = AngleEmbedding(spread_fit(torch.randperm(9)), 16)
+    other.load_state_dict(embedding.state_dict())
+    s, t = torch.rand(6), torch.rand(6)
+    close(other(s, t), embedding(s, t))
+
+    def waves(time):
+        deviations = torch.logspace(-4, 2, 9)[[0, 2, 4, 6, 8]].sqrt()
+        angle = torch.atan(time[:, None] / (1 - time[:, None]) * deviations)
+        one = time[:, None]
+        functions = (angle.cos(), angle.sin(), (2 * angle).cos(), (2 * angle).sin(), one, (math.pi * one).cos())
+        return torch.cat(functions, 1)
+
+    start = waves(s) @ embedding.start.weight.T + embedding.start.bias
+    hidden = start + (waves(t) - waves(s)) @ embedding.difference.weight.T
+    close(embedding(s, t), embedding.project(torch.nn.functional.silu(hidden)))
+    # a narrow axis resolves the last thousandth
+    ends = embedding(torch.tensor([0.999, 1.0]), torch.tensor([0.999, 1.0]))
+    middle = embedding(torch.tensor([0.5, 0.501]), torch.tensor([0.5, 0.501]))
+    assert (ends[0] - ends[1]).norm() > 5 * (middle[0] - middle[1]).norm()
+
+
+@pytest.mark.parametrize("which", ["s", "t"])
+@pytest.mark.parametrize("kind", ["diagonal", "isotropic"])
+def test_derivatives_of_the_angle_embedding(kind, which):
+    baseline = spread_fit() if kind == "diagonal" else GaussianBaseline((9,), "isotropic")
+    embedding = randomize(AngleEmbedding(baseline, 16))
+    times = [torch.tensor([0.1, 0.9, 0.5, 0.98]), torch.tensor([0.8, 0.2, 0.5, 0.99])]
+    index = "st".index(which)
+
+    def function(value):
+        return embedding(*(value if i == index else time for i, time in enumerate(times)))
+
+    at, one = times[index], torch.ones(4)
+    with torch.no_grad():
+        _, product = jacobian_product(function, at, one)
+    close(product, central(lambda h: function(at + h), 1e-6), rtol=1e-5, atol=1e-5)
+    leaf = at.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    close(gradient, product.sum(-1))
+    assert product.abs().amax(1).min() > 1e-3

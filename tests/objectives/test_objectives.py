@@ -1,0 +1,438 @@
+"""Objectives: zero at the truth, far from zero at anything else, and targets that are what they say."""
+
+import math
+
+import pytest
+import torch
+
+from f2d2_lightning import (
+    Direction,
+    DivergenceHead,
+    GaussianBaseline,
+    Intervals,
+    JointFlowMap,
+    JointMap,
+    TrajectoryRegression,
+    Weighting,
+    as_flow_map,
+)
+from f2d2_lightning.divergence import Conditional, Exact
+from f2d2_lightning.flows import Joint
+from f2d2_lightning.flows.paths import like
+from f2d2_lightning.nn import MLP
+from f2d2_lightning.objectives import (
+    ConditionalSource,
+    Consistency,
+    DiagonalSource,
+    Eulerian,
+    Lagrangian,
+    Semigroup,
+    TeacherSource,
+)
+from f2d2_lightning.objectives.base import Examples
+from problems import MUTATIONS, PROBLEMS, Logistic, LogisticMap, Mutant, Student, randomize, slope, trace, z_score
+
+close = torch.testing.assert_close
+EXACT = {
+    "semigroup midpoint": lambda path: Semigroup("midpoint", path=path),
+    "semigroup random": lambda path: Semigroup("random", path=path),
+    "lagrangian": lambda path: Lagrangian(path=path),
+    "eulerian": lambda path: Eulerian(path=path),
+    "consistency": lambda path: Consistency(path=path),
+}
+EVERY = {**EXACT, "trajectory": lambda path: TrajectoryRegression(nodes=16, path=path, capacity=64, refresh=0.0)}
+
+
+def source_of(problem):
+    return TeacherSource(problem.field, Exact())
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("own", [False, True], ids=["teacher", "own diagonal"])
+def test_zero_at_the_closed_form(gaussian, name, own):
+    source = DiagonalSource(gaussian.field) if own else source_of(gaussian)
+    terms = EXACT[name](gaussian.path)(gaussian.field, source, gaussian.states(64, 1.0))
+    for term in terms:
+        assert float(term) < 1e-18
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("name", EVERY)
+def test_far_from_zero_at_a_mutant(gaussian, name, mutation):
+    terms = EVERY[name](gaussian.path)(Mutant(gaussian.field, mutation), source_of(gaussian), gaussian.states(64, 1.0))
+    # the semigroup's two sides flip together; only its tenth on the diagonal sees the sign
+    floor = 4e-3 if mutation == "D flipped" and name.startswith("semigroup") else 0.02
+    assert float(terms.loss) > floor
+    if mutation == "D flipped":
+        assert float(terms.divergence_loss) > floor
+        assert float(terms.divergence_mse) > 0.5
+    if mutation != "D flipped":
+        assert float(terms.velocity_loss) > 0.02
+        assert float(terms.velocity_mse) > 0.02
+
+
+def test_trajectory_converges_with_its_nodes(gaussian):
+    """Heun's error is of second order, so the loss, its square, is of fourth."""
+    data, counts, losses = gaussian.states(128, 1.0), (16, 32, 64), []
+    for nodes in counts:
+        torch.manual_seed(0)
+        objective = TrajectoryRegression(
+            nodes, intervals=Intervals(diagonal=0.0, grid=1.0), path=gaussian.path, starts={"data": 1.0}, capacity=128
+        )
+        losses.append(objective(gaussian.field, source_of(gaussian), data))
+    assert 3.5 < slope(counts, [float(terms.velocity_loss) for terms in losses]) < 6
+    assert 3.5 < slope(counts, [float(terms.divergence_loss) for terms in losses]) < 6
+    assert float(losses[-1].loss) < 1e-3
+
+
+def test_trajectory_target_is_of_second_order(gaussian):
+    s, t = torch.tensor([0.0, 1.0, 0.2, 0.5]), torch.tensor([1.0, 0.0, 0.6, 0.5])
+    x, counts, errors = gaussian.states_at(s), (8, 16, 32), []
+    pair = gaussian.field(x, s, t)
+    for nodes in counts:
+        objective = TrajectoryRegression(nodes)
+        target = objective.target(gaussian.field, source_of(gaussian), x, s, t, None)
+        errors.append([float((a - b).abs().max()) for a, b in zip(target, pair, strict=True)])
+        close(target.velocity[3], pair.velocity[3])
+        close(target.divergence[3], pair.divergence[3])
+    for column in zip(*errors, strict=True):
+        assert 1.7 < slope(counts, column) < 3
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_targets_at_a_map_whose_divergence_depends_on_the_state(name):
+    """A Gaussian's divergence is the same everywhere and in both directions; here it is not."""
+    flow = Logistic()
+    source = TeacherSource(flow.velocity, Exact())
+    objective = TrajectoryRegression(nodes=64) if name == "trajectory" else EVERY[name](None)
+    s = torch.tensor([0.0, 1.0, 0.2, 0.7, 0.4])
+    t = torch.ones(5) if name == "consistency" else torch.tensor([1.0, 0.0, 0.6, 0.2, 0.4])
+    x = flow.data(5)
+    tolerance = 1e-2 if name == "trajectory" else 1e-9
+    for mutation in (None, *MUTATIONS):
+        student = LogisticMap(flow) if mutation is None else Mutant(LogisticMap(flow), mutation)
+        answer, target = student(x, s, t), objective.target(student, source, x, s, t, None)
+        for part, other, wrong in zip(answer, target, (("u flipped",), ("D flipped",)), strict=True):
+            if mutation is None:
+                close(part, other, rtol=tolerance, atol=tolerance)
+            elif mutation == "swapped directions" or (mutation in wrong and not name.startswith("semigroup")):
+                assert (part - other).abs().max() > 0.3
+
+
+@pytest.fixture(params=[(3,), (1, 2, 2)], ids=str)
+def bent(request):
+    """A student that is wrong everywhere, and points to try it at."""
+    shape = request.param
+    torch.manual_seed(1)
+    backbone = randomize(MLP(shape, width=16, blocks=1))
+    student = JointFlowMap(backbone, randomize(DivergenceHead(features=16, hidden=8)))
+    s, t = 0.1 + 0.8 * torch.rand(6), 0.1 + 0.8 * torch.rand(6)
+    teacher = randomize(MLP(shape, width=16, blocks=1), seed=2)
+    return student, TeacherSource(teacher, Exact()), teacher, torch.randn(6, *shape), s, t
+
+
+def instant(teacher, x, t):
+    return Joint(teacher.velocity(x, t).detach(), trace(lambda y: teacher.velocity(y, t), x))
+
+
+def finite(function, h=1e-5):
+    ahead, behind = function(h), function(-h)
+    return Joint(*((a - b).detach() / (2 * h) for a, b in zip(ahead, behind, strict=True)))
+
+
+def test_lagrangian_target(bent):
+    student, source, teacher, x, s, t = bent
+    target = Lagrangian().target(student, source, x, s, t, None)
+    v, divergence = instant(teacher, student.jump(x, s, t).state.detach(), t)
+    slope_t = finite(lambda h: student(x, s, t + h))
+    close(target.velocity, v - like(t - s, x) * slope_t.velocity, rtol=1e-6, atol=1e-6)
+    close(target.divergence, divergence - (t - s) * slope_t.divergence, rtol=1e-6, atol=1e-6)
+    assert not target.velocity.requires_grad
+    assert not target.divergence.requires_grad
+
+
+@pytest.mark.parametrize("objective", [Eulerian(), Consistency()], ids=["eulerian", "consistency"])
+def test_eulerian_target(bent, objective):
+    student, source, teacher, x, s, t = bent
+    t = torch.ones_like(t) if isinstance(objective, Consistency) else t
+    target = objective.target(student, source, x, s, t, None)
+    v, divergence = instant(teacher, x, s)
+    slope_s = finite(lambda h: student(x + h * v, s + h, t))
+    close(target.velocity, v + like(t - s, x) * slope_s.velocity, rtol=1e-6, atol=1e-6)
+    close(target.divergence, divergence + (t - s) * slope_s.divergence, rtol=1e-6, atol=1e-6)
+    assert not target.velocity.requires_grad
+    assert not target.divergence.requires_grad
+
+
+@pytest.mark.parametrize("split", ["midpoint", "random"])
+def test_semigroup_target(bent, split):
+    student, source, _, x, s, t = bent
+    torch.manual_seed(5)
+    target = Semigroup(split).target(student, source, x, s, t, None)
+    torch.manual_seed(5)
+    share = torch.full((6,), 0.5) if split == "midpoint" else torch.rand(6)
+    middle = s + share * (t - s)
+    first = student.jump(x, s, middle)
+    second = student.jump(first.state, middle, t)
+    close(target.velocity, ((second.state - x) / like(t - s, x)).detach())
+    close(target.divergence, (-(first.log_prob_change + second.log_prob_change) / (t - s)).detach())
+    assert not target.velocity.requires_grad
+
+
+@pytest.mark.parametrize("name", ["eulerian", "lagrangian", "consistency"])
+def test_on_the_diagonal_every_target_is_the_source(bent, name):
+    student, source, teacher, x, s, _ = bent
+    target = EXACT[name](None).target(student, source, x, s, s.clone(), None)
+    v, divergence = instant(teacher, x, s)
+    close(target.velocity, v)
+    close(target.divergence, divergence)
+
+
+@pytest.mark.parametrize("name", ["eulerian", "semigroup midpoint", "consistency"])
+def test_conditional_source_gives_the_same_mean_gradient(name):
+    """The pair's own velocity is noisy, but the gradient is that of the exact marginal velocity, in the mean."""
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    student = Student(problem.field)
+    objective = EXACT[name](problem.path)
+    sources = (source_of(problem), ConditionalSource(student, Conditional(0.5, Exact())))
+    differences, exact = [], []
+    for batch in range(25):
+        data, gradients = problem.states(1024, 1.0), []
+        for source in sources:
+            torch.manual_seed(1000 + batch)
+            gradients.append(torch.autograd.grad(objective(student, source, data).loss, student.amounts)[0])
+        differences.append(gradients[1] - gradients[0])
+        exact.append(gradients[0])
+    differences, exact = torch.stack(differences), torch.stack(exact)
+    assert z_score(differences).nan_to_num().abs().max() < 4
+    # and the test would see an error of a fraction of the gradient
+    assert (exact.mean(0).abs() / (differences.std(0) / 25**0.5 + 1e-3)).max() > 10
+
+
+@pytest.mark.parametrize("objective", [Lagrangian(), TrajectoryRegression(nodes=8)], ids=["lagrangian", "trajectory"])
+def test_conditional_source_is_refused_off_its_path(objective):
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    source = ConditionalSource(problem.field)
+    with pytest.raises(ValueError, match="ConditionalSource answers on the data pair's path"):
+        objective(problem.field, source, problem.states(8, 1.0))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gradient_leads_back(name):
+    """Descent on a perturbed closed form finds it again: every part of the loss pulls the right way."""
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    student = Student(problem.field, anchored=name not in ("trajectory", "semigroup midpoint"))
+    objective = EVERY[name](problem.path)
+    if name == "semigroup midpoint":
+        objective.intervals = Intervals(diagonal=0.5, grid=0.3)
+    descend(objective, student, problem)
+    assert student.amounts.abs().max() < 0.06
+
+
+def descend(objective, student, problem, steps=60):
+    optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        objective(student, source_of(problem), problem.states(64, 1.0)).loss.backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("units", ["velocity", "natural"])
+def test_semigroup_leads_back_with_default_intervals(units):
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    student = Student(problem.field, anchored=False)
+    descend(Semigroup(weighting=Weighting(units=units, divergence=1.0)), student, problem)
+    assert student.amounts.abs().max() < 0.1
+
+
+def some_examples(count, shape):
+    """Predictions, and examples with times on and off the diagonal, in both directions."""
+    leaf = lambda *size: torch.randn(*size).requires_grad_(True)  # noqa: E731
+    s, t = torch.rand(count), torch.rand(count)
+    t[::3] = s[::3]
+    predicted, target = (Joint(leaf(count, *shape), leaf(count)) for _ in range(2))
+    return predicted, Examples(torch.randn(count, *shape), s, t, None, target)
+
+
+def check_terms(terms, predicted, examples, velocity, divergence, weights):
+    """Terms against a velocity and a divergence part per sample; the latter is ``weights`` times its squared error."""
+    close(terms.velocity_loss.detach(), velocity.mean())
+    close(terms.divergence_loss.detach(), divergence.mean())
+    close(terms.loss, terms.velocity_loss + terms.divergence_loss)
+    close(terms.velocity_mse, (predicted.velocity - examples.target.velocity).detach().square().mean())
+    errors = (predicted.divergence - examples.target.divergence).detach()
+    close(terms.divergence_mse, errors.square().mean())
+    assert torch.autograd.grad(terms.loss, examples.target, retain_graph=True, allow_unused=True) == (None, None)
+    (gradient,) = torch.autograd.grad(terms.loss, predicted.divergence)
+    close(gradient, weights * 2 * errors / len(errors))
+
+
+@pytest.mark.parametrize("adaptive", [0.0, 0.5, 1.0])
+def test_weighting_in_units_of_velocity(adaptive):
+    predicted, examples = some_examples(6, (1, 2, 3))
+    terms = Weighting(divergence=0.7, adaptive=adaptive, units="velocity")(predicted, examples)
+    u_error = (predicted.velocity - examples.target.velocity).detach().square().sum((1, 2, 3)) / 6
+    d_error = (predicted.divergence - examples.target.divergence).detach().square() * 0.7 / 6
+    u_scale, d_scale = ((e + 1e-3) ** adaptive for e in (u_error, d_error))
+    check_terms(terms, predicted, examples, u_error / u_scale, d_error / d_scale, 0.7 / 6 / d_scale)
+
+
+@pytest.mark.parametrize("adaptive", [0.0, 0.5])
+def test_weighting_in_natural_units(gaussian, adaptive):
+    """Squared Mahalanobis length of the landing error under the marginal there, and squared nats."""
+    predicted, examples = some_examples(9, gaussian.shape)
+    s, t = examples.s, examples.t
+    terms = Weighting(divergence=0.7, adaptive=adaptive, diagonal=0.4)(predicted, examples, gaussian.baseline)
+    a, b, da, db = gaussian.coefficients(s)
+    deviations = torch.linalg.eigvalsh(gaussian.covariances[0]).sqrt()
+    # radians per unit of time, of arctan(alpha deviation / sigma)
+    rates = deviations * (da * b - a * db)[:, None] / (b[:, None] ** 2 + a[:, None] ** 2 * deviations**2)
+    length = torch.where(s == t, 0.4 / rates.mean(-1).clamp(min=1.0), t - s)
+    missed = length[:, None] * (predicted.velocity - examples.target.velocity).detach().flatten(1)
+    _, covariances = gaussian.moments(t)
+    u_error = (missed[:, None] @ torch.linalg.inv(covariances[:, 0]) @ missed[..., None]).flatten()
+    d_error = 0.7 * (length * (predicted.divergence - examples.target.divergence).detach()).square()
+    u_scale, d_scale = ((e + 1e-3) ** adaptive for e in (u_error, d_error))
+    check_terms(terms, predicted, examples, u_error / u_scale, d_error / d_scale, 0.7 * length.square() / d_scale)
+    # the deviation counts where the jump lands, not where it starts
+    _, elsewhere = gaussian.moments(s)
+    other = (missed[:, None] @ torch.linalg.inv(elsewhere[:, 0]) @ missed[..., None]).flatten()
+    assert abs(float((other / u_scale).mean() / terms.velocity_loss.detach()) - 1) > 0.02
+
+
+def test_natural_error_is_the_error_of_the_log_likelihood(gaussian):
+    """A map that is off by one standard deviation along an axis, and by a nat, costs one and the weight."""
+    s, t = torch.tensor([0.9, 0.2, 1.0]), torch.tensor([0.3, 0.8, 0.0])
+    x = gaussian.states_at(s)
+    _, covariances = gaussian.moments(t)
+    values, axes = torch.linalg.eigh(covariances[:, 0])
+    along = (axes[..., 1] * values[:, 1, None].sqrt()).reshape(x.shape)
+    pair = gaussian.field(x, s, t)
+    wrong = Joint(pair.velocity + along / like(t - s, x), pair.divergence + 1 / (t - s))
+    terms = Weighting(divergence=0.2)(wrong, Examples(x, s, t, None, pair), gaussian.baseline)
+    close(terms.velocity_loss, torch.tensor(1.0))
+    close(terms.divergence_loss, torch.tensor(0.2))
+
+
+def test_without_a_baseline_natural_units_are_those_of_unit_variance():
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    predicted, examples = some_examples(9, (3,))
+    unit = GaussianBaseline.from_covariance(torch.zeros(3), torch.eye(3))
+    for a, b in zip(Weighting()(predicted, examples), Weighting()(predicted, examples, unit), strict=True):
+        close(a, b)
+    assert abs(float((Weighting()(predicted, examples, problem.baseline).divergence_loss / b).detach()) - 1) > 0.1
+
+
+def test_an_objective_weighs_by_its_students_baseline():
+    """Found at ``student.head.baseline``; the same errors count differently without it."""
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    network = as_flow_map(lambda x, s, t, cond: problem.field(x, s, t).velocity + torch.ones_like(x))
+    head = DivergenceHead(network=Nothing(), baseline=problem.baseline)
+    joint_map = JointFlowMap(network, head)
+
+    class Hidden(JointMap):
+        def joint(self, x, s, t, cond):
+            return joint_map(x, s, t)
+
+    data, losses = problem.states(64, 1.0), []
+    for student in (joint_map, Hidden()):
+        torch.manual_seed(0)
+        losses.append(float(Eulerian()(student, source_of(problem), data).loss))
+    assert abs(losses[0] / losses[1] - 1) > 0.2
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, x, s, t, cond):
+        return x.new_zeros(len(x))
+
+
+@pytest.mark.parametrize("to_noise", [0.7, 0.2, 0.0, 1.0])
+@pytest.mark.parametrize("direction", ["both", "to_data", "to_noise"])
+def test_intervals(direction, to_noise):
+    s, t = Intervals(direction, diagonal=0.25, grid=0.5, steps=(2, 4), to_noise=to_noise).sample(20000)
+    assert float(torch.cat((s, t)).min()) >= 0
+    assert float(torch.cat((s, t)).max()) <= 1
+    assert abs(float((s == t).double().mean()) - 0.25) < 0.02
+    low, high = torch.minimum(s, t), torch.maximum(s, t)
+    up = t > s
+    either = torch.zeros_like(up)
+    for k in (2, 4):
+        on_grid = ((high - low - 1 / k).abs() < 1e-6) & ((low * k - (low * k).round()).abs() < 1e-6)
+        either |= on_grid
+        assert abs(float(on_grid.double().mean()) - 0.25) < 0.02
+        cells = torch.bincount((low[on_grid] * k).round().long(), minlength=k).double() / on_grid.sum()
+        assert (cells - 1 / k).abs().max() < 0.03
+        share = {"both": 1 - to_noise, "to_data": 1.0, "to_noise": 0.0}[direction]
+        assert abs(float(up[on_grid].double().mean()) - share) < 0.02
+    uniform = ~either & (s != t)
+    share = {"both": 0.5, "to_data": 1.0, "to_noise": 0.0}[direction]
+    assert abs(float(up[uniform].double().mean()) - share) < 0.03
+    diagonal = s[s == t].double()
+    assert abs(float(diagonal.mean()) - 0.5) < 0.02
+    assert abs(float(diagonal.std()) - math.sqrt(1 / 12)) < 0.02
+
+
+def test_default_intervals():
+    """A tenth on the diagonal, three on grids of 1, 2, 4 and 8 steps, of those half to noise."""
+    s, t = Intervals().sample(40000)
+    low, high = torch.minimum(s, t), torch.maximum(s, t)
+    span = high - low
+    on_grid = torch.zeros_like(s, dtype=torch.bool)
+    for k in (1, 2, 4, 8):
+        mine = ((span - 1 / k).abs() < 1e-6) & ((low * k - (low * k).round()).abs() < 1e-6)
+        assert abs(float(mine.double().mean()) - 0.075) < 0.01
+        on_grid |= mine
+    assert abs(float((s == t).double().mean()) - 0.1) < 0.01
+    assert abs(float((t < s)[on_grid].double().mean()) - 0.5) < 0.02
+
+
+def test_intervals_have_a_shortest_length():
+    s, t = Intervals(diagonal=0.0, grid=0.0, length=0.3).sample(2000)
+    assert float((t - s).abs().min()) >= 0.3 - 1e-6
+    assert abs(float((t - s).abs().mean()) - 0.65) < 0.02
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_anchor_answers_on_the_diagonal(name):
+    """Self-distillation: the anchor is asked on the diagonal only, the source off it only."""
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    asked = []
+
+    class Anchor(TeacherSource):
+        def __call__(self, x, t, cond=None, *, data=None, noise=None):
+            close(x, problem.path.sample(data, noise, t))
+            asked.append(len(x))
+            v, divergence = super().__call__(x, t, cond)
+            return Joint(v + 1, divergence)
+
+    objective = EVERY[name](problem.path)
+    terms = objective(problem.field, source_of(problem), problem.states(64, 1.0), anchor=Anchor(problem.field, Exact()))
+    if name == "consistency":
+        assert asked == []
+        assert float(terms.loss) < 1e-18
+    else:
+        assert 4 < sum(asked) < 32
+        close(float(terms.velocity_mse), sum(asked) / 64, rtol=0.05, atol=1e-9)
+
+
+def test_only_what_never_changes_is_stationary():
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    assert source_of(problem).stationary
+    assert not DiagonalSource(problem.field).stationary
+    assert not ConditionalSource(problem.field).stationary
+    assert source_of(problem).anywhere
+    assert DiagonalSource(problem.field).anywhere
+    assert not ConditionalSource(problem.field).anywhere
+
+
+def test_consistency_only_ever_asks_for_the_data():
+    problem = PROBLEMS["gaussian-vector-linear"]()
+
+    class Watched(JointMap):
+        directions = Direction.TO_DATA
+
+        def joint(self, x, s, t, cond):
+            assert bool((t == 1).all())
+            return problem.field(x, s, t)
+
+    assert float(Consistency()(Watched(), source_of(problem), problem.states(16, 1.0)).loss) < 1e-18

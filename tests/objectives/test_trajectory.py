@@ -1,0 +1,1062 @@
+"""Trajectories and their pool: right to second order, within memory, and the same again after a checkpoint."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from f2d2_lightning import (
+    Direction,
+    DivergenceHead,
+    GaussianBaseline,
+    Hutchinson,
+    Intervals,
+    JointFlowMap,
+    JointMap,
+    Quantization,
+    TrajectoryRegression,
+    Weighting,
+    as_flow_map,
+    log_prob,
+    sample,
+)
+from f2d2_lightning.divergence import Exact
+from f2d2_lightning.flows import Joint, MixtureFlow, TrigonometricPath
+from f2d2_lightning.flows.paths import like
+from f2d2_lightning.likelihood.sampling import normal_log_prob
+from f2d2_lightning.likelihood.time_grids import times_near_data
+from f2d2_lightning.objectives import DiagonalSource, TeacherSource, TrajectoryPool
+from f2d2_lightning.objectives.integrator import integrate, trajectory_times
+from problems import MUTATIONS, PROBLEMS, Logistic, LogisticMap, Mutant, Student, rotation, slope
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture
+def problem():
+    return PROBLEMS["gaussian-vector-linear"]()
+
+
+@pytest.fixture
+def source(problem):
+    return TeacherSource(problem.field, Hutchinson())
+
+
+def even(nodes):
+    return [k / nodes for k in range(nodes + 1)]
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["to data", "to noise"])
+def test_integrate_is_of_second_order(gaussian, backwards):
+    source, counts, errors = TeacherSource(gaussian.field, Exact()), (8, 16, 32), []
+    start = 1.0 if backwards else 0.0
+    x, s = gaussian.states(4, start), torch.full((4,), start)
+    for nodes in counts:
+        times = even(nodes)[::-1] if backwards else even(nodes)
+        states, change = integrate(source, x, times)
+        exact = [gaussian.jump(x, s, torch.full((4,), t)) for t in times]
+        errors.append(
+            [
+                float((states - torch.stack([e[0] for e in exact], 1)).abs().max()),
+                float((change - torch.stack([e[1] for e in exact], 1)).abs().max()),
+            ]
+        )
+    for column in zip(*errors, strict=True):
+        assert 1.4 < slope(counts, column) < 3
+
+
+@pytest.mark.parametrize("from_data", [False, True], ids=["from noise", "from data"])
+def test_drawn_targets_satisfy_the_map(from_data):
+    """A flow whose divergence depends on the state and on the direction, so that nothing is right by symmetry."""
+    flow, nodes = Logistic(), 128
+    pool = TrajectoryPool(even(nodes), capacity=16)
+    start = flow.data(16)
+    if not from_data:
+        start = flow.solve(start)[0]
+    pool.add(TeacherSource(flow.velocity, Exact()), start, -1 if from_data else 0)
+    x, s, t, cond, target = pool.draw(torch.rand(200), torch.rand(200))
+    assert cond is None
+    assert bool((s != t).all())
+    pair = LogisticMap(flow)(x, s, t)
+    close(pair.velocity, target.velocity, rtol=5e-3, atol=5e-3)
+    close(pair.divergence, target.divergence, rtol=5e-3, atol=5e-3)
+    swapped = LogisticMap(flow)(x, t, s)
+    assert (swapped.divergence - target.divergence).abs().max() > 1
+
+
+def test_draw_takes_the_nearest_kept_times(problem, source):
+    pool = TrajectoryPool(even(4), capacity=8)
+    pool.add(source, torch.randn(8, 3), 0)
+    s, t = torch.tensor([0.0, 1.0, 0.3, 0.6, 0.74]), torch.tensor([1.0, 0.0, 0.9, 0.1, 0.26])
+    drawn = pool.draw(s, t)
+    close(drawn.s, torch.tensor([0.0, 1.0, 0.25, 0.5, 0.75]))
+    close(drawn.t, torch.tensor([1.0, 0.0, 1.0, 0.0, 0.25]))
+
+
+@pytest.mark.parametrize("direction", ["to_data", "to_noise"])
+def test_draw_keeps_the_direction(problem, source, direction):
+    pool = TrajectoryPool(even(8), capacity=8)
+    pool.add(source, torch.randn(8, 3), 0)
+    s, t = Intervals(direction, diagonal=0.0, grid=0.0).sample(500)
+    drawn = pool.draw(s, t)
+    assert bool((((drawn.t - drawn.s) > 0) == ((t - s) > 0)).all())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["integrated again", "kept"])
+def test_the_way_to_noise_can_be_of_data_alone(whole):
+    """Which trajectories begin at data is known, in a ring that was written over and after a checkpoint too."""
+    source = TeacherSource(lambda x, t, cond: torch.zeros_like(x))  # states stand still, so their values say who is who
+    pool = TrajectoryPool(even(8), capacity=30)
+    for node, value in ((-1, 1.0), (0, 2.0), (4, 3.0), (0, 4.0), (-1, 5.0)):
+        pool.add(source, torch.full((8, 1), value), node)
+    loaded = TrajectoryPool(even(8), capacity=30)
+    loaded.load_state_dict(pool.state_dict(whole))
+    loaded.restore(source)
+    s, t = torch.rand(2, 400)
+    for each in (pool, loaded):
+        drawn = each.draw(s, t, likelihood_of_data=True)
+        to_noise = drawn.t < drawn.s
+        assert set(drawn.x[to_noise].flatten().tolist()) == {5.0}
+        # eight of forty were written over, and two of the next
+        assert set(drawn.x[~to_noise].flatten().tolist()) == {2.0, 3.0, 4.0, 5.0}
+        assert set(each.draw(s, t).x[to_noise].flatten().tolist()) == {2.0, 3.0, 4.0, 5.0}
+        for from_data, held in ((True, {5.0}), (False, {2.0, 3.0, 4.0, 5.0})):
+            assert set(each.draw_whole(300, [1.0, 0.0], from_data)[0].flatten().tolist()) == held
+    noise_alone = TrajectoryPool(even(8), capacity=8)
+    noise_alone.add(source, torch.ones(8, 1), 0)
+    assert bool((noise_alone.draw(s, t, likelihood_of_data=True).x == 1).all())
+
+
+def test_a_student_asks_for_the_likelihood_of_data(problem, source):
+    """The option reaches both ways of drawing, and only towards noise."""
+    objective = TrajectoryRegression(
+        8, capacity=64, likelihood_of_data=True, starts={"data": 0.5, "noise": 0.5}, unroll=1.0
+    )
+    student, data, asked = problem.field, problem.states(64, 1.0), []
+    pool = objective.pool(student)
+    draw, draw_whole = pool.draw, pool.draw_whole
+    pool.draw = lambda s, t, of_data: asked.append(of_data) or draw(s, t, of_data)
+    pool.draw_whole = lambda count, times, of_data: asked.append(of_data) or draw_whole(count, times, of_data)
+    for _ in range(8):
+        objective(student, source, data, progress=1.0)
+    assert len(asked) == 8
+    assert all(asked)
+
+
+@pytest.mark.parametrize("direction", ["to_data", "to_noise"])
+def test_one_directional_students_train(problem, source, direction):
+    class OneWay(JointMap):
+        directions = Direction.parse(direction)
+
+        def joint(self, x, s, t, cond):
+            return problem.field(x, s, t)
+
+    objective = TrajectoryRegression(8, capacity=64, intervals=Intervals(direction), starts={"data": 0.5, "noise": 0.5})
+    for _ in range(20):
+        objective(OneWay(), source, problem.states(64, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_memory_bound(shape, dtype):
+    source = TeacherSource(lambda x, t, cond: -x)
+    pool = TrajectoryPool(even(8), max_mib=0.01)
+    for _ in range(20):
+        pool.add(source, torch.randn(16, *shape, dtype=dtype), 0)
+    held = sum(value.numel() * value.element_size() for value in (pool._states, pool._change))
+    assert 0.8 * 0.01 * 2**20 < held <= 0.01 * 2**20
+    assert len(pool) == pool.capacity_for(torch.zeros(1, *shape, dtype=dtype))
+    assert pool.full
+    # and the starting points for the checkpoint do not pile up either
+    assert sum(len(e["x"]) for e in pool.state_dict()["entries"]) < len(pool) + 2 * 16
+
+
+def test_memory_for_none_is_refused():
+    with pytest.raises(ValueError, match="raise max_mib or keep fewer times"):
+        TrajectoryPool(even(8), max_mib=1e-5).capacity_for(torch.zeros(1, 3))
+
+
+def test_ring_overwrites_the_oldest():
+    source = TeacherSource(lambda x, t, cond: torch.zeros_like(x))
+    pool = TrajectoryPool(even(2), capacity=6)
+    for value in range(1, 4):
+        pool.add(source, torch.full((2, 1), float(value)), 0)
+        assert len(pool) == 2 * value
+    assert pool.full
+    held = lambda: set(pool.draw(torch.zeros(300), torch.ones(300)).x.flatten().tolist())  # noqa: E731
+    assert held() == {1.0, 2.0, 3.0}
+    pool.add(source, torch.full((3, 1), 4.0), 0)
+    assert held() == {2.0, 3.0, 4.0}
+    assert int((pool._states[:, 0, 0] == 2).sum()) == 1
+    pool.add(source, torch.full((3, 1), 5.0), 0)
+    assert held() == {4.0, 5.0}
+    assert [float(e["x"][0]) for e in pool.state_dict()["entries"]] == [4.0, 5.0]
+
+
+def test_more_at_once_than_fit():
+    source = TeacherSource(lambda x, t, cond: torch.zeros_like(x))
+    pool = TrajectoryPool(even(2), capacity=3)
+    pool.add(source, torch.arange(8.0)[:, None], 0)
+    assert len(pool) == 3
+    assert sorted(pool._states[:, 0, 0].tolist()) == [5.0, 6.0, 7.0]
+    # what is written over at once is neither integrated nor saved: two writes of one place race between threads
+    assert sum(len(e["x"]) for e in pool.state_dict()["entries"]) == 3
+
+
+def test_an_objective_integrates_no_more_than_its_pool_holds(problem):
+    rows = []
+
+    def velocity(x, t, cond):
+        rows.append(len(x))
+        return problem.field.velocity(x, t)
+
+    class Student(JointMap):
+        directions = Direction.BOTH
+
+        def joint(self, x, s, t, cond):
+            return problem.field(x, s, t)
+
+    objective = TrajectoryRegression(4, capacity=10, intervals=Intervals(diagonal=0.0))
+    objective(Student(), TeacherSource(velocity), problem.states(64, 1.0))
+    assert objective.pool(Student()).full
+    assert max(rows) <= 10
+
+
+@pytest.mark.parametrize("batches", [1, 3, 5, 9])
+@pytest.mark.parametrize("conditional", [False, True], ids=["no cond", "cond"])
+def test_checkpoint_reproduces_bit_for_bit(problem, conditional, batches):
+    shift = torch.tensor([0.0, 0.5])
+    source = TeacherSource(
+        lambda x, t, cond: problem.field.velocity(x, t) + (0 if cond is None else shift[cond][:, None]), Hutchinson(2)
+    )
+
+    def new():
+        return TrajectoryPool(even(4), capacity=20)
+
+    def more(pool, count, seed):
+        torch.manual_seed(seed)
+        for k in range(count):
+            cond = torch.randint(0, 2, (6,)) if conditional else None
+            pool.add(source, torch.randn(6, 3), (0, -1, 2)[k % 3], cond)
+
+    pool = new()
+    more(pool, batches, 1)
+    state = torch.load(_saved(pool.state_dict()), weights_only=True)
+    loaded = new()
+    loaded.load_state_dict(state)
+    before = torch.get_rng_state()
+    loaded.restore(source)
+    assert torch.equal(before, torch.get_rng_state())
+    for resumed in (False, True):
+        if resumed:
+            more(pool, 2, 2)
+            more(loaded, 2, 2)
+        assert len(loaded) == len(pool)
+        assert torch.equal(loaded._states, pool._states)
+        assert torch.equal(loaded._change, pool._change)
+        assert not conditional or torch.equal(loaded._cond, pool._cond)
+        s, t = torch.rand(50), torch.rand(50)
+        answers = []
+        for each in (pool, loaded):
+            torch.manual_seed(3)
+            drawn = each.draw(s, t)
+            answers.append(torch.cat((drawn.x, drawn.target.velocity, drawn.target.divergence[:, None]), 1))
+        assert torch.equal(*answers)
+
+
+def _saved(state):
+    import io
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def test_a_checkpoint_of_a_checkpoint_is_the_same(problem, source):
+    """Saved again before it was restored, as by a run that only validates."""
+    pool = TrajectoryPool(even(4), capacity=20)
+    for _ in range(5):
+        pool.add(source, torch.randn(6, 3), -1)
+    again = TrajectoryPool(even(4), capacity=20)
+    again.load_state_dict(pool.state_dict())
+    third = TrajectoryPool(even(4), capacity=20)
+    third.load_state_dict(again.state_dict())
+    third.restore(source)
+    assert torch.equal(third._states, pool._states)
+
+
+def test_objective_resumes(problem, source):
+    """Run on, or saved and loaded: the next losses are the same numbers."""
+    make = lambda: TrajectoryRegression(8, capacity=64, refresh=20.0, intervals=Intervals(grid=0.5))  # noqa: E731
+    objective = make()
+    data = problem.states(32, 1.0)
+    for _ in range(5):
+        objective(problem.field, source, data)
+    other = make()
+    other.load_state_dict(objective.state_dict())
+    losses = []
+    for each in (objective, other):
+        torch.manual_seed(9)
+        losses.append([float(each(problem.field, source, data).loss) for _ in range(6)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("refresh", [0.0, 4.0, 8.0, 32.0])
+def test_refresh_rate(problem, refresh):
+    objective = TrajectoryRegression(8, capacity=64, refresh=refresh, chunk=16, starts={"data": 1.0})
+    added = 0
+
+    source, data = TeacherSource(problem.field, Hutchinson()), problem.states(32, 1.0)
+    pool = objective.pool(problem.field)
+    original = pool.add
+
+    def add(source, x, node, cond=None):
+        nonlocal added
+        assert node % len(pool.times) == len(pool.times) - 1
+        added += len(x)
+        original(source, x, node, cond)
+
+    pool.add = add
+    for _ in range(4):
+        objective(problem.field, source, data)
+    assert added == 64  # fills a chunk at a time
+    added = 0
+    for _ in range(20):
+        objective(problem.field, source, data)
+    assert abs(added - 20 * refresh) <= 16
+
+
+@pytest.mark.parametrize("kind", ["data", "perturbed", "mixed", "path", "noise", "student"])
+def test_starts(problem, source, kind):
+    """Where trajectories begin, read from the pool's own ends."""
+    objective = TrajectoryRegression(8, capacity=512, chunk=512, starts={kind: 1.0}, perturbation=(0.02, 0.8))
+    data = problem.states(512, 1.0)
+    objective(problem.field, source, data)
+    states = objective.pool(problem.field)._states
+    ends, beginnings = states[:, -1], states[:, 0]
+    distance = (ends - data).abs().amax(1)
+    if kind == "data":
+        assert torch.equal(ends, data)
+    elif kind == "perturbed":
+        low, high = math.log(0.02), math.log(0.8)
+        squared = (ends - data).square().sum(1)
+        # three dimensions; the size is uniform in its logarithm
+        close(float(squared.mean()), 3 * (0.8**2 - 0.02**2) / (2 * (high - low)), rtol=0.25, atol=0.0)
+        expected = (low + high) / 2 + 0.5 * (math.log(2) + float(torch.special.digamma(torch.tensor(1.5))))
+        close(float(squared.log().mean()) / 2, expected, rtol=0.0, atol=0.2)
+    elif kind == "mixed":
+        # between a sample and one of its five nearest neighbours
+        others = data[None] - data[:, None]
+        moved = (ends - data)[:, None]
+        share = (moved * others).sum(-1) / others.square().sum(-1).clamp(min=1e-12)
+        on_line = (moved - share[..., None] * others).square().sum(-1) < 1e-18
+        near = others.square().sum(-1).argsort(1).argsort(1)
+        fits = on_line & (share > -1e-9) & (share < 1 + 1e-9) & (near >= 1) & (near <= 5)
+        assert bool(fits.any(1).all())
+        share, rank = (value[fits] for value in (share, near))
+        close(float(share.mean()), 0.5, rtol=0, atol=0.06)
+        assert bool((torch.bincount(rank, minlength=6)[1:] > 60).all())
+    elif kind == "path":
+        kept = objective.pool(problem.field)
+        entries = kept.state_dict()["entries"]
+        assert len(entries) == 1
+        node = entries[0]["node"]
+        assert 0 < node < 8
+        assert torch.equal(states[:, node], entries[0]["x"])
+        t = kept.times[node]
+        noise = (entries[0]["x"] - t * data) / (1 - t)
+        close(noise.mean(0), torch.zeros(3), rtol=0, atol=0.2)
+        close(torch.cov(noise.T), torch.eye(3), rtol=0, atol=0.25)
+    elif kind == "noise":
+        close(beginnings.mean(0), torch.zeros(3), rtol=0, atol=0.2)
+        close(torch.cov(beginnings.T), torch.eye(3), rtol=0, atol=0.25)
+    else:
+        close(torch.cov(ends.T), problem.covariances[0], rtol=0, atol=0.3)
+        close(ends.mean(0), problem.means[0], rtol=0, atol=0.2)
+        assert distance.median() > 0.1
+
+
+def test_whole_numbers_as_shares(problem, source):
+    objective = TrajectoryRegression(8, capacity=16, starts={"data": 1, "noise": 2})
+    objective(problem.field, source, problem.states(16, 1.0))
+
+
+def test_a_diverging_teacher_is_refused():
+    pool = TrajectoryPool(even(4))
+    with pytest.raises(FloatingPointError, match="became NaN or infinite"):
+        pool.add(TeacherSource(lambda x, t, cond: x / 0), torch.ones(2, 3), 0)
+
+
+@pytest.mark.parametrize("pair", [(0.0, 1.0), (1.0, 0.0), (0.3, 0.8), (1.0, 0.6)], ids=str)
+def test_exponential_scheme_is_exact_for_its_gaussian_in_one_step(gaussian, pair):
+    x = gaussian.states(5, pair[0])
+    states, change = integrate(TeacherSource(gaussian.field, Exact()), x, pair, baseline=gaussian.baseline)
+    state, expected = gaussian.jump(x, torch.full((5,), pair[0]), torch.full((5,), pair[1]))
+    close(states[:, -1], state, rtol=1e-9, atol=1e-9)
+    close(change[:, -1], expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(states[:, 0], x)
+    assert bool((change[:, 0] == 0).all())
+    # and the plain scheme is far away
+    plain, _ = integrate(TeacherSource(gaussian.field, Exact()), x, pair)
+    assert (plain[:, -1] - state).abs().max() > 0.02
+
+
+def fit_of(mixture, kind="full"):
+    return GaussianBaseline(mixture.shape, kind, mixture.path).fit([mixture.states(4000, 1.0)])
+
+
+def errors_of(flow, density, x, pair, counts, baseline):
+    """Errors of state and log-density after each number of even steps; the density is known, the state from RK4."""
+    source, (s, t) = TeacherSource(flow, Exact()), pair
+    with torch.no_grad():
+        exact, errors, fine = x, [], 60
+        for k in range(fine):
+            exact = runge_kutta(flow, exact, s + (t - s) * k / fine, (t - s) / fine)
+        expected = density(exact, torch.full((len(x),), t)) - density(x, torch.full((len(x),), s))
+        for count in counts:
+            times = [s + (t - s) * k / count for k in range(count + 1)]
+            states, change = integrate(source, x, times, baseline=baseline)
+            missed = (states[:, -1] - exact).square().mean(), (change[:, -1] - expected).square().mean()
+            errors.append([float(error.sqrt()) for error in missed])
+    return list(zip(*errors, strict=True))
+
+
+def runge_kutta(flow, x, t, h):
+    a = flow.velocity(x, t)
+    b = flow.velocity(x + h / 2 * a, t + h / 2)
+    c = flow.velocity(x + h / 2 * b, t + h / 2)
+    d = flow.velocity(x + h * c, min(max(t + h, 0.0), 1.0))
+    return x + h / 6 * (a + 2 * b + 2 * c + d)
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [("vector-linear", (0.0, 1.0)), ("vector-trigonometric", (1.0, 0.0)), ("image-linear", (1.0, 0.0))],
+)
+def test_exponential_scheme_is_of_second_order(name, pair):
+    """On a mixture, which is not what the fit is of: for the state and for the log-density."""
+    mixture = PROBLEMS[f"mixture-{name}"]()
+    x, counts = mixture.states(32, pair[0]), (16, 32, 64)
+    for errors in errors_of(mixture.field, mixture.log_prob, x, pair, counts, fit_of(mixture)):
+        assert 1.6 < slope(counts, errors) < 2.7
+        assert errors[-1] < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "isotropic"])
+@pytest.mark.parametrize("to_noise", [False, True], ids=["to data", "to noise"])
+def test_exponential_scheme_is_of_second_order_for_any_fit(kind, to_noise):
+    """Even one that is wrong: here a flow that does not start at a normal distribution."""
+    flow, counts, errors = Logistic(), (16, 32, 64), []
+    data = flow.data(12)
+    baseline = GaussianBaseline((3,), kind).fit([flow.data(1000)])
+    x = data if to_noise else flow.solve(data)[0]
+    times = (1.0, 0.0) if to_noise else (0.0, 1.0)
+    exact = LogisticMap(flow).jump(x, *times)
+    for count in counts:
+        grid = even(count)[:: -1 if to_noise else 1]
+        states, change = integrate(TeacherSource(flow.velocity, Exact()), x, grid, baseline=baseline)
+        missed = (states[:, -1] - exact.state).square().mean(), (change[:, -1] - exact.log_prob_change).square().mean()
+        errors.append([float(error.sqrt()) for error in missed])
+    for column in zip(*errors, strict=True):
+        assert 1.5 < slope(counts, column) < 2.7
+        assert column[-1] < 2e-2
+
+
+@pytest.mark.parametrize("fit", [False, True], ids=["plain", "fit"])
+def test_one_evaluation_per_step(fit):
+    problem, asked = PROBLEMS["gaussian-vector-linear"](), []
+
+    class Counting(TeacherSource):
+        def __call__(self, x, t, cond=None, *, data=None, noise=None):
+            asked.append(float(t[0]))
+            return super().__call__(x, t, cond)
+
+    times = [0.0, 0.1, 0.4, 0.5, 1.0]
+    integrate(Counting(problem.field, Exact()), torch.randn(3, 3), times, baseline=problem.baseline if fit else None)
+    assert asked == times
+
+
+@pytest.mark.parametrize("times", [[0.0, 0.1, 0.4, 0.5, 1.0], [1.0, 0.7, 0.65, 0.1, 0.0]], ids=str)
+def test_predictor_knows_the_length_of_the_last_step(times):
+    """Uneven steps: where the velocity is linear in time, all but the first prediction are exact."""
+    asked = []
+
+    def velocity(x, t, cond):
+        asked.append((float(t[0]), x.clone()))
+        return (1 - 4 * t)[:, None] * torch.ones_like(x)
+
+    x = torch.randn(2, 3)
+    states, _ = integrate(TeacherSource(velocity, Hutchinson(mode="finite")), x, times)
+    position = lambda t: x + (t - 2 * t**2) - (times[0] - 2 * times[0] ** 2)  # noqa: E731
+    for k, t in enumerate(times):
+        close(states[:, k], position(t))
+    seen = [(t, state) for t, state in asked if len(state) == 2]
+    predictions = [state for t, state in seen if (state - position(t)).abs().max() < 1e-9]
+    exact_times = {t for t, state in seen if (state - position(t)).abs().max() < 1e-9}
+    assert len(predictions) >= 4
+    assert exact_times == set(times) - {times[1]}
+
+
+def narrow():
+    """Two components beside each other on wide axes, on two axes a hundred times narrower."""
+    axes = rotation(4, 3)
+    covariance = (axes * torch.tensor([0.3, 0.2, 1e-4, 3e-5])) @ axes.T
+    offset = 0.8 * axes[:, 0] + 0.02 * axes[:, 2]
+    return MixtureFlow(torch.ones(2), torch.stack([offset, -offset]), covariance.expand(2, 4, 4).clone())
+
+
+@pytest.mark.parametrize("pair", [(0.0, 1.0), (1.0, 0.0)], ids=["to data", "to noise"])
+def test_exponential_scheme_on_narrow_axes(pair):
+    """Where plain steps see the narrow axes too late, those of the fit are nearly right."""
+    flow = narrow()
+    baseline = GaussianBaseline((4,)).fit([flow.sample(4000)])
+    x = flow.sample(6) if pair[0] == 1 else torch.randn(6, 4)
+    times = trajectory_times(16, (8,), baseline)
+    times = times if pair[0] == 0 else times[::-1]
+    source = TeacherSource(flow, Exact())
+    fine = [t for a, b in itertools.pairwise(times) for t in torch.linspace(a, b, 7).tolist()[:-1]]
+    exact, log_change = integrate(source, x, [*fine, times[-1]], baseline=baseline)
+    density = flow.log_prob(exact[:, -1], pair[1]) - flow.log_prob(x, pair[0])
+    close(log_change[:, -1], density, rtol=0, atol=1e-2)
+    errors = []
+    for fit in (None, baseline):
+        states, change = integrate(source, x, times, baseline=fit)
+        missed = baseline.whiten(states[:, -1] - exact[:, -1], torch.zeros(6)).abs().max()
+        errors.append((missed, (change[:, -1] - density).abs().max()))
+    for plain, exponential in zip(*errors, strict=True):
+        assert exponential < 0.2
+        assert plain > 3 * exponential
+
+
+def axes_fit(*variances, path=None):
+    baseline = GaussianBaseline((len(variances),), "diagonal", path)
+    baseline.variances.copy_(torch.tensor(variances))
+    baseline.fitted.fill_(True)
+    return baseline
+
+
+FITS = {
+    "none": lambda: None,
+    "wide": lambda: axes_fit(1.0, 0.5, 4.0),
+    "narrow": lambda: axes_fit(1.0, 1e-2, 1e-3),
+    "curved": lambda: axes_fit(1e-2, 1e-2, 1.0, path=TrigonometricPath()),
+}
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("grids", [(1, 2, 4, 8), (3, 2), (1,), ()], ids=str)
+@pytest.mark.parametrize("nodes", [1, 5, 16, 50])
+def test_trajectory_times(fit, grids, nodes):
+    times = trajectory_times(nodes, grids, FITS[fit]())
+    assert times[0] == 0.0
+    assert times[-1] == 1.0
+    assert all(b - a > 1e-6 for a, b in itertools.pairwise(times))
+    for k in grids:
+        assert all(min(abs(t - j / k) for t in times) < 1e-12 for j in range(k + 1))
+    coarse = math.lcm(*grids)
+    assert abs(len(times) - 1 - nodes) <= coarse
+    assert len(times) - 1 >= coarse
+
+
+def test_times_are_dense_where_the_clock_is_fast():
+    baseline = axes_fit(1e-3, 1e-3, 1.0)
+    times = torch.tensor(trajectory_times(64, (1, 2, 4, 8), baseline))
+    gaps = times.diff()
+    assert gaps[-1] < 0.3 * gaps[0]
+    # even steps of the clock, three tenths of plain time mixed in, within each eighth
+    clock = (baseline.clock(times) + 0.3 * times) / 1.3
+    for k in range(8):
+        inside = (times >= k / 8) & (times <= (k + 1) / 8)
+        ticks = clock[inside].diff()
+        assert ticks.max() < 1.5 * ticks.min() + 1e-3
+    assert clock.diff().max() < 1.6 / 64
+    even_ones = torch.tensor(trajectory_times(64, (8,), None)).diff()
+    close(even_ones, torch.full_like(even_ones, 1 / 64))
+
+
+@pytest.mark.parametrize("nodes", [10, 32])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_share_of_the_times_lies_near_the_data(nodes, share):
+    times = torch.tensor(trajectory_times(nodes, (1, 2, 4, 8), axes_fit(1e-2, 1.0), share))
+    assert bool((times.diff() > 1e-6).all())
+    assert all(float((times - j / 8).abs().min()) < 1e-12 for j in range(9))
+    close_by = torch.tensor(times_near_data(round(share * nodes)))
+    assert bool((close_by > 0.9).all() & (close_by < 0.9996).all())
+    close((1 - close_by).log().diff(), (1 - close_by).log().diff()[:1].expand(len(close_by) - 1))
+    assert all(float((times - t).abs().min()) < 1e-6 for t in close_by)
+
+
+def test_times_near_the_data_follow_point_masses():
+    """Dequantized black beside grey: the Gaussian fit sees one wide axis, the flow is sharp all the same."""
+    level = 2 / 256
+    flow = MixtureFlow(
+        torch.tensor([0.5, 0.5]),
+        torch.tensor([[-1.0, -1.0], [0.2, 0.1]]),
+        torch.stack([level**2 / 12 * torch.eye(2), 0.2 * torch.eye(2)]),
+    )
+    x = flow.sample(64)
+    baseline = GaussianBaseline((2,), "diagonal").fit([flow.sample(4000)])
+    exact = flow.log_prob(x, 1.0)
+    errors = []
+    for share in (0.0, 0.6):
+        times = trajectory_times(24, (1, 2, 4, 8), baseline, share)[::-1]
+        states, change = integrate(TeacherSource(flow, Exact()), x, times, baseline=baseline)
+        errors.append(float((normal_log_prob(states[:, -1]) - change[:, -1] - exact).mean().abs()))
+    assert errors[1] < 0.1 < errors[0] / 5
+
+
+EIGHT_BIT = (2 / 256) ** 2 / 12  # the variance of a pixel that holds dequantization noise only
+
+
+@pytest.mark.parametrize("nodes", [16, 64])
+def test_times_of_very_narrow_axes_are_distinct(nodes):
+    times = trajectory_times(nodes, (1, 2, 4, 8), axes_fit(EIGHT_BIT))
+    assert all(b > a for a, b in itertools.pairwise(times))
+
+
+def test_targets_of_very_narrow_axes_are_finite():
+    baseline = axes_fit(EIGHT_BIT)
+    times = trajectory_times(32, (1, 2, 4, 8), baseline)
+    pool = TrajectoryPool(times, capacity=8, baseline=baseline)
+    pool.add(TeacherSource(lambda x, t, cond: baseline.average_velocity(x, t, t), Exact()), torch.randn(8, 1), 0)
+    kept = torch.tensor(times[1:-1])
+    drawn = pool.draw(kept + 1e-6, kept - 1e-6)
+    assert bool((drawn.s != drawn.t).all())
+    assert bool(drawn.target.velocity.isfinite().all())
+
+
+@pytest.mark.parametrize("node", [0, 5, 8, -1])
+def test_a_start_at_any_node_gives_the_same_trajectory(gaussian, node):
+    """Integrated to both ends from there; the fit's scheme is exact, so all starts agree."""
+    source, times = TeacherSource(gaussian.field, Exact()), even(8)
+    x = gaussian.states(5, times[node])
+    pool = TrajectoryPool(times, capacity=5, baseline=gaussian.baseline)
+    pool.add(source, x, node)
+    states, change, _ = pool._states, pool._change, None
+    for k, t in enumerate(times):
+        state, expected = gaussian.jump(x, torch.full((5,), times[node]), torch.full((5,), t))
+        close(states[:, k], state, rtol=1e-9, atol=1e-9)
+        close(change[:, k] - change[:, node % 9], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("node", [20, 64, 100])
+def test_a_start_on_the_path_agrees_with_one_from_an_end(node):
+    flow, times = Logistic(), even(128)
+    source = TeacherSource(flow.velocity, Exact())
+    from_data, from_between = (TrajectoryPool(times, capacity=6) for _ in range(2))
+    from_data.add(source, flow.data(6), -1)
+    from_between.add(source, from_data._states[:, node], node)
+    close(from_between._states, from_data._states, rtol=0, atol=2e-3)
+    of_data, of_between = (p._change - p._change[:, :1] for p in (from_data, from_between))
+    close(of_between, of_data, rtol=0, atol=2e-3)
+    assert (of_data[:, -1] - of_data[:, 0]).abs().max() > 0.5
+    # and the pairs drawn from it are the map's
+    x, s, t, _, target = from_between.draw(torch.rand(200), torch.rand(200))
+    pair = LogisticMap(flow)(x, s, t)
+    close(target.velocity, pair.velocity, rtol=5e-3, atol=5e-3)
+    close(target.divergence, pair.divergence, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("to_noise", [False, True])
+def test_whole_trajectories(to_noise):
+    flow = Logistic()
+    pool = TrajectoryPool(even(128), capacity=8)
+    shift = torch.arange(8) % 2
+    pool.add(TeacherSource(flow.velocity, Exact()), flow.data(8), -1, shift)
+    grid = [0.0, 0.25, 0.5, 1.0][:: -1 if to_noise else 1]
+    states, change, cond = pool.draw_whole(30, grid)
+    assert states.shape == (30, 4, 3)
+    assert bool((change[:, 0] == 0).all())
+    for k, t in enumerate(grid):
+        jump = LogisticMap(flow).jump(states[:, 0], grid[0], t)
+        close(states[:, k], jump.state, rtol=0, atol=2e-3)
+        close(change[:, k], jump.log_prob_change, rtol=0, atol=5e-3)
+    end = pool._states[:, -1]
+    rows = (states[:, grid.index(1.0)][:, None] - end[None]).abs().amax(-1).argmin(1)
+    assert torch.equal(cond, shift[rows])
+    assert len(rows.unique()) > 4
+
+
+def test_whole_trajectories_take_the_nearest_kept_times(problem, source):
+    pool = TrajectoryPool([0.0, 0.3, 0.6, 1.0], capacity=4)
+    pool.add(source, torch.randn(4, 3), 0)
+    torch.manual_seed(1)
+    states, _, _ = pool.draw_whole(10, [1.0, 0.5, 0.2, 0.0])
+    torch.manual_seed(1)
+    assert torch.equal(states, pool._states[torch.randint(4, (10,))][:, [3, 2, 1, 0]])
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, x, s, t, cond):
+        return x.new_zeros(len(x))
+
+
+def with_fit(problem):
+    """The closed form as a student with a head, whose baseline the objective finds."""
+    network = as_flow_map(lambda x, s, t, cond: problem.field(x, s, t).velocity)
+    return JointFlowMap(network, DivergenceHead(network=Nothing(), baseline=problem.baseline))
+
+
+def unrolling(problem, direction="both", **options):
+    """An objective whose pool one batch of 64 fills, and an exact source."""
+    intervals = Intervals(direction, steps=options.pop("steps", (1, 2, 4, 8)))
+    options = {"starts": {"data": 1.0}, "path": problem.path, **options}
+    objective = TrajectoryRegression(options.pop("nodes", 64), capacity=64, intervals=intervals, **options)
+    exact = TeacherSource(problem.field, Exact())
+    return objective, exact
+
+
+@pytest.mark.parametrize("direction", ["both", "to_data", "to_noise"])
+def test_unrolled_closed_form_costs_nothing(gaussian, direction):
+    objective, source = unrolling(gaussian, direction, nodes=8)
+    student, data = with_fit(gaussian), gaussian.states(64, 1.0)
+    objective(student, source, data)
+    for _ in range(4):
+        for term in objective._unrolled(student, 16):
+            assert float(term) < 1e-16
+    assert objective.pool(student).baseline is gaussian.baseline
+
+
+def test_unrolled_closed_form_without_a_fit_costs_the_integrators_error():
+    problem, losses, counts = PROBLEMS["gaussian-vector-linear"](), [], (16, 32, 64)
+    data = problem.states(64, 1.0)
+    for nodes in counts:
+        torch.manual_seed(0)
+        objective, source = unrolling(problem, nodes=nodes, steps=(4,))
+        objective(problem.field, source, data)
+        losses.append([float(part) for part in objective._unrolled(problem.field, 64)[:3]])
+    for column in zip(*losses, strict=True):
+        assert 3.3 < slope(counts, column) < 6
+    assert losses[-1][0] < 1e-3
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("direction", ["both", "to_data"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", ["vector-linear", "image-trigonometric"])
+def test_unrolled_mutants_cost(name, mutation, direction, steps):
+    gaussian = PROBLEMS[f"gaussian-{name}"]()
+    objective, source = unrolling(gaussian, direction, steps=(steps,), nodes=24)
+    objective(gaussian.field, source, gaussian.states(64, 1.0))
+    right = objective._unrolled(gaussian.field, 64)
+    wrong = objective._unrolled(Mutant(gaussian.field, mutation), 64)
+    part = 2 if mutation == "D flipped" else 1
+    assert float(wrong[part]) > 0.1
+    assert float(wrong[part]) > 50 * float(right[part])
+    if mutation == "D flipped":
+        close(wrong.velocity_loss, right.velocity_loss, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("mutation", ["D flipped", "swapped directions"])
+def test_unrolled_mutants_cost_where_the_divergence_depends_on_the_state(mutation):
+    flow = Logistic()
+    right, wrong = LogisticMap(flow), Mutant(LogisticMap(flow), mutation)
+    objective = TrajectoryRegression(128, capacity=32, starts={"data": 1.0}, intervals=Intervals(steps=(2,)))
+    objective(right, TeacherSource(flow.velocity, Exact()), flow.data(32))
+    assert float(objective._unrolled(right, 32).loss) < 1e-4
+    assert float(objective._unrolled(wrong, 32).loss) > 0.1
+
+
+@pytest.mark.parametrize("direction", ["both", "to_data"])
+@pytest.mark.parametrize("fit", [False, True], ids=["unit variance", "fit"])
+def test_unrolled_loss_is_that_of_the_whole_path(gaussian, direction, fit):
+    """One trajectory: positions in standard deviations at every stop, and the whole log-likelihood, in nats."""
+    wrong = Student(gaussian.field, anchored=False)
+    if fit:
+        network = as_flow_map(lambda x, s, t, cond: wrong(x, s, t).velocity)
+        joint_map = JointFlowMap(network, DivergenceHead(network=Residual(wrong), baseline=gaussian.baseline))
+    else:
+        joint_map = wrong
+    objective, source = unrolling(gaussian, direction, steps=(4,), nodes=8, weighting=Weighting(divergence=0.3))
+    objective.capacity = 1
+    data = gaussian.states(1, 1.0)
+    objective(joint_map, source, data)
+    pool = objective.pool(joint_map)
+    assert len(pool) == 1
+    terms = objective._unrolled(joint_map, 3)
+    to_noise = direction == "both"
+    grid = [1.0, 0.75, 0.5, 0.25, 0.0] if to_noise else [0.0, 0.25, 0.5, 0.75, 1.0]
+    kept = torch.stack([pool._states[:, pool.times.index(t)] for t in grid], 1)
+    x, squares, moves = kept[:, 0], [], []
+    for k in range(4):
+        x = joint_map.jump(x, grid[k], grid[k + 1]).state
+        error = (x - kept[:, k + 1]).flatten(1)
+        _, covariance = gaussian.moments(torch.tensor([grid[k + 1]]))
+        inverse = torch.linalg.inv(covariance[0, 0]) if fit else None
+        if not fit:
+            a, b, _, _ = gaussian.coefficients(torch.tensor(grid[k + 1]))
+            # unit variance on the linear path, which is what a missing fit means
+            a, b = torch.tensor(grid[k + 1]), 1 - torch.tensor(grid[k + 1])
+            inverse = torch.eye(gaussian.dim) / (a**2 + b**2)
+        squares.append((error @ inverse @ error.T).squeeze())
+        moves.append((error / 0.25).square().mean())
+    close(terms.velocity_loss, torch.stack(squares).mean())
+    close(terms.velocity_mse, torch.stack(moves).mean())
+    change = pool._change[:, -1] - pool._change[:, 0]
+    if to_noise:
+        noise = pool._states[:, 0].flatten(1)
+        teacher = -0.5 * (noise.square().sum(-1) + gaussian.dim * math.log(2 * math.pi)) + change
+        difference = log_prob(joint_map, data, 4).value - teacher
+    else:
+        drawn = sample(joint_map, kept[:, 0], 4, log_prob=True)
+        noise = kept[:, 0].flatten(1)
+        difference = drawn.log_prob + 0.5 * (noise.square().sum(-1) + gaussian.dim * math.log(2 * math.pi)) - change
+    assert difference.abs().max() > 1e-3
+    close(terms.divergence_loss, 0.3 * difference.square().mean())
+    close(terms.divergence_mse, difference.square().mean())
+    close(terms.loss, terms.velocity_loss + terms.divergence_loss)
+
+
+class Residual(torch.nn.Module):
+    """What a student's divergence is beyond the closed form's."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, x, s, t, cond):
+        return self.student(x, s, t).divergence - self.student.flow(x, s, t).divergence
+
+
+@pytest.mark.parametrize("direction", ["both", "to_data"])
+def test_gradient_of_the_unrolled_loss_leads_back(direction):
+    """Through all jumps of the path, by that term alone."""
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    objective, source = unrolling(problem, direction, steps=(2, 4))
+    student = Student(problem.field, anchored=False)
+    with torch.no_grad():
+        objective(student, source, problem.states(64, 1.0))
+    optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
+    for _ in range(60):
+        optimiser.zero_grad()
+        objective._unrolled(student, 32).loss.backward()
+        optimiser.step()
+    assert student.amounts.abs().max() < 0.06
+
+
+@pytest.mark.parametrize("part", ["velocity_loss", "divergence_loss"])
+def test_gradient_of_the_unrolled_loss_against_finite_differences(part):
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    objective, source = unrolling(problem, steps=(4,))
+    student = Student(problem.field, anchored=False)
+    with torch.no_grad():
+        objective(student, source, problem.states(64, 1.0))
+
+    def loss():
+        torch.manual_seed(3)
+        return getattr(objective._unrolled(student, 16), part)
+
+    (gradient,) = torch.autograd.grad(loss(), student.amounts)
+    for index in range(3):
+        h, values = 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                student.amounts[index] += sign * h
+                values.append(float(loss()))
+                student.amounts[index] -= sign * h
+        close(float(gradient[index]), (values[0] - values[1]) / (2 * h), rtol=1e-5, atol=1e-6)
+    assert gradient.abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("unroll", "progress", "share"), [(0.25, 0.7, 0.0), (0.25, 0.75, 0.5), (0.0, 1.0, 0.0), (1.0, 0.0, 0.5)]
+)
+def test_phase_of_unrolling(problem, source, unroll, progress, share):
+    """Every other step of the last share of training."""
+    objective = TrajectoryRegression(8, capacity=8, starts={"data": 1.0}, unroll=unroll)
+    data, calls = problem.states(8, 1.0), 0
+    objective(problem.field, source, data)
+    pool = objective.pool(problem.field)
+    original = pool.draw_whole
+
+    def draw_whole(count, times, from_data=False):
+        nonlocal calls
+        calls += 1
+        assert count == 4
+        return original(count, times)
+
+    pool.draw_whole = draw_whole
+    for _ in range(60):
+        objective(problem.field, source, data, progress=progress)
+    assert abs(calls / 60 - share) < 0.2
+    assert (calls == 0) == (share == 0)
+
+
+def test_pool_uses_a_fit_only_once_it_is_fitted(problem):
+    fitted, empty = with_fit(problem), with_fit(problem)
+    empty.head.baseline = GaussianBaseline((3,))
+    plain = TrajectoryRegression(16)
+    assert plain.pool(empty).baseline is None
+    assert plain.pool(empty).times == even(16)
+    assert plain.pool(empty) is plain.pool(fitted)
+    sharp = TrajectoryRegression(16)
+    assert sharp.pool(fitted).baseline is fitted.head.baseline
+    assert sharp.pool(fitted).times == trajectory_times(16, (1, 2, 4, 8), fitted.head.baseline)
+
+
+def test_nodes_need_not_be_a_multiple_of_the_grids(problem, source):
+    objective = TrajectoryRegression(11, capacity=16, intervals=Intervals(steps=(3, 4)))
+    objective(problem.field, source, problem.states(16, 1.0))
+    times = objective.pool(problem.field).times
+    assert times == even(12)
+    assert TrajectoryRegression(11, unroll=0.0, intervals=Intervals(grid=0.0)).pool(problem.field).times == even(11)
+
+
+@pytest.mark.parametrize("kind", ["perturbed", "mixed"])
+@pytest.mark.parametrize("discrete", [False, True], ids=["continuous", "levels"])
+def test_starts_look_like_the_data(kind, discrete):
+    """Put back on levels and dequantized afresh: whole levels plus new uniform noise, inside the range."""
+    quantization = Quantization(5)
+    still = TeacherSource(lambda x, t, cond: torch.zeros_like(x))
+    objective = TrajectoryRegression(
+        1,
+        capacity=500,
+        chunk=500,
+        starts={kind: 1.0},
+        perturbation=(1e-6, 1e-6) if kind == "perturbed" else (0.02, 0.3),
+        quantization=quantization if discrete else None,
+        intervals=Intervals(steps=(1,)),
+    )
+    # so many axes that neighbours differ along some of them
+    levels = torch.randint(0, 2, (500, 12)) * 4
+    data = quantization.dequantize(levels, torch.full((500, 12), 0.5))
+    student = Student(with_zero_velocity())
+    objective(student, still, data)
+    ends = objective.pool(student)._states[:, -1]
+    inside = (ends + 1) / quantization.width
+    part = inside - inside.floor()
+    if not discrete:
+        assert float((part - 0.5).abs().max() if kind == "perturbed" else (part - 0.5).abs().min()) < 1e-3
+        return
+    assert float(ends.min()) >= -1
+    assert float(ends.max()) < 1
+    close(float(part.mean()), 0.5, rtol=0, atol=0.02)
+    close(float(part.var()), 1 / 12, rtol=0.05, atol=0.0)
+    if kind == "perturbed":
+        assert torch.equal(quantization.quantize(ends), levels)
+    else:
+        reached = quantization.quantize(ends)
+        assert bool((torch.bincount(reached.flatten(), minlength=5) > 50).all())
+        assert 0.02 < float((reached != levels).double().mean()) < 0.3
+
+
+def with_zero_velocity():
+    class Still(JointMap):
+        def joint(self, x, s, t, cond):
+            return x.new_zeros(x.shape), x.new_zeros(len(x))
+
+    return Still()
+
+
+def test_large_perturbations_stay_in_range():
+    quantization = Quantization(17)
+    objective = TrajectoryRegression(
+        1, capacity=500, chunk=500, starts={"perturbed": 1}, perturbation=(3.0, 3.0), quantization=quantization
+    )
+    student = Student(with_zero_velocity())
+    still = TeacherSource(lambda x, t, cond: torch.zeros_like(x))
+    objective(student, still, quantization.dequantize(torch.randint(0, 17, (500, 3))))
+    ends = objective.pool(student)._states[:, -1]
+    assert float(ends.min()) >= -1
+    assert float(ends.max()) < 1
+
+
+def test_conditioning_stays_with_its_state(problem):
+    """Whatever the start, a trajectory is integrated with the label of the sample that it came from."""
+    source = TeacherSource(lambda x, t, cond: torch.zeros_like(x) + cond[:, None])
+    starts = {"data": 1, "perturbed": 1, "path": 1, "noise": 1, "mixed": 1}
+    objective = TrajectoryRegression(8, capacity=256, chunk=256, starts=starts)
+
+    class Still(JointMap):
+        def joint(self, x, s, t, cond):
+            return problem.field(x, s, t)
+
+    objective(Still(), source, problem.states(256, 1.0), torch.arange(256) % 4)
+    pool = objective.pool(Still())
+    moved = (pool._states[:, -1] - pool._states[:, 0]).mean(1)
+    close(moved, pool._cond.to(moved))
+    drawn = pool.draw(torch.rand(100), torch.rand(100))
+    close(drawn.target.velocity.mean(1), drawn.cond.to(moved))
+
+
+class Moving(JointMap):
+    """A student that changes while it teaches itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.pace = torch.nn.Parameter(torch.tensor(0.5))
+
+    def joint(self, x, s, t, cond):
+        return Joint(self.pace * torch.sin(x) + 0.1 * like(t, x), self.pace * torch.cos(x).sum(-1))
+
+
+@pytest.mark.parametrize("batches", [1, 3, 7])
+def test_trajectories_of_a_source_that_changes_are_kept_whole(problem, batches):
+    """The student has moved on since they were integrated, so a checkpoint cannot integrate them again."""
+    student, data = Moving(), problem.states(16, 1.0)
+    make = lambda: TrajectoryRegression(4, capacity=40, refresh=16.0, chunk=16, intervals=Intervals(steps=(1, 2)))  # noqa: E731
+    objective, other = make(), make()
+    for _ in range(batches):
+        objective(student, DiagonalSource(student), data)
+        with torch.no_grad():
+            student.pace += 0.3
+    kept = objective.pool(student)
+    other.load_state_dict(torch.load(_saved(objective.state_dict()), weights_only=True))
+    # saved again at once, as by a run that only validates
+    third = make()
+    third.load_state_dict(other.state_dict())
+    losses = []
+    for each in (objective, other, third):
+        torch.manual_seed(9)
+        losses.append([float(each(student, DiagonalSource(student), data).loss.detach()) for _ in range(5)])
+        assert len(each.pool(student)) == len(kept)
+        assert torch.equal(each.pool(student)._states, kept._states)
+        assert torch.equal(each.pool(student)._change, kept._change)
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_only_sources_that_change_cost_a_whole_checkpoint(problem, source):
+    data = problem.states(16, 1.0)
+    objective = TrajectoryRegression(4, capacity=16)
+    objective(problem.field, source, data)
+    assert "kept" not in objective.state_dict()["pool"]
+    student = Moving()
+    moving = TrajectoryRegression(4, capacity=16)
+    moving(student, DiagonalSource(student), data)
+    kept = moving.state_dict()["pool"]["kept"]
+    assert torch.equal(kept["states"], moving.pool(student)._states)
+    # a source that integrates to something else leaves what was kept alone
+    with torch.no_grad():
+        student.pace += 1
+    loaded = TrajectoryRegression(4, capacity=16)
+    loaded.load_state_dict(moving.state_dict())
+    loaded.pool(student).restore(DiagonalSource(student))
+    assert torch.equal(loaded.pool(student)._states, kept["states"])
+
+
+@pytest.mark.parametrize("conditional", [False, True], ids=["no cond", "cond"])
+def test_whole_checkpoint_of_a_pool(problem, source, conditional):
+    pool = TrajectoryPool(even(4), capacity=20)
+    for _ in range(5):
+        pool.add(source, torch.randn(6, 3), 2, torch.randint(0, 3, (6,)) if conditional else None)
+    again = TrajectoryPool(even(4), capacity=20)
+    again.load_state_dict(torch.load(_saved(pool.state_dict(whole=True)), weights_only=True))
+    again.restore(TeacherSource(lambda x, t, cond: x / 0))  # not asked
+    for _ in range(2):
+        assert len(again) == len(pool) == 20
+        assert torch.equal(again._states, pool._states)
+        assert torch.equal(again._change, pool._change)
+        assert not conditional or torch.equal(again._cond, pool._cond)
+        for each in (pool, again):
+            torch.manual_seed(4)
+            each.add(source, torch.randn(6, 3), 0, torch.randint(0, 3, (6,)) if conditional else None)
+
+
+def test_a_whole_checkpoint_of_a_checkpoint_is_the_same(problem, source):
+    pool = TrajectoryPool(even(4), capacity=20)
+    pool.add(source, torch.randn(6, 3), 2)
+    again = TrajectoryPool(even(4), capacity=20)
+    again.load_state_dict(pool.state_dict(whole=True))
+    assert torch.equal(again.state_dict(whole=True)["kept"]["states"], pool._states[:6])

@@ -1,0 +1,314 @@
+"""Trajectories on disk: the same numbers as without, integrated once, and never another teacher's."""
+
+import contextlib
+import pathlib
+import random
+import resource
+import warnings
+import zipfile
+
+import pytest
+import torch
+
+from f2d2_lightning import GaussianBaseline, Hutchinson, TrajectoryRegression
+from f2d2_lightning.nn import MLP
+from f2d2_lightning.objectives import DiagonalSource, TeacherSource, TrajectoryPool
+from f2d2_lightning.objectives import trajectory_cache as module
+from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache, _checksum
+from problems import PROBLEMS, Student, randomize
+
+TIMES = [0.0, 0.25, 0.5, 1.0]
+
+
+class Counting(torch.nn.Module):
+    """A velocity with weights that knows how often it was asked."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.network = randomize(MLP((3,), width=8, blocks=1), seed=seed)
+        self.calls = 0
+
+    def forward(self, x, t, cond=None):
+        self.calls += 1
+        return self.network.velocity(x, t, cond)
+
+
+def states(seed=0, count=5):
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def pool_of(source, cache, seed=0, times=TIMES, baseline=None, node=-1, count=5):
+    pool = TrajectoryPool(times, capacity=20, baseline=baseline, cache=cache)
+    torch.manual_seed(seed)
+    pool.add(source, states(count=count), node)
+    return pool
+
+
+def test_a_second_run_integrates_nothing_and_gets_the_same(tmp_path):
+    plain = pool_of(TeacherSource(Counting(), Hutchinson()), None)
+    answers = []
+    for fresh in (True, False):
+        teacher = Counting()
+        pool = pool_of(TeacherSource(teacher, Hutchinson()), TrajectoryCache(tmp_path))
+        assert (teacher.calls > 0) == fresh
+        assert torch.equal(pool._states, plain._states)
+        assert torch.equal(pool._change, plain._change)
+        answers.append(torch.rand(3))
+    assert len(list(tmp_path.iterdir())) == 1
+    # what is drawn afterwards is the same as well
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_whole_objective_trains_to_the_same_numbers(tmp_path, conditional):
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    field = problem.field
+
+    class Teacher(torch.nn.Module):
+        def forward(self, x, t, cond=None):
+            return field.velocity(x, t) + (0 if cond is None else cond[:, None])
+
+    source, losses = TeacherSource(Teacher(), Hutchinson()), []
+    for cache in (None, tmp_path, tmp_path):
+        student = Student(problem.field)
+        objective = TrajectoryRegression(6, capacity=48, refresh=8.0, cache=cache)
+        optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
+        torch.manual_seed(4)
+        run = []
+        for _ in range(6):
+            x = torch.randn(16, 3)
+            loss = objective(student, source, x, torch.rand(16) if conditional else None).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.append(float(loss.detach()))
+        losses.append(run)
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: {"source": TeacherSource(Counting(seed=1), Hutchinson())},
+        lambda: {"source": TeacherSource(Counting(), Hutchinson(2))},
+        lambda: {"source": TeacherSource(Counting(), Hutchinson(distribution="gaussian"))},
+        lambda: {"source": TeacherSource(Counting(), Hutchinson(control=GaussianBaseline((3,), "isotropic")))},
+        lambda: {"seed": 1},
+        lambda: {"times": [0.0, 0.5, 1.0]},
+        lambda: {"baseline": GaussianBaseline.from_covariance(torch.zeros(3), torch.eye(3) * 2)},
+        lambda: {"node": 1},
+        lambda: {"count": 4},
+    ],
+    ids=["weights", "probes", "distribution", "control", "seed", "times", "baseline", "node", "points"],
+)
+def test_whatever_decides_the_numbers_is_in_the_name(tmp_path, other):
+    cache = TrajectoryCache(tmp_path)
+    source = TeacherSource(Counting(), Hutchinson())
+    pool_of(source, cache)
+    settings = {"source": source, **other()}
+    kept = pool_of(cache=cache, **settings)
+    assert len(list(tmp_path.iterdir())) == 2
+    plain = pool_of(cache=None, **settings)
+    assert torch.equal(kept._states, plain._states)
+    assert torch.equal(kept._change, plain._change)
+
+
+def test_a_resumed_pool_reads_what_it_had(tmp_path):
+    teacher = Counting()
+    source = TeacherSource(teacher, Hutchinson())
+    pool = pool_of(source, TrajectoryCache(tmp_path))
+    pool.add(source, states(1), 0)
+    before = teacher.calls
+    resumed = TrajectoryPool(TIMES, capacity=20, cache=TrajectoryCache(tmp_path))
+    resumed.load_state_dict(pool.state_dict())
+    resumed.restore(source)
+    assert teacher.calls == before
+    assert torch.equal(resumed._states, pool._states)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no trajectories", None], ids=["empty", "other", "cut"])
+def test_a_damaged_file_is_made_again(tmp_path, damage):
+    source, cache = TeacherSource(Counting(), Hutchinson()), TrajectoryCache(tmp_path)
+    pool = pool_of(source, cache)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:200] if damage is None else damage)
+    with pytest.warns(UserWarning, match="integrated again"):
+        again = pool_of(source, cache)
+    assert torch.equal(again._states, pool._states)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(pool_of(source, cache)._states, pool._states)
+
+
+def test_a_folder_that_cannot_be_written_is_only_a_warning(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        pool = pool_of(TeacherSource(Counting(), Hutchinson()), TrajectoryCache(tmp_path / "file"))
+    assert len(pool) == 5
+
+
+@contextlib.contextmanager
+def says_runtime_error(monkeypatch):
+    def fails(content, path):
+        pathlib.Path(path).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fails)
+        yield
+
+
+@contextlib.contextmanager
+def device_full(monkeypatch):
+    @contextlib.contextmanager
+    def full(path):
+        yield pathlib.Path("/dev/full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "whole_file", full)
+        yield
+
+
+@contextlib.contextmanager
+def no_more_bytes(monkeypatch):
+    # the system refuses what goes beyond: Python ignores the signal
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("full", [says_runtime_error, device_full, no_more_bytes])
+def test_a_full_disk_is_only_a_warning(tmp_path, monkeypatch, full):
+    source, cache = TeacherSource(Counting(), Hutchinson()), TrajectoryCache(tmp_path)
+    plain = pool_of(source, None)
+    with full(monkeypatch), pytest.warns(UserWarning, match="cannot be kept in .*make room"):
+        pool = pool_of(source, cache)
+    assert torch.equal(pool._states, plain._states)
+    assert list(tmp_path.iterdir()) == []
+    # and with room again it is kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool_of(source, cache)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+START, SHAPE = torch.zeros(2, 3, dtype=torch.float64), (2, 4, 3)
+
+
+def content(**other):
+    generator = torch.Generator().manual_seed(1)
+    kept = {"states": torch.randn(SHAPE, generator=generator), "change": torch.randn(SHAPE[:2], generator=generator)}
+    kept |= other
+    return {**kept, "checksum": _checksum(kept["states"], kept["change"])}
+
+
+def read(path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = TrajectoryCache(path.parent).read(path, START, 4)
+    return found, [str(warning.message) for warning in caught]
+
+
+def test_no_changed_bit_gives_other_numbers(tmp_path):
+    path, kept = tmp_path / "a.pt", content()
+    TrajectoryCache(tmp_path).write(path, kept["states"], kept["change"])
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        found, said = read(path)
+        if found is None:
+            refused += 1
+            assert f"{path} cannot be read" in said[-1]
+            assert "integrated again" in said[-1]
+        else:
+            assert torch.equal(found[0], kept["states"])
+            assert torch.equal(found[1], kept["change"])
+            assert not found[0].requires_grad
+    # the others are padding and names that nobody reads
+    assert refused > len(whole) / 4
+
+
+def nan_inside():
+    kept = torch.zeros(SHAPE)
+    kept[1, 2, 0] = torch.nan
+    return kept
+
+
+BAD = {
+    "no dictionary": (lambda: [1, 2], "it holds a list; states, change and checksum are expected"),
+    "without a checksum": (
+        lambda: {"states": torch.zeros(SHAPE), "change": torch.zeros(2, 4)},
+        "it holds the keys states, change; ",
+    ),
+    "a key is missing": (lambda: {n: v for n, v in content().items() if n != "change"}, "the keys states, checksum"),
+    "a key too many": (lambda: content() | {"more": 1}, "the keys states, change, checksum, more"),
+    "another checksum": (lambda: content() | {"checksum": "0"}, "its checksum is another"),
+    "a checksum of another kind": (lambda: content() | {"checksum": torch.ones(2)}, "its checksum is another|Boolean"),
+    "of other numbers": (lambda: content() | {"change": torch.zeros(2, 4)}, "its checksum is another"),
+    "fewer rows": (lambda: content(states=torch.zeros(1, 4, 3)), r"states is torch.float64 \(1, 4, 3\);.*\(2, 4, 3\)"),
+    "other times": (lambda: content(change=torch.zeros(2, 5)), r"change is torch.float64 \(2, 5\);.*\(2, 4\)"),
+    "more axes": (lambda: content(states=torch.zeros(2, 4, 3, 1)), "states is"),
+    "another precision": (lambda: content(states=torch.zeros(SHAPE).float()), "states is torch.float32"),
+    "integers": (lambda: content(change=torch.zeros(2, 4, dtype=torch.long)), "change is torch.int64"),
+    "nothing": (lambda: content() | {"states": None}, "states is a NoneType"),
+    "no content": (lambda: content() | {"states": torch.zeros(SHAPE, device="meta")}, "states is a Tensor without"),
+    "sparse": (lambda: content() | {"states": torch.zeros(SHAPE).to_sparse()}, "states is a Tensor without"),
+    "not a number": (lambda: content(states=nan_inside()), "values that are not finite"),
+    "infinite": (lambda: content(change=torch.full((2, 4), -torch.inf)), "values that are not finite"),
+    # eight bytes that say that they are 32 TiB, which nothing may try to make
+    "giant": (
+        lambda: content() | {"states": torch.zeros(1).expand(2, 4, 2**39)},
+        r"states is torch.float64 \(2, 4, 549755813888\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_a_file_of_something_else_is_not_used(tmp_path, case):
+    make, message = BAD[case]
+    path = tmp_path / "a.pt"
+    torch.save(make(), path)
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert TrajectoryCache(tmp_path).read(path, START, 4) is None
+    assert f"{path} cannot be read" in str(caught[-1].message)
+    TrajectoryCache(tmp_path).write(path, *(content()[name] for name in ("states", "change")))
+    assert torch.equal(read(path)[0][0], content()["states"])
+
+
+def test_no_gradient_is_asked_for(tmp_path):
+    # one bit of the file
+    kept = content()
+    torch.save(kept | {"states": kept["states"].clone().requires_grad_()}, tmp_path / "a.pt")
+    (found, _), said = read(tmp_path / "a.pt")
+    assert torch.equal(found, kept["states"])
+    assert not found.requires_grad
+    assert not said
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    torch.save(content(states=torch.zeros(2, 4, 2**20)), tmp_path / "plain.pt")
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.warns(UserWarning, match="is compressed, as torch.save never writes"):
+        assert TrajectoryCache(tmp_path).read(path, START, 4) is None
+
+
+def test_teachers_that_cannot_be_told_apart_are_refused(tmp_path):
+    cache = TrajectoryCache(tmp_path)
+    problem = PROBLEMS["gaussian-vector-linear"]()
+    for source, message in (
+        (DiagonalSource(problem.field), "changes in training"),
+        (TeacherSource(Counting(), stationary=False), "changes in training"),
+        (TeacherSource(lambda x, t, cond: x), "no torch.nn.Module"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pool_of(source, cache)

@@ -1,0 +1,127 @@
+"""Volume regression: a frozen map's own change of density, against closed forms and against autograd."""
+
+import pytest
+import torch
+
+from f2d2_lightning import DivergenceHead, Intervals, Inversion, JointFlowMap, as_flow_map, log_prob
+from f2d2_lightning.divergence import Exact
+from f2d2_lightning.likelihood.sampling import normal_log_prob
+from f2d2_lightning.objectives import DiagonalSource, TeacherSource, VolumeRegression
+from problems import Logistic, LogisticMap
+
+
+def bent(x, s, t, cond=None):
+    """A map whose jumps are not the flow of its velocity: they do not compose."""
+    rate = (t - s)[:, None]
+    return 0.15 * torch.sin(x.flip(1) + s[:, None]) * (1 + rate) - 0.3 * x + 0.1 * x.sum(1, keepdim=True).cos()
+
+
+class Bent(torch.nn.Module):
+    """The same as a network with features."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, s, t, cond=None):
+        return bent(x, s, t) + 0 * self.unused
+
+
+def test_targets_of_a_flow_are_its_average_divergence():
+    """The logistic flow's jumps are exact, so the determinant and the integral of the divergence are one number."""
+    joint = LogisticMap(Logistic())
+    s, t = torch.tensor([0.0, 0.2, 0.7, 0.4]), torch.tensor([1.0, 0.5, 0.7, 0.9])
+    x = Logistic().data(4)
+    target = VolumeRegression().target(joint, DiagonalSource(joint), x, s, t, None)
+    expected = joint(x, s, t)
+    torch.testing.assert_close(target.divergence, expected.divergence, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(target.velocity, expected.velocity)
+
+
+def test_targets_are_determinants_of_jumps_and_not_divergences_along_the_flow():
+    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=lambda_head()))
+    s, t, x = torch.tensor([0.0, 0.3]), torch.tensor([1.0, 0.8]), torch.randn(2, 3)
+    divergence = VolumeRegression().target(joint, DiagonalSource(joint), x, s, t, None).divergence
+    for row in range(2):
+        one = slice(row, row + 1)
+        jump = lambda y, one=one: (y[None] + (t - s)[one, None] * bent(y[None], s[one], t[one]))[0]  # noqa: E731
+        volume = torch.linalg.slogdet(torch.autograd.functional.jacobian(jump, x[row])).logabsdet
+        torch.testing.assert_close((t - s)[row] * divergence[row], volume)
+
+
+def lambda_head():
+    class Zero(torch.nn.Module):
+        def forward(self, x, s, t, cond=None):
+            return x.new_zeros(len(x))
+
+    return Zero()
+
+
+@pytest.mark.parametrize("dim", [2])
+def test_a_frozen_head_learns_the_density_of_the_samples(dim):
+    """Likelihoods by inversion equal the change of variables with every jump's determinant."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Linear(dim + 2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU()
+    )
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.out = network, torch.nn.Linear(64, 1)
+
+        def forward(self, x, s, t, cond=None):
+            return self.out(self.body(torch.cat((x, s[:, None], t[:, None]), 1)))[:, 0]
+
+    joint = JointFlowMap(as_flow_map(Bent(), "to_data"), DivergenceHead(network=Own()), frozen=True)
+    objective = VolumeRegression(capacity=2000, chunk=250, intervals=Intervals("to_data", 0.1, 0.9, steps=(1, 2)))
+    optimizer = torch.optim.Adam(joint.head.parameters(), lr=3e-3)
+    source, data = TeacherSource(joint.velocity, Exact()), torch.randn(500, dim)
+    for _ in range(600):
+        optimizer.zero_grad()
+        objective(joint, source, data).loss.backward()
+        optimizer.step()
+    for steps in (1, 2):
+        noise = torch.randn(200, dim)
+        x, exact = noise, normal_log_prob(noise)
+        for k in range(steps):
+            s, t = (torch.full((200,), v / steps) for v in (k, k + 1))
+            target = objective.target(joint, source, x, s, t, None)
+            exact, x = exact - (t - s) * target.divergence, x + (t - s)[:, None] * target.velocity
+        with torch.no_grad():
+            answer = log_prob(joint, x, steps, inversion=Inversion())
+        good = answer.converged
+        assert float(good.double().mean()) > 0.9
+        assert float((answer.value - exact)[good].abs().mean()) < 0.05
+
+
+def test_examples_are_kept_refreshed_and_restored():
+    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=lambda_head()), frozen=True)
+    objective, data = VolumeRegression(capacity=48, chunk=16, refresh=8.0), torch.randn(10, 2)
+    source = TeacherSource(joint.velocity)
+    for _ in range(3):
+        objective(joint, source, data)
+    full = objective.state_dict()["kept"]
+    assert len(full["x"]) == 48
+    objective(joint, source, data)
+    assert torch.equal(objective.state_dict()["kept"]["x"], full["x"])
+    objective(joint, source, data)
+    changed = (objective.state_dict()["kept"]["x"] != full["x"]).any(1)
+    assert changed.sum() == 16
+    again = VolumeRegression(capacity=48, chunk=16, refresh=8.0)
+    again.load_state_dict(objective.state_dict())
+    losses = []
+    for one in (objective, again):
+        torch.manual_seed(7)
+        losses.append([float(one(joint, source, data).loss) for _ in range(5)])
+    assert losses[0] == losses[1]
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(ValueError, match='Intervals\\("to_data"\\)'):
+        VolumeRegression(intervals=Intervals("both"))
+    with pytest.raises(ValueError, match="own_path=2"):
+        VolumeRegression(own_path=2)
+    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=lambda_head()))
+    with pytest.raises(ValueError, match="takes as many evaluations per example, and max_dim is 4"):
+        VolumeRegression(max_dim=4)(joint, TeacherSource(joint.velocity), torch.randn(4, 5))
