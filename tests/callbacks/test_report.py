@@ -203,7 +203,7 @@ def test_files_of_others_and_overwriting(tmp_path):
 
 
 def test_another_module_is_refused_before_the_test(tmp_path):
-    with pytest.raises(ValueError, match="TestReport is for F2D2Module, not FlowMatchingModule"):
+    with pytest.raises(ValueError, match="FlowMatchingModule has no likelihoods in few steps"):
         trainer(tmp_path, callbacks=[TestReport()]).test(teacher(), datamodule=Pair(), verbose=False)
     with pytest.raises(ValueError, match="grid=0"):
         TestReport(grid=0)
@@ -313,8 +313,8 @@ def test_all_test_images_are_kept(tmp_path):
     x = data.dataset("test").__getitems__(list(range(20)))
     with torch.no_grad():
         bits = f2.bits_per_dim(module.log_prob(x, 2).value.double(), 16, 4).numpy()
-    assert len(report._points) == 20
-    assert torch.equal(report._points.x, x)
+    assert len(report._points[""]) == 20
+    assert torch.equal(report._points[""].x, x)
     text = (tmp_path / "report.md").read_text()
     assert "The test images that 2 steps find most and least likely" in text
     assert np.mean(bits) == pytest.approx(

@@ -63,7 +63,7 @@ def test_a_student_without_a_teacher_and_through_an_adapter():
 
 def test_a_student_of_a_function():
     module = student(of=None)
-    module._teacher[:] = [f2.as_flow_map(lambda x, s, t, cond: -x)]
+    module.kept_teacher.known = f2.as_flow_map(lambda x, s, t, cond: -x)
     assert by_name(model_parts(module))["teacher"].parameters == 0
 
 

@@ -350,7 +350,7 @@ def test_student_trains(teachers, name):
         # the head begins with the Gaussian fit's divergence, beside a velocity that is not the fit's
         still += 0.5 * float(baseline.variances.log2().mean())
     assert [*found["val/nll_1"], *found["val/nll_2"]] == pytest.approx([still, still], abs=0.02)
-    assert (module._teacher_path is not None) == (name in DISTILLED)
+    assert (module.kept_teacher.path is not None) == (name in DISTILLED)
 
 
 def test_the_released_direction(teachers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,7 +43,6 @@ class AddedWeights:
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.decay, self.clip = decay, clip
         self.steps = 0
-        self.skipped = 0
 
     @torch.no_grad()
     def broadcast(self) -> None:
@@ -86,9 +86,17 @@ class AddedWeights:
         self.steps += 1
         update_average(self.average, self.live, warmed_decay(self.decay, self.steps))
 
+    def step_with(self, trainer: L.Trainer, gradient_scale: float, follow: bool) -> None:
+        """:meth:`step`, at rates that ``follow`` those of the trainer's first optimiser."""
+        factor = 1.0
+        if follow and trainer.optimizers:
+            group = trainer.optimizers[0].param_groups[0]
+            peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+            factor = float(group["lr"]) / float(peak) if peak else 1.0
+        self.step(gradient_scale, factor)
+
     def _refuse(self, gradient_scale: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped += 1
         if gradient_scale == 1.0:
             raise FloatingPointError(
                 "the gradient of the divergence head is NaN or infinite; look at the model's own loss and samples, "

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from f2d2_lightning.callbacks._subject import Subject
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import reference_sample
 from f2d2_lightning.plots import (
     Figure,
@@ -75,7 +75,7 @@ class Measured:
     x: Tensor | None = None
     """The data, ``(N, ...)``."""
     values: dict[int, Tensor] = field(default_factory=dict)
-    """Step count to NLL of the data, ``(N,)``, in the subject's unit."""
+    """Step count to NLL of the data, ``(N,)``, in the model's unit."""
     reference: Tensor | None = None
     """The reference's, ``(N,)``; NaN where it was not computed."""
     densities: dict[str, Tensor] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Gallery:
     """Makes the figures that a model and its data allow; keeps what does not change from one time to the next.
 
     Args:
-        subject: The model.
+        model: The model.
         samples: Samples in a picture (twenty times as many points in the plane).
         teacher_steps: Heun steps of the reference's samples.
         grid: Cells along each axis of a density map.
@@ -99,7 +99,7 @@ class Gallery:
 
     def __init__(
         self,
-        subject: Subject,
+        model: LikelihoodModel,
         samples: int = 49,
         teacher_steps: int = 100,
         grid: int = 64,
@@ -108,17 +108,17 @@ class Gallery:
     ) -> None:
         if min(samples, teacher_steps, grid) < 1:
             raise ValueError(f"samples={samples}, teacher_steps={teacher_steps} and grid={grid} are at least 1")
-        self.subject = subject
+        self.model = model
         self.samples, self.teacher_steps, self.grid = samples, teacher_steps, grid
         self.true_log_prob, self.broadcast = true_log_prob, broadcast
         self._kept: dict[str, Any] = {}
 
     @classmethod
-    def of(cls, trainer: L.Trainer, subject: Subject, samples: int, teacher_steps: int, grid: int) -> Gallery:
+    def of(cls, trainer: L.Trainer, model: LikelihoodModel, samples: int, teacher_steps: int, grid: int) -> Gallery:
         """With the exact log-density that the trainer's data module may know (``log_prob``)."""
         log_prob = getattr(getattr(trainer, "datamodule", None), "log_prob", None)
         true_log_prob = log_prob if callable(log_prob) else None
-        return cls(subject, samples, teacher_steps, grid, true_log_prob, trainer.strategy.broadcast)
+        return cls(model, samples, teacher_steps, grid, true_log_prob, trainer.strategy.broadcast)
 
     # --- measuring: all processes ---
 
@@ -132,43 +132,43 @@ class Gallery:
             points: Data; empty if there were none, and then nothing is measured.
         """
         measured = Measured()
-        if len(points) == 0 or not self.subject.ready:
+        if len(points) == 0 or not self.model.ready:
             return measured
         assert points.x is not None
         measured.samples = self._samples(points)
-        measured.rows = self.subject.rows()
-        if not self.subject.steps:
+        measured.rows = self.model.agreement_table()
+        if not self.model.steps:
             return measured
         measured.x = points.x
-        measured.values = {k: self.subject.nll(self._log_prob(points, k)) for k in self.subject.steps}
+        measured.values = {k: self.model.nll(self._log_prob(points, k)) for k in self.model.steps}
         measured.reference = self._reference(points, measured.values)
-        if is_plane(self.subject.shape) and points.cond is None:
+        if is_plane(self.model.shape) and points.cond is None:
             measured.extent = _around(points.x)
             measured.densities = self._densities(measured.extent, points.x.dtype)
         return measured
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         """The reference's own part, computed once where the reference stays as it is."""
-        if name not in self._kept or not self.subject.reference_fixed:
+        if name not in self._kept or not self.model.reference_fixed:
             self._kept[name] = compute()
         return self._kept[name]
 
     def _on_device(self, value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(self.subject.module.device)
+        return None if value is None else value.to(self.model.device)
 
     def _samples(self, points: Points) -> dict[str, Tensor]:
-        shape = self.subject.shape
+        shape = self.model.shape
         if not (is_image(shape) or is_plane(shape)):
             return {}
         assert points.x is not None
         count = self.samples if is_image(shape) else 20 * self.samples
         # drawn on the CPU and from a generator of its own: the same noise whenever and wherever
         noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(points.x.dtype)
-        noise, cond = noise.to(self.subject.module.device), self._on_device(points.classes(count))
+        noise, cond = noise.to(self.model.device), self._on_device(points.classes(count))
         made = {}
-        if self.subject.samples:
-            made = {plural(k, "step"): self.subject.sample(noise, k, cond).cpu() for k in self.subject.steps}
-        velocity = self.subject.velocity()
+        if self.model.draws_samples:
+            made = {plural(k, "step"): self.model.sample(noise, k, cond).state.cpu() for k in self.model.steps}
+        velocity = self.model.reference_velocity()
         if velocity is not None:
 
             def integrate() -> tuple[Tensor, int]:
@@ -176,7 +176,7 @@ class Gallery:
                 return found.state.cpu(), found.evaluations
 
             state, evaluations = self._once("samples", integrate)
-            made[f"{self.subject.reference_name}, {plural(evaluations, 'evaluation')}"] = state
+            made[f"{self.model.reference_name}, {plural(evaluations, 'evaluation')}"] = state
         return made
 
     def _log_prob(self, points: Points, steps: int) -> Tensor:
@@ -184,14 +184,14 @@ class Gallery:
         parts = []
         for start in range(0, len(points), CHUNK):
             x, cond = (None if v is None else v[start : start + CHUNK] for v in (points.x, points.cond))
-            parts.append(self.subject.log_prob(self._on_device(x), steps, self._on_device(cond)).cpu())  # type: ignore[arg-type]
+            parts.append(self.model.log_prob(self._on_device(x), steps, self._on_device(cond)).value.cpu())  # type: ignore[arg-type]
         return torch.cat(parts)
 
     def _integrated(self, x: Tensor, cond: Tensor | None) -> Tensor | None:
-        velocity = self.subject.velocity()
+        velocity = self.model.reference_velocity()
         if velocity is None:
             return None
-        return self.subject.solver(velocity, self._on_device(x), self._on_device(cond)).value.cpu()  # type: ignore[arg-type]
+        return self.model.reference(velocity, self._on_device(x), self._on_device(cond)).value.cpu()  # type: ignore[arg-type]
 
     def _reference(self, points: Points, values: dict[int, Tensor]) -> Tensor | None:
         assert points.x is not None
@@ -199,11 +199,11 @@ class Gallery:
 
         def compute() -> Tensor | None:
             # what the evaluation has integrated already is not integrated again
-            known = self.broadcast(self.subject.evaluated_reference(values))
+            known = self.broadcast(self.model.evaluated_reference(values))
             if known is not None:
                 return known
             found = self._integrated(x, points.cond)
-            return None if found is None else self.subject.nll(found)
+            return None if found is None else self.model.nll(found)
 
         return self._once("reference", compute)
 
@@ -212,10 +212,10 @@ class Gallery:
         cells = Points(len(grid))
         cells.add(grid, None)
         shape = (self.grid, self.grid)
-        maps = {plural(k, "step"): self._log_prob(cells, k).reshape(shape) for k in self.subject.steps}
+        maps = {plural(k, "step"): self._log_prob(cells, k).reshape(shape) for k in self.model.steps}
         reference = self._once("density", lambda: self._integrated(grid, None))
         if reference is not None:
-            maps[self.subject.reference_name] = reference.reshape(shape)
+            maps[self.model.reference_name] = reference.reshape(shape)
         if self.true_log_prob is not None:
             maps["true density"] = self.true_log_prob(grid).reshape(shape)
         return maps
@@ -224,29 +224,29 @@ class Gallery:
 
     def figures(self, measured: Measured) -> dict[str, Figure]:
         """Name to figure: ``samples``, ``calibration``, ``nll_steps``, ``ranked``, ``density``, as there are."""
-        subject, figures = self.subject, {}
+        model, figures = self.model, {}
         if measured.samples:
             figures["samples"] = sample_figure(
-                measured.samples, subject.low, subject.high, math.ceil(math.sqrt(self.samples))
+                measured.samples, model.low, model.high, math.ceil(math.sqrt(self.samples))
             )
         compared = _compared(measured)
         if compared is not None:
             values, reference = compared
-            figures["calibration"] = calibration_figure(values, reference, subject.unit, subject.reference_name)
+            figures["calibration"] = calibration_figure(values, reference, model.unit, model.reference_name)
         if measured.values:
             figures["nll_steps"] = self._nll_steps(measured)
             shown = self.ranked_by()
             value = measured.values[shown]
-            if is_image(subject.shape) and measured.x is not None and not bool(value.isnan().all()):
+            if is_image(model.shape) and measured.x is not None and not bool(value.isnan().all()):
                 figures["ranked"] = ranked_figure(
                     measured.x,
                     value,
-                    subject.unit,
+                    model.unit,
                     name=plural(shown, "step"),
                     reference=measured.reference,
-                    reference_name=subject.reference_name,
-                    low=subject.low,
-                    high=subject.high,
+                    reference_name=model.reference_name,
+                    low=model.low,
+                    high=model.high,
                 )
         if measured.densities:
             figures["density"] = density_figure(measured.densities, measured.extent)
@@ -254,10 +254,10 @@ class Gallery:
 
     def ranked_by(self) -> int:
         """The step count whose likelihoods rank images: four, or what is nearest below."""
-        return max((k for k in self.subject.steps if k <= 4), default=min(self.subject.steps))
+        return max((k for k in self.model.steps if k <= 4), default=min(self.model.steps))
 
     def _nll_steps(self, measured: Measured) -> Figure:
-        name, unit = self.subject.reference_name, self.subject.unit
+        name, unit = self.model.reference_name, self.model.unit
         found = _from_rows(measured.rows) if measured.rows else _from_values(measured)
         return nll_steps_figure(unit=unit, reference_name=name, **found)
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from f2d2_lightning.callbacks._subject import Subject
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.pixels import state_images
 from f2d2_lightning.utils.seeding import mix_seed
 
@@ -66,7 +66,9 @@ class RealImages:
         batch_size: Images at a time.
     """
 
-    def __init__(self, trainer: L.Trainer, model: Subject, loader: Any, count: int | None, batch_size: int) -> None:
+    def __init__(
+        self, trainer: L.Trainer, model: LikelihoodModel, loader: Any, count: int | None, batch_size: int
+    ) -> None:
         self.trainer, self.model, self.loader, self.batch_size = trainer, model, loader, batch_size
         self.rank, self.world = trainer.global_rank, trainer.world_size
         self.dataset: Any = getattr(loader, "dataset", None)

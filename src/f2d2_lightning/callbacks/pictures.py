@@ -12,8 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from f2d2_lightning.callbacks._gallery import Gallery, Points
+from f2d2_lightning.callbacks._models import find_models
 from f2d2_lightning.callbacks._picture_loggers import log_figure, takes_figures
-from f2d2_lightning.callbacks._subject import Subject, find_subjects
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.plots import Figure, save_figure
 from f2d2_lightning.training.folders import run_folder, unused
 
@@ -92,7 +93,7 @@ class Pictures(L.Callback):
     def _forget(self) -> None:
         self._galleries: dict[tuple[str, str], Gallery] = {}
         self._points: dict[tuple[str, str], Points] = {}
-        self._collecting: list[Subject] = []
+        self._collecting: list[LikelihoodModel] = []
 
     # --- the run ---
 
@@ -102,7 +103,7 @@ class Pictures(L.Callback):
         self._resuming = False
         if stage == "predict":
             return
-        find_subjects(trainer, pl_module)
+        find_models(trainer, pl_module)
         if not self.to_disk and not _is_trial(trainer):
             taken = trainer.is_global_zero and any(takes_figures(logger) for logger in trainer.loggers)
             if not trainer.strategy.broadcast(taken):
@@ -155,12 +156,12 @@ class Pictures(L.Callback):
         self._collecting = []
         if trainer.sanity_checking or (stage == "val" and self._validations % self.every_n_validations):
             return
-        for subject in find_subjects(trainer, pl_module):
-            key = stage, subject.name
+        for model in find_models(trainer, pl_module):
+            key = stage, model.name
             if key not in self._galleries:
-                self._galleries[key] = Gallery.of(trainer, subject, self.samples, self.teacher_steps, self.grid)
+                self._galleries[key] = Gallery.of(trainer, model, self.samples, self.teacher_steps, self.grid)
             if key not in self._points:
-                self._collecting.append(subject)
+                self._collecting.append(model)
                 self._points[key] = Points(self.images)
 
     on_test_epoch_start = on_validation_epoch_start
@@ -180,8 +181,8 @@ class Pictures(L.Callback):
         if not wanting or dataloader_idx > 0:
             return
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-            for subject in wanting:
-                self._points[stage, subject.name].add(*subject.state(batch))
+            for model in wanting:
+                self._points[stage, model.name].add(*model.state(batch))
 
     on_test_batch_end = on_validation_batch_end
 
@@ -195,8 +196,8 @@ class Pictures(L.Callback):
         self._validations += stage == "val" and trainer.state.fn == TrainerFn.FITTING
         if not due:
             return
-        for subject in self._collecting:
-            key = stage, subject.name
+        for model in self._collecting:
+            key = stage, model.name
             # every process looks at what the first one has seen
             self._points[key] = trainer.strategy.broadcast(self._points[key])
             if len(self._points[key]) == 0:

@@ -14,11 +14,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.table import Table
 
-from f2d2_lightning.callbacks._gallery import Gallery, Points
+from f2d2_lightning.callbacks._gallery import Gallery, Measured, Points
+from f2d2_lightning.callbacks._models import find_models
 from f2d2_lightning.callbacks._report_text import Report, other_metrics, read_curves, to_json
-from f2d2_lightning.callbacks._subject import StudentSubject
 from f2d2_lightning.callbacks.summary import model_parts
-from f2d2_lightning.modules import F2D2Module
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.plots import save_figure, training_figure
 from f2d2_lightning.plots._figure import settle
 from f2d2_lightning.training.folders import run_folder, unused
@@ -67,17 +67,24 @@ class TestReport(L.Callback):
             )
         self.folder, self.samples, self.teacher_steps = folder, samples, teacher_steps
         self.images, self.grid, self.overwrite = images, grid, overwrite
-        self._points = Points(images)
+        self._points: dict[str, Points] = {}
         self._count = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse other modules before the test."""
-        if stage == "test" and not isinstance(pl_module, F2D2Module):
-            raise ValueError(f"TestReport is for F2D2Module, not {type(pl_module).__name__}; take it out of callbacks")
+        if stage == "test" and not self._models(trainer, pl_module):
+            raise ValueError(
+                f"TestReport is for F2D2Module, and modules with an F2D2Callback; {type(pl_module).__name__} "
+                "has no likelihoods in few steps; take it out of callbacks"
+            )
+
+    @staticmethod
+    def _models(trainer: L.Trainer, pl_module: L.LightningModule) -> list[LikelihoodModel]:
+        return [model for model in find_models(trainer, pl_module) if model.steps]
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start afresh."""
-        self._points, self._count = Points(self.images), 0
+        self._points, self._count = {}, 0
 
     def on_test_batch_end(
         self,
@@ -89,37 +96,52 @@ class TestReport(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first samples."""
-        if dataloader_idx == 0:
+        if dataloader_idx != 0:
+            return
+        for model in self._models(trainer, pl_module):
             with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-                x, cond = StudentSubject(pl_module, pl_module).state(batch)
-            self._points.add(x, cond)
-            self._count += len(x)
+                x, cond = model.state(batch)
+            self._points.setdefault(model.name, Points(self.images)).add(x, cond)
+        self._count += len(x)
 
     @torch.no_grad()
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure on all processes, write on the first. All metrics have been logged by now."""
-        assert isinstance(pl_module, F2D2Module)
         run = run_folder(trainer)
         count = trainer.strategy.reduce(torch.tensor(float(self._count), device=pl_module.device), reduce_op="sum")
-        subject = StudentSubject(pl_module, pl_module)
-        gallery = Gallery.of(trainer, subject, self.samples, self.teacher_steps, self.grid)
-        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-            measured = gallery.measure(trainer.strategy.broadcast(self._points))
-        rows = pl_module.agreement_table() if measured.rows is None else measured.rows
-        if not trainer.is_global_zero:
-            return
-        print_table(rows, pl_module.unit, gallery.subject.reference_name)
+        for model in self._models(trainer, pl_module):
+            gallery = Gallery.of(trainer, model, self.samples, self.teacher_steps, self.grid)
+            points = trainer.strategy.broadcast(self._points.get(model.name, Points(self.images)))
+            with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+                measured = gallery.measure(points)
+            rows = measured.rows or model.agreement_table()
+            if trainer.is_global_zero and rows:
+                self._write(trainer, pl_module, gallery, measured, rows, run, int(count))
+
+    def _write(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        gallery: Gallery,
+        measured: Measured,
+        rows: list[dict[str, Any]],
+        run: Path,
+        count: int,
+    ) -> None:
+        model = gallery.model
+        print_table(rows, model.unit, model.reference_name)
         if getattr(trainer, "fast_dev_run", False):
             return
         figures = gallery.figures(measured)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger) and (curves := read_curves(Path(logger.log_dir))):
                 figures["training"] = settle(training_figure(curves))
-        report = self._report(trainer, gallery, rows, tuple(figures), run, int(count))
-        numbers = {"unit": pl_module.unit, "rows": rows, "metrics": report.metrics}
+        report = self._report(trainer, module, gallery, rows, tuple(figures), run, count)
+        numbers = {"unit": model.unit, "rows": rows, "metrics": report.metrics}
         texts = {"test_report.json": to_json(numbers), "report.md": report.markdown()}
         pictures = {f"{name}.png": figure for name, figure in figures.items()}
-        folder = self._free(run if self.folder is None else Path(self.folder), (*texts, *pictures))
+        wanted = (run if self.folder is None else Path(self.folder)) / model.name
+        folder = self._free(wanted, (*texts, *pictures))
         written = [save_figure(figure, folder / name) for name, figure in pictures.items()]
         written += [_write(folder / name, text) for name, text in texts.items()]
         for path in written:
@@ -128,27 +150,28 @@ class TestReport(L.Callback):
     @staticmethod
     def _report(
         trainer: L.Trainer,
+        module: L.LightningModule,
         gallery: Gallery,
         rows: list[dict[str, Any]],
         figures: tuple[str, ...],
         run: Path,
         samples: int,
     ) -> Report:
-        module, data = gallery.subject.module, getattr(trainer, "datamodule", None)
+        model, data = gallery.model, getattr(trainer, "datamodule", None)
         return Report(
-            title=f"Test of {type(module).__name__}" + ("" if data is None else f" on {type(data).__name__}"),
+            title=f"Test of {model.title}" + ("" if data is None else f" on {type(data).__name__}"),
             run=run,
             checkpoint=trainer.ckpt_path,
             samples=samples,
             device=str(module.device),
-            unit=gallery.subject.unit,
-            reference_name=gallery.subject.reference_name,
+            unit=model.unit,
+            reference_name=model.reference_name,
             parts=model_parts(module, trainer.callbacks),  # type: ignore[attr-defined]
             rows=rows,
-            metrics=other_metrics(trainer.callback_metrics, gallery.subject.steps),
+            metrics=other_metrics(trainer.callback_metrics, model.steps),
             figures=figures,
             ranked_by=gallery.ranked_by(),
-            quantized=gallery.subject.unit != "nats",
+            quantized=model.unit != "nats",
         )
 
     def _free(self, folder: Path, names: Iterable[str]) -> Path:

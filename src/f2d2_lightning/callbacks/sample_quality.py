@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from f2d2_lightning.callbacks._models import find_sampler
 from f2d2_lightning.callbacks._real_images import SPLITS, RealImages, find_loader
-from f2d2_lightning.callbacks._subject import Subject, find_sampler
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.pixels import state_images
 from f2d2_lightning.metrics._cache import StatisticsCache
 from f2d2_lightning.metrics.distances import kernel_distance, precision_recall
@@ -147,7 +148,7 @@ class SampleQuality(L.Callback):
         """The same for a test."""
         self._prepare(trainer, pl_module)
 
-    def model(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Subject:
+    def model(self, trainer: L.Trainer, pl_module: L.LightningModule) -> LikelihoodModel:
         """What samples are drawn from; override it for a sampler of another kind."""
         return find_sampler(trainer, pl_module, self.flow_map, self.method)
 
@@ -291,7 +292,7 @@ class SampleQuality(L.Callback):
             if self._cond is not None:
                 cond = self._cond[offset : offset + len(indices)] if indices else self._cond[:1]
             for k in self.steps:
-                x = model.sample(noise, k, cond)[: len(indices)]
+                x = model.sample(noise, k, cond).state[: len(indices)]
                 # counted out here, and refused by all processes together once they have met
                 x = x[x.flatten(1).isfinite().all(1)] if len(x) else x
                 features = torch.zeros(0, size, dtype=torch.float64, device=device)

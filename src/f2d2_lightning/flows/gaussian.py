@@ -30,7 +30,7 @@ from f2d2_lightning.flows.maps import Joint, JointMap
 from f2d2_lightning.flows.paths import LinearPath, Path, TrigonometricPath, distinct, like
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["GaussianBaseline", "GaussianFlow"]
+__all__ = ["GaussianBaseline", "GaussianFlow", "fit_baselines"]
 
 ENOUGH = 4
 """Samples per dimension from which a full covariance is taken as it is."""
@@ -358,6 +358,29 @@ def _shrunk(covariance: Tensor, count: int, floor: float) -> tuple[Tensor, float
     correlation = (1 - weight) * correlation
     correlation.fill_diagonal_(1.0)
     return correlation * scale, float(weight)
+
+
+@torch.no_grad()
+def fit_baselines(
+    model: nn.Module, states: Callable[[], Iterable[Tensor]], reduce: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Fit every Gaussian baseline of a model that is not fitted yet.
+
+    Args:
+        model: Any module.
+        states: Gives the data, batches ``(B, ...)``, anew at each call.
+        reduce: Sums a tensor over processes, where each of them sees a part of the data.
+    """
+    baselines = [part for part in model.modules() if isinstance(part, GaussianBaseline)]
+    for baseline in baselines:
+        if baseline.fitted:
+            continue
+        # the head's and the backbone's are often alike; one pass then serves both
+        twins = [b for b in baselines if b.fitted and (b.shape, b.covariance) == (baseline.shape, baseline.covariance)]
+        if twins:
+            baseline.load_state_dict(twins[0].state_dict())
+        else:
+            baseline.fit(states(), reduce=reduce)
 
 
 class GaussianFlow(JointMap):

@@ -137,6 +137,8 @@ class FlowMap(nn.Module, Configured):
     """
 
     directions: Direction = Direction.BOTH
+    vector_features: bool = False
+    """Whether :meth:`forward_features` gives vectors ``(B, C)``, and no feature maps."""
 
     @property
     def conditional(self) -> bool | None:
@@ -212,6 +214,8 @@ class JointMap(nn.Module, Configured, ABC):
     """Anything that answers ``(u, D)``: a flow map with a head, or a closed form."""
 
     directions: Direction = Direction.BOTH
+    vector_features: bool = False
+    """Whether :meth:`forward_features` gives vectors ``(B, C)``, and no feature maps."""
 
     @property
     def conditional(self) -> bool | None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import math
-import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,34 +13,31 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters import check_differentiable
-from f2d2_lightning.flows.gaussian import GaussianBaseline
-from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.flows.gaussian import fit_baselines
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import Reference
-from f2d2_lightning.likelihood.sampling import check_cond
-from f2d2_lightning.metrics.evaluation import clock
+from f2d2_lightning.likelihood.sampling import check_cond, check_shape
+from f2d2_lightning.modules._checks import check_finite, check_same_model, not_finite
 from f2d2_lightning.modules._compile import compile_network
+from f2d2_lightning.modules._optimization import make_optimizers
 from f2d2_lightning.modules.ema import update_average, warmed_decay
 from f2d2_lightning.nn.head import JointFlowMap
-from f2d2_lightning.training.batches import FIT_SAMPLES, check_precision, check_values, compare_ranges
+from f2d2_lightning.training.batches import FirstLook, all_training_batches, check_precision, compare_ranges
 from f2d2_lightning.training.loading import read_checkpoint, restore_module
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
+from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.class_names import agree_on_classes, as_names
-from f2d2_lightning.utils.fingerprints import network_hash, update_with
-from f2d2_lightning.utils.processes import Places, gather_states
-from f2d2_lightning.utils.seeding import mix_seed
-from f2d2_lightning.utils.sharding import all_finite, is_sharded, shard, whole
+from f2d2_lightning.utils.sharding import is_sharded, shard, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FlowModule", "object_names", "warmup_cosine"]
+__all__ = ["FlowModule", "object_names"]
 
 
-class FlowModule(L.LightningModule):
+class FlowModule(L.LightningModule, LikelihoodModel):
     """What teacher and student share: optimisation, weight average, reproducible steps, data, likelihood metrics.
 
     Each training step seeds the random state from (seed, epoch, batch, process), so that a resumed run draws what the
@@ -91,26 +84,18 @@ class FlowModule(L.LightningModule):
         if not low < high:
             raise ValueError(f"low={low} and high={high} are the edges of the data's range; low < high is needed")
         self.shape = tuple(shape)
-        self.dim = math.prod(self.shape)
         self.levels, self.low, self.high = levels, low, high
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.ema_decay = ema_decay
-        self.class_names: list[str] | None = None
-        """Names of the classes in the order of their labels (:mod:`f2d2_lightning.utils.class_names`)."""
         self.reference = reference or Reference()
         self.channels_last, self.compile_how = channels_last, compile
         self.lr: float | None = None
         """Learning rate in place of the optimiser's own, which ``Tuner.lr_find`` sets; ``None`` leaves it."""
-        self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+        self.run_seed = RunSeed()
         self._averaged_steps = 0
         self._batch: Any = None
         self._batch_index = 0
-        self._references: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._identities: dict[int, tuple[nn.Module, str]] | None = None
-        # whose derivative was compared with differences; in a tuple, so that it is no submodule
-        self._compared: tuple[Any, ...] = ()
-        self._reference_cost = (0.0, 0)  # seconds, evaluations per sample
-        self._looked_at = ""  # the stage whose first batch was
+        self._look = FirstLook()
 
     # --- what a subclass may override ---
 
@@ -143,10 +128,7 @@ class FlowModule(L.LightningModule):
             ValueError: If they are of another range, or were never dequantized.
         """
         x, cond = self.data_to_state(batch)
-        stage = "" if self._trainer is None else str(self._trainer.state.stage)
-        if self._looked_at != stage or not x.is_floating_point():
-            check_values(x, self.quantization)
-            self._looked_at = stage
+        self._look(x, self.quantization, self.attached)
         return x.to(self.dtype), cond
 
     @property
@@ -155,14 +137,27 @@ class FlowModule(L.LightningModule):
         """The model in training, which ``average`` follows."""
 
     @property
+    def joint_map(self) -> Any:
+        """The weight average."""
+        return self.average
+
+    @property
+    def attached(self) -> L.Trainer | None:
+        """The trainer, if there is one."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
+
+    def _fitting(self, x: Tensor) -> Tensor:
+        """States of the module's shape, in its precision."""
+        check_shape(x, self.shape)
+        return x.to(self.dtype) if x.is_floating_point() else x
+
+    @property
     def conditional(self) -> bool | None:
         """Whether the backbone needs ``cond``; ``False``: labels of the data are left out, ``None``: passed on."""
         return getattr(self.live, "conditional", None)
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """Levels and range of discrete data; ``None`` for continuous data."""
-        return None if self.levels is None else Quantization(self.levels, self.low, self.high)
 
     # --- set-up ---
 
@@ -216,32 +211,22 @@ class FlowModule(L.LightningModule):
         # the average evaluates on purpose, and Lightning takes that for a mistake
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
         check_precision(self.trainer)
-        self._looked_at = ""
+        self._look = FirstLook()
         compare_ranges("the module", self.quantization, getattr(self.trainer, "datamodule", None), self.shape)
         self._follow_classes(self.class_names)
 
     def _follow_classes(self, known: list[str] | None) -> None:
         """Keep the names of classes that are known, else the data's; labels of the data follow."""
-        if self._trainer is not None and self.conditional:
+        if self.attached is not None and self.conditional:
             known = agree_on_classes(getattr(self.trainer, "datamodule", None), known)
         self.class_names = known
 
     @torch.no_grad()
     def fit_baselines(self) -> None:
         """Fit every Gaussian baseline that is not fitted yet to the training data."""
-        baselines = [m for m in self.live.modules() if isinstance(m, GaussianBaseline)]
-        for baseline in baselines:
-            if baseline.fitted:
-                continue
-            # the head's and the backbone's are often alike; one pass then serves both
-            twins = [
-                b for b in baselines if b.fitted and (b.shape, b.covariance) == (baseline.shape, baseline.covariance)
-            ]
-            if twins:
-                baseline.load_state_dict(twins[0].state_dict())
-            else:
-                states = (self.state(batch)[0] for batch in self.training_batches())
-                baseline.fit(states, reduce=self.sum_over_processes)
+        fit_baselines(
+            self.live, lambda: (self.state(batch)[0] for batch in self.training_batches()), self.sum_over_processes
+        )
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         """Sum of a tensor over all processes, each of which sees a part of the training data."""
@@ -251,23 +236,12 @@ class FlowModule(L.LightningModule):
 
     def training_batches(self) -> Iterable[Any]:
         """One pass over the trainer's training data, as batches; of data that have no end the first 131,072 samples."""
-        loader = self.trainer.train_dataloader
-        if loader is None:
-            raise RuntimeError("there are no training data yet; call this from on_train_start or later")
-        try:
-            len(loader)
-        except (TypeError, NotImplementedError, AttributeError):
-            count = max(1, FIT_SAMPLES // (getattr(loader, "batch_size", None) or 1))
-            rank_zero_info(
-                f"the training data have no length: what is set from them comes from {count} batches at most"
-            )
-            return itertools.islice(loader, count)
-        return loader
+        return all_training_batches(self.trainer)
 
     def configure_model(self) -> None:
         """Shard model and average over processes under ``ModelParallelStrategy`` (FSDP2); nothing otherwise."""
         # load_from_checkpoint asks for this without a trainer
-        if isinstance(getattr(self._trainer, "strategy", None), ModelParallelStrategy):
+        if isinstance(getattr(self.attached, "strategy", None), ModelParallelStrategy):
             if self.channels_last or self.compile_how:
                 raise ValueError(
                     f"channels_last={self.channels_last} and compile={self.compile_how!r} are for whole networks, and "
@@ -279,9 +253,6 @@ class FlowModule(L.LightningModule):
     def to_shard(self) -> list[nn.Module]:
         """Networks that are sharded, each on its own; override it with a network's own layers."""
         return [self.live, self.average]
-
-    def _copy_to_average(self) -> None:
-        update_average(self.average, self.live, 0.0)
 
     @property
     def trained(self) -> bool:
@@ -303,7 +274,7 @@ class FlowModule(L.LightningModule):
         elif self.trainer.global_step == 0:
             self.fit_baselines()
             self.prepare()
-            self._copy_to_average()
+            update_average(self.average, self.live, 0.0)
 
     def prepare(self) -> None:
         """Anything else that is set from data or teacher once, before the first step."""
@@ -317,27 +288,13 @@ class FlowModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimiser over the trainable parameters, schedule per step."""
-        parameters = [p for p in self.live.parameters() if p.requires_grad]
-        # biases and gains are not decayed, whatever the optimiser's weight_decay
-        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim > 1]}]
-        if vectors := [p for p in parameters if p.ndim <= 1]:
-            groups.append({"params": vectors, "weight_decay": 0.0})
-        optimizer = self.optimizer(groups) if self.optimizer else torch.optim.AdamW(groups, lr=1e-3)
-        if self.lr is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
-        if self.lr_scheduler is not None:
-            scheduler = self.lr_scheduler(optimizer)
-        else:
-            factor = warmup_cosine(self.warmup, lambda: self.trainer.estimated_stepping_batches)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return make_optimizers(self)
 
     # --- training ---
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step."""
-        torch.manual_seed(mix_seed(self._seed, self.trainer.current_epoch, batch_idx, self.global_rank))
+        self.run_seed.begin_step(self.trainer, batch_idx)
         self._batch, self._batch_index = batch, batch_idx
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -350,26 +307,7 @@ class FlowModule(L.LightningModule):
             return  # a gradient scaler leaves such steps out by itself
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients and not bool(whole(torch.nn.utils.get_total_norm(gradients)).isfinite()):
-            raise FloatingPointError(self._not_finite())
-
-    def _not_finite(self) -> str:
-        """What to say of a gradient that is NaN or infinite."""
-        bad = [name for name, p in self.live.named_parameters() if p.grad is not None and not all_finite(p.grad)]
-        batch = self._batch if isinstance(self._batch, (tuple, list)) else (self._batch,)
-        data = any(isinstance(part, Tensor) and not all_finite(part) for part in batch)
-        cause = (
-            "the batch itself holds NaN or infinity: look at the data"
-            if data
-            else "the batch is finite: lower the learning rate, clip gradients (trainer.gradient_clip_val), or look at "
-            "the teacher's samples"
-        )
-        where = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "") or "their norm overflows"
-        step, epoch = self.trainer.global_step + 1, self.trainer.current_epoch
-        return (
-            f"training stopped before optimiser step {step} (epoch {epoch}, batch {self._batch_index}): the gradient "
-            f"is NaN or infinite in {len(bad)} parameters ({where}), and {cause}. The weights are as they were before "
-            "it, and so is the last checkpoint"
-        )
+            raise FloatingPointError(not_finite(self, self._batch, self._batch_index))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimiser's step, then the average's: before any checkpoint of this step is written."""
@@ -383,130 +321,22 @@ class FlowModule(L.LightningModule):
         Raises:
             FloatingPointError: If a weight is NaN or infinite: such a state is not saved over a good one.
         """
-        bad = [name for name, value in self.state_dict().items() if isinstance(value, Tensor) and not all_finite(value)]
-        # all processes stop where one holds a share that is bad
-        if bad := [name for names in gather_states(bad) for name in names]:
-            raise FloatingPointError(
-                f"nothing was saved: {len(bad)} weights or buffers are NaN or infinite, first {bad[0]}; the last "
-                "checkpoint is from before that. Lower the learning rate or clip gradients (trainer.gradient_clip_val)"
-            )
-        checkpoint["f2d2"] = {"seed": self._seed, "averaged_steps": self._averaged_steps, "classes": self.class_names}
+        check_finite(self)
+        checkpoint["f2d2"] = {
+            "seed": self.run_seed.value,
+            "averaged_steps": self._averaged_steps,
+            "classes": self.class_names,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Inverse of :meth:`on_save_checkpoint`."""
         mend_progress(checkpoint)
         state = checkpoint.get("f2d2", {})
-        self._seed = state.get("seed", self._seed)
+        self.run_seed.value = state.get("seed", self.run_seed.value)
         self._averaged_steps = state.get("averaged_steps", 0)
         names = as_names(state.get("classes"), "the checkpoint")
         self._follow_classes(self.class_names if names is None else names)
-        said = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        if said.get("levels") is not None or self.levels is not None:
-            for name in ("levels", "low", "high"):
-                if name in said and said[name] is not None and said[name] != getattr(self, name):
-                    raise ValueError(
-                        f"the checkpoint is of a model with {name}={said[name]}, and this module has "
-                        f"{name}={getattr(self, name)}: bits per dimension would be others; give it "
-                        f"{name}={said[name]} (in a configuration: model.init_args.{name})"
-                    )
-        mine, theirs = self.state_dict(), checkpoint.get("state_dict", {})
-        if theirs and not mine.keys() & theirs.keys():
-            name = checkpoint.get("hyper_parameters", {}).get("_class_path", "another class")
-            raise ValueError(
-                f"the checkpoint is of {name}: none of its weights ({next(iter(theirs))}, ...) is one of this "
-                f"{type(self).__name__}; give the checkpoint of this model, or the configuration of that one"
-            )
-        wrong = [
-            f"{name}: checkpoint {tuple(value.shape)}, module {tuple(mine[name].shape)}"
-            # a sharded checkpoint's weights are read later, into place
-            for name, value in theirs.items()
-            if name in mine and value.shape != mine[name].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"the checkpoint is of another model ({len(wrong)} tensors differ in shape; first: {wrong[0]}); "
-                "use the configuration that was saved beside the checkpoint"
-            )
-
-    # --- likelihood metrics ---
-
-    @property
-    def unit(self) -> str:
-        """Unit of logged likelihoods."""
-        return "nats" if self.levels is None else "bits/dim"
-
-    def on_validation_epoch_start(self) -> None:
-        """Start afresh."""
-        self._places, self._identities, self._compared = Places(self.trainer), {}, ()
-
-    def on_validation_epoch_end(self) -> None:
-        """Forget what held for this evaluation only."""
-        self._identities = None
-
-    def on_test_epoch_start(self) -> None:
-        """As validation."""
-        self.on_validation_epoch_start()
-
-    def reference_log_prob(self, x: Tensor, cond: Tensor | None, velocity: Any) -> Tensor:
-        """Reference log-likelihood of a batch, ``(B,)``, nats; computed once per batch of points and kept."""
-        return self.reference_and_error(x, cond, velocity)[0]
-
-    def reference_and_error(self, x: Tensor, cond: Tensor | None, velocity: Any) -> tuple[Tensor, Tensor | None]:
-        """:meth:`reference_log_prob` and its standard error over random probes, ``(B,)``, where that is known."""
-        owner = getattr(velocity, "__self__", velocity)
-        identity = self._identity(owner)
-        digest = hashlib.sha1(f"{self.reference} {identity} {self.device}".encode())
-        for part in (x,) if cond is None else (x, cond):
-            update_with(digest, part)
-        key = digest.hexdigest()
-        if identity is None:
-            self._references.clear()  # nothing tells what a function answers, but the function
-        if key not in self._references:
-            if not any(known is owner for known in self._compared):
-                check_differentiable(velocity, x, cond, getattr(self.reference, "mode", "forward"))
-                self._compared = (owner,)
-            start = clock(self.device)
-            answer = self.reference(velocity, x, cond)
-            error = None if answer.standard_error is None else answer.standard_error.cpu()
-            self._references[key] = answer.value.cpu(), error
-            seconds, _ = self._reference_cost
-            self._reference_cost = (seconds + clock(self.device) - start, answer.evaluations)
-        value, error = self._references[key]
-        return value.to(x.device), None if error is None else error.to(x.device)
-
-    def _identity(self, owner: Any) -> str | None:
-        """What a velocity's answers depend on: its weights; ``None`` if that is not known, or changes anyway."""
-        if not isinstance(owner, nn.Module) or is_sharded(owner):
-            return None
-        # weights stay as they are during an evaluation
-        if self._identities is None:
-            return network_hash(owner)
-        kept = self._identities.get(id(owner))
-        if kept is None or kept[0] is not owner:
-            kept = self._identities[id(owner)] = owner, network_hash(owner)
-        return kept[1]
-
-
-def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:
-    """Factor of the learning rate at a step: linear rise, then a cosine to zero.
-
-    The number of steps is asked for only once training runs. Asking earlier makes Lightning set up the training data
-    before a checkpoint's loop state is restored, and a resumed epoch then starts from its beginning.
-
-    Args:
-        warmup: Steps of linear rise.
-        total: Gives the number of optimiser steps of the whole run.
-    """
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if step == 0:
-            return 1.0
-        progress = (step - warmup) / max(1.0, total() - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor
+        check_same_model(self, checkpoint)
 
 
 def object_names(arguments: dict[str, Any], *names: str) -> list[str]:

@@ -3,48 +3,37 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters import AdaptedFlowMap, check_convention, check_differentiable
 from f2d2_lightning.checkpoints.trust import packages_of
 from f2d2_lightning.divergence.estimators import DivergenceEstimator, Hutchinson
-from f2d2_lightning.flows.gaussian import GaussianBaseline
-from f2d2_lightning.flows.maps import Direction, FlowMap
-from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
-from f2d2_lightning.likelihood.guidance import SelfGuidance
+from f2d2_lightning.flows.maps import FlowMap
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.reference import Reference
-from f2d2_lightning.likelihood.sampling import Samples, check_shape, draw_noise, sample
-from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, check_draws
+from f2d2_lightning.metrics.evaluation import check_draws
+from f2d2_lightning.modules._teaching import KeptTeacher, check_teacher
 from f2d2_lightning.modules.base import FlowModule, object_names
-from f2d2_lightning.modules.ema import copy_frozen, kept_apart, share_weights
+from f2d2_lightning.modules.distillation import Distillation, DistilledModel, default_head, default_objective
+from f2d2_lightning.modules.ema import copy_frozen, share_weights
+from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.modules.teacher import FlowMatchingModule
 from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
 from f2d2_lightning.nn.second_time import one_time_state
-from f2d2_lightning.objectives._scale import measure_scale
 from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.objectives.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
-from f2d2_lightning.objectives.trajectories import TrajectoryRegression
-from f2d2_lightning.training.loading import load_module
-from f2d2_lightning.utils.processes import gather_states, own_state
-from f2d2_lightning.utils.seeding import mix_seed
 from f2d2_lightning.utils.sharding import load_whole
 
 __all__ = ["F2D2Module"]
 
-MOST_AXES = 1024
-"""Dimensions up to which the default head fits a full covariance."""
 
-
-class F2D2Module(FlowModule):
+class F2D2Module(FlowModule, DistilledModel):
     """Joint distillation of sampling and likelihood: a few-step student with a divergence head.
 
     Ai et al., "Joint Distillation for Fast Likelihood Evaluation and Sampling in Flow-based Models", 2025,
@@ -124,6 +113,7 @@ class F2D2Module(FlowModule):
     ) -> None:
         if off_diagonal not in ("teacher", "student"):
             raise ValueError(f"off_diagonal is {off_diagonal!r}; it is 'teacher' or 'student'")
+        kept = KeptTeacher(teacher)
         if isinstance(teacher, FlowMatchingModule):
             shape = shape or teacher.shape
             levels = teacher.levels if levels is None else levels
@@ -131,11 +121,6 @@ class F2D2Module(FlowModule):
             if flow_map is None or share_weights(teacher, flow_map):
                 # training must not change the teacher
                 flow_map = _trainable_copy(flow_map or teacher.average)
-        elif teacher is not None and not isinstance(teacher, (str, Path)) and not callable(teacher):
-            raise ValueError(
-                f"the teacher is a {type(teacher).__name__}; a FlowMatchingModule, a flow map, any velocity "
-                "(x, t, cond) -> v, or the path of a teacher's checkpoint is needed"
-            )
         if flow_map is None or shape is None:
             raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
         parameters = list(flow_map.parameters())
@@ -155,41 +140,30 @@ class F2D2Module(FlowModule):
         )
         objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
         self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
-        self.objective = objective or TrajectoryRegression()
-        if self.objective.directions != flow_map.directions:
-            raise ValueError(
-                f"the objective trains {self.objective.directions}, but the backbone declares {flow_map.directions}; a "
-                "map that answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
-            )
+        objective = objective or default_objective(flow_map.directions, teacher is None)
+        self.distillation = Distillation(objective, estimator, flow_map.directions, self.run_seed)
         if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
             raise ValueError(
                 f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
                 f"{type(self.objective.path).__name__}; give both the same path"
             )
-        self.estimator = estimator
         self._given = given  # edges of the range that were said, and not taken from the teacher
         self.draws = draws
         if head is None:
-            head = _default_head(flow_map, self.shape)
+            head = default_head(_feature_channels(flow_map), self.shape, flow_map.vector_features, flow_map)
         self.joint = JointFlowMap(flow_map, head, frozen)
         self._inherit(teacher)
         shared = {id(flow_map): flow_map} if frozen else {}
         self.average = copy_frozen(self.joint, shared)
         self.steps = tuple(steps)
-        if reference_samples is not None and reference_samples < 1:
-            raise ValueError(f"reference_samples={reference_samples} is at least 1, or None for all")
-        self.reference_samples = reference_samples
+        self.evaluation = Evaluation(self, draws, reference_samples)
         self.inversion = inversion
         self.warm_start = warm_start
         self.off_diagonal = off_diagonal
         self._sources: tuple[VelocitySource, VelocitySource] | None = None
         self.trust = (*trust, *packages_of(*(type(part) for part in flow_map.modules())))
-        self._teacher_path = str(teacher) if isinstance(teacher, (str, Path)) else None
-        # in a list, so that it is no submodule: the teacher is neither saved nor trained with the student
-        self._teacher: list[Any] = []
-        if teacher is not None and self._teacher_path is None:
-            # a teacher that is the student's own network stays as it is now, and the network is trained
-            self._teacher.append(kept_apart(teacher, flow_map))
+        self.kept_teacher, kept.trust = kept, self.trust
+        kept.keep_apart(flow_map)
         self._speed_up()
 
     @property
@@ -207,15 +181,10 @@ class F2D2Module(FlowModule):
     @property
     def teacher(self) -> Any:
         """The teacher, loaded on first use and moved to this module's device; ``None`` in self-distillation."""
-        if not self._teacher and self._teacher_path is not None:
-            self._teacher.append(load_module(self._teacher_path, FlowMatchingModule, trust=self.trust))
-        if not self._teacher:
-            return None
-        teacher = self._teacher[0]
-        # nothing is differentiated with respect to its weights, whose owner may want to train them elsewhere
-        if not isinstance(teacher, nn.Module):
-            return teacher
-        return teacher.to(device=self.device, dtype=cast(torch.dtype, self.dtype)).eval()
+        return self.kept_teacher.get(self.device, self.dtype)
+
+    def reference_velocity(self) -> Any:
+        return self.teacher_velocity()
 
     def teacher_velocity(self) -> Any:
         """``(x, t, cond) -> v`` that likelihoods are compared with; the student's own diagonal without a teacher."""
@@ -252,7 +221,7 @@ class F2D2Module(FlowModule):
         Raises:
             ValueError: If the student was trained with another order of the classes.
         """
-        theirs = getattr(self._teacher[0], "class_names", None) if self._teacher else None
+        theirs = getattr(self.kept_teacher.known, "class_names", None)
         if theirs is None or not self.conditional:
             return
         if self.trained and self.class_names not in (None, theirs):
@@ -269,47 +238,22 @@ class F2D2Module(FlowModule):
             ValueError: If they, or the shapes, are not the same.
         """
         if isinstance(teacher, FlowMatchingModule):
-            if teacher.shape != self.shape:
-                raise ValueError(
-                    f"the teacher was trained on states of shape {teacher.shape}, the student is for {self.shape}; "
-                    "use the teacher of these data"
-                )
+            check_teacher(teacher, self)
             if self.levels is None:
                 self.levels = teacher.levels
                 self.low, self.high = (self._given.get(name, getattr(teacher, name)) for name in ("low", "high"))
-            if self.quantization != teacher.quantization:
-                raise ValueError(
-                    f"the teacher was trained on {teacher.quantization}, the student is for {self.quantization}; make "
-                    "them agree, or leave out the student's levels, low and high"
-                )
-            if type(teacher.path) is not type(self.objective.path):
-                raise ValueError(
-                    f"the teacher was trained on {type(teacher.path).__name__}, the objective is on "
-                    f"{type(self.objective.path).__name__}: its states would be none that the teacher knows; give both "
-                    "the same path"
-                )
-            if teacher.conditional and self.conditional is False:
-                raise ValueError(
-                    "the teacher needs cond, and the student's backbone takes none: it would be taught without; give "
-                    "it classes, or distil an unconditional teacher"
-                )
         if self.levels is not None or not isinstance(teacher, (str, Path)):
             check_draws(self.draws, self.levels)
         # what a checkpoint says of the data is then whole
         self.hparams.update({name: getattr(self, name) for name in ("levels", "low", "high")})
-        self.objective.quantize(self.quantization)
+        self.distillation.take_range(self.quantization, teacher)
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Check a foreign backbone's convention, start from the teacher, and set the head's scale from the data."""
         x, cond = next(self._states())
-        teacher, mode = self.teacher, self.estimator.mode
-        if isinstance(self.joint.flow_map, AdaptedFlowMap):
-            check_convention(self.joint.flow_map, x, cond, mode)
-        elif teacher is None:
-            check_differentiable(self.joint.flow_map, x, cond, mode)
-        if teacher is not None:
-            check_differentiable(self.teacher_velocity(), x, cond, mode)
+        teacher = self.teacher
+        self.distillation.check(self.joint.flow_map, None if teacher is None else self.teacher_velocity(), x, cond)
         if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
             try:
                 state = one_time_state(self.joint.flow_map, teacher.average.state_dict())
@@ -319,10 +263,8 @@ class F2D2Module(FlowModule):
                     "the student's backbone cannot start from the teacher's weights, they are of different networks; "
                     f"use the same flow_map for both, or warm_start=False ({error})"
                 ) from error
-        head = self.joint.head
-        _, anchor = self._targets()
-        scale = measure_scale(head, anchor, self._states(), self.objective.path, reduce=self.sum_over_processes)
-        head.scale.fill_(scale)
+        anchor = self._targets()[1]
+        self.distillation.fit_scale(self.joint.head, anchor, self._states(), self.sum_over_processes)
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in self.training_batches():
@@ -342,161 +284,58 @@ class F2D2Module(FlowModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The objective's loss; its parts are logged beside it."""
         x, cond = self.state(batch)
-        source, anchor = self._targets()
-        progress = min(1.0, self.trainer.global_step / max(1.0, self.trainer.estimated_stepping_batches))
-        if self.trainer.world_size > 1:
-            # processes may share a sharded network, and must call it equally often
-            seed = mix_seed(self._seed, self.trainer.current_epoch, batch_idx, "structure")
-            self.objective.structure = torch.Generator().manual_seed(seed)
-        terms = self.objective(self.joint, source, x, cond, anchor=anchor, progress=progress)
+        terms = self.distillation.loss(self.trainer, batch_idx, self.joint, x, cond, *self._targets())
         self.log("train/loss", terms.loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
         return terms.loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["f2d2"]["objective"] = gather_states(self.objective.state_dict())
+        checkpoint["f2d2"]["objective"] = self.distillation.objective_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._follow_teacher()
-        states = checkpoint.get("f2d2", {}).get("objective")
-        if states:
-            self.objective.load_state_dict(own_state(states))
+        self.distillation.load_objective_state(checkpoint.get("f2d2", {}).get("objective"))
 
     # --- evaluation ---
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
-        super().on_validation_epoch_start()
-        self._evaluation = LikelihoodEvaluation(
-            self.steps, self.dim, self.levels, self.low, self.high, self.device, self.draws
-        )
-        if self.teacher is None:
-            # the student's own diagonal has changed since
-            self._references.clear()
+        self.evaluation.start(self.trainer)
 
-    def _evaluate(self, batch: Any) -> None:
-        x, cond = self.state(batch)
-        place, counted = self._places.take(len(x))
-        compared = counted if self.reference_samples is None else counted & (place < self.reference_samples)
-        left = int(compared.sum())  # places ascend
-        reference = error = None
-        if left > 0:
-            some = None if cond is None else cond[:left]
-            reference, error = self.reference_and_error(x[:left], some, self.teacher_velocity())
-        goes_back = Direction.TO_DATA in self.average.directions
-        sample = self.sample if goes_back else None
-        self._evaluation.evaluate(self.log_prob, sample, x, cond, reference, error, counted)
+    on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Few-step likelihoods beside the teacher's on the same points."""
-        self._evaluate(batch)
+        self.evaluation.add(*self.state(batch), dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As validation."""
-        self._evaluate(batch)
+    test_step = validation_step
 
     def _log_evaluation(self, stage: str) -> None:
-        results = self._evaluation.results()
-        if Direction.TO_NOISE in self.average.directions:
-            # nothing is inverted, and a sample without a likelihood is an accident
-            results = {name: v for name, v in results.items() if not name.startswith("unconverged") or bool(v > 0)}
-        # the reference's samples are the same for every step count
-        references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
-        for name, value in results.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == f"nll_{self.steps[-1]}")
-        if references:
-            self.log(f"{stage}/reference_nll", references[-1])
-        if doubts := self._evaluation.doubts():
-            rank_zero_warn(doubts)
+        shown = f"{stage}/nll_{self.steps[-1]}"
+        self.evaluation.log(lambda name, value: self.log(name, value, prog_bar=name == shown), f"{stage}/")
 
     def on_validation_epoch_end(self) -> None:
         """Log what was gathered."""
-        super().on_validation_epoch_end()
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
         """Log what was gathered."""
-        super().on_validation_epoch_end()
         self._log_evaluation("test")
-
-    def agreement_values(self) -> tuple[dict[int, Tensor], Tensor]:
-        """Negative log-likelihoods of the last evaluation by step count, and the reference's, each ``(N,)``.
-
-        Those that this process compared.
-        """
-        return self._evaluation.compared_values()
-
-    def agreement_table(self) -> list[dict[str, Any]]:
-        """Rows of the last evaluation: one per step count, and one (``steps`` is ``None``) of the reference."""
-        rows: list[dict[str, Any]] = list(self._evaluation.rows())
-        seconds, evaluations = self._reference_cost
-        same = {name: rows[-1][of] for name, of in (("nll", "reference_nll"), ("reference_nll", "reference_nll"))}
-        same |= {"reference_error": rows[-1]["reference_error"], "steps": None, "doubt": ""}
-        reference = self.agreement_values()[1]
-        error = float(reference.std()) / math.sqrt(len(reference)) if len(reference) > 1 else math.nan
-        spent = 1e3 * seconds / max(1, len(reference))
-        rows.append(same | {"nll_standard_error": error, "evaluations": evaluations, "milliseconds": spent})
-        return rows
-
-    # --- inference: the weight average, in evaluation mode ---
 
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Any:
         """``(u, D)`` of the weight average."""
         return self.average(x, s, t, cond)
-
-    def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
-        """Log-likelihood of states at ``t = 1``; see :func:`f2d2_lightning.log_prob`.
-
-        Raises:
-            ValueError: If they have another shape than the module's, or ``cond`` does not fit the model.
-        """
-        x = self._fitting(x)
-        inversion = None if Direction.TO_NOISE in self.average.directions else self.inversion
-        return log_prob(self.average, x, steps, cond, inversion=inversion)
-
-    def sample(
-        self,
-        noise: int | Tensor,
-        steps: int | Sequence[float] = 4,
-        cond: Tensor | None = None,
-        *,
-        with_log_prob: bool = False,
-        guidance: SelfGuidance | None = None,
-    ) -> Samples:
-        """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`.
-
-        With ``guidance`` towards higher likelihood, see :class:`f2d2_lightning.SelfGuidance`.
-        """
-        if isinstance(noise, int):
-            noise = draw_noise(noise, self.shape, self.device)
-        noise = self._fitting(noise)
-        if guidance is not None:
-            return guidance(self.average, noise, steps, cond, log_prob=with_log_prob)
-        return sample(self.average, noise, steps, cond, log_prob=with_log_prob)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[int, Tensor]:
         """Log-likelihood of a batch at each of ``steps``, nats."""
         x, cond = self.state(batch)
         return {k: self.log_prob(x, k, cond).value for k in self.steps}
 
-    def _fitting(self, x: Tensor) -> Tensor:
-        """States of the module's shape, in its precision."""
-        check_shape(x, self.shape)
-        return x.to(self.dtype) if x.is_floating_point() else x
-
 
 def _trainable_copy(module: Any) -> Any:
     return copy.deepcopy(module).requires_grad_(True).train()
-
-
-def _default_head(flow_map: FlowMap, shape: tuple[int, ...]) -> DivergenceHead:
-    own = getattr(flow_map, "baseline", None)
-    # principal axes of a large state are as many numbers as a network has weights
-    covariance = "full" if math.prod(shape) <= MOST_AXES else "diagonal"
-    baseline = GaussianBaseline(shape, own.covariance if isinstance(own, GaussianBaseline) else covariance)
-    return DivergenceHead(_feature_channels(flow_map), baseline=baseline)
 
 
 def _feature_channels(flow_map: FlowMap) -> int:

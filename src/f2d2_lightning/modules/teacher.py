@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from torchmetrics import MeanMetric
 
 from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.flows.gaussian import GaussianBaseline
-from f2d2_lightning.flows.maps import FlowMap
+from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.flows.paths import LinearPath, Path
-from f2d2_lightning.likelihood.reference import Reference
+from f2d2_lightning.likelihood._log_prob import LogProb
+from f2d2_lightning.likelihood.guidance import SelfGuidance
+from f2d2_lightning.likelihood.reference import Reference, reference_sample
+from f2d2_lightning.likelihood.sampling import Samples, draw_noise
 from f2d2_lightning.metrics.likelihood import MeanLikelihood, doubt
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.ema import copy_frozen
+from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.seeding import counter_normal, counter_uniform, mix_seed, row_keys
 
 __all__ = ["FlowMatchingModule"]
@@ -54,6 +58,10 @@ class FlowMatchingModule(FlowModule):
     """
 
     average: FlowMap
+    steps = ()
+    inversion = None
+    method: str = "euler"
+    """Solver of :meth:`sample`, one with fixed steps."""
 
     def __init__(
         self,
@@ -96,6 +104,50 @@ class FlowMatchingModule(FlowModule):
         """The flow map in training."""
         return self.flow_map
 
+    # --- as a model with likelihoods: its steps are a solver's ---
+
+    @property
+    def directions(self) -> Direction:
+        return Direction.NONE
+
+    @property
+    def draws_samples(self) -> bool:
+        return True
+
+    @property
+    def reference_name(self) -> str:
+        return "teacher"
+
+    def reference_velocity(self) -> Callable[..., Tensor]:
+        return self.average.velocity
+
+    def log_prob(self, x: Tensor, steps: Any = None, cond: Tensor | None = None) -> LogProb:
+        """Reference log-likelihood of states at ``t = 1``, nats; ``steps`` are those of :attr:`reference`."""
+        return self.reference(self.average.velocity, self._fitting(x), cond)
+
+    def sample(
+        self,
+        noise: int | Tensor,
+        steps: int | Sequence[float] = 100,
+        cond: Tensor | None = None,
+        *,
+        with_log_prob: bool = False,
+        guidance: SelfGuidance | None = None,
+    ) -> Samples:
+        """Samples by :attr:`method` in a number of steps.
+
+        Raises:
+            ValueError: If likelihoods or guidance are asked for, which need a head, or the times themselves.
+        """
+        if with_log_prob or guidance is not None or not isinstance(steps, int):
+            raise ValueError(
+                "the teacher draws samples in a number of solver steps, without likelihoods and guidance; distil it "
+                "(F2D2Module), or use reference_sample and reference_log_prob"
+            )
+        if isinstance(noise, int):
+            noise = draw_noise(noise, self.shape, self.device)
+        return reference_sample(self.average.velocity, self._fitting(noise), cond, method=self.method, steps=steps)
+
     def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
         """Velocity of the weight average, ``(B, ...), () or (B,) -> (B, ...)``."""
         return self.average.velocity(x, t, cond)
@@ -137,9 +189,13 @@ class FlowMatchingModule(FlowModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
-        super().on_validation_epoch_start()
+        self._places = Places(self.trainer)
         self._nll = MeanLikelihood(self.dim, self.levels, self.low, self.high).to(self.device)
         self._mean_loss = MeanMetric().to(self.device)
+
+    def on_test_epoch_start(self) -> None:
+        """As validation."""
+        self.on_validation_epoch_start()
 
     def _evaluate(self, batch: Any, nll: bool) -> None:
         x, cond = self.state(batch)
@@ -171,7 +227,6 @@ class FlowMatchingModule(FlowModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and likelihood."""
-        super().on_validation_epoch_end()
         self._log_results("val", self.validate_nll)
 
     def on_test_epoch_end(self) -> None:

@@ -44,6 +44,7 @@ class GaussianPreconditioned(FlowMap):
         self.network = network
         self.baseline = baseline
         self.directions: Direction = network.directions
+        self.vector_features = network.vector_features
 
     @property
     def conditional(self) -> bool | None:

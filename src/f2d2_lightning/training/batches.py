@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from f2d2_lightning.likelihood.quantization import Quantization, warn_of_discrete
 from f2d2_lightning.likelihood.sampling import check_cond, check_state
 
-__all__ = ["HALF", "BatchStates", "check_precision", "check_values", "compare_ranges", "training_batches"]
+__all__ = [
+    "HALF",
+    "BatchStates",
+    "FirstLook",
+    "all_training_batches",
+    "check_precision",
+    "check_values",
+    "compare_ranges",
+    "training_batches",
+]
 
 FIT_SAMPLES = 2**17
 """Samples that are looked at of training data without an end."""
@@ -79,6 +90,20 @@ def check_values(x: Tensor, quantization: Quantization | None) -> None:
         quantization.check_states(x)
 
 
+class FirstLook:
+    """Looks at the first states of each stage of a run."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, x: Tensor, quantization: Quantization | None, trainer: L.Trainer | None) -> None:
+        """See :func:`check_values`; states that are no floating numbers are refused at any time."""
+        stage = "" if trainer is None else str(trainer.state.stage)
+        if stage != self._stage or not x.is_floating_point():
+            check_values(x, quantization)
+            self._stage = stage
+
+
 class BatchStates:
     """States and conditioning of a batch.
 
@@ -133,6 +158,20 @@ class BatchStates:
             f"a batch is a {type(batch).__name__}{keys}; say where its states are: "
             "F2D2Callback(data_to_state=lambda batch: (batch['image'], None))"
         )
+
+
+def all_training_batches(trainer: L.Trainer) -> Iterable[Any]:
+    """One pass over the training data, as batches; of data that have no end the first 131,072 samples."""
+    loader = trainer.train_dataloader
+    if loader is None:
+        raise RuntimeError("there are no training data yet; call this from on_train_start or later")
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError, AttributeError):
+        count = max(1, FIT_SAMPLES // (getattr(loader, "batch_size", None) or 1))
+        rank_zero_info(f"the training data have no length: what is set from them comes from {count} batches at most")
+        return itertools.islice(loader, count)
+    return loader
 
 
 def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:

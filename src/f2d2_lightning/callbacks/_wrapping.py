@@ -1,0 +1,114 @@
+"""A loss that rides on somebody else's training step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+__all__ = ["AddedLoss", "Wrapped"]
+
+
+class Wrapped:
+    """Methods of a module that something is done around, until :meth:`restore` gives it its own back.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self.module = module
+        self._own: dict[str, Any] = {}
+
+    def wrap(self, name: str, around: Callable[..., Any]) -> None:
+        """Call ``around(original, *args, **kwargs)`` in place of a method."""
+        original = getattr(self.module, name)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        self._own[name] = vars(self.module).get(name)
+        setattr(self.module, name, wrapped)
+
+    def restore(self) -> None:
+        """Give the module its own methods back."""
+        for name, before in self._own.items():
+            if before is None:
+                vars(self.module).pop(name, None)
+            else:
+                setattr(self.module, name, before)
+        self._own = {}
+
+
+class AddedLoss:
+    """Adds a loss to what ``training_step`` returns, or to one of its ``manual_backward`` calls.
+
+    Args:
+        module: The module in training.
+        loss: ``(batch, batch_idx)`` to the loss that is added.
+        backward: Which ``manual_backward`` of a step carries it, from 0; ``None``: the first that ``carries`` allows.
+        carries: Whether a loss that goes backward now reaches the network.
+        about: The network's name, for messages.
+
+    Raises:
+        ValueError: If the module's step fetches its batches by itself.
+    """
+
+    def __init__(
+        self,
+        module: L.LightningModule,
+        loss: Callable[[Any, int], Tensor],
+        backward: int | None,
+        carries: Callable[[], bool],
+        about: str,
+    ) -> None:
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise ValueError(
+                f"{type(module).__name__}.training_step takes dataloader_iter, so its batches are not seen; write "
+                "training_step(batch, batch_idx), or compute the loss by hand (f2d2_lightning.JointFlowMap)"
+            )
+        self.module, self.loss, self.index, self.carries, self.about = module, loss, backward, carries, about
+        self._forget()
+        self.stepped = False
+        """Whether an optimiser of the module stepped in this batch, in manual optimisation."""
+
+    def _forget(self) -> None:
+        self._due: tuple[Any, int] | None = None
+        self._backwards = 0
+        self.stepped = False
+
+    def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``training_step``."""
+        batch = args[0] if args else kwargs["batch"]
+        index = int(kwargs.get("batch_idx", args[1] if len(args) > 1 else 0))
+        self._forget()
+        if self.module.automatic_optimization:
+            output = original(*args, **kwargs)
+            if output is None:  # the module leaves this batch out
+                return None
+            own = output["loss"] if isinstance(output, Mapping) else output
+            total = own + self.loss(batch, index).to(own)
+            return {**output, "loss": total} if isinstance(output, Mapping) else total
+        self._due = batch, index
+        output = original(*args, **kwargs)
+        if self._due is not None and (self._backwards > 0 or self.stepped):
+            raise RuntimeError(
+                f"{type(self.module).__name__}.training_step called manual_backward {self._backwards} times, none of "
+                f"which the added loss could go with (backward={self.index}; the parameters of {self.about!r} must "
+                "require gradients then); use self.manual_backward(loss) instead of loss.backward(), and say which "
+                "call: F2D2Callback(backward=0)"
+            )
+        return output
+
+    def backward(self, original: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Around ``manual_backward``."""
+        index, self._backwards = self._backwards, self._backwards + 1
+        if self._due is not None and (self.carries() if self.index is None else index == self.index):
+            (batch, batch_index), self._due = self._due, None
+            loss = loss + self.loss(batch, batch_index).to(loss)
+        original(loss, *args, **kwargs)

@@ -1,0 +1,55 @@
+"""Optimisers and schedules of the modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from f2d2_lightning.modules.base import FlowModule
+
+__all__ = ["make_optimizers", "warmup_cosine"]
+
+
+def make_optimizers(module: FlowModule) -> dict[str, Any]:
+    """Optimiser over the trainable parameters, schedule per step."""
+    parameters = [p for p in module.live.parameters() if p.requires_grad]
+    # biases and gains are not decayed, whatever the optimiser's weight_decay
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim > 1]}]
+    if vectors := [p for p in parameters if p.ndim <= 1]:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    optimizer = module.optimizer(groups) if module.optimizer else torch.optim.AdamW(groups, lr=1e-3)
+    if module.lr is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = module.lr
+    if module.lr_scheduler is not None:
+        scheduler = module.lr_scheduler(optimizer)
+    else:
+        factor = warmup_cosine(module.warmup, lambda: module.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear rise, then a cosine to zero.
+
+    The number of steps is asked for only once training runs. Asking earlier makes Lightning set up the training data
+    before a checkpoint's loop state is restored, and a resumed epoch then starts from its beginning.
+
+    Args:
+        warmup: Steps of linear rise.
+        total: Gives the number of optimiser steps of the whole run.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if step == 0:
+            return 1.0
+        progress = (step - warmup) / max(1.0, total() - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor

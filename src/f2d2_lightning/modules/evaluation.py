@@ -1,0 +1,177 @@
+"""Validation and test of a model with likelihoods: beside its reference, and on the way there and back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from f2d2_lightning.adapters import check_differentiable
+from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.likelihood.model import LikelihoodModel
+from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, check_draws, clock
+from f2d2_lightning.utils.fingerprints import network_hash, update_with
+from f2d2_lightning.utils.processes import Places
+from f2d2_lightning.utils.sharding import is_sharded
+
+__all__ = ["Evaluation"]
+
+
+class Evaluation:
+    """What a module and a callback do in validation and test.
+
+    Args:
+        model: The model.
+        draws: Dequantization draws per sample.
+        compared: Samples per evaluation that are compared with the reference, the first ones of the data; ``None`` for
+            all of them.
+        check: Compare the derivative of what the reference integrates with differences, once an evaluation.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, model: LikelihoodModel, draws: int, compared: int | None, check: bool = True) -> None:
+        if compared is not None and compared < 0:
+            raise ValueError(f"reference_samples={compared} is at least 0, or None for all")
+        check_draws(draws, None if draws == 1 else 2)
+        self.model, self.draws, self.compared, self.check = model, draws, compared, check
+        self.likelihoods: LikelihoodEvaluation | None = None
+        self._references: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._identity: tuple[Any, str | None] = None, None
+        # whose derivative was compared with differences
+        self._checked: Any = None
+        self._cost = (0.0, 0)  # seconds, evaluations per sample
+
+    def start(self, trainer: L.Trainer) -> None:
+        """Begin a pass over the data."""
+        model = self.model
+        self._places = Places(trainer)
+        self._identity, self._checked = (None, None), None
+        self.likelihoods = LikelihoodEvaluation(
+            model.steps, model.dim, model.levels, model.low, model.high, model.device, self.draws
+        )
+        if not model.reference_fixed:
+            # the model's own diagonal has changed since
+            self._references.clear()
+
+    @torch.no_grad()
+    def add(self, x: Tensor, cond: Tensor | None, loader: int = 0) -> None:
+        """Likelihoods of a batch.
+
+        Args:
+            x: States at ``t = 1``, ``(B, ...)``.
+            cond: Conditioning.
+            loader: Which of the trainer's loaders it is from.
+        """
+        assert self.likelihoods is not None
+        model = self.model
+        place, counted = self._places.take(len(x), loader)
+        compared = int((counted if self.compared is None else counted & (place < self.compared)).sum())
+        velocity = model.reference_velocity()  # places ascend
+        reference = error = None
+        if compared > 0 and velocity is not None:
+            reference, error = self.reference(velocity, x[:compared], None if cond is None else cond[:compared])
+        sample = model.sample if Direction.TO_DATA in model.directions else None
+        self.likelihoods.evaluate(model.log_prob, sample, x, cond, reference, error, counted)
+
+    def log(self, log: Callable[[str, Tensor], None], prefix: str) -> None:
+        """Log what was gathered, and say what is doubtful.
+
+        Args:
+            log: Takes names and values.
+            prefix: Of the names, ``"val/"``.
+        """
+        if self.likelihoods is None:
+            return
+        results = self.likelihoods.results()
+        if Direction.TO_NOISE in self.model.directions:
+            # nothing is inverted, and a sample without a likelihood is an accident
+            results = {name: v for name, v in results.items() if not name.startswith("unconverged") or bool(v > 0)}
+        # the reference's samples are the same for every step count
+        references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
+        for name, value in (results | ({"reference_nll": references[-1]} if references else {})).items():
+            log(f"{prefix}{name}", value)
+        if doubts := self.likelihoods.doubts():
+            rank_zero_warn(doubts)
+
+    # --- the reference ---
+
+    def reference(
+        self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reference log-likelihoods, ``(B,)``, nats, and their standard errors over probes where those are known.
+
+        Computed once per batch of points, and kept while what answers stays the same.
+        """
+        owner = getattr(velocity, "__self__", velocity)
+        identity = self._identity_of(owner)
+        digest = hashlib.sha1(f"{self.model.reference} {identity} {x.device}".encode())
+        for part in (x,) if cond is None else (x, cond):
+            update_with(digest, part)
+        key = digest.hexdigest()
+        if identity is None:
+            self._references.clear()  # nothing tells what a function answers, but the function
+        if key not in self._references:
+            if self.check and self._checked is not owner:
+                check_differentiable(velocity, x, cond, getattr(self.model.reference, "mode", "forward"))
+                self._checked = owner
+            start = clock(x.device)
+            answer = self.model.reference(velocity, x, cond)
+            error = None if answer.standard_error is None else answer.standard_error.cpu()
+            self._references[key] = answer.value.cpu(), error
+            self._cost = (self._cost[0] + clock(x.device) - start, answer.evaluations)
+        value, error = self._references[key]
+        return value.to(x.device), None if error is None else error.to(x.device)
+
+    def _identity_of(self, owner: Any) -> str | None:
+        """What a velocity's answers depend on: its weights; ``None`` if that is not known, or changes anyway."""
+        if not isinstance(owner, nn.Module) or is_sharded(owner):
+            return None
+        if self.likelihoods is None or self._identity[0] is not owner:
+            # weights stay as they are during an evaluation
+            self._identity = owner, network_hash(owner)
+        return self._identity[1]
+
+    # --- results ---
+
+    def compared_values(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, that this process compared."""
+        assert self.likelihoods is not None
+        return self.likelihoods.compared_values()
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows: one per step count, and one (``steps`` is ``None``) of the reference; none before an evaluation."""
+        if self.likelihoods is None:
+            return []
+        rows: list[dict[str, Any]] = list(self.likelihoods.rows())
+        seconds, evaluations = self._cost
+        same = {name: rows[-1][of] for name, of in (("nll", "reference_nll"), ("reference_nll", "reference_nll"))}
+        same |= {"reference_error": rows[-1]["reference_error"], "steps": None, "doubt": ""}
+        reference = self.compared_values()[1]
+        error = float(reference.std()) / math.sqrt(len(reference)) if len(reference) > 1 else math.nan
+        spent = 1e3 * seconds / max(1, len(reference))
+        rows.append(same | {"nll_standard_error": error, "evaluations": evaluations, "milliseconds": spent})
+        return rows
+
+    def known_reference(self, values: Mapping[int, Tensor]) -> Tensor | None:
+        """See :meth:`~f2d2_lightning.likelihood.LikelihoodModel.evaluated_reference`."""
+        if self.likelihoods is None:
+            return None
+        few, reference = self.compared_values()
+        last = self.model.steps[-1]
+        # the evaluation keeps samples with a likelihood only, in their order, and compares the first of them
+        good = values[last].isfinite().nonzero().flatten()
+        count = min(len(good), len(few[last]), len(reference))
+        mine, theirs = values[last][good[:count]], few[last][:count].cpu().double()
+        if count == 0 or not torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4):
+            return None
+        aligned = torch.full_like(values[last], math.nan)
+        aligned[good[:count]] = reference[:count].cpu().double()
+        return aligned
