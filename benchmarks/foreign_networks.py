@@ -965,7 +965,7 @@ def measured(case: Case, network: Any, images: Any, labels: Any) -> dict[str, fl
         state = column(at, x) * x + column(1 - at, x) * noise
         with torch.no_grad():
             ours.append(exact(flow_map.velocity, state, at, y).divergence)
-            ours.append(random.per_probe(flow_map.velocity, state, at, y, probe)[1][0])
+            ours.append(random.per_probe(flow_map.velocity, f2.flows.Point(state, at, y), probe)[1][0])
         copies = at.repeat_interleave(dim)
         theirs.append(probed(lambda z: case.jump(network, z, copies, copies, repeated(y, dim)), state))
         leaf = state.clone().requires_grad_(True)

@@ -132,7 +132,7 @@ class OurStep:
     def step(self, data: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(data.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            terms = self.objective(self.joint, self.source, data)
+            terms = self.objective.loss(self.joint, f2.objectives.Batch(data, self.source))
         terms.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.joint.parameters(), 1.0)
         self.optimizer.step()
@@ -155,14 +155,10 @@ class WholePaths(TrajectoryRegression):
 
     turn = 0
 
-    def __call__(
-        self, student: f2.JointMap, source: f2.objectives.VelocitySource, data: Tensor, *_: Any, **__: Any
-    ) -> f2.objectives.Terms:
-        return self._unrolled(student, max(1, len(data) // 2))
-
-    def _pick(self, choices: Sequence[int]) -> int:
+    def loss(self, student: f2.JointMap, batch: f2.objectives.Batch) -> f2.objectives.Terms:
         self.turn += 1
-        return choices[self.turn % len(choices)]
+        steps = self.intervals.steps[self.turn % len(self.intervals.steps)]
+        return self.whole_paths(student, max(1, len(batch.data) // 2), steps)
 
 
 def _trajectories(kind: type[TrajectoryRegression], setting: Setting) -> OurStep:

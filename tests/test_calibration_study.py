@@ -14,7 +14,7 @@ import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.flows import Joint
 from f2d2_lightning.likelihood.sampling import normal_log_prob
-from f2d2_lightning.objectives.base import Examples
+from f2d2_lightning.objectives import Batch, Examples
 from problems import PROBLEMS as CLOSED_FORMS
 from problems import Student
 
@@ -208,11 +208,8 @@ class Fixed(f2.objectives.Objective):
         super().__init__()
         self.value, self.seen = value, []
 
-    def target(self, *args, **kwargs):
-        raise NotImplementedError
-
-    def __call__(self, *args, progress=0.0, **kwargs):
-        self.seen.append(progress)
+    def loss(self, student, batch):
+        self.seen.append(batch.progress)
         number = torch.tensor(float(self.value))
         return f2.objectives.Terms(number, number, number, number, number)
 
@@ -220,14 +217,14 @@ class Fixed(f2.objectives.Objective):
 def test_a_mixture_takes_its_parts_as_often_as_it_says():
     mixture = variants.Mixture((0.2, 0.8), Fixed(0), Fixed(1))
     torch.manual_seed(0)
-    share = sum(float(mixture(None, None, None).loss) for _ in range(2000)) / 2000
+    share = sum(float(mixture.loss(None, Batch(None, None)).loss) for _ in range(2000)) / 2000
     assert share == pytest.approx(0.8, abs=0.03)
 
 
 def test_phases_follow_one_another_with_their_own_progress():
     parts = Fixed(1), Fixed(2)
     phases = variants.Phases((0.0, 0.75), *parts)
-    losses = [float(phases(None, None, None, progress=p).loss) for p in (0.0, 0.375, 0.74, 0.75, 1.0)]
+    losses = [float(phases.loss(None, Batch(None, None, progress=p)).loss) for p in (0.0, 0.375, 0.74, 0.75, 1.0)]
     assert losses == [1, 1, 1, 2, 2]
     assert parts[0].seen == pytest.approx([0, 0.5, 0.74 / 0.75])
     assert parts[1].seen == pytest.approx([0, 1])
@@ -237,13 +234,13 @@ def test_composed_objectives_keep_their_parts_states():
     _, student, source, data = objective_parts()
     make = lambda: variants.Phases((0.0,), f2.TrajectoryRegression(6, capacity=64))  # noqa: E731
     first = make()
-    first(student, source, data)
+    first.loss(student, Batch(data, source))
     second = make()
     second.load_state_dict(first.state_dict())
     losses = []
     for each in (first, second):
         torch.manual_seed(1)
-        losses.append(float(each(student, source, data).loss.detach()))
+        losses.append(float(each.loss(student, Batch(data, source)).loss.detach()))
     assert losses[0] == losses[1]
 
 
@@ -251,14 +248,14 @@ def test_a_cycle_costs_what_the_way_round_misses():
     problem, _, source, data = objective_parts()
     part = Fixed(0.0)
     cycle = variants.Cycle(part, weight=0.3, share=1.0)
-    assert float(cycle(Bent(problem), source, data).loss) == pytest.approx(0.0, abs=1e-8)
+    assert float(cycle.loss(Bent(problem), Batch(data, source)).loss) == pytest.approx(0.0, abs=1e-8)
     cycle.intervals.steps = (1,)
     bent = Bent(problem, stretch=0.1)
     there = bent.jump(data, 1.0, 0.0, None).state
     back = bent.jump(there, 0.0, 1.0, None).state
     expected = 0.3 * problem.baseline.deviations(back - data, torch.ones(64)).square().sum(-1).mean()
     assert expected > 0.01
-    assert float(cycle(bent, source, data).loss) == pytest.approx(float(expected))
+    assert float(cycle.loss(bent, Batch(data, source)).loss) == pytest.approx(float(expected))
 
 
 def test_uncertainty_weighting_settles_where_learned_variances_do():
@@ -281,7 +278,7 @@ def test_averaged_targets_are_the_averages():
     objective.average = problem.field
     s, t = torch.full((64,), 0.2), torch.full((64,), 0.9)
     x = problem.states(64, 0.2)
-    found = objective.target(student, source, x, s, t, None)
+    found = objective.target(student, source, f2.flows.Point(x, s), t)
     # two exact halves make an exact whole, whatever the student is
     truth = problem.field(x, s, t)
     close(found.velocity, truth.velocity)
@@ -293,7 +290,7 @@ def test_some_trajectories_start_on_the_students_own_way():
     intervals = f2.Intervals(steps=(2,))
     objective = variants.OwnPath(8, capacity=64, starts={"student": 1.0}, intervals=intervals)
     student = Bent(problem, stretch=0.1)
-    objective(student, source, data)
+    objective.loss(student, Batch(data, source))
     landed = student.jump(data, 1.0, 0.5, None).state
     pool = objective.pool(student)
     begun = pool._entries[0]["x"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ import f2d2_lightning as f2
 from f2d2_lightning.flows import FlowMap, Joint, JointMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.likelihood.time_grids import time_grid
-from f2d2_lightning.objectives import TrajectoryPool
-from f2d2_lightning.objectives.base import Examples, baseline_of, unit_baseline
+from f2d2_lightning.objectives import Batch, Examples
+from f2d2_lightning.objectives._starts import Starts
+from f2d2_lightning.objectives.base import baseline_of, unit_baseline
+from f2d2_lightning.objectives.intervals import pick
 
 __all__ = [
     "AveragedTargets",
@@ -37,9 +41,6 @@ class _Composed(f2.objectives.Objective):
             raise ValueError(f"the parts train different directions: {[part.directions for part in parts]}")
         self.parts = parts
 
-    def target(self, *args: Any, **kwargs: Any) -> Joint:
-        return self.parts[0].target(*args, **kwargs)
-
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}
 
@@ -55,9 +56,8 @@ class Mixture(_Composed):
         super().__init__(*parts)
         self.shares = torch.tensor(shares)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> f2.objectives.Terms:
-        chosen = int(torch.multinomial(self.shares, 1, generator=self.structure))
-        return self.parts[chosen](*args, **kwargs)
+    def loss(self, student: JointMap, batch: Batch) -> f2.objectives.Terms:
+        return self.parts[int(torch.multinomial(self.shares, 1, generator=self.structure))].loss(student, batch)
 
 
 class Phases(_Composed):
@@ -67,10 +67,11 @@ class Phases(_Composed):
         super().__init__(*parts)
         self.edges = (*starts, 1.0)
 
-    def __call__(self, *args: Any, progress: float = 0.0, **kwargs: Any) -> f2.objectives.Terms:
+    def loss(self, student: JointMap, batch: Batch) -> f2.objectives.Terms:
+        progress = batch.progress
         now = max(i for i, start in enumerate(self.edges[:-1]) if progress >= start)
         begin, end = self.edges[now], self.edges[now + 1]
-        return self.parts[now](*args, progress=(progress - begin) / (end - begin), **kwargs)
+        return self.parts[now].loss(student, replace(batch, progress=(progress - begin) / (end - begin)))
 
 
 class Cycle(_Composed):
@@ -86,15 +87,8 @@ class Cycle(_Composed):
         super().__init__(part)
         self.weight, self.share = weight, share
 
-    def __call__(
-        self,
-        student: JointMap,
-        source: f2.objectives.VelocitySource,
-        data: Tensor,
-        cond: Tensor | None = None,
-        **kwargs: Any,
-    ) -> f2.objectives.Terms:
-        terms = self.parts[0](student, source, data, cond, **kwargs)
+    def loss(self, student: JointMap, batch: Batch) -> f2.objectives.Terms:
+        terms, data, cond = self.parts[0].loss(student, batch), batch.data, batch.cond
         x = data[: max(1, int(self.share * len(data)))]
         steps = self.intervals.steps[int(torch.randint(len(self.intervals.steps), (), generator=self.structure))]
         state = x
@@ -135,21 +129,26 @@ class AveragedTargets(f2.objectives.Semigroup):
         return super().target(self.average, *args, **kwargs)
 
 
-class OwnPath(f2.TrajectoryRegression):
-    """Some trajectories start where the student's own steps from data to noise have led."""
-
+class _OwnStarts(Starts):
     def _start(
-        self, kind: str, student: JointMap, x: Tensor, cond: Tensor | None, pool: TrajectoryPool
+        self, kind: str, student: JointMap, x: Tensor, cond: Tensor | None, times: Sequence[float]
     ) -> tuple[Tensor, int]:
         if kind != "student":
-            return super()._start(kind, student, x, cond, pool)
-        steps = self._pick([k for k in self.intervals.steps if k > 1])
-        stop = self._pick(range(1, steps))
+            return super()._start(kind, student, x, cond, times)
+        steps = pick([k for k in self.steps if k > 1], self.structure)
+        stop = pick(range(1, steps), self.structure)
         grid = time_grid(steps, to_noise=True)[: stop + 1]
         with torch.no_grad():
             for s, t in itertools.pairwise(grid):
                 x = student.jump(x, s, t, cond).state
-        return x, min(range(len(pool.times)), key=lambda i: abs(pool.times[i] - grid[-1]))
+        return x, min(range(len(times)), key=lambda i: abs(times[i] - grid[-1]))
+
+
+class OwnPath(f2.TrajectoryRegression):
+    """Some trajectories start where the student's own steps from data to noise have led."""
+
+    def _starts(self) -> Starts:
+        return _OwnStarts(**vars(super()._starts()))
 
 
 class WithoutGradient(FlowMap):

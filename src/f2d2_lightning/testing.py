@@ -23,7 +23,7 @@ from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import Exact, jacobian_product
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
-from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.flows.paths import Point, expand_time
 from f2d2_lightning.nn.head import JointFlowMap
 
 __all__ = ["FlowMapContract"]
@@ -246,10 +246,10 @@ class FlowMapContract:
             if velocity is not None:
                 self._close(flow_map.velocity(x, time, cond), velocity, f"the velocity at {time}")
                 if divergence is None:
-                    divergence = Exact()(self._known_velocity, x, at, cond).divergence
+                    divergence = Exact()(self._known_velocity, Point(x, at, cond)).divergence
             if divergence is not None:
                 with torch.no_grad():
-                    estimate = Exact()(flow_map.velocity, x, at, cond).divergence
+                    estimate = Exact()(flow_map.velocity, Point(x, at, cond)).divergence
                 self._close(estimate, divergence, f"the divergence at {time}")
         for s, t in self._pairs(flow_map):
             state = self.exact_jump(x, expand_time(s, x), expand_time(t, x), cond)

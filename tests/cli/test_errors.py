@@ -25,7 +25,7 @@ from f2d2_lightning import (
     sample,
 )
 from f2d2_lightning.divergence import Conditional, Exact
-from f2d2_lightning.flows import MixtureFlow, TrigonometricPath
+from f2d2_lightning.flows import MixtureFlow, Point, TrigonometricPath
 from f2d2_lightning.nn import MLP, GaussianPreconditioned, IntervalEmbedding, PreconditionedMLP, ResNet
 from f2d2_lightning.objectives import ConditionalSource, Consistency, Eulerian, Lagrangian, Semigroup, TeacherSource
 from problems import PROBLEMS
@@ -194,11 +194,11 @@ def test_reference_settings(entrance, arguments, message):
 
 def test_conditional_needs_the_pair(flow):
     with pytest.raises(ValueError, match=r"needs the pair \(data, noise\)"):
-        Conditional()(SHRINK, X, 0.5)
+        Conditional()(SHRINK, Point(X, 0.5))
     with pytest.raises(ValueError, match=r"needs the pair \(data, noise\)"):
         reference_log_prob(SHRINK, X, divergence=Conditional(), steps=1)
     with pytest.raises(ValueError, match="exists only on the path of a data pair"):
-        ConditionalSource(flow)(X, 0.5)
+        ConditionalSource(flow)(Point(X, 0.5))
 
 
 WRONG_SHAPE = {
@@ -351,6 +351,6 @@ def test_objectives_keep_no_foreign_state():
 
 def test_a_source_answers_detached(flow):
     with torch.enable_grad():
-        v, divergence = TeacherSource(flow, Exact())(X.clone().requires_grad_(True), 0.5)
+        v, divergence = TeacherSource(flow, Exact())(Point(X.clone().requires_grad_(True), 0.5))
     assert not v.requires_grad
     assert not divergence.requires_grad

@@ -6,7 +6,7 @@ import torch
 from f2d2_lightning import Hutchinson
 from f2d2_lightning.divergence import Conditional, Exact
 from f2d2_lightning.divergence.estimators import jacobian_product
-from f2d2_lightning.flows import TrigonometricPath
+from f2d2_lightning.flows import Point, TrigonometricPath
 from f2d2_lightning.objectives import ConditionalSource, TeacherSource
 from problems import rotation, trace, z_score
 
@@ -57,7 +57,7 @@ def test_exact_is_the_trace(case, chunk, grad):
     expected = trace(lambda y: field(y, t, cond), x)
     assert expected.abs().min() > 0.01
     with torch.set_grad_enabled(grad):
-        v, divergence, error = Exact(chunk)(field, x, t, cond)
+        v, divergence, error = Exact(chunk)(field, Point(x, t, cond))
     close(divergence, expected)
     close(v, field(x, t, cond))
     assert error is None
@@ -67,7 +67,7 @@ def test_exact_is_the_trace(case, chunk, grad):
 def test_exact_on_the_problems(problem):
     t = torch.linspace(0, 1, 6)
     x = problem.states_at(t)
-    close(Exact()(problem.field.velocity, x, t).divergence, problem.divergence(x, t), rtol=1e-9, atol=1e-9)
+    close(Exact()(problem.field.velocity, Point(x, t)).divergence, problem.divergence(x, t), rtol=1e-9, atol=1e-9)
 
 
 def test_scalar_time_and_number(case):
@@ -75,10 +75,10 @@ def test_scalar_time_and_number(case):
     expected = trace(lambda y: field(y, torch.full((5,), 0.3), cond), x)
     for estimator in (Exact(), Hutchinson(2)):
         torch.manual_seed(0)
-        number = estimator(field, x, 0.3, cond).divergence
+        number = estimator(field, Point(x, 0.3, cond)).divergence
         torch.manual_seed(0)
-        close(estimator(field, x, torch.tensor(0.3), cond).divergence, number)
-    close(Exact()(field, x, 0.3, cond).divergence, expected)
+        close(estimator(field, Point(x, torch.tensor(0.3), cond)).divergence, number)
+    close(Exact()(field, Point(x, 0.3, cond)).divergence, expected)
 
 
 def test_jacobian_product_of_a_constant():
@@ -95,7 +95,7 @@ def test_each_probe_is_the_quadratic_form(case, mode, grad):
     jacobian = jacobian_of(field, x, t, cond)
     expected = torch.einsum("pbi,bij,pbj->pb", probes.flatten(2), jacobian, probes.flatten(2))
     with torch.set_grad_enabled(grad):
-        v, estimates = Hutchinson(3, mode=mode, step=1e-4).per_probe(field, x, t, cond, probes)
+        v, estimates = Hutchinson(3, mode=mode, step=1e-4).per_probe(field, Point(x, t, cond), probes)
     close(estimates, expected, rtol=1e-6, atol=1e-6)
     close(v, field(x, t, cond))
     if not grad:
@@ -111,7 +111,7 @@ def test_hutchinson_is_unbiased_and_knows_its_error(case, mode, distribution, gr
     probes = 2000
     with torch.set_grad_enabled(grad):
         v, mean, error = (
-            value.detach() for value in Hutchinson(probes, distribution, mode, step=1e-4)(field, x, t, cond)
+            value.detach() for value in Hutchinson(probes, distribution, mode, step=1e-4)(field, Point(x, t, cond))
         )
     jacobian = jacobian_of(field, x, t, cond)
     symmetric = (jacobian + jacobian.mT) / 2
@@ -133,7 +133,7 @@ def test_control_variate_keeps_the_mean_and_reduces_variance(gaussian, mode):
     answers = []
     for control in (None, gaussian.baseline):
         torch.manual_seed(3)
-        answers.append(Hutchinson(500, "gaussian", mode, step=1e-4, control=control)(field, x, t))
+        answers.append(Hutchinson(500, "gaussian", mode, step=1e-4, control=control)(field, Point(x, t)))
     plain, controlled = answers
     assert ((plain.divergence - expected) / plain.standard_error).abs().max() < 4
     assert ((controlled.divergence - expected) / controlled.standard_error).abs().max() < 4
@@ -145,7 +145,7 @@ def test_exact_control_variate_leaves_no_variance(gaussian, mode):
     t = torch.linspace(0, 1, 6)
     x = gaussian.states_at(t)
     estimator = Hutchinson(8, "gaussian", mode, control=gaussian.baseline)
-    _, divergence, error = estimator(gaussian.field.velocity, x, t)
+    _, divergence, error = estimator(gaussian.field.velocity, Point(x, t))
     close(divergence, gaussian.divergence(x, t), rtol=1e-8, atol=1e-8)
     assert error.max() < 1e-8
 
@@ -164,7 +164,7 @@ def projections(x, t):
 
 def test_conditional_is_unbiased_given_the_state(linear):
     data, noise, t, x = pairs(linear, 20000, 0.7)
-    v, estimate, error = Conditional(1.0)(linear.field.velocity, x, t, data=data, noise=noise)
+    v, estimate, error = Conditional(1.0)(linear.field.velocity, Point(x, t, pair=(data, noise)))
     exact = linear.divergence(x, t)
     assert error is None
     close(v, linear.velocity(x, t))
@@ -178,7 +178,7 @@ def test_conditional_has_the_stated_bias(linear):
     data, noise, t, x = pairs(linear, 20000, 0.7)
     offset = 0.5 * torch.sin(x + 1)
     wrong = lambda y, time, cond: linear.field.velocity(y, time) + 0.5 * torch.sin(y + 1)  # noqa: E731
-    estimate = Conditional(1.0)(wrong, x, t, data=data, noise=noise).divergence
+    estimate = Conditional(1.0)(wrong, Point(x, t, pair=(data, noise))).divergence
     # the formula estimates the marginal's divergence, plus t |v - v*|^2 / (1 - t)
     excess = t * offset.flatten(1).square().sum(-1) / (1 - t)
     assert z_score((estimate - linear.divergence(x, t) - excess)[:, None] * projections(x, t)).abs().max() < 4
@@ -191,7 +191,7 @@ def test_conditional_hands_over_near_the_data(linear, grad):
     x = linear.path.sample(data, noise, t)
     near = t >= 0.6
     with torch.set_grad_enabled(grad):
-        v, estimate, _ = Conditional(0.6, Exact())(linear.field.velocity, x, t, data=data, noise=noise)
+        v, estimate, _ = Conditional(0.6, Exact())(linear.field.velocity, Point(x, t, pair=(data, noise)))
     close(v, linear.velocity(x, t), rtol=1e-9, atol=1e-9)
     close(estimate[near], linear.divergence(x, t)[near], rtol=1e-9, atol=1e-9)
     residual = (data - noise - linear.velocity(x, t)).flatten(1).square().sum(-1)
@@ -204,7 +204,7 @@ def test_conditional_with_one_kind_only(linear, time):
     data, noise, _, _ = pairs(linear, 3, 1.0)
     t = torch.full((3,), time)
     x = linear.path.sample(data, noise, t)
-    v, estimate, _ = Conditional(0.5, Exact())(linear.field.velocity, x, t, data=data, noise=noise)
+    v, estimate, _ = Conditional(0.5, Exact())(linear.field.velocity, Point(x, t, pair=(data, noise)))
     close(v, linear.velocity(x, t), rtol=1e-9, atol=1e-9)
     assert estimate.abs().min() > 1e-3
 
@@ -213,7 +213,7 @@ def test_conditional_passes_the_class(case):
     field, x, t, cond = case
     t = torch.linspace(0.1, 0.9, 5)
     data, noise = torch.randn_like(x), torch.randn_like(x)
-    v, estimate, _ = Conditional(0.5, Exact())(field, x, t, cond, data=data, noise=noise)
+    v, estimate, _ = Conditional(0.5, Exact())(field, Point(x, t, cond, (data, noise)))
     close(v, field(x, t, cond))
     near = t >= 0.5
     close(estimate[near], trace(lambda y: field(y, t, cond), x)[near])
@@ -226,7 +226,7 @@ def test_conditional_source_on_any_path(problem):
     class Student:
         velocity = staticmethod(problem.field.velocity)
 
-    v, estimate = ConditionalSource(Student(), path=problem.path)(x, t, data=data, noise=noise)
+    v, estimate = ConditionalSource(Student(), path=problem.path)(Point(x, t, pair=(data, noise)))
     difference = (v - problem.velocity(x, t)).flatten(1)
     assert z_score(difference[..., None] * projections(x, t)[:, None]).abs().max() < 4.5
     assert z_score((estimate - problem.divergence(x, t))[:, None] * projections(x, t)).abs().max() < 4.5
@@ -234,7 +234,7 @@ def test_conditional_source_on_any_path(problem):
 
 def test_teacher_source_falls_back_where_there_is_no_pair(linear):
     x, t = linear.states(5, 0.3), torch.full((5,), 0.3)
-    v, divergence = TeacherSource(linear.field, Conditional(near_data=Exact()))(x, t)
+    v, divergence = TeacherSource(linear.field, Conditional(near_data=Exact()))(Point(x, t))
     close(v, linear.velocity(x, t))
     close(divergence, linear.divergence(x, t))
 
@@ -252,7 +252,7 @@ def test_gradients_against_finite_differences(case, estimator, leaf):
 
     def loss(y):
         torch.manual_seed(5)
-        answer = estimator(field, y, t, cond, data=data, noise=noise)
+        answer = estimator(field, Point(y, t, cond, (data, noise)))
         return (answer.divergence * weights).sum() + answer.velocity.square().sum()
 
     parameters = [field.inlet.weight, field.outlet.weight, field.labels.weight]
@@ -277,7 +277,7 @@ def test_gradients_against_finite_differences(case, estimator, leaf):
 def test_no_graph_under_no_grad(case, estimator):
     field, x, t, cond = case
     with torch.no_grad():
-        v, divergence, _ = estimator(field, x.requires_grad_(True), t, cond)
+        v, divergence, _ = estimator(field, Point(x.requires_grad_(True), t, cond))
     assert not v.requires_grad
     assert not divergence.requires_grad
 
@@ -289,7 +289,7 @@ def test_rademacher_alone_would_prove_nothing():
         (torch.diag(torch.arange(1.0, 5.0)), True),
         (axes @ torch.diag(torch.arange(4.0)) @ axes.T, False),
     ):
-        error = Hutchinson(50)(lambda x, t, cond, m=matrix: x @ m, torch.randn(3, 4), 0.5).standard_error
+        error = Hutchinson(50)(lambda x, t, cond, m=matrix: x @ m, Point(torch.randn(3, 4), 0.5)).standard_error
         assert bool((error < 1e-12).all()) == exact
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from f2d2_lightning import DivergenceHead, FlowMap, JointFlowMap, as_flow_map
 from f2d2_lightning.adapters import Adapter, Consistency, MeanFlow, TorchCFM
 from f2d2_lightning.divergence import Exact
-from f2d2_lightning.flows import GaussianFlow, Jump
+from f2d2_lightning.flows import GaussianFlow, Jump, Point
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.testing import FlowMapContract
 from problems import PROBLEMS, randomize
@@ -342,7 +342,7 @@ def test_a_joint_map_of_another_backbone_fails():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_divergence_is_checked(sign):
     def divergence(self, x, t, cond):
-        return sign * Exact()(lambda y, r, c: self.problem.velocity(y, r), x, t).divergence
+        return sign * Exact()(lambda y, r, c: self.problem.velocity(y, r), Point(x, t)).divergence
 
     assert failures(honest(exact_divergence=divergence)) == (set() if sign == 1 else {"test_exact_answers"})
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import f2d2_lightning as f2
+from f2d2_lightning.flows import Point
 
 
 @pytest.mark.parametrize(
@@ -16,12 +17,12 @@ import f2d2_lightning as f2
 def test_divergence_in_inference_mode(mixture, estimator):
     field, x = mixture.field, mixture.states(7, 0.6)
     torch.manual_seed(3)
-    expected = estimator(field, x, 0.6).divergence
+    expected = estimator(field, Point(x, 0.6)).divergence
     with torch.inference_mode():
         torch.manual_seed(3)
-        got = estimator(field, x * 1.0, 0.6).divergence
+        got = estimator(field, Point(x * 1.0, 0.6)).divergence
         torch.manual_seed(3)
-        assert torch.allclose(got, estimator(field, x * 1.0, torch.full((7,), 0.6)).divergence)
+        assert torch.allclose(got, estimator(field, Point(x * 1.0, torch.full((7,), 0.6))).divergence)
     assert float(expected.abs().min()) > 0
     assert torch.allclose(got, expected.detach())
 

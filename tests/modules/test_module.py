@@ -168,9 +168,9 @@ def test_who_teaches_off_the_diagonal(off_diagonal):
     randomize(module.joint)
     x, t = torch.randn(4, 2), torch.rand(4)
     source, anchor = module.make_source()
-    exact = f2.divergence.Exact()(of.average.velocity, x, t)
+    exact = f2.divergence.Exact()(of.average.velocity, f2.flows.Point(x, t))
     expected = exact[:2] if off_diagonal == "teacher" else tuple(module.joint(x, t, t))
-    for answer, known in ((anchor(x, t), exact[:2]), (source(x, t), expected)):
+    for answer, known in ((anchor(f2.flows.Point(x, t)), exact[:2]), (source(f2.flows.Point(x, t)), expected)):
         for mine, theirs in zip(answer, known, strict=True):
             torch.testing.assert_close(mine, theirs.detach())
     with pytest.raises(ValueError, match="off_diagonal is 'nobody'"):

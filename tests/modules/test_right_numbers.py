@@ -19,6 +19,7 @@ from command_line import single_precision  # noqa: F401
 from f2d2_lightning.adapters import Adapter, ConventionError, check_convention, check_differentiable
 from f2d2_lightning.divergence import DerivativeError
 from f2d2_lightning.divergence.estimators import SampleProbes
+from f2d2_lightning.flows import Point
 from f2d2_lightning.likelihood.quantization import warn_of_discrete
 from f2d2_lightning.metrics import LikelihoodEvaluation
 from f2d2_lightning.metrics.likelihood import doubt
@@ -70,7 +71,7 @@ def test_operations_in_place_have_their_own_derivative(mode):
         (WritesIntoItsInput(), 24.0),
     ):
         for estimator in estimators:
-            found = estimator(network, x, 0.25).divergence
+            found = estimator(network, Point(x, 0.25)).divergence
             assert torch.allclose(found, torch.as_tensor(right, dtype=x.dtype), atol=1e-6), type(network).__name__
         assert torch.equal(x, before)
 
@@ -110,7 +111,7 @@ def test_attention_is_differentiated(kind, mode):
     right = jacobian.diagonal(dim1=1, dim2=2).sum(-1)
     assert float(right.abs().min()) > 1e-3
     with torch.no_grad():
-        found = f2.divergence.Exact(mode=mode, step=1e-4)(network, x, t).divergence
+        found = f2.divergence.Exact(mode=mode, step=1e-4)(network, Point(x, t)).divergence
     assert torch.allclose(found, right, atol=1e-6)
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -133,8 +134,10 @@ def test_what_has_no_derivative_in_forward_mode_is_named_and_others_do():
     torch.manual_seed(0)
     network, x = Far(), torch.randn(3, 4, dtype=torch.float64)
     with pytest.raises(DerivativeError, match=r"'body\.far' \(Distances\) of Far .*Hutchinson\(mode='finite'\)"):
-        f2.divergence.Exact()(network, x, 0.5)
-    answers = [f2.divergence.Exact(mode=mode, step=1e-4)(network, x, 0.5).divergence for mode in ("reverse", "finite")]
+        f2.divergence.Exact()(network, Point(x, 0.5))
+    answers = [
+        f2.divergence.Exact(mode=mode, step=1e-4)(network, Point(x, 0.5)).divergence for mode in ("reverse", "finite")
+    ]
     assert torch.allclose(answers[0], answers[1], atol=1e-6)
     assert float(answers[0].detach().abs().min()) > 1e-3
     assert float(f2.Reference(steps=4, probes=0, mode="finite")(network, x).value.std()) > 0
@@ -169,7 +172,7 @@ def test_dropped_derivatives_are_refused():
         exact = f2.Reference(steps=2, probes=0, mode="finite")(network, x).value
         assert torch.allclose(exact, f2.Reference(steps=2, probes=0)(lambda y, t, c: -2 * y, x).value, atol=1e-4)
     for mode in MODES:
-        assert torch.equal(f2.divergence.Exact(mode=mode)(Constant(), x, 0.5).divergence, torch.zeros(3))
+        assert torch.equal(f2.divergence.Exact(mode=mode)(Constant(), Point(x, 0.5)).divergence, torch.zeros(3))
 
 
 def test_an_error_of_the_network_itself_is_its_own():
@@ -177,7 +180,7 @@ def test_an_error_of_the_network_itself_is_its_own():
         return x @ torch.ones(3, 3)
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        f2.divergence.Exact()(broken, torch.ones(2, 4), 0.5)
+        f2.divergence.Exact()(broken, Point(torch.ones(2, 4), 0.5))
 
 
 @pytest.mark.parametrize("name", ["Lagrangian", "Eulerian"])
@@ -191,7 +194,7 @@ def test_differences_along_time_are_the_derivative(name, interval):
     source = f2.objectives.TeacherSource(flow, f2.divergence.Exact())
     right = flow(x, s, t)
     for mode in ("forward", "finite"):
-        found = getattr(f2, name)(mode=mode, step=1e-4).target(flow, source, x, s, t, None)
+        found = getattr(f2, name)(mode=mode, step=1e-4).target(flow, source, Point(x, s), t)
         tolerance = 1e-9 if mode == "forward" else 1e-3
         assert torch.allclose(found.velocity, right.velocity, atol=tolerance)
         assert torch.allclose(found.divergence, right.divergence, atol=tolerance)
@@ -952,9 +955,11 @@ def test_reverse_mode_says_what_it_cannot_do():
         return torch.cat((torch.relu_(a), b), 1)
 
     with torch.no_grad(), pytest.raises(DerivativeError, match="mode='finite'"):
-        f2.divergence.Exact(mode="reverse")(split, torch.randn(3, 2), 0.5)
+        f2.divergence.Exact(mode="reverse")(split, Point(torch.randn(3, 2), 0.5))
     with torch.inference_mode():
-        found = f2.divergence.Exact(mode="reverse")(lambda x, t, c: x * t[:, None], torch.randn(3, 2), 0.5).divergence
+        found = f2.divergence.Exact(mode="reverse")(
+            lambda x, t, c: x * t[:, None], Point(torch.randn(3, 2), 0.5)
+        ).divergence
     assert torch.equal(found, torch.ones(3))
 
 

@@ -123,7 +123,7 @@ def test_tangents_in_half_precision(name):
         with torch.autocast("cpu", torch.bfloat16):
             half = network(x, s, t)
             value, got = jacobian_product(lambda y: network(y, s, t), x, x)
-            divergence = f2.objectives.TeacherSource(network)(x, t).divergence
+            divergence = f2.objectives.TeacherSource(network)(f2.flows.Point(x, t)).divergence
     assert torch.equal(value, half)
     assert value.dtype == got.dtype == torch.bfloat16
     assert float((got - expected).norm() / expected.norm()) < 0.05
@@ -356,7 +356,7 @@ def test_recomputed_paths_have_the_same_loss_and_gradients():
         while whole < 2:
             joint.zero_grad()
             calls.clear()
-            loss = objective(joint, source, data, progress=1.0).loss
+            loss = objective.loss(joint, f2.objectives.Batch(data, source, progress=1.0)).loss
             forward = len(calls)
             loss.backward()
             whole += forward == 4

@@ -6,7 +6,7 @@ import torch
 from f2d2_lightning import Direction, DivergenceHead, GaussianBaseline, JointFlowMap, as_flow_map, log_prob, sample
 from f2d2_lightning.divergence import Exact
 from f2d2_lightning.nn import MLP, ResNet
-from f2d2_lightning.objectives import Eulerian, Lagrangian, TeacherSource
+from f2d2_lightning.objectives import Batch, Eulerian, Lagrangian, TeacherSource
 from problems import PROBLEMS, randomize
 
 close = torch.testing.assert_close
@@ -197,7 +197,7 @@ def trained(joint_map, steps=5):
         optimiser.zero_grad()
         source = TeacherSource(problem.field, Exact())
         for objective in (Eulerian(), Lagrangian()):
-            objective(joint_map, source, problem.states(16, 1.0)).loss.backward()
+            objective.loss(joint_map, Batch(problem.states(16, 1.0), source)).loss.backward()
         optimiser.step()
 
 

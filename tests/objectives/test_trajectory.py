@@ -26,7 +26,7 @@ from f2d2_lightning.flows import Joint, MixtureFlow, TrigonometricPath
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
-from f2d2_lightning.objectives import DiagonalSource, TeacherSource, TrajectoryPool
+from f2d2_lightning.objectives import Batch, DiagonalSource, TeacherSource, TrajectoryPool
 from f2d2_lightning.objectives.integrator import integrate, trajectory_times
 from problems import MUTATIONS, PROBLEMS, Logistic, LogisticMap, Mutant, Student, rotation, slope
 
@@ -139,7 +139,7 @@ def test_a_student_asks_for_the_likelihood_of_data(problem, source):
     pool.draw = lambda s, t, of_data: asked.append(of_data) or draw(s, t, of_data)
     pool.draw_whole = lambda count, times, of_data: asked.append(of_data) or draw_whole(count, times, of_data)
     for _ in range(8):
-        objective(student, source, data, progress=1.0)
+        objective.loss(student, Batch(data, source, progress=1.0))
     assert len(asked) == 8
     assert all(asked)
 
@@ -154,7 +154,7 @@ def test_one_directional_students_train(problem, source, direction):
 
     objective = TrajectoryRegression(8, capacity=64, intervals=Intervals(direction), starts={"data": 0.5, "noise": 0.5})
     for _ in range(20):
-        objective(OneWay(), source, problem.states(64, 1.0))
+        objective.loss(OneWay(), Batch(problem.states(64, 1.0), source))
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 4, 4)])
@@ -164,7 +164,7 @@ def test_memory_bound(shape, dtype):
     pool = TrajectoryPool(even(8), max_mib=0.01)
     for _ in range(20):
         pool.add(source, torch.randn(16, *shape, dtype=dtype), 0)
-    held = sum(value.numel() * value.element_size() for value in (pool._states, pool._change))
+    held = sum(value.numel() * value.element_size() for value in (pool.ring["states"], pool.ring["change"]))
     assert 0.8 * 0.01 * 2**20 < held <= 0.01 * 2**20
     assert len(pool) == pool.capacity_for(torch.zeros(1, *shape, dtype=dtype))
     assert pool.full
@@ -188,7 +188,7 @@ def test_ring_overwrites_the_oldest():
     assert held() == {1.0, 2.0, 3.0}
     pool.add(source, torch.full((3, 1), 4.0), 0)
     assert held() == {2.0, 3.0, 4.0}
-    assert int((pool._states[:, 0, 0] == 2).sum()) == 1
+    assert int((pool.ring["states"][:, 0, 0] == 2).sum()) == 1
     pool.add(source, torch.full((3, 1), 5.0), 0)
     assert held() == {4.0, 5.0}
     assert [float(e["x"][0]) for e in pool.state_dict()["entries"]] == [4.0, 5.0]
@@ -199,7 +199,7 @@ def test_more_at_once_than_fit():
     pool = TrajectoryPool(even(2), capacity=3)
     pool.add(source, torch.arange(8.0)[:, None], 0)
     assert len(pool) == 3
-    assert sorted(pool._states[:, 0, 0].tolist()) == [5.0, 6.0, 7.0]
+    assert sorted(pool.ring["states"][:, 0, 0].tolist()) == [5.0, 6.0, 7.0]
     # what is written over at once is neither integrated nor saved: two writes of one place race between threads
     assert sum(len(e["x"]) for e in pool.state_dict()["entries"]) == 3
 
@@ -218,7 +218,7 @@ def test_an_objective_integrates_no_more_than_its_pool_holds(problem):
             return problem.field(x, s, t)
 
     objective = TrajectoryRegression(4, capacity=10, intervals=Intervals(diagonal=0.0))
-    objective(Student(), TeacherSource(velocity), problem.states(64, 1.0))
+    objective.loss(Student(), Batch(problem.states(64, 1.0), TeacherSource(velocity)))
     assert objective.pool(Student()).full
     assert max(rows) <= 10
 
@@ -253,9 +253,9 @@ def test_checkpoint_reproduces_bit_for_bit(problem, conditional, batches):
             more(pool, 2, 2)
             more(loaded, 2, 2)
         assert len(loaded) == len(pool)
-        assert torch.equal(loaded._states, pool._states)
-        assert torch.equal(loaded._change, pool._change)
-        assert not conditional or torch.equal(loaded._cond, pool._cond)
+        assert torch.equal(loaded.ring["states"], pool.ring["states"])
+        assert torch.equal(loaded.ring["change"], pool.ring["change"])
+        assert not conditional or torch.equal(loaded.ring["cond"], pool.ring["cond"])
         s, t = torch.rand(50), torch.rand(50)
         answers = []
         for each in (pool, loaded):
@@ -284,7 +284,7 @@ def test_a_checkpoint_of_a_checkpoint_is_the_same(problem, source):
     third = TrajectoryPool(even(4), capacity=20)
     third.load_state_dict(again.state_dict())
     third.restore(source)
-    assert torch.equal(third._states, pool._states)
+    assert torch.equal(third.ring["states"], pool.ring["states"])
 
 
 def test_objective_resumes(problem, source):
@@ -293,13 +293,13 @@ def test_objective_resumes(problem, source):
     objective = make()
     data = problem.states(32, 1.0)
     for _ in range(5):
-        objective(problem.field, source, data)
+        objective.loss(problem.field, Batch(data, source))
     other = make()
     other.load_state_dict(objective.state_dict())
     losses = []
     for each in (objective, other):
         torch.manual_seed(9)
-        losses.append([float(each(problem.field, source, data).loss) for _ in range(6)])
+        losses.append([float(each.loss(problem.field, Batch(data, source)).loss) for _ in range(6)])
     assert losses[0] == losses[1]
 
 
@@ -320,11 +320,11 @@ def test_refresh_rate(problem, refresh):
 
     pool.add = add
     for _ in range(4):
-        objective(problem.field, source, data)
+        objective.loss(problem.field, Batch(data, source))
     assert added == 64  # fills a chunk at a time
     added = 0
     for _ in range(20):
-        objective(problem.field, source, data)
+        objective.loss(problem.field, Batch(data, source))
     assert abs(added - 20 * refresh) <= 16
 
 
@@ -333,8 +333,8 @@ def test_starts(problem, source, kind):
     """Where trajectories begin, read from the pool's own ends."""
     objective = TrajectoryRegression(8, capacity=512, chunk=512, starts={kind: 1.0}, perturbation=(0.02, 0.8))
     data = problem.states(512, 1.0)
-    objective(problem.field, source, data)
-    states = objective.pool(problem.field)._states
+    objective.loss(problem.field, Batch(data, source))
+    states = objective.pool(problem.field).ring["states"]
     ends, beginnings = states[:, -1], states[:, 0]
     distance = (ends - data).abs().amax(1)
     if kind == "data":
@@ -380,7 +380,7 @@ def test_starts(problem, source, kind):
 
 def test_whole_numbers_as_shares(problem, source):
     objective = TrajectoryRegression(8, capacity=16, starts={"data": 1, "noise": 2})
-    objective(problem.field, source, problem.states(16, 1.0))
+    objective.loss(problem.field, Batch(problem.states(16, 1.0), source))
 
 
 def test_a_diverging_teacher_is_refused():
@@ -469,9 +469,9 @@ def test_one_evaluation_per_step(fit):
     problem, asked = PROBLEMS["gaussian-vector-linear"](), []
 
     class Counting(TeacherSource):
-        def __call__(self, x, t, cond=None, *, data=None, noise=None):
-            asked.append(float(t[0]))
-            return super().__call__(x, t, cond)
+        def __call__(self, point):
+            asked.append(float(point.t[0]))
+            return super().__call__(point)
 
     times = [0.0, 0.1, 0.4, 0.5, 1.0]
     integrate(Counting(problem.field, Exact()), torch.randn(3, 3), times, baseline=problem.baseline if fit else None)
@@ -634,7 +634,7 @@ def test_a_start_at_any_node_gives_the_same_trajectory(gaussian, node):
     x = gaussian.states(5, times[node])
     pool = TrajectoryPool(times, capacity=5, baseline=gaussian.baseline)
     pool.add(source, x, node)
-    states, change, _ = pool._states, pool._change, None
+    states, change, _ = pool.ring["states"], pool.ring["change"], None
     for k, t in enumerate(times):
         state, expected = gaussian.jump(x, torch.full((5,), times[node]), torch.full((5,), t))
         close(states[:, k], state, rtol=1e-9, atol=1e-9)
@@ -647,9 +647,9 @@ def test_a_start_on_the_path_agrees_with_one_from_an_end(node):
     source = TeacherSource(flow.velocity, Exact())
     from_data, from_between = (TrajectoryPool(times, capacity=6) for _ in range(2))
     from_data.add(source, flow.data(6), -1)
-    from_between.add(source, from_data._states[:, node], node)
-    close(from_between._states, from_data._states, rtol=0, atol=2e-3)
-    of_data, of_between = (p._change - p._change[:, :1] for p in (from_data, from_between))
+    from_between.add(source, from_data.ring["states"][:, node], node)
+    close(from_between.ring["states"], from_data.ring["states"], rtol=0, atol=2e-3)
+    of_data, of_between = (p.ring["change"] - p.ring["change"][:, :1] for p in (from_data, from_between))
     close(of_between, of_data, rtol=0, atol=2e-3)
     assert (of_data[:, -1] - of_data[:, 0]).abs().max() > 0.5
     # and the pairs drawn from it are the map's
@@ -673,7 +673,7 @@ def test_whole_trajectories(to_noise):
         jump = LogisticMap(flow).jump(states[:, 0], grid[0], t)
         close(states[:, k], jump.state, rtol=0, atol=2e-3)
         close(change[:, k], jump.log_prob_change, rtol=0, atol=5e-3)
-    end = pool._states[:, -1]
+    end = pool.ring["states"][:, -1]
     rows = (states[:, grid.index(1.0)][:, None] - end[None]).abs().amax(-1).argmin(1)
     assert torch.equal(cond, shift[rows])
     assert len(rows.unique()) > 4
@@ -685,7 +685,7 @@ def test_whole_trajectories_take_the_nearest_kept_times(problem, source):
     torch.manual_seed(1)
     states, _, _ = pool.draw_whole(10, [1.0, 0.5, 0.2, 0.0])
     torch.manual_seed(1)
-    assert torch.equal(states, pool._states[torch.randint(4, (10,))][:, [3, 2, 1, 0]])
+    assert torch.equal(states, pool.ring["states"][torch.randint(4, (10,))][:, [3, 2, 1, 0]])
 
 
 class Nothing(torch.nn.Module):
@@ -712,9 +712,9 @@ def unrolling(problem, direction="both", **options):
 def test_unrolled_closed_form_costs_nothing(gaussian, direction):
     objective, source = unrolling(gaussian, direction, nodes=8)
     student, data = with_fit(gaussian), gaussian.states(64, 1.0)
-    objective(student, source, data)
-    for _ in range(4):
-        for term in objective._unrolled(student, 16):
+    objective.loss(student, Batch(data, source))
+    for steps in (1, 2, 4, 8):
+        for term in objective.whole_paths(student, 16, steps):
             assert float(term) < 1e-16
     assert objective.pool(student).baseline is gaussian.baseline
 
@@ -725,8 +725,8 @@ def test_unrolled_closed_form_without_a_fit_costs_the_integrators_error():
     for nodes in counts:
         torch.manual_seed(0)
         objective, source = unrolling(problem, nodes=nodes, steps=(4,))
-        objective(problem.field, source, data)
-        losses.append([float(part) for part in objective._unrolled(problem.field, 64)[:3]])
+        objective.loss(problem.field, Batch(data, source))
+        losses.append([float(part) for part in objective.whole_paths(problem.field, 64, 4)[:3]])
     for column in zip(*losses, strict=True):
         assert 3.3 < slope(counts, column) < 6
     assert losses[-1][0] < 1e-3
@@ -739,9 +739,9 @@ def test_unrolled_closed_form_without_a_fit_costs_the_integrators_error():
 def test_unrolled_mutants_cost(name, mutation, direction, steps):
     gaussian = PROBLEMS[f"gaussian-{name}"]()
     objective, source = unrolling(gaussian, direction, steps=(steps,), nodes=24)
-    objective(gaussian.field, source, gaussian.states(64, 1.0))
-    right = objective._unrolled(gaussian.field, 64)
-    wrong = objective._unrolled(Mutant(gaussian.field, mutation), 64)
+    objective.loss(gaussian.field, Batch(gaussian.states(64, 1.0), source))
+    right = objective.whole_paths(gaussian.field, 64, steps)
+    wrong = objective.whole_paths(Mutant(gaussian.field, mutation), 64, steps)
     part = 2 if mutation == "D flipped" else 1
     assert float(wrong[part]) > 0.1
     assert float(wrong[part]) > 50 * float(right[part])
@@ -754,9 +754,9 @@ def test_unrolled_mutants_cost_where_the_divergence_depends_on_the_state(mutatio
     flow = Logistic()
     right, wrong = LogisticMap(flow), Mutant(LogisticMap(flow), mutation)
     objective = TrajectoryRegression(128, capacity=32, starts={"data": 1.0}, intervals=Intervals(steps=(2,)))
-    objective(right, TeacherSource(flow.velocity, Exact()), flow.data(32))
-    assert float(objective._unrolled(right, 32).loss) < 1e-4
-    assert float(objective._unrolled(wrong, 32).loss) > 0.1
+    objective.loss(right, Batch(flow.data(32), TeacherSource(flow.velocity, Exact())))
+    assert float(objective.whole_paths(right, 32, 2).loss) < 1e-4
+    assert float(objective.whole_paths(wrong, 32, 2).loss) > 0.1
 
 
 @pytest.mark.parametrize("direction", ["both", "to_data"])
@@ -772,13 +772,13 @@ def test_unrolled_loss_is_that_of_the_whole_path(gaussian, direction, fit):
     objective, source = unrolling(gaussian, direction, steps=(4,), nodes=8, weighting=Weighting(divergence=0.3))
     objective.capacity = 1
     data = gaussian.states(1, 1.0)
-    objective(joint_map, source, data)
+    objective.loss(joint_map, Batch(data, source))
     pool = objective.pool(joint_map)
     assert len(pool) == 1
-    terms = objective._unrolled(joint_map, 3)
+    terms = objective.whole_paths(joint_map, 3, 4)
     to_noise = direction == "both"
     grid = [1.0, 0.75, 0.5, 0.25, 0.0] if to_noise else [0.0, 0.25, 0.5, 0.75, 1.0]
-    kept = torch.stack([pool._states[:, pool.times.index(t)] for t in grid], 1)
+    kept = torch.stack([pool.ring["states"][:, pool.times.index(t)] for t in grid], 1)
     x, squares, moves = kept[:, 0], [], []
     for k in range(4):
         x = joint_map.jump(x, grid[k], grid[k + 1]).state
@@ -794,9 +794,9 @@ def test_unrolled_loss_is_that_of_the_whole_path(gaussian, direction, fit):
         moves.append((error / 0.25).square().mean())
     close(terms.velocity_loss, torch.stack(squares).mean())
     close(terms.velocity_mse, torch.stack(moves).mean())
-    change = pool._change[:, -1] - pool._change[:, 0]
+    change = pool.ring["change"][:, -1] - pool.ring["change"][:, 0]
     if to_noise:
-        noise = pool._states[:, 0].flatten(1)
+        noise = pool.ring["states"][:, 0].flatten(1)
         teacher = -0.5 * (noise.square().sum(-1) + gaussian.dim * math.log(2 * math.pi)) + change
         difference = log_prob(joint_map, data, 4).value - teacher
     else:
@@ -827,11 +827,11 @@ def test_gradient_of_the_unrolled_loss_leads_back(direction):
     objective, source = unrolling(problem, direction, steps=(2, 4))
     student = Student(problem.field, anchored=False)
     with torch.no_grad():
-        objective(student, source, problem.states(64, 1.0))
+        objective.loss(student, Batch(problem.states(64, 1.0), source))
     optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
-    for _ in range(60):
+    for step in range(60):
         optimiser.zero_grad()
-        objective._unrolled(student, 32).loss.backward()
+        objective.whole_paths(student, 32, 2 + 2 * (step % 2)).loss.backward()
         optimiser.step()
     assert student.amounts.abs().max() < 0.06
 
@@ -842,11 +842,11 @@ def test_gradient_of_the_unrolled_loss_against_finite_differences(part):
     objective, source = unrolling(problem, steps=(4,))
     student = Student(problem.field, anchored=False)
     with torch.no_grad():
-        objective(student, source, problem.states(64, 1.0))
+        objective.loss(student, Batch(problem.states(64, 1.0), source))
 
     def loss():
         torch.manual_seed(3)
-        return getattr(objective._unrolled(student, 16), part)
+        return getattr(objective.whole_paths(student, 16, 4), part)
 
     (gradient,) = torch.autograd.grad(loss(), student.amounts)
     for index in range(3):
@@ -867,7 +867,7 @@ def test_phase_of_unrolling(problem, source, unroll, progress, share):
     """Every other step of the last share of training."""
     objective = TrajectoryRegression(8, capacity=8, starts={"data": 1.0}, unroll=unroll)
     data, calls = problem.states(8, 1.0), 0
-    objective(problem.field, source, data)
+    objective.loss(problem.field, Batch(data, source))
     pool = objective.pool(problem.field)
     original = pool.draw_whole
 
@@ -879,7 +879,7 @@ def test_phase_of_unrolling(problem, source, unroll, progress, share):
 
     pool.draw_whole = draw_whole
     for _ in range(60):
-        objective(problem.field, source, data, progress=progress)
+        objective.loss(problem.field, Batch(data, source, progress=progress))
     assert abs(calls / 60 - share) < 0.2
     assert (calls == 0) == (share == 0)
 
@@ -898,7 +898,7 @@ def test_pool_uses_a_fit_only_once_it_is_fitted(problem):
 
 def test_nodes_need_not_be_a_multiple_of_the_grids(problem, source):
     objective = TrajectoryRegression(11, capacity=16, intervals=Intervals(steps=(3, 4)))
-    objective(problem.field, source, problem.states(16, 1.0))
+    objective.loss(problem.field, Batch(problem.states(16, 1.0), source))
     times = objective.pool(problem.field).times
     assert times == even(12)
     assert TrajectoryRegression(11, unroll=0.0, intervals=Intervals(grid=0.0)).pool(problem.field).times == even(11)
@@ -923,8 +923,8 @@ def test_starts_look_like_the_data(kind, discrete):
     levels = torch.randint(0, 2, (500, 12)) * 4
     data = quantization.dequantize(levels, torch.full((500, 12), 0.5))
     student = Student(with_zero_velocity())
-    objective(student, still, data)
-    ends = objective.pool(student)._states[:, -1]
+    objective.loss(student, Batch(data, still))
+    ends = objective.pool(student).ring["states"][:, -1]
     inside = (ends + 1) / quantization.width
     part = inside - inside.floor()
     if not discrete:
@@ -957,8 +957,8 @@ def test_large_perturbations_stay_in_range():
     )
     student = Student(with_zero_velocity())
     still = TeacherSource(lambda x, t, cond: torch.zeros_like(x))
-    objective(student, still, quantization.dequantize(torch.randint(0, 17, (500, 3))))
-    ends = objective.pool(student)._states[:, -1]
+    objective.loss(student, Batch(quantization.dequantize(torch.randint(0, 17, (500, 3))), still))
+    ends = objective.pool(student).ring["states"][:, -1]
     assert float(ends.min()) >= -1
     assert float(ends.max()) < 1
 
@@ -973,10 +973,10 @@ def test_conditioning_stays_with_its_state(problem):
         def joint(self, x, s, t, cond):
             return problem.field(x, s, t)
 
-    objective(Still(), source, problem.states(256, 1.0), torch.arange(256) % 4)
+    objective.loss(Still(), Batch(problem.states(256, 1.0), source, torch.arange(256) % 4))
     pool = objective.pool(Still())
-    moved = (pool._states[:, -1] - pool._states[:, 0]).mean(1)
-    close(moved, pool._cond.to(moved))
+    moved = (pool.ring["states"][:, -1] - pool.ring["states"][:, 0]).mean(1)
+    close(moved, pool.ring["cond"].to(moved))
     drawn = pool.draw(torch.rand(100), torch.rand(100))
     close(drawn.target.velocity.mean(1), drawn.cond.to(moved))
 
@@ -999,7 +999,7 @@ def test_trajectories_of_a_source_that_changes_are_kept_whole(problem, batches):
     make = lambda: TrajectoryRegression(4, capacity=40, refresh=16.0, chunk=16, intervals=Intervals(steps=(1, 2)))  # noqa: E731
     objective, other = make(), make()
     for _ in range(batches):
-        objective(student, DiagonalSource(student), data)
+        objective.loss(student, Batch(data, DiagonalSource(student)))
         with torch.no_grad():
             student.pace += 0.3
     kept = objective.pool(student)
@@ -1010,30 +1010,30 @@ def test_trajectories_of_a_source_that_changes_are_kept_whole(problem, batches):
     losses = []
     for each in (objective, other, third):
         torch.manual_seed(9)
-        losses.append([float(each(student, DiagonalSource(student), data).loss.detach()) for _ in range(5)])
+        losses.append([float(each.loss(student, Batch(data, DiagonalSource(student))).loss.detach()) for _ in range(5)])
         assert len(each.pool(student)) == len(kept)
-        assert torch.equal(each.pool(student)._states, kept._states)
-        assert torch.equal(each.pool(student)._change, kept._change)
+        assert torch.equal(each.pool(student).ring["states"], kept.ring["states"])
+        assert torch.equal(each.pool(student).ring["change"], kept.ring["change"])
     assert losses[0] == losses[1] == losses[2]
 
 
 def test_only_sources_that_change_cost_a_whole_checkpoint(problem, source):
     data = problem.states(16, 1.0)
     objective = TrajectoryRegression(4, capacity=16)
-    objective(problem.field, source, data)
+    objective.loss(problem.field, Batch(data, source))
     assert "kept" not in objective.state_dict()["pool"]
     student = Moving()
     moving = TrajectoryRegression(4, capacity=16)
-    moving(student, DiagonalSource(student), data)
+    moving.loss(student, Batch(data, DiagonalSource(student)))
     kept = moving.state_dict()["pool"]["kept"]
-    assert torch.equal(kept["states"], moving.pool(student)._states)
+    assert torch.equal(kept["states"], moving.pool(student).ring["states"])
     # a source that integrates to something else leaves what was kept alone
     with torch.no_grad():
         student.pace += 1
     loaded = TrajectoryRegression(4, capacity=16)
     loaded.load_state_dict(moving.state_dict())
     loaded.pool(student).restore(DiagonalSource(student))
-    assert torch.equal(loaded.pool(student)._states, kept["states"])
+    assert torch.equal(loaded.pool(student).ring["states"], kept["states"])
 
 
 @pytest.mark.parametrize("conditional", [False, True], ids=["no cond", "cond"])
@@ -1046,9 +1046,9 @@ def test_whole_checkpoint_of_a_pool(problem, source, conditional):
     again.restore(TeacherSource(lambda x, t, cond: x / 0))  # not asked
     for _ in range(2):
         assert len(again) == len(pool) == 20
-        assert torch.equal(again._states, pool._states)
-        assert torch.equal(again._change, pool._change)
-        assert not conditional or torch.equal(again._cond, pool._cond)
+        assert torch.equal(again.ring["states"], pool.ring["states"])
+        assert torch.equal(again.ring["change"], pool.ring["change"])
+        assert not conditional or torch.equal(again.ring["cond"], pool.ring["cond"])
         for each in (pool, again):
             torch.manual_seed(4)
             each.add(source, torch.randn(6, 3), 0, torch.randint(0, 3, (6,)) if conditional else None)
@@ -1059,4 +1059,4 @@ def test_a_whole_checkpoint_of_a_checkpoint_is_the_same(problem, source):
     pool.add(source, torch.randn(6, 3), 2)
     again = TrajectoryPool(even(4), capacity=20)
     again.load_state_dict(pool.state_dict(whole=True))
-    assert torch.equal(again.state_dict(whole=True)["kept"]["states"], pool._states[:6])
+    assert torch.equal(again.state_dict(whole=True)["kept"]["states"], pool.ring["states"][:6])

@@ -12,7 +12,7 @@ import torch
 
 from f2d2_lightning import GaussianBaseline, Hutchinson, TrajectoryRegression
 from f2d2_lightning.nn import MLP
-from f2d2_lightning.objectives import DiagonalSource, TeacherSource, TrajectoryPool
+from f2d2_lightning.objectives import Batch, DiagonalSource, TeacherSource, TrajectoryPool
 from f2d2_lightning.objectives import trajectory_cache as module
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache, _checksum
 from problems import PROBLEMS, Student, randomize
@@ -53,8 +53,8 @@ def test_a_second_run_integrates_nothing_and_gets_the_same(tmp_path):
         teacher = Counting()
         pool = pool_of(TeacherSource(teacher, Hutchinson()), TrajectoryCache(tmp_path))
         assert (teacher.calls > 0) == fresh
-        assert torch.equal(pool._states, plain._states)
-        assert torch.equal(pool._change, plain._change)
+        assert torch.equal(pool.ring["states"], plain.ring["states"])
+        assert torch.equal(pool.ring["change"], plain.ring["change"])
         answers.append(torch.rand(3))
     assert len(list(tmp_path.iterdir())) == 1
     # what is drawn afterwards is the same as well
@@ -79,7 +79,7 @@ def test_the_whole_objective_trains_to_the_same_numbers(tmp_path, conditional):
         run = []
         for _ in range(6):
             x = torch.randn(16, 3)
-            loss = objective(student, source, x, torch.rand(16) if conditional else None).loss
+            loss = objective.loss(student, Batch(x, source, torch.rand(16) if conditional else None)).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -111,8 +111,8 @@ def test_whatever_decides_the_numbers_is_in_the_name(tmp_path, other):
     kept = pool_of(cache=cache, **settings)
     assert len(list(tmp_path.iterdir())) == 2
     plain = pool_of(cache=None, **settings)
-    assert torch.equal(kept._states, plain._states)
-    assert torch.equal(kept._change, plain._change)
+    assert torch.equal(kept.ring["states"], plain.ring["states"])
+    assert torch.equal(kept.ring["change"], plain.ring["change"])
 
 
 def test_a_resumed_pool_reads_what_it_had(tmp_path):
@@ -125,7 +125,7 @@ def test_a_resumed_pool_reads_what_it_had(tmp_path):
     resumed.load_state_dict(pool.state_dict())
     resumed.restore(source)
     assert teacher.calls == before
-    assert torch.equal(resumed._states, pool._states)
+    assert torch.equal(resumed.ring["states"], pool.ring["states"])
 
 
 @pytest.mark.parametrize("damage", [b"", b"no trajectories", None], ids=["empty", "other", "cut"])
@@ -136,10 +136,10 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
     file.write_bytes(file.read_bytes()[:200] if damage is None else damage)
     with pytest.warns(UserWarning, match="integrated again"):
         again = pool_of(source, cache)
-    assert torch.equal(again._states, pool._states)
+    assert torch.equal(again.ring["states"], pool.ring["states"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(pool_of(source, cache)._states, pool._states)
+        assert torch.equal(pool_of(source, cache).ring["states"], pool.ring["states"])
 
 
 def test_a_folder_that_cannot_be_written_is_only_a_warning(tmp_path):
@@ -188,7 +188,7 @@ def test_a_full_disk_is_only_a_warning(tmp_path, monkeypatch, full):
     plain = pool_of(source, None)
     with full(monkeypatch), pytest.warns(UserWarning, match="cannot be kept in .*make room"):
         pool = pool_of(source, cache)
-    assert torch.equal(pool._states, plain._states)
+    assert torch.equal(pool.ring["states"], plain.ring["states"])
     assert list(tmp_path.iterdir()) == []
     # and with room again it is kept
     with warnings.catch_warnings():

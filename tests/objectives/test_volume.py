@@ -5,8 +5,9 @@ import torch
 
 from f2d2_lightning import DivergenceHead, Intervals, Inversion, JointFlowMap, as_flow_map, log_prob
 from f2d2_lightning.divergence import Exact
+from f2d2_lightning.flows import Point
 from f2d2_lightning.likelihood.sampling import normal_log_prob
-from f2d2_lightning.objectives import DiagonalSource, TeacherSource, VolumeRegression
+from f2d2_lightning.objectives import Batch, TeacherSource, VolumeRegression
 from problems import Logistic, LogisticMap
 
 
@@ -32,16 +33,14 @@ def test_targets_of_a_flow_are_its_average_divergence():
     joint = LogisticMap(Logistic())
     s, t = torch.tensor([0.0, 0.2, 0.7, 0.4]), torch.tensor([1.0, 0.5, 0.7, 0.9])
     x = Logistic().data(4)
-    target = VolumeRegression().target(joint, DiagonalSource(joint), x, s, t, None)
-    expected = joint(x, s, t)
-    torch.testing.assert_close(target.divergence, expected.divergence, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(target.velocity, expected.velocity)
+    volume = VolumeRegression().volume(joint, Point(x, s), t)
+    torch.testing.assert_close(volume, joint(x, s, t).divergence, rtol=1e-8, atol=1e-8)
 
 
 def test_targets_are_determinants_of_jumps_and_not_divergences_along_the_flow():
     joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=lambda_head()))
     s, t, x = torch.tensor([0.0, 0.3]), torch.tensor([1.0, 0.8]), torch.randn(2, 3)
-    divergence = VolumeRegression().target(joint, DiagonalSource(joint), x, s, t, None).divergence
+    divergence = VolumeRegression().volume(joint, Point(x, s), t)
     for row in range(2):
         one = slice(row, row + 1)
         jump = lambda y, one=one: (y[None] + (t - s)[one, None] * bent(y[None], s[one], t[one]))[0]  # noqa: E731
@@ -79,15 +78,15 @@ def test_a_frozen_head_learns_the_density_of_the_samples(dim):
     source, data = TeacherSource(joint.velocity, Exact()), torch.randn(500, dim)
     for _ in range(600):
         optimizer.zero_grad()
-        objective(joint, source, data).loss.backward()
+        objective.loss(joint, Batch(data, source)).loss.backward()
         optimizer.step()
     for steps in (1, 2):
         noise = torch.randn(200, dim)
         x, exact = noise, normal_log_prob(noise)
         for k in range(steps):
             s, t = (torch.full((200,), v / steps) for v in (k, k + 1))
-            target = objective.target(joint, source, x, s, t, None)
-            exact, x = exact - (t - s) * target.divergence, x + (t - s)[:, None] * target.velocity
+            exact = exact - (t - s) * objective.volume(joint, Point(x, s), t)
+            x = x + (t - s)[:, None] * joint(x, s, t).velocity.detach()
         with torch.no_grad():
             answer = log_prob(joint, x, steps, inversion=Inversion())
         good = answer.converged
@@ -100,12 +99,12 @@ def test_examples_are_kept_refreshed_and_restored():
     objective, data = VolumeRegression(capacity=48, chunk=16, refresh=8.0), torch.randn(10, 2)
     source = TeacherSource(joint.velocity)
     for _ in range(3):
-        objective(joint, source, data)
+        objective.loss(joint, Batch(data, source))
     full = objective.state_dict()["kept"]
     assert len(full["x"]) == 48
-    objective(joint, source, data)
+    objective.loss(joint, Batch(data, source))
     assert torch.equal(objective.state_dict()["kept"]["x"], full["x"])
-    objective(joint, source, data)
+    objective.loss(joint, Batch(data, source))
     changed = (objective.state_dict()["kept"]["x"] != full["x"]).any(1)
     assert changed.sum() == 16
     again = VolumeRegression(capacity=48, chunk=16, refresh=8.0)
@@ -113,7 +112,7 @@ def test_examples_are_kept_refreshed_and_restored():
     losses = []
     for one in (objective, again):
         torch.manual_seed(7)
-        losses.append([float(one(joint, source, data).loss) for _ in range(5)])
+        losses.append([float(one.loss(joint, Batch(data, source)).loss) for _ in range(5)])
     assert losses[0] == losses[1]
 
 
@@ -124,4 +123,4 @@ def test_mistakes_are_refused():
         VolumeRegression(own_path=2)
     joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=lambda_head()))
     with pytest.raises(ValueError, match="takes as many evaluations per example, and max_dim is 4"):
-        VolumeRegression(max_dim=4)(joint, TeacherSource(joint.velocity), torch.randn(4, 5))
+        VolumeRegression(max_dim=4).loss(joint, Batch(torch.randn(4, 5), TeacherSource(joint.velocity)))

@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor
 import f2d2_lightning as f2
 from f2d2_lightning.adapters import MeanFlow
 from f2d2_lightning.callbacks import LastCheckpoint
+from f2d2_lightning.flows import Point
 from f2d2_lightning.nn import MLP
-from f2d2_lightning.objectives.base import Examples, baseline_of
+from f2d2_lightning.objectives import Examples
 from f2d2_lightning.utils.sharding import shard
 from foreign import ManualModule, MeanFlowModule
 from launching import run_cases
@@ -37,13 +38,13 @@ STEPS = 6
 class FromData(f2.objectives.Semigroup):
     """The midpoint rule at times and noise that are functions of the data."""
 
-    def __call__(self, student, source, data, cond=None, *, anchor=None, progress=0.0):
+    def loss(self, student, batch):
+        data, cond = batch.data, batch.cond
         s, t = (torch.frac(13 * data[:, 0]).abs(), torch.frac(7 * data[:, 1]).abs())
         x = self.path.sample(data, torch.sin(37 * data.flip(1)), s)
-        target = self.target(student, source, x, s, t, cond)
-        anchored = source(x, s, cond) if anchor is None else anchor(x, s, cond)
-        off, on = Examples(x, s, t, cond, target), Examples(x, s, s, cond, anchored)
-        terms = [self.weighting(student(e.x, e.s, e.t, cond), e, baseline_of(student)) for e in (off, on)]
+        point = Point(x, s, cond)
+        target, anchored = self.target(student, batch.source, point, t), (batch.anchor or batch.source)(point)
+        terms = [self.terms(student, Examples(x, s, end, cond, pair)) for end, pair in ((t, target), (s, anchored))]
         return type(terms[0])(*(a + b for a, b in zip(*terms, strict=True)))
 
 

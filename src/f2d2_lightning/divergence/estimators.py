@@ -1,9 +1,9 @@
 r"""Estimators of the instantaneous divergence, each giving velocity and divergence together.
 
-Every estimator is called as ``estimator(velocity, x, t, cond, data=..., noise=...)`` with
-``velocity(x, t, cond) -> v`` and answers a :class:`Divergence`. They differentiate the network in forward mode
-by default: under ``torch.no_grad`` no graph is kept, so memory is that of inference, and it is the form that
-works under DDP and FSDP. With gradients enabled the answers are differentiable.
+Every estimator is called as ``estimator(velocity, Point(x, t, cond))`` with ``velocity(x, t, cond) -> v`` and answers
+a :class:`Divergence`. They differentiate the network in forward mode by default: under ``torch.no_grad`` no graph is
+kept, so memory is that of inference, and it is the form that works under DDP and FSDP. With gradients enabled the
+answers are differentiable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from f2d2_lightning.divergence._tangents import REMEDY, DerivativeError, forward_mode
 from f2d2_lightning.flows.gaussian import GaussianBaseline
-from f2d2_lightning.flows.paths import LinearPath, Path, expand_time, repeat_time
+from f2d2_lightning.flows.paths import LinearPath, Path, Point, repeat_time
 from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, row_keys
 
 __all__ = [
@@ -148,10 +148,6 @@ def _at(velocity: Callable[..., Tensor], t: Tensor, cond: Tensor | None, x: Tens
     return velocity(x, _usable(t), None if cond is None else _usable(cond))
 
 
-def _repeat(value: Tensor | None, times: int) -> Tensor | None:
-    return None if value is None else value.repeat_interleave(times, 0)
-
-
 class DivergenceEstimator(ABC):
     """Interface of the estimators."""
 
@@ -159,25 +155,12 @@ class DivergenceEstimator(ABC):
     """How the network is differentiated: ``"forward"``, ``"reverse"`` or ``"finite"``."""
 
     @abstractmethod
-    def __call__(
-        self,
-        velocity: Callable[..., Tensor],
-        x: Tensor,
-        t: Tensor | float,
-        cond: Tensor | None = None,
-        *,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Divergence:
-        """Velocity and divergence at ``(x, t)``.
+    def __call__(self, velocity: Callable[..., Tensor], point: Point) -> Divergence:
+        """Velocity and divergence at a point.
 
         Args:
             velocity: ``(x, t, cond) -> v``.
-            x: State, ``(B, ...)``.
-            t: Time, ``()`` or ``(B,)``.
-            cond: Conditioning, or ``None``.
-            data: The data point that ``x`` was made from, shape of ``x``; only :class:`Conditional` needs it.
-            noise: The noise that ``x`` was made from, shape of ``x``; only :class:`Conditional` needs it.
+            point: States and times; only :class:`Conditional` needs the pair that the states were made from.
         """
 
 
@@ -196,17 +179,8 @@ class Exact(DivergenceEstimator):
         check_mode(mode, step)
         self.chunk, self.mode, self.step = chunk, mode, step
 
-    def __call__(
-        self,
-        velocity: Callable[..., Tensor],
-        x: Tensor,
-        t: Tensor | float,
-        cond: Tensor | None = None,
-        *,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Divergence:
-        t = expand_time(t, x)
+    def __call__(self, velocity: Callable[..., Tensor], point: Point) -> Divergence:
+        x, t = point.x, point.t
         batch, dim = len(x), x[0].numel()
         v, trace = None, x.new_zeros(batch)
         for start in range(0, dim, self.chunk):
@@ -216,7 +190,7 @@ class Exact(DivergenceEstimator):
             basis[torch.arange(count), torch.arange(start, stop)] = 1
             tangent = basis.repeat(batch, 1).reshape(batch * count, *x.shape[1:])
             times = t[:1].expand(batch * count) if t.stride(0) == 0 else t.repeat_interleave(count)
-            conds = _repeat(cond, count)
+            conds = None if point.cond is None else point.cond.repeat_interleave(count, 0)
             function = partial(_at, velocity, times, conds)
             value, product = _products(function, x.repeat_interleave(count, 0), tangent, self.mode, self.step)
             trace = trace + (product * tangent).reshape(batch, -1).sum(-1)
@@ -271,11 +245,9 @@ class Hutchinson(DivergenceEstimator):
             return torch.randn(shape, dtype=x.dtype, device=x.device)
         return torch.randint(0, 2, shape, dtype=x.dtype, device=x.device) * 2 - 1
 
-    def per_probe(
-        self, velocity: Callable[..., Tensor], x: Tensor, t: Tensor | float, cond: Tensor | None, probes: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def per_probe(self, velocity: Callable[..., Tensor], point: Point, probes: Tensor) -> tuple[Tensor, Tensor]:
         """``(v, e)``: velocity, shape of ``x``, and one estimate per given probe, ``(probes, B)``."""
-        t = expand_time(t, x)
+        x, t, cond = point.x, point.t, point.cond
         count, batch = len(probes), len(x)
         eps = probes.reshape(count * batch, *x.shape[1:])
         xs = x.repeat(count, *(1 for _ in x.shape[1:]))
@@ -291,17 +263,8 @@ class Hutchinson(DivergenceEstimator):
             estimates = estimates + self.control.divergence(t, t)
         return v, estimates
 
-    def __call__(
-        self,
-        velocity: Callable[..., Tensor],
-        x: Tensor,
-        t: Tensor | float,
-        cond: Tensor | None = None,
-        *,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Divergence:
-        v, estimates = self.per_probe(velocity, x, t, cond, self.draw(x))
+    def __call__(self, velocity: Callable[..., Tensor], point: Point) -> Divergence:
+        v, estimates = self.per_probe(velocity, point, self.draw(point.x))
         error = None if self.probes == 1 else estimates.std(0) / self.probes**0.5
         return Divergence(v, estimates.mean(0), error)
 
@@ -370,39 +333,29 @@ class Conditional(DivergenceEstimator):
         self.near_data = near_data or Hutchinson()
         self.mode = self.near_data.mode
 
-    def __call__(
-        self,
-        velocity: Callable[..., Tensor],
-        x: Tensor,
-        t: Tensor | float,
-        cond: Tensor | None = None,
-        *,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Divergence:
-        if data is None or noise is None:
+    def __call__(self, velocity: Callable[..., Tensor], point: Point) -> Divergence:
+        if point.pair is None:
             raise ValueError(
                 "Conditional needs the pair (data, noise) that x was made from, and got none; states on a trajectory "
                 "have no such pair: use Hutchinson or Exact there"
             )
-        t = expand_time(t, x)
-        near = t >= self.handover
-        v = torch.zeros_like(x)
-        divergence = torch.zeros_like(t)
-        far = (~near).nonzero().squeeze(-1)
-        near_index = near.nonzero().squeeze(-1)
-        if len(far):
-            pick = lambda value: None if value is None else value[far]  # noqa: E731
-            v_far = velocity(x[far], t[far], pick(cond))
-            residual = (data[far] - noise[far] - v_far).reshape(len(far), -1).square().sum(-1)
-            estimate = (t[far] * residual - x[0].numel()) / (1 - t[far])
-            v, divergence = v.index_copy(0, far, v_far), divergence.index_copy(0, far, estimate)
-        if len(near_index):
-            v_near, estimate, _ = self.near_data(
-                velocity, x[near_index], t[near_index], None if cond is None else cond[near_index]
-            )
-            v, divergence = v.index_copy(0, near_index, v_near), divergence.index_copy(0, near_index, estimate)
+        v, divergence = torch.zeros_like(point.x), torch.zeros_like(point.t)
+        late = point.t >= self.handover
+        for mine, answer in ((~late, self._from_pair), (late, self.near_data)):
+            rows = mine.nonzero().squeeze(-1)
+            if len(rows):
+                part = answer(velocity, point[rows])
+                v = v.index_copy(0, rows, part.velocity)
+                divergence = divergence.index_copy(0, rows, part.divergence)
         return Divergence(v, divergence)
+
+    @staticmethod
+    def _from_pair(velocity: Callable[..., Tensor], point: Point) -> Divergence:
+        assert point.pair is not None
+        data, noise = point.pair
+        v = velocity(point.x, point.t, point.cond)
+        residual = (data - noise - v).flatten(1).square().sum(-1)
+        return Divergence(v, (point.t * residual - point.x[0].numel()) / (1 - point.t))
 
 
 def instantaneous(velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from f2d2_lightning.flows.gaussian import GaussianBaseline, GaussianFlow
 from f2d2_lightning.flows.maps import Direction, FlowMap, Joint, JointMap, Jump, Velocity, as_flow_map
 from f2d2_lightning.flows.mixture import MixtureFlow
-from f2d2_lightning.flows.paths import LinearPath, Path, TrigonometricPath
+from f2d2_lightning.flows.paths import LinearPath, Path, Point, TrigonometricPath
 
 __all__ = [
     "Direction",
@@ -18,6 +18,7 @@ __all__ = [
     "LinearPath",
     "MixtureFlow",
     "Path",
+    "Point",
     "TrigonometricPath",
     "Velocity",
     "as_flow_map",

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["LinearPath", "Path", "TrigonometricPath", "distinct", "expand_time", "like", "repeat_time"]
+__all__ = ["LinearPath", "Path", "Point", "TrigonometricPath", "distinct", "expand_time", "like", "repeat_time"]
 
 
 def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
@@ -70,6 +70,29 @@ def like(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
+class Point:
+    """A batch of states at their times, with what belongs to each.
+
+    Args:
+        x: States, ``(B, ...)``.
+        t: Times, ``(B,)``, ``()`` or a number.
+        cond: Conditioning, first axis ``B``, or ``None``.
+        pair: ``(data, noise)`` that the states were made from, each of the shape of ``x``; ``None`` where there is no
+            such pair, as on a trajectory.
+    """
+
+    def __init__(
+        self, x: Tensor, t: Tensor | float, cond: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.x, self.t, self.cond, self.pair = x, expand_time(t, x), cond, pair
+
+    def __getitem__(self, rows: Tensor) -> Point:
+        """Some of the states, by their places."""
+        cond = None if self.cond is None else self.cond[rows]
+        pair = None if self.pair is None else (self.pair[0][rows], self.pair[1][rows])
+        return Point(self.x[rows], self.t[rows], cond, pair)
+
+
 class Path(ABC):
     """Coefficients of ``x_t = sigma(t) noise + alpha(t) data``."""
 
@@ -92,6 +115,10 @@ class Path(ABC):
     def sample(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """State at time ``t``, shape of ``data``, for the pair ``(data, noise)``; ``t`` is ``(B,)``."""
         return like(self.sigma(t), data) * noise + like(self.alpha(t), data) * data
+
+    def point(self, data: Tensor, noise: Tensor, t: Tensor, cond: Tensor | None = None) -> Point:
+        """:meth:`sample` with all that belongs to it."""
+        return Point(self.sample(data, noise, t), t, cond, (data, noise))
 
     def conditional_velocity(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``d x_t / dt`` for a fixed pair, shape of ``data``; ``t`` is ``(B,)``."""

@@ -24,6 +24,7 @@ from f2d2_lightning.divergence.estimators import (
     check_mode,
     instantaneous,
 )
+from f2d2_lightning.flows.paths import Point
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.sampling import Samples, check_cond, check_state, normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
@@ -162,11 +163,11 @@ def reference_log_prob(
         calls += 1
         if isinstance(estimator, Hutchinson):
             eps = drawn.draw() if fixed_probes is None else fixed_probes
-            v, estimates = estimator.per_probe(field, state[0], t, cond, eps)
+            v, estimates = estimator.per_probe(field, Point(state[0], t, cond), eps)
             if probes == 1 and fixed_probes is None:
                 scatter.add(t, estimates[0])
             return v, -estimates
-        v, estimate, _ = estimator(field, state[0], t, cond)
+        v, estimate, _ = estimator(field, Point(state[0], t, cond))
         return v, -estimate[None]
 
     noise, change = _solve(right_side, (x, x.new_zeros(probes, len(x))), 1.0, 0.0, method, steps, rtol, atol, near_data)

@@ -18,7 +18,7 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
-from f2d2_lightning.objectives.base import Objective, Terms
+from f2d2_lightning.objectives.base import Batch, Objective, Terms
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
 from f2d2_lightning.objectives.trajectories import TrajectoryRegression
@@ -152,7 +152,7 @@ class Distillation:
         """The objective on a batch, in the random state of the step (:meth:`RunSeed.begin_step`)."""
         self.objective.structure = self.seed.structure(trainer, batch_index)
         progress = min(1.0, trainer.global_step / max(1.0, trainer.estimated_stepping_batches))
-        return self.objective(student, source, x, cond, anchor=anchor, progress=progress)
+        return self.objective.loss(student, Batch(x, source, cond, anchor, progress))
 
     # --- what a resumed run needs ---
 

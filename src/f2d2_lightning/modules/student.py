@@ -194,7 +194,7 @@ class F2D2Module(FlowModule, DistilledModel):
         return teacher.average.velocity if isinstance(teacher, FlowMatchingModule) else teacher
 
     def make_source(self) -> tuple[VelocitySource, VelocitySource]:
-        """Where targets come from: ``(source, anchor)``, see :meth:`Objective.__call__`."""
+        """Where targets come from: ``(source, anchor)``, see :class:`~f2d2_lightning.objectives.Batch`."""
         if self.teacher is not None:
             anchor: VelocitySource = TeacherSource(self.teacher_velocity(), self.estimator)
             return (DiagonalSource(self.joint) if self.off_diagonal == "student" else anchor), anchor

@@ -37,7 +37,7 @@ def measure_scale(
     sums = torch.zeros(2, dtype=torch.float64)
     for x, cond in batches:
         noise, t = torch.randn_like(x), torch.rand(len(x), dtype=x.dtype, device=x.device)
-        divergence = source(path.sample(x, noise, t), t, cond, data=x, noise=noise).divergence
+        divergence = source(path.point(x, noise, t, cond)).divergence
         if head.baseline is not None:
             divergence = divergence - head.baseline.divergence(t, t)
         if head.per_axis and head.baseline is not None:

@@ -1,20 +1,4 @@
-r"""Training objectives for the pair ``f = (u, D)``, each written once for both.
-
-Average velocity and average divergence are time averages along the same trajectory, so they obey one set of
-identities. With ``g = (v, div v)`` and ``X`` the map itself:
-
-- semigroup: :math:`(t - s) f(x, s, t) = (m - s) f(x, s, m) + (t - m) f(X_{s \to m}(x), m, t)`
-  (shortcut models, Frans et al., 2024, https://arxiv.org/abs/2410.12557);
-- Lagrangian: :math:`f(x, s, t) = g(X_{s \to t}(x), t) - (t - s)\,\partial_t f(x, s, t)`
-  (Boffi et al., 2025, https://arxiv.org/abs/2505.18825);
-- Eulerian: :math:`f(x, s, t) = g(x, s) + (t - s)\,D_s f(x, s, t)`, with :math:`D_s` the derivative along
-  :math:`(dx, ds) = (v, 1)` (MeanFlow, Geng et al., 2025, https://arxiv.org/abs/2505.13447); with ``t = 1`` it is
-  the continuous-time consistency objective (Song et al., 2023, https://arxiv.org/abs/2303.01469).
-
-The student's answer is regressed on the right-hand side, which is detached. On the diagonal all of them say
-``f(x, t, t) = g(x, t)``. Trajectory regression, without bootstrapping, is in
-:mod:`f2d2_lightning.objectives.trajectories`.
-"""
+"""What every objective has: a batch to learn from, the weighting of its errors, and the loss with its parts."""
 
 from __future__ import annotations
 
@@ -24,19 +8,33 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from f2d2_lightning.divergence._tangents import forward_mode
-from f2d2_lightning.divergence.estimators import check_mode
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
-from f2d2_lightning.flows.paths import LinearPath, Path, like
+from f2d2_lightning.flows.paths import LinearPath, Path, Point
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
 
-__all__ = ["Consistency", "Eulerian", "Examples", "Lagrangian", "Objective", "Semigroup", "Terms", "Weighting"]
+__all__ = ["Batch", "Examples", "Objective", "Terms", "Weighting"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step has."""
+
+    data: Tensor
+    """States at ``t = 1``, ``(B, ...)``; noise and times are drawn by the objective."""
+    source: VelocitySource
+    """Gives ``(v, div v)``."""
+    cond: Tensor | None = None
+    """Conditioning, ``(B, ...)``."""
+    anchor: VelocitySource | None = None
+    """Gives ``(v, div v)`` on the diagonal, ``source`` by default. Self-distillation takes the student's own diagonal
+    as source and the conditional velocity as anchor."""
+    progress: float = 0.0
+    """Share of training that is done, in [0, 1], for objectives with phases."""
 
 
 class Terms(NamedTuple):
@@ -67,22 +65,6 @@ class Examples(NamedTuple):
     """Conditioning."""
     target: Joint
     """``(u, D)`` from ``s`` to ``t``, detached."""
-
-
-def _concatenate(parts: list[Examples]) -> Examples:
-    if len(parts) == 1:
-        return parts[0]
-    conds = [part.cond for part in parts if part.cond is not None]
-    return Examples(
-        torch.cat([part.x for part in parts]),
-        torch.cat([part.s for part in parts]),
-        torch.cat([part.t for part in parts]),
-        torch.cat(conds) if conds else None,
-        Joint(
-            torch.cat([part.target.velocity for part in parts]),
-            torch.cat([part.target.divergence for part in parts]),
-        ),
-    )
 
 
 def baseline_of(student: JointMap) -> GaussianBaseline | None:
@@ -199,78 +181,32 @@ class Objective(ABC):
         return self.intervals.directions
 
     @abstractmethod
-    def target(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        x: Tensor,
-        s: Tensor,
-        t: Tensor,
-        cond: Tensor | None,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
-        """Right-hand side of the identity at ``(x, s, t)``, detached.
+    def loss(self, student: JointMap, batch: Batch) -> Terms:
+        """Loss of the joint map in training on a batch, to be minimised, and its parts."""
+
+    def regress(self, student: JointMap, batch: Batch, off_diagonal: Callable[[Point, Tensor], Examples]) -> Terms:
+        """Loss over intervals drawn afresh, on the path of the data: the anchor answers where they have no length.
 
         Args:
             student: The joint map in training.
-            source: Gives ``(v, div v)``.
-            x: State at time ``s``, ``(B, ...)``.
-            s: Start, ``(B,)``.
-            t: End, ``(B,)``.
-            cond: Conditioning, or ``None``.
-            data: Data of the pair that ``x`` lies between, for sources that need it.
-            noise: Noise of that pair.
+            batch: What there is to learn from.
+            off_diagonal: Examples from points at ``s``, which know their pair, and ends ``t``, ``(B,)``.
         """
-
-    def examples(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        data: Tensor,
-        noise: Tensor,
-        s: Tensor,
-        t: Tensor,
-        cond: Tensor | None,
-    ) -> Examples:
-        """Training examples for intervals off the diagonal; by default states on the path and :meth:`target`."""
-        x = self.path.sample(data, noise, s)
-        return Examples(x, s, t, cond, self.target(student, source, x, s, t, cond, data, noise))
-
-    def __call__(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        data: Tensor,
-        cond: Tensor | None = None,
-        *,
-        anchor: VelocitySource | None = None,
-        progress: float = 0.0,
-    ) -> Terms:
-        """Loss on a batch.
-
-        Args:
-            student: The joint map in training.
-            source: Gives ``(v, div v)`` to the identity.
-            data: Batch at ``t = 1``, ``(B, ...)``; noise and times are drawn here.
-            cond: Conditioning, ``(B, ...)`` or ``None``.
-            anchor: Gives ``(v, div v)`` on the diagonal, ``source`` by default. Self-distillation takes the
-                student's own diagonal as source and the conditional velocity as anchor.
-            progress: Share of training that is done, in [0, 1], for objectives with phases.
-        """
+        data, cond = batch.data, batch.cond
         times = self.intervals.sample(len(data), data.device, self.structure)
         s, t = (time.to(data.dtype) for time in times)
         noise = torch.randn_like(data)
-        parts = []
+        point, parts = self.path.point(data, noise, s, cond), []
         on, off = (s == t).nonzero().squeeze(-1), (s != t).nonzero().squeeze(-1)
         if len(on):
-            x, cond_on = self.path.sample(data[on], noise[on], s[on]), None if cond is None else cond[on]
-            target = (anchor or source)(x, s[on], cond_on, data=data[on], noise=noise[on])
-            parts.append(Examples(x, s[on], t[on], cond_on, target))
+            x, time, labels = point[on].x, s[on], point[on].cond
+            parts.append(Examples(x, time, time, labels, (batch.anchor or batch.source)(point[on])))
         if len(off):
-            cond_off = None if cond is None else cond[off]
-            parts.append(self.examples(student, source, data[off], noise[off], s[off], t[off], cond_off))
-        examples = _concatenate(parts)
+            parts.append(off_diagonal(point[off], t[off]))
+        return self.terms(student, _concatenate(parts))
+
+    def terms(self, student: JointMap, examples: Examples) -> Terms:
+        """Loss of a student on examples."""
         predicted = student(examples.x, examples.s, examples.t, examples.cond)
         return self.weighting(predicted, examples, baseline_of(student))
 
@@ -299,181 +235,17 @@ class Objective(ABC):
             raise ValueError(f"{type(self).__name__} keeps no state, and the checkpoint holds {sorted(state)}")
 
 
-class Semigroup(Objective):
-    """Two short steps teach one long step.
-
-    Args:
-        split: ``"midpoint"`` (shortcut models) or ``"random"`` (a uniform point between).
-        intervals: Distribution of ``(s, t)``; needs a share on the diagonal, where the source comes in.
-        weighting: How errors become a loss.
-        path: Probability path.
-
-    Raises:
-        ValueError: If ``split`` is neither, or the intervals never touch the diagonal.
-    """
-
-    def __init__(
-        self,
-        split: str = "midpoint",
-        intervals: Intervals | None = None,
-        weighting: Weighting | None = None,
-        path: Path | None = None,
-    ) -> None:
-        # the rule only spreads what the diagonal learns, which therefore needs a large share
-        super().__init__(intervals or Intervals(diagonal=0.5, grid=0.25), weighting, path)
-        if split not in ("midpoint", "random"):
-            raise ValueError(f"split is {split!r}; it is 'midpoint' or 'random'")
-        if self.intervals.diagonal == 0:
-            raise ValueError("the semigroup rule alone does not see the data; Intervals(diagonal=...) must be positive")
-        self.split = split
-
-    @torch.no_grad()
-    def target(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        x: Tensor,
-        s: Tensor,
-        t: Tensor,
-        cond: Tensor | None,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
-        share = torch.full_like(s, 0.5) if self.split == "midpoint" else torch.rand_like(s)
-        middle = s + share * (t - s)
-        u1, d1 = student(x, s, middle, cond)
-        u2, d2 = student(x + like(middle - s, x) * u1, middle, t, cond)
-        weight = like(share, x)
-        return Joint(weight * u1 + (1 - weight) * u2, share * d1 + (1 - share) * d2)
-
-
-class _MovingTime(Objective):
-    """Objectives that differentiate the student along time.
-
-    Args:
-        intervals: Distribution of ``(s, t)``; both directions by default.
-        weighting: How errors become a loss.
-        path: Probability path.
-        mode: ``"forward"``, or ``"finite"``, central differences, for backbones without a forward-mode rule.
-        step: Half-width of the difference, in time.
-
-    Raises:
-        ValueError: If the mode is neither, or the step not positive.
-    """
-
-    def __init__(
-        self,
-        intervals: Intervals | None = None,
-        weighting: Weighting | None = None,
-        path: Path | None = None,
-        mode: str = "forward",
-        step: float = 2e-3,
-    ) -> None:
-        super().__init__(intervals, weighting, path)
-        check_mode(mode, step)
-        if mode == "reverse":
-            raise ValueError(f"mode is {mode!r}; a derivative along time is 'forward' or 'finite'")
-        self.mode, self.step = mode, step
-
-    def _along(
-        self, function: Callable[[Tensor, Tensor], Joint], x: Tensor, dx: Tensor, time: Tensor, other: Tensor
-    ) -> tuple[Joint, Joint]:
-        """``f(x, time)`` and its derivative along ``(dx, 1)``; ``other`` is the interval's other end."""
-        if self.mode == "forward":
-            with forward_mode():
-                # copies: a network may change its inputs in place
-                state = forward_ad.make_dual(x.clone(), dx.clone())
-                pair = function(state, forward_ad.make_dual(time.clone(), torch.ones_like(time)))
-                (u, u_dt), (divergence, divergence_dt) = _unpack(pair.velocity), _unpack(pair.divergence)
-            return Joint(u, divergence), Joint(u_dt, divergence_dt)
-        # the interval keeps its order, and its times stay in [0, 1]
-        later = torch.minimum(time + self.step, torch.where(time < other, other, torch.ones_like(time)))
-        earlier = torch.maximum(time - self.step, torch.where(time > other, other, torch.zeros_like(time)))
-        up = function(x + like(later - time, x) * dx, later)
-        down = function(x + like(earlier - time, x) * dx, earlier)
-        span = later - earlier
-        slope = Joint((up.velocity - down.velocity) / like(span, x), (up.divergence - down.divergence) / span)
-        return function(x.clone(), time), slope
-
-
-class Lagrangian(_MovingTime):
-    """The end of the interval moves. Needs a source that answers anywhere."""
-
-    @torch.no_grad()
-    def target(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        x: Tensor,
-        s: Tensor,
-        t: Tensor,
-        cond: Tensor | None,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
-        if not source.anywhere:
-            raise ValueError(
-                f"the Lagrangian objective asks for the velocity where the student lands, and {type(source).__name__} "
-                "answers on the data pair's path only; use a teacher or the student's own diagonal"
-            )
-        still = torch.zeros_like(x)
-        here, slope = self._along(lambda y, end: student(y, s, end, cond), x, still, t, s)
-        v, divergence = source(x + like(t - s, x) * here.velocity, t, cond)
-        return Joint(v - like(t - s, x) * slope.velocity, divergence - (t - s) * slope.divergence)
-
-
-class Eulerian(_MovingTime):
-    """The start of the interval moves along the flow: MeanFlow, for the pair."""
-
-    @torch.no_grad()
-    def target(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        x: Tensor,
-        s: Tensor,
-        t: Tensor,
-        cond: Tensor | None,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
-        v, divergence = source(x, s, cond, data=data, noise=noise)
-        _, slope = self._along(lambda y, start: student(y, start, t, cond), x, v, s, t)
-        return Joint(v + like(t - s, x) * slope.velocity, divergence + (t - s) * slope.divergence)
-
-
-class Consistency(Eulerian):
-    """The Eulerian objective with the end fixed at data, ``t = 1``: continuous-time consistency.
-
-    Such a map answers for ``t = 1`` only, so a likelihood of data needs it inverted in one step.
-    """
-
-    def __init__(
-        self,
-        intervals: Intervals | None = None,
-        weighting: Weighting | None = None,
-        path: Path | None = None,
-        mode: str = "forward",
-        step: float = 2e-3,
-    ) -> None:
-        super().__init__(intervals or Intervals("to_data", diagonal=0.0, grid=0.0), weighting, path, mode, step)
-        if self.intervals.directions != Direction.TO_DATA:
-            raise ValueError('consistency maps only go to data; use Intervals(directions="to_data")')
-
-    def examples(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        data: Tensor,
-        noise: Tensor,
-        s: Tensor,
-        t: Tensor,
-        cond: Tensor | None,
-    ) -> Examples:
-        s = torch.rand_like(s)
-        return super().examples(student, source, data, noise, s, torch.ones_like(s), cond)
-
-
-def _unpack(dual: Tensor) -> tuple[Tensor, Tensor]:
-    value, tangent = forward_ad.unpack_dual(dual)
-    return value, torch.zeros_like(value) if tangent is None else tangent
+def _concatenate(parts: list[Examples]) -> Examples:
+    if len(parts) == 1:
+        return parts[0]
+    conds = [part.cond for part in parts if part.cond is not None]
+    return Examples(
+        torch.cat([part.x for part in parts]),
+        torch.cat([part.s for part in parts]),
+        torch.cat([part.t for part in parts]),
+        torch.cat(conds) if conds else None,
+        Joint(
+            torch.cat([part.target.velocity for part in parts]),
+            torch.cat([part.target.divergence for part in parts]),
+        ),
+    )

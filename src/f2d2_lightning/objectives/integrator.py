@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
-from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.flows.paths import Point, expand_time
 from f2d2_lightning.likelihood.time_grids import times_near_data
 from f2d2_lightning.objectives.sources import VelocitySource
 
-__all__ = ["integrate", "trajectory_times"]
+__all__ = ["integrate", "integrate_both_ways", "trajectory_times"]
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def integrate(
 
     def evaluate(state: Tensor, t: float) -> tuple[Tensor, Tensor]:
         at = expand_time(t, state)
-        return chart.beyond(state, at, *source(state, at, cond))
+        return chart.beyond(state, at, *source(Point(state, at, cond)))
 
     z = chart.to_chart(x, times[0])
     slope, divergence = evaluate(x, times[0])
@@ -70,6 +70,35 @@ def integrate(
         states.append(chart.from_chart(z, b))
         change.append(change[-1] + gained)
     return torch.stack(states, 1), torch.stack(change, 1)
+
+
+def integrate_both_ways(
+    source: VelocitySource,
+    times: Sequence[float],
+    baseline: GaussianBaseline | None,
+    *,
+    x: Tensor,
+    node: int,
+    cond: Tensor | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`integrate`, from ``times[node]`` to both ends of ascending times; ``seed`` is that of the probes.
+
+    Raises:
+        FloatingPointError: If a trajectory is not finite.
+    """
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        down, down_change = integrate(source, x, times[node::-1], cond, baseline)
+        up, up_change = integrate(source, x, times[node:], cond, baseline)
+    states = torch.cat((down.flip(1), up[:, 1:]), 1)
+    change = torch.cat((down_change.flip(1), up_change[:, 1:]), 1)
+    if not bool(states.isfinite().all() and change.isfinite().all()):
+        raise FloatingPointError(
+            "a teacher trajectory became NaN or infinite; check the teacher (its own samples), or integrate with "
+            "more nodes"
+        )
+    return states, change
 
 
 class _Plain:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction
 
-__all__ = ["Intervals"]
+__all__ = ["Intervals", "pick"]
+
+
+def pick(choices: Sequence[int], structure: torch.Generator | None = None) -> int:
+    """One of some numbers at random; ``structure`` as in :meth:`Intervals.sample`."""
+    return choices[int(torch.randint(len(choices), (), generator=structure))]
 
 
 class Intervals:

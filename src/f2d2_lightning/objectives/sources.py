@@ -13,7 +13,7 @@ from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import Conditional, DivergenceEstimator, Hutchinson, instantaneous
 from f2d2_lightning.flows.maps import Joint, JointMap
-from f2d2_lightning.flows.paths import LinearPath, Path, expand_time
+from f2d2_lightning.flows.paths import LinearPath, Path, Point
 
 __all__ = ["ConditionalSource", "DiagonalSource", "TeacherSource", "VelocitySource"]
 
@@ -28,16 +28,8 @@ class VelocitySource(ABC):
     """Whether it answers the same throughout training, so that what it was integrated to can be made again."""
 
     @abstractmethod
-    def __call__(
-        self,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Tensor | None = None,
-        *,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
-        """``(v, div v)`` at ``(x, t)``, detached; shapes ``(B, ...)`` and ``(B,)``, nats per unit of time."""
+    def __call__(self, point: Point) -> Joint:
+        """``(v, div v)`` at a point, detached; shapes ``(B, ...)`` and ``(B,)``, nats per unit of time."""
 
 
 class TeacherSource(VelocitySource):
@@ -61,19 +53,11 @@ class TeacherSource(VelocitySource):
         self.stationary = stationary
 
     @torch.no_grad()
-    def __call__(
-        self,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Tensor | None = None,
-        *,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
+    def __call__(self, point: Point) -> Joint:
         estimator = self.estimator
-        if isinstance(estimator, Conditional) and data is None:
+        if isinstance(estimator, Conditional) and point.pair is None:
             estimator = estimator.near_data  # a point of a trajectory belongs to no data pair
-        v, divergence, _ = estimator(self.velocity, x, t, cond, data=data, noise=noise)
+        v, divergence, _ = estimator(self.velocity, point)
         return Joint(v, divergence)
 
 
@@ -84,17 +68,8 @@ class DiagonalSource(VelocitySource):
         self.student = student
 
     @torch.no_grad()
-    def __call__(
-        self,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Tensor | None = None,
-        *,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
-        t = expand_time(t, x)
-        return self.student(x, t, t, cond)
+    def __call__(self, point: Point) -> Joint:
+        return self.student(point.x, point.t, point.t, point.cond)
 
 
 class ConditionalSource(VelocitySource):
@@ -124,20 +99,11 @@ class ConditionalSource(VelocitySource):
         self.estimator = estimator or (Conditional() if linear else Hutchinson())
 
     @torch.no_grad()
-    def __call__(
-        self,
-        x: Tensor,
-        t: Tensor | float,
-        cond: Tensor | None = None,
-        *,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
-        if data is None or noise is None:
+    def __call__(self, point: Point) -> Joint:
+        if point.pair is None:
             raise ValueError(
                 "the conditional velocity exists only on the path of a data pair, and none was given; give the "
                 "objective a teacher (TeacherSource) or the student's own diagonal (DiagonalSource)"
             )
-        t = expand_time(t, x)
-        divergence = self.estimator(self.student.velocity, x, t, cond, data=data, noise=noise).divergence
-        return Joint(self.path.conditional_velocity(data, noise, t), divergence)
+        divergence = self.estimator(self.student.velocity, point).divergence
+        return Joint(self.path.conditional_velocity(*point.pair, point.t), divergence)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
-from f2d2_lightning.flows.paths import Path, expand_time, like
+from f2d2_lightning.flows.paths import Path, Point, expand_time, like
 from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.likelihood.time_grids import time_grid
-from f2d2_lightning.objectives.base import Examples, Objective, Terms, Weighting, baseline_of
-from f2d2_lightning.objectives.intervals import Intervals
-from f2d2_lightning.objectives.sources import VelocitySource
+from f2d2_lightning.objectives._ring import Ring
+from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
+from f2d2_lightning.objectives.intervals import Intervals, pick
 
 __all__ = ["VolumeRegression"]
 
@@ -74,56 +74,42 @@ class VolumeRegression(Objective):
             )
         self.capacity, self.refresh, self.chunk, self.own_path = capacity, refresh, chunk, own_path
         self.max_dim = max_dim
-        self._kept: dict[str, Tensor | None] = {}
-        self._count, self._next, self._due = 0, 0, 0.0
+        self._ring, self._due = Ring(capacity), 0.0
 
     @torch.no_grad()
-    def target(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        x: Tensor,
-        s: Tensor,
-        t: Tensor,
-        cond: Tensor | None,
-        data: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> Joint:
-        """The map's own ``u``, and the logarithm of its jump's determinant per unit of time."""
+    def volume(self, student: JointMap, point: Point, t: Tensor) -> Tensor:
+        """Logarithm of the determinant of the map's jump from each point to ``t``, ``(B,)``, per unit of time.
+
+        Raises:
+            ValueError: If the states are larger than ``max_dim``.
+        """
+        x, s, cond = point.x, point.t, point.cond
         if x[0].numel() > self.max_dim:
             raise ValueError(
                 f"a determinant of {x[0].numel()} dimensions takes as many evaluations per example, and max_dim is "
                 f"{self.max_dim}; fine-tune the map in both directions instead (TrajectoryRegression), or raise max_dim"
             )
-        elapsed = like(t - s, x)
-        u, slope = map_jacobian(lambda y: student(y, s, t, cond).velocity, x)
+        _, slope = map_jacobian(lambda y: student(y, s, t, cond).velocity, x)
         eye = torch.eye(slope.shape[-1], dtype=x.dtype, device=x.device)
         volume = torch.linalg.slogdet(eye + (t - s)[:, None, None] * slope).logabsdet
-        apart = (t - s) != 0
-        divergence = slope.diagonal(dim1=1, dim2=2).sum(-1)
-        safe = torch.where(apart, elapsed.flatten(), torch.ones_like(divergence))
-        return Joint(u, torch.where(apart, volume / safe, divergence))
+        apart, divergence = s != t, slope.diagonal(dim1=1, dim2=2).sum(-1)
+        return torch.where(apart, volume / torch.where(apart, t - s, torch.ones_like(t)), divergence)
 
-    def __call__(
-        self,
-        student: JointMap,
-        source: VelocitySource,
-        data: Tensor,
-        cond: Tensor | None = None,
-        *,
-        anchor: VelocitySource | None = None,
-        progress: float = 0.0,
-    ) -> Terms:
-        full = self._count == self.capacity
-        self._due += self.refresh if full else self.chunk
-        if self._due >= self.chunk or not self._kept:
+    def loss(self, student: JointMap, batch: Batch) -> Terms:
+        ring = self._ring
+        ring.to(batch.data.device)  # a checkpoint's is on the CPU
+        self._due += self.refresh if ring.full else self.chunk
+        if self._due >= self.chunk or not ring.count:
             self._due = 0.0
-            self._make(student, source, data, cond)
-        examples = self._draw(len(data))
-        predicted = student(examples.x, examples.s, examples.t, examples.cond)
-        return self.weighting(predicted, examples, baseline_of(student))
+            self._make(student, batch.data, batch.cond)
+        rows = torch.randint(ring.count, (len(batch.data),), device=batch.data.device)
+        x, cond = ring["x"][rows], ring.get("cond")
+        # what the map answers is what it should: only D is trained, and this part of the error is left at zero
+        target = Joint(torch.zeros_like(x), ring["divergence"][rows])
+        labels = None if cond is None else cond[rows]
+        return self.terms(student, Examples(x, ring["s"][rows], ring["t"][rows], labels, target))
 
-    def _make(self, student: JointMap, source: VelocitySource, data: Tensor, cond: Tensor | None) -> None:
+    def _make(self, student: JointMap, data: Tensor, cond: Tensor | None) -> None:
         """Put a chunk of new examples in the place of the oldest."""
         rows = torch.arange(self.chunk, device=data.device) % len(data)
         data, cond = data[rows], None if cond is None else cond[rows]
@@ -131,55 +117,22 @@ class VolumeRegression(Objective):
         x = self.path.sample(data, torch.randn_like(data), s)
         own = torch.rand(len(data), device=data.device) < self.own_path
         x = torch.where(like(own, x), self._led_to(student, torch.randn_like(data), s, cond), x)
-        divergence = self.target(student, source, x, s, t, cond).divergence
-        places = (self._next + torch.arange(len(x), device=x.device)) % self.capacity
-        made = {"x": x, "s": s, "t": t, "divergence": divergence, "cond": cond}
-        for name, value in made.items():
-            if value is None:
-                self._kept[name] = None
-                continue
-            ring = self._kept.get(name)
-            if ring is None:
-                ring = value.new_zeros(self.capacity, *value.shape[1:])
-            self._kept[name] = ring.to(value.device)
-            ring = self._kept[name]
-            assert ring is not None
-            ring[places] = value
-        self._next = (self._next + len(x)) % self.capacity
-        self._count = min(self._count + len(x), self.capacity)
+        self._ring.add(x=x, s=s, t=t, divergence=self.volume(student, Point(x, s, cond), t), cond=cond)
 
     @torch.no_grad()
     def _led_to(self, student: JointMap, x: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
         """Where the map's own jumps on one of the grids lead from noise ``x`` until times ``s``."""
-        steps = self.intervals.steps[int(torch.randint(len(self.intervals.steps), (), generator=self.structure))]
-        for a, b in itertools.pairwise(time_grid(steps)):
+        for a, b in itertools.pairwise(time_grid(pick(self.intervals.steps, self.structure))):
             start, end = expand_time(a, x), torch.minimum(s, expand_time(b, x))
             going = end > start
             moved = student.jump(x, start, torch.where(going, end, start), cond).state
             x = torch.where(like(going, x), moved, x)
         return x
 
-    def _draw(self, count: int) -> Examples:
-        x, s, t, divergence, cond = (self._kept[n] for n in ("x", "s", "t", "divergence", "cond"))
-        assert x is not None and s is not None and t is not None and divergence is not None  # noqa: PT018
-        rows = torch.randint(self._count, (count,), device=x.device)
-        # what the map answers is what it should: only D is trained, and this part of the error is left at zero
-        unused = torch.zeros_like(x[rows])
-        labels = None if cond is None else cond[rows]
-        return Examples(x[rows], s[rows], t[rows], labels, Joint(unused, divergence[rows]))
-
     def state_dict(self) -> dict[str, Any]:
-        kept = {n: None if v is None else v[: self._count].cpu().clone() for n, v in self._kept.items()}
-        return {"kept": kept, "next": self._next, "due": self._due}
+        return {"kept": self._ring.state_dict(), "next": self._ring.next, "due": self._due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._kept, self._next, self._due = {}, int(state["next"]), float(state["due"])
-        self._count = 0
-        for name, value in state["kept"].items():
-            if value is None:
-                self._kept[name] = None
-                continue
-            self._count = len(value)
-            ring = value.new_zeros(self.capacity, *value.shape[1:])
-            ring[: len(value)] = value
-            self._kept[name] = ring
+        self._ring, self._due = Ring(self.capacity), float(state["due"])
+        self._ring.next = int(state["next"])
+        self._ring.load_state_dict(state["kept"])
