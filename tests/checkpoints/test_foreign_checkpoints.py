@@ -18,7 +18,6 @@ from torch.nn.functional import conv2d, group_norm, interpolate, silu
 
 from f2d2_lightning import FlowMap, Inversion, JointFlowMap, log_prob, sample
 from f2d2_lightning.checkpoints import from_pretrained, save_pretrained
-from f2d2_lightning.checkpoints._pickle import Record
 from f2d2_lightning.checkpoints.foreign import (
     FlattenedHead,
     LogTimeEmbedding,
@@ -28,6 +27,7 @@ from f2d2_lightning.checkpoints.foreign import (
     load_py_meanflow,
 )
 from f2d2_lightning.checkpoints.foreign.weights import record_weights
+from f2d2_lightning.utils.pickles import Record
 
 SIZE, CHANNELS, WIDTH, MULTIPLIERS, BLOCKS = 4, 2, 8, (1, 2), 1
 

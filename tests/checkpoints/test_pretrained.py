@@ -289,7 +289,7 @@ def test_names_of_a_hub_and_missing_files(tmp_path, saved):
         "f2d2_lightning.nn.mlp.FlowMap",
         "f2d2_lightning.nn.MLP.forward",
         "f2d2_lightning.nn.nothing.MLP",
-        "f2d2_lightning.checkpoints.foreign.files.Machine",
+        "f2d2_lightning.checkpoints.foreign.files._Reader",
         "f2d2_lightning.checkpoints.export.Adapter",
         "f2d2_lightning.utils.files.Path",
         "..nn.mlp.MLP",

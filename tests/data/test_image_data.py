@@ -15,8 +15,8 @@ from PIL import Image
 import f2d2_lightning as f2
 from f2d2_lightning.data.dataset import LazyValues
 from f2d2_lightning.data.images import celeba, cifar, imagenet
-from f2d2_lightning.data.images._pickle import read_pickle
 from f2d2_lightning.data.images._reader import Framing
+from f2d2_lightning.utils.pickles import read_arrays
 from made_data import (
     ATTRIBUTES,
     edm_files,
@@ -62,7 +62,7 @@ def test_made_pickles_are_those_of_python_2():
 
 
 def test_a_pickle_of_python_2_is_read():
-    read = read_pickle(io.BytesIO(GOLDEN), "file", "somewhere")
+    read = read_arrays(GOLDEN, "file", "somewhere")
     assert np.array_equal(read["data"], GOLDEN_VALUES["data"])
     assert read["data"].dtype == np.uint8
     assert read["labels"] == [6, 9, 3]

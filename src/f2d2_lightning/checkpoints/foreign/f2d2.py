@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters.features import FeatureTap
-from f2d2_lightning.checkpoints._pickle import Record
 from f2d2_lightning.checkpoints.foreign.embeddings import LogTimeEmbedding
 from f2d2_lightning.checkpoints.foreign.files import read_checkpoint
 from f2d2_lightning.checkpoints.foreign.song_unet import SongLayout, fill_layers, song_unet
@@ -27,6 +26,7 @@ from f2d2_lightning.flows.maps import FlowMap
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
 from f2d2_lightning.nn.unet import UNet
+from f2d2_lightning.utils.pickles import Record
 
 __all__ = ["FlattenedHead", "OfficialFlowMap", "load_official", "load_official_joint"]
 

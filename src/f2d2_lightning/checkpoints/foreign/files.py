@@ -1,6 +1,7 @@
 """Files of other people's training: plain pickles, and what ``torch.save`` writes in both of its formats.
 
-Pickles of tensors contain the older format as bytes, one for each storage.
+Pickles of tensors contain the older format as bytes, one for each storage. ``torch.load`` is not asked: with a pickle
+module of one's own it makes storages as large as the file claims, and TorchScript runs.
 """
 
 from __future__ import annotations
@@ -9,32 +10,41 @@ import io
 import mmap
 import struct
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
-from f2d2_lightning.checkpoints._pickle import (
-    Machine,
-    RefusedPickleError,
-    Storage,
-    announced_storage,
-)
+import torch
+from torch import Tensor
+
+from f2d2_lightning.utils.pickles import Allowance, RefusedPickleError, StorageType, Unpickler
 
 __all__ = ["read_checkpoint"]
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DAMAGE = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError),
-    *(ValueError, struct.error, zipfile.BadZipFile),
+    *(
+        ArithmeticError,
+        AttributeError,
+        BufferError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+    ),
+    *(UnpicklingError, ValueError, struct.error, zipfile.BadZipFile),
 )
 
 
 def read_checkpoint(path: str | Path, classes: Collection[str] = ()) -> Any:
     """Contents of a pickle, or of a file of ``torch.save``, as plain values; nothing in it is run.
 
-    Tensors come as :class:`~f2d2_lightning.checkpoints._pickle.StoredTensor`, modules of ``torch.nn`` and objects of
-    persistent classes as :class:`~f2d2_lightning.checkpoints._pickle.Record`; ordered and attribute-like dictionaries
-    as ``dict``, NumPy numbers as Python's.
+    Tensors come on the CPU and may share memory, as they did; modules of ``torch.nn`` and objects of persistent classes
+    as :class:`~f2d2_lightning.utils.pickles.Record`; ordered and attribute-like dictionaries as ``dict``, NumPy numbers
+    as Python's.
 
     Args:
         path: File.
@@ -50,12 +60,12 @@ def read_checkpoint(path: str | Path, classes: Collection[str] = ()) -> Any:
         raise FileNotFoundError(f"there is no file {path}; download the checkpoint, or correct the path")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty; download it again")
-    reader = _Reader(str(path), frozenset(classes))
+    reader = _Reader(str(path), frozenset(classes), path.stat().st_size)
     try:
         # begins with a zip's first entry; an archive with something before it is no file of torch.save
         with path.open("rb") as file:
             if file.read(2) == b"PK":
-                return reader.archive(path)
+                return reader.archive(file)
             # a map, not a file: what it reads is bounded by what is there, whatever lengths the opcodes claim
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
                 return reader.stream(stream)
@@ -67,13 +77,36 @@ def read_checkpoint(path: str | Path, classes: Collection[str] = ()) -> Any:
 
 
 class _Reader:
-    def __init__(self, file: str, classes: frozenset[str]) -> None:
-        self.file, self.classes = file, classes
-        self._read: dict[int, tuple[bytes, Any]] = {}
+    """Reads files of ``size`` bytes; the storages announced in one are by their keys in ``memory``."""
 
-    def pickle(self, stream: Any, storage: Callable[[Any], Storage] | None = None) -> Any:
+    def __init__(self, file: str, classes: frozenset[str], size: int) -> None:
+        self.file, self.classes, self.allowance = file, classes, Allowance(size)
+        self.left = size
+        self.memory: dict[str, bytearray] = {}
+        self.flat: dict[str, Tensor] = {}
+
+    def pickle(self, stream: Any, storage: Any = None) -> Any:
         """One pickle, from where the stream is to the pickle's end."""
-        return Machine(self.file, self.classes, storage, self.from_bytes).run(stream)
+        kwargs: dict[str, Any] = {"classes": self.classes, "storage": storage, "from_bytes": self.from_bytes}
+        return Unpickler(stream, self.file, self.allowance, **kwargs).load()
+
+    def announced(self, identity: Any, length: int) -> str:
+        """Key of the storage that ``("storage", type, key, location, elements)`` speaks of; room is made for it."""
+        if type(identity) is not tuple or len(identity) != length or identity[5:] not in ((), (None,)):
+            raise RefusedPickleError(f"{self.file} has a persistent identity that is no storage; nothing of it was run")
+        kind, of, key, _, numel = identity[:5]
+        if kind != "storage" or type(of) is not StorageType or type(key) is not str or type(numel) is not int:
+            raise ValueError("a persistent identity is no storage, or has no key or number of elements")
+        size = numel * of.dtype.itemsize
+        if key not in self.memory:
+            self.left -= size
+            if numel < 0 or self.left < 0:
+                raise ValueError(f"storages of more bytes are announced than there are ({numel} elements)")
+            self.memory[key] = bytearray(size)
+            self.flat[key] = torch.frombuffer(self.memory[key], dtype=of.dtype) if size else torch.empty(0).to(of.dtype)
+        if (self.flat[key].dtype, len(self.flat[key])) != (of.dtype, numel):
+            raise ValueError(f"storage {key:.20} is announced twice, with different sizes")
+        return key
 
     def stream(self, stream: Any) -> Any:
         """A plain pickle, or the older format of ``torch.save``."""
@@ -82,13 +115,10 @@ class _Reader:
 
     def from_bytes(self, data: bytes) -> Any:
         """What ``torch.save`` made of an object in its older format."""
-        # the same bytes can be asked for any number of times
-        if id(data) not in self._read:
-            stream = io.BytesIO(data)
-            if self.pickle(stream) != _LEGACY_MAGIC:
-                raise ValueError("the bytes of a storage do not begin as torch.save writes them")
-            self._read[id(data)] = (data, self.legacy(stream))
-        return self._read[id(data)][1]
+        stream, reader = io.BytesIO(data), _Reader(self.file, self.classes, len(data))
+        if reader.pickle(stream) != _LEGACY_MAGIC:
+            raise ValueError("the bytes of a storage do not begin as torch.save writes them")
+        return reader.legacy(stream)
 
     def legacy(self, stream: BinaryIO) -> Any:
         """The rest of the older format: protocol, system, object, keys of storages, and their values."""
@@ -97,27 +127,21 @@ class _Reader:
             raise ValueError("its version of torch.save is not known")
         if type(system) is not dict or system.get("little_endian") is not True:
             raise ValueError("its numbers are not in little-endian order")
-        storages: dict[str, Storage] = {}
-
-        def storage(identity: Any) -> Storage:
-            if type(identity) is not tuple or len(identity) != 6 or identity[5] is not None:
-                raise RefusedPickleError(f"{self.file} has a persistent identity that is no storage; nothing was run")
-            return announced_storage(identity, storages)
-
-        content, keys = self.pickle(stream, storage), self.pickle(stream)
-        if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(storages):
-            raise ValueError(f"{len(storages)} storages are announced, and others follow")
+        content = self.pickle(stream, lambda identity: self.flat[self.announced(identity, 6)])
+        keys = self.pickle(stream)
+        if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(self.flat):
+            raise ValueError(f"{len(self.flat)} storages are announced, and others follow")
         for key in keys:
-            announced = storages[key]
-            count, data = int.from_bytes(stream.read(8), "little"), stream.read(announced.nbytes)
-            if count != announced.numel or len(data) != announced.nbytes:
-                raise ValueError(f"a storage of {announced.numel} elements has {count}, in {len(data)} bytes")
-            announced.read = lambda data=data: data
+            numel, memory = len(self.flat[key]), self.memory[key]
+            count, data = int.from_bytes(stream.read(8), "little"), stream.read(len(memory))
+            if count != numel or len(data) != len(memory):
+                raise ValueError(f"a storage of {numel} elements has {count}, in {len(data)} bytes")
+            memory[:] = data
         return content
 
-    def archive(self, path: Path) -> Any:
-        """The zip format: one pickle, and an entry for each storage, read when its tensor is asked for."""
-        archive = zipfile.ZipFile(path)
+    def archive(self, file: BinaryIO) -> Any:
+        """The zip format: one pickle, and an entry for each storage."""
+        archive = zipfile.ZipFile(file)
         pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
             raise ValueError(f"a file of torch.save has one data.pkl, and this archive has {len(pickles)}")
@@ -131,16 +155,15 @@ class _Reader:
 
         if folder + "byteorder" in archive.namelist() and archive.read(entry("byteorder")) != b"little":
             raise ValueError("its numbers are not in little-endian order")
-        storages: dict[str, Storage] = {}
 
-        def storage(identity: Any) -> Storage:
-            if type(identity) is not tuple or len(identity) != 5:
-                raise RefusedPickleError(f"{self.file} has a persistent identity that is no storage; nothing was run")
-            announced = announced_storage(identity, storages)
-            info = entry(f"data/{identity[2]}")
-            if info.file_size != announced.nbytes:
-                raise ValueError(f"{info.filename} has {info.file_size} bytes, but {announced.nbytes} are announced")
-            announced.read = lambda: archive.read(info)
-            return announced
+        def storage(identity: Any) -> Tensor:
+            known = len(self.flat)
+            key = self.announced(identity, 5)
+            if len(self.flat) > known:
+                info, memory = entry(f"data/{key}"), self.memory[key]
+                if info.file_size != len(memory):
+                    raise ValueError(f"{info.filename} has {info.file_size} bytes, but {len(memory)} are announced")
+                memory[:] = archive.read(info)
+            return self.flat[key]
 
         return self.pickle(io.BytesIO(archive.read(entry("data.pkl"))), storage)

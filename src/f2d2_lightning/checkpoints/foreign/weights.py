@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.checkpoints._pickle import Record, StoredTensor
+from f2d2_lightning.utils.pickles import Record
 
 __all__ = ["Weights", "fill", "record_weights", "tensors_of"]
 
 
-def record_weights(record: Any, prefix: str = "") -> dict[str, StoredTensor]:
+def record_weights(record: Any, prefix: str = "") -> dict[str, Tensor]:
     """Parameters and buffers of a module that was read as a record, by their names in its ``state_dict``.
 
     Raises:
         ValueError: If the record is no module, or contains itself.
     """
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, Tensor] = {}
     _collect(record, prefix, found, ())
     return found
 
 
-def _collect(record: Any, prefix: str, found: dict[str, StoredTensor], above: tuple[int, ...]) -> None:
+def _collect(record: Any, prefix: str, found: dict[str, Tensor], above: tuple[int, ...]) -> None:
     parts = [
         record.state.get(n) if isinstance(record, Record) else None for n in ("_parameters", "_buffers", "_modules")
     ]
@@ -34,19 +34,19 @@ def _collect(record: Any, prefix: str, found: dict[str, StoredTensor], above: tu
         raise ValueError(f"{prefix} is a module inside itself")
     parameters, buffers, modules = parts
     for name, value in [*parameters.items(), *buffers.items()]:  # type: ignore[union-attr]
-        if isinstance(value, StoredTensor):
+        if isinstance(value, Tensor):
             found[f"{prefix}{name}"] = value
     for name, module in modules.items():  # type: ignore[union-attr]
         if module is not None:
             _collect(module, f"{prefix}{name}.", found, (*above, id(record)))
 
 
-def tensors_of(values: Any, prefix: str) -> dict[str, StoredTensor]:
+def tensors_of(values: Any, prefix: str) -> dict[str, Tensor]:
     """Those entries of a ``state_dict`` whose names begin with ``prefix``, without it."""
     if not isinstance(values, dict):
         return {}
     named = {name: value for name, value in values.items() if isinstance(name, str) and name.startswith(prefix)}
-    return {name[len(prefix) :]: value for name, value in named.items() if isinstance(value, StoredTensor)}
+    return {name[len(prefix) :]: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 class Weights:
@@ -57,7 +57,7 @@ class Weights:
         source: What they are of, for errors.
     """
 
-    def __init__(self, stored: Mapping[str, StoredTensor], source: str) -> None:
+    def __init__(self, stored: Mapping[str, Tensor], source: str) -> None:
         self.source = source
         self._left = dict(stored)
         self._problems: list[str] = []
@@ -74,14 +74,14 @@ class Weights:
         """
         if name not in self._left:
             raise ValueError(f"{self.source} has no weight {name!r}; it is of another architecture")
-        return self._left[name].shape
+        return tuple(self._left[name].shape)
 
     def take(self, name: str) -> Tensor | None:
-        """One of them in its dtype, or ``None``, and then it is listed as missing in the end."""
+        """One of them in its dtype and in memory of its own, or ``None``: it is listed as missing in the end."""
         if name not in self._left:
             self._problems.append(f"{name} is missing")
             return None
-        return self._left.pop(name).tensor()
+        return self._left.pop(name).clone(memory_format=torch.contiguous_format)
 
     def drop(self, ending: str) -> None:
         """Give up those whose names end so, because they do not bear on the answer."""
@@ -97,7 +97,7 @@ class Weights:
         Raises:
             ValueError: Lists what did not fit.
         """
-        problems = [*self._problems, *(f"{name} {self._left[name].shape} has no place" for name in self._left)]
+        problems = [*self._problems, *(f"{name} {tuple(self._left[name].shape)} has no place" for name in self._left)]
         if problems:
             more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
             raise ValueError(

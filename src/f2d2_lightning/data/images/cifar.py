@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import tarfile
 import zlib
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.data.images._download import Source, fetch
-from f2d2_lightning.data.images._pickle import read_pickle
 from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
+from f2d2_lightning.utils.pickles import read_arrays
 
 __all__ = ["CIFAR10"]
 
@@ -35,7 +34,7 @@ class CIFAR10(ImageDataModule):
 
     Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
     The last ``val`` of the 50,000 training images validate; the 10,000 test images test. All are held in memory
-    (184 MB). Pickles are read without running what else they might hold (:mod:`f2d2_lightning.data.images._pickle`).
+    (184 MB). Pickles are read without running what else they might hold (:mod:`f2d2_lightning.utils.pickles`).
 
     Args:
         folder: Where ``cifar-10-batches-py``, ``cifar-10-python.tar.gz``, ``cifar-10-batches-bin`` or
@@ -142,7 +141,7 @@ def _complete(content: dict[str, bytes], path: Path) -> dict[str, bytes]:
 def _batch(content: bytes, name: str, pickled: bool) -> tuple[Tensor, Tensor]:
     """Images ``(ROWS, 3, 32, 32)``, ``uint8``, and labels ``(ROWS,)`` of one batch."""
     if pickled:
-        found = read_pickle(io.BytesIO(content), name, HOME)
+        found = read_arrays(content, name, HOME)
         images: Any = found.get("data")
         classes: Any = found.get("labels")
         fits = isinstance(images, np.ndarray) and isinstance(classes, list)

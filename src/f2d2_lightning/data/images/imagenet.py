@@ -12,12 +12,12 @@ from torch import Tensor
 
 from f2d2_lightning.data.dataset import StoredValues, Values
 from f2d2_lightning.data.images._cache import cached, digest, sole_writer, write_array
-from f2d2_lightning.data.images._pickle import read_pickle
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import image_rows, open_store
 from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.files import whole_file
+from f2d2_lightning.utils.pickles import read_arrays
 
 __all__ = ["ImageNet64"]
 
@@ -175,8 +175,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if path.suffix == ".npz":
         found = read_numbers(path, ("data", "labels"), f"it is truncated or corrupt, get it again from {HOME}")
     else:
-        with path.open("rb") as file:
-            found = read_pickle(file, str(path), HOME)
+        found = read_arrays(path.read_bytes(), str(path), HOME)
     pixels, classes = found.get("data"), found.get("labels")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (DIM,):
         came = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else "no array"
