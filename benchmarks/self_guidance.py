@@ -23,7 +23,8 @@ from torch import Tensor
 import f2d2_lightning as f2
 from f2d2_lightning.likelihood import state_images
 from f2d2_lightning.metrics import SmallFeatures
-from f2d2_lightning.metrics.image import FeatureStatistics, feature_statistics
+from f2d2_lightning.metrics.image import ImageDistance
+from f2d2_lightning.metrics.networks import extract_features
 from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.training.loading import load_module
 
@@ -40,11 +41,14 @@ class Study:
         self.module, self.network, self.noise, self.judged = module, network, noise, options.judged
         self.scales, self.teacher_steps, self.near_data = options.scales, options.teacher_steps, options.near_data
         self.reference = f2.Reference(steps=100, probes=1, near_data=options.near_data)
-        self.real = self.statistics(real)
+        self.distance = ImageDistance(network.num_features)
+        self.update(real, True)
 
-    def statistics(self, states: Tensor) -> FeatureStatistics:
+    def update(self, states: Tensor, real: bool) -> None:
         module = self.module
-        return feature_statistics(self.network, state_images(states, module.levels, module.low, module.high))
+        for part in states.split(256):
+            images = state_images(part, module.levels, module.low, module.high)
+            self.distance.update(extract_features(self.network, images), real)
 
     def bits(self, log_prob: Tensor) -> float:
         module = self.module
@@ -60,8 +64,10 @@ class Study:
         some = quantization.dequantize(quantization.quantize(states[: self.judged])).float()
         teacher = self.reference(module.teacher_velocity(), some).value
         student = module.log_prob(some, 8).value
+        self.distance.reset()
+        self.update(states, False)
         return {
-            "fid": float(self.statistics(states).distance(self.real)),
+            "fid": self.distance.compute()["fid"],
             "teacher": self.bits(teacher),
             "student": self.bits(student),
         }

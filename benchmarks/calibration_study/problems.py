@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import f2d2_lightning as f2
 from f2d2_lightning.likelihood import state_images
 from f2d2_lightning.metrics import SmallFeatures
-from f2d2_lightning.metrics.image import FeatureStatistics, feature_statistics
+from f2d2_lightning.metrics.image import ImageDistance
+from f2d2_lightning.metrics.networks import extract_features
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
 from f2d2_lightning.training.loading import load_module
 from f2d2_lightning.utils.files import whole_file
@@ -170,10 +171,11 @@ class Problem:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             real = first_states(data.dataset("train"), 5000)
-        return self._statistics(real) if self.levels is not None else real[: self.drawn]
+        return self._features(real) if self.levels is not None else real[: self.drawn]
 
-    def _statistics(self, states: Tensor) -> FeatureStatistics:
-        return feature_statistics(self._network, state_images(states, self.levels))
+    def _features(self, states: Tensor) -> Tensor:
+        parts = state_images(states, self.levels).split(256)
+        return torch.cat([extract_features(self._network, images) for images in parts])
 
     def distance(self, samples: Tensor) -> float:
         """Of samples to training data: Frechet's of features for images, the energy distance for points (times 1,000).
@@ -181,7 +183,10 @@ class Problem:
         Energy distance: Szekely and Rizzo, 2013, https://doi.org/10.1016/j.jspi.2013.03.018
         """
         if self.levels is not None:
-            return float(self._statistics(samples).distance(self._real))
+            distance = ImageDistance(self._network.num_features)
+            distance.update(self._real, real=True)
+            distance.update(self._features(samples), real=False)
+            return distance.compute()["fid"]
         return 1e3 * energy_distance(samples, self._real)
 
 

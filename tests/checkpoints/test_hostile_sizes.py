@@ -21,7 +21,6 @@ from f2d2_lightning.data.images._files import open_image
 from f2d2_lightning.data.images._idx import read_idx
 from f2d2_lightning.data.images._stores import open_store
 from f2d2_lightning.data.images.edm_zip import _labels
-from f2d2_lightning.metrics.image import FeatureStatistics
 from f2d2_lightning.utils import arrays
 from f2d2_lightning.utils.arrays import check_growth, check_stored_archive, map_numbers, read_numbers
 from made_data import write_files
@@ -138,7 +137,6 @@ def test_an_archive_that_grows_is_not_unpacked(grown):
     for call, remedy in (
         (lambda: read_numbers(grown), "numpy.savez, not savez_compressed"),
         (lambda: load_points(str(grown), None, None, Reading()), "numpy.savez, not savez_compressed"),
-        (lambda: FeatureStatistics.load(grown), "remove it"),
         (lambda: imagenet._read(grown), "get it again from https://image-net.org"),
     ):
         refused(call, str(grown), said, "1,0", "times as many; up to 100 times, or 67,108,864 bytes", remedy)

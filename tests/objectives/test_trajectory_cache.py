@@ -14,7 +14,8 @@ from f2d2_lightning import GaussianBaseline, Hutchinson, TrajectoryRegression
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.objectives import Batch, DiagonalSource, TeacherSource, TrajectoryPool
 from f2d2_lightning.objectives import trajectory_cache as module
-from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache, _checksum
+from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
+from f2d2_lightning.utils.fingerprints import fingerprint
 from problems import PROBLEMS, Student, randomize
 
 TIMES = [0.0, 0.25, 0.5, 1.0]
@@ -204,7 +205,7 @@ def content(**other):
     generator = torch.Generator().manual_seed(1)
     kept = {"states": torch.randn(SHAPE, generator=generator), "change": torch.randn(SHAPE[:2], generator=generator)}
     kept |= other
-    return {**kept, "checksum": _checksum(kept["states"], kept["change"])}
+    return {**kept, "checksum": fingerprint(kept["states"], kept["change"])}
 
 
 def read(path):

@@ -1,4 +1,4 @@
-"""Sample quality in two processes, for tests/test_sample_quality.py; the same code in one is what it is compared with.
+"""Sample quality in two processes, for the test of the callback; the same code in one is what it is compared with.
 
     python tests/support/quality_worker.py FOLDER
 
@@ -110,6 +110,35 @@ class Projection(nn.Module):
         return torch.sin((images.flatten(1).double() / 64) @ self.weight)
 
 
+class Answer(nn.Module):
+    """Answers what a function makes of images."""
+
+    def __init__(self, function, **attributes):
+        super().__init__()
+        self.function = function
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, images):
+        return self.function(images)
+
+
+def fidelity_fid(a, b):
+    from torch_fidelity import metric_fid
+
+    statistics = [metric_fid.fid_features_to_statistics(f.double()) for f in (a, b)]
+    return metric_fid.fid_statistics_to_metric(*statistics, False)[metric_fid.KEY_METRIC_FID]
+
+
+def fidelity_kid(a, b, size):
+    from torch_fidelity import metric_kid
+
+    found = metric_kid.kid_features_to_metric(
+        a.double(), b.double(), kid_subsets=100, kid_subset_size=size, rng_seed=2020, verbose=False
+    )
+    return found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
+
+
 class InDouble(f2.modules.FlowModule):
     """Dequantized data are single precision."""
 
@@ -176,7 +205,7 @@ def measure(
     logged = {name: float(value) for name, value in made.callback_metrics.items() if name.startswith(FIGURES)}
     real = callback.real
     assert real is not None
-    return {"results": callback.results, "logged": logged, "real": (real.mean, real.covariance, real.features)}
+    return {"results": callback.results, "logged": logged, "real": real}
 
 
 def spoiled(folder: Path, replicas: int, name: str) -> dict[str, Any]:

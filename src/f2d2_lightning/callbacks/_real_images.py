@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.pixels import state_images
+from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.seeding import mix_seed
 
 __all__ = ["RealImages", "find_loader"]
@@ -90,7 +90,7 @@ class RealImages:
             return count if self.rank == 0 else 0
         return count // self.world + (self.rank < count % self.world)
 
-    def settle(self, digests: list[list[bytes]]) -> bool:
+    def settle(self, digests: list[list[str]]) -> bool:
         """Whether what is iterated over has changed, as all processes have the same stream: it would count often.
 
         Args:
@@ -135,15 +135,9 @@ class RealImages:
             yield place, self.images(x)
             place += len(x)
 
-    def digests(self) -> list[bytes]:
+    def digests(self) -> list[str]:
         """A fingerprint of each of this process's images."""
-        found = []
-        for _, images in self:
-            head = f"{tuple(images.shape[1:])}".encode()
-            found += [
-                hashlib.blake2b(head + image.tobytes(), digest_size=16).digest() for image in images.cpu().numpy()
-            ]
-        return found
+        return [fingerprint(image) for _, images in self for image in images.cpu()]
 
     def conditions(self, start: int, end: int) -> Tensor:
         """Conditioning of the images at these places of the order, from the beginning again after the last one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ from f2d2_lightning.callbacks._models import find_sampler
 from f2d2_lightning.callbacks._real_images import SPLITS, RealImages, find_loader
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.pixels import state_images
-from f2d2_lightning.metrics._cache import StatisticsCache
-from f2d2_lightning.metrics.distances import kernel_distance, precision_recall
-from f2d2_lightning.metrics.image import FeatureMoments, FeatureStatistics, double_device
-from f2d2_lightning.metrics.networks import check_network, extract_features, load_network, network_hash
+from f2d2_lightning.metrics._cache import Statistics, StatisticsCache
+from f2d2_lightning.metrics.image import ImageDistance
+from f2d2_lightning.metrics.networks import check_network, extract_features, load_network
+from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import gather_states
 from f2d2_lightning.utils.seeding import mix_seed
 
@@ -109,8 +108,8 @@ class SampleQuality(L.Callback):
         self.data, self.real_samples = data, real_samples
         self.flow_map, self.method, self.seed = flow_map, method, seed
         self.cache = StatisticsCache(cache)
-        self.real: FeatureStatistics | None = None
-        """Statistics of the real images, once a run has started."""
+        self.real: Statistics | None = None
+        """Sums of the real images' features, as :attr:`ImageDistance.real` has them, once a run has started."""
         self.results: dict[int, dict[str, float]] = {}
         """Figures of the last evaluation by step count: ``fid``, ``kid`` and so on."""
         self._network: nn.Module | None = None
@@ -186,7 +185,8 @@ class SampleQuality(L.Callback):
                 self._seed()
                 parts = gather_states(real.digests())
             digests = sorted(digest for part in parts for digest in part)
-            key = self._fingerprint(digests)
+            kept = self.samples if self.kid or self.precision_recall else 0
+            key = fingerprint("statistics 2", self.network, kept, digests)
             if self.real is None or key != self._key:
                 self.real = self._statistics(trainer, real, key, extract_features(self.network, images))
                 self._key = key
@@ -198,40 +198,38 @@ class SampleQuality(L.Callback):
         np.random.seed(0)
         random.seed(0)
 
-    def _fingerprint(self, digests: list[bytes]) -> str:
-        """Of images, network and settings that decide the statistics."""
-        kept = self.samples if self.kid or self.precision_recall else 0
-        parts = (b"statistics 1", network_hash(self.network).encode(), str(kept).encode(), *digests)
-        return hashlib.blake2b(b" ".join(parts), digest_size=20).hexdigest()
-
-    def _statistics(self, trainer: L.Trainer, real: RealImages, key: str, probe: Tensor) -> FeatureStatistics:
+    def _statistics(self, trainer: L.Trainer, real: RealImages, key: str, probe: Tensor) -> Statistics:
         # machines may have caches of their own, so the first process decides for all
         found = self.cache.read(key, probe) if trainer.is_global_zero else None
         found = trainer.strategy.broadcast(found)
         if found is not None:
             return found
-        moments = FeatureMoments(probe.shape[1]).to(double_device(probe.device))
-        moments.update(probe[:0])
-        kept = self.samples if self.kid or self.precision_recall else 0
-        if real.streams:
-            kept = real.part(kept)
+        metric = self._metric(probe)
+        metric.update(probe[:0], real=True)
+        kept = real.part(self.samples) if real.streams else self.samples
         self._seed()
         for place, images in real:
-            moments.update(extract_features(self.network, images, probe.shape[1]), max(0, kept - place))
-        statistics = moments.statistics()
+            metric.update(extract_features(self.network, images, probe.shape[1]), True, max(0, kept - place))
+        with metric.sync_context():
+            statistics = metric.real
         if trainer.is_global_zero:
             self.cache.write(key, statistics, probe)
         return statistics
 
+    def _metric(self, probe: Tensor) -> ImageDistance:
+        # Apple's devices have no double precision
+        device = "cpu" if probe.device.type == "mps" else probe.device
+        return ImageDistance(probe.shape[1], self.kid, self.precision_recall).to(device)
+
     def _check_counts(self, num_features: int) -> None:
         assert self.real is not None
-        least = 4 if self.precision_recall else 2
-        if self.real.count < least:
-            raise ValueError(f"there are {self.real.count} real images ({self.data} data); at least {least} are needed")
-        if min(self.samples, self.real.count) <= num_features and not self._warned:
+        least, count = 4 if self.precision_recall else 2, int(self.real[2])
+        if count < least:
+            raise ValueError(f"there are {count} real images ({self.data} data); at least {least} are needed")
+        if min(self.samples, count) <= num_features and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"{self.samples} samples and {self.real.count} real images for {num_features} features: a covariance "
+                f"{self.samples} samples and {count} real images for {num_features} features: a covariance "
                 f"of so few has deficient rank, and the FID is biased upwards; take more than {num_features}, or a "
                 "feature network with fewer features"
             )
@@ -270,18 +268,24 @@ class SampleQuality(L.Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             torch.manual_seed(mix_seed("sample quality", self.seed))
-            drawn = self._draw(trainer, pl_module)
-        self.results = {k: self._compare(k, statistics) for k, statistics in drawn.items()}
+            self.results = self._draw(trainer, pl_module)
         for k, figures in self.results.items():
             pl_module.log_dict({f"{stage}/{name}_{k}": torch.tensor(v).float() for name, v in figures.items()})
 
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[int, FeatureStatistics]:
-        """Statistics of the features of samples by step count, over all processes."""
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[int, dict[str, float]]:
+        """Figures of samples by step count, over all processes."""
         assert self.real is not None
-        model, size = self.model(trainer, pl_module), len(self.real.mean)
-        keep = self.batch_size if self.kid or self.precision_recall else 0
-        device = pl_module.device
-        moments = {k: FeatureMoments(size).to(double_device(device)) for k in self.steps}
+        model, size, device = self.model(trainer, pl_module), len(self.real[0]), pl_module.device
+        none = torch.zeros(0, size, device=device)
+        metrics = {k: self._metric(none) for k in self.steps}
+        if trainer.is_global_zero:
+            # sums are over processes
+            for metric in metrics.values():
+                metric.real = self.real
+        else:
+            for metric in metrics.values():
+                metric.update(none, real=True)
+        lost = dict.fromkeys(self.steps, 0)
         begin, end = self._share(trainer)
         # processes may share a sharded network, and must call it equally often: those that have run out go on with one
         # sample that does not count
@@ -294,26 +298,18 @@ class SampleQuality(L.Callback):
             for k in self.steps:
                 x = model.sample(noise, k, cond).state[: len(indices)]
                 # counted out here, and refused by all processes together once they have met
-                x = x[x.flatten(1).isfinite().all(1)] if len(x) else x
-                features = torch.zeros(0, size, dtype=torch.float64, device=device)
+                finite = x.flatten(1).isfinite().all(1)
+                lost[k] += int((~finite).sum())
+                features, x = none, x[finite]
                 if len(x):
                     images = state_images(x, model.levels, model.low, model.high)
                     features = extract_features(self.network, images, size)
-                moments[k].update(features, keep)
-        return {k: metric.statistics() for k, metric in moments.items()}
-
-    def _compare(self, k: int, drawn: FeatureStatistics) -> dict[str, float]:
-        assert self.real is not None
-        if drawn.count < self.samples:
-            raise ValueError(
-                f"{self.samples - drawn.count} of {self.samples} samples in {k} step{'s' if k > 1 else ''} hold NaN or "
-                "infinity; the model has diverged, or its first epochs are too early to sample (every_n_epochs=...)"
-            )
-        figures = {"fid": self.real.distance(drawn)}
-        if self.kid:
-            distance = kernel_distance(drawn.kept(), self.real.kept())
-            figures |= {"kid": distance.mean, "kid_std": distance.std}
-        if self.precision_recall:
-            precision, recall = precision_recall(drawn.kept(), self.real.kept())
-            figures |= {"precision": precision, "recall": recall}
-        return figures
+                metrics[k].update(features, real=False)
+        everywhere = gather_states(lost)
+        for k in self.steps:
+            if missing := sum(each[k] for each in everywhere):
+                raise ValueError(
+                    f"{missing} of {self.samples} samples in {k} step{'s' if k > 1 else ''} hold NaN or infinity; the "
+                    "model has diverged, or its first epochs are too early to sample (every_n_epochs=...)"
+                )
+        return {k: metric.compute() for k, metric in metrics.items()}

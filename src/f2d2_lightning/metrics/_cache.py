@@ -1,4 +1,4 @@
-"""Statistics of real images on disk, by what they were computed from."""
+"""What is known of real images on disk, by what it was computed from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from f2d2_lightning.metrics.image import FeatureStatistics, read_arrays
+from f2d2_lightning.utils.arrays import read_numbers
+from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["StatisticsCache"]
 
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+NAMES = ("total", "products", "count", "kept")
 TOLERANCE = 0.01
 """Largest relative difference of features on another device or with another library."""
 
 
 class StatisticsCache:
-    """A folder of statistics, each by a key that says what they are of.
+    """A folder of sums of features (:attr:`f2d2_lightning.metrics.image.ImageDistance.real`), each by a key.
 
     A file also holds the features of some images. Where the network answers others now, its code has changed and the
     file is of no use, which the key cannot know.
@@ -37,7 +40,7 @@ class StatisticsCache:
         """Where statistics of a key are."""
         return self.folder / f"{key}.npz"
 
-    def read(self, key: str, probe: Tensor) -> FeatureStatistics | None:
+    def read(self, key: str, probe: Tensor) -> Statistics | None:
         """Statistics of a key; ``None``, and a warning, if the file is damaged or of other features.
 
         Args:
@@ -48,25 +51,31 @@ class StatisticsCache:
         if not path.exists():
             return None
         try:
-            arrays = read_arrays(path)
-            statistics = FeatureStatistics.from_arrays(arrays, path)
+            found = read_numbers(path, remedy="it is damaged or no file of statistics, remove it")
+            size, shapes = probe.shape[1], {name: value.shape for name, value in found.items()}
+            wanted = {"total": (size,), "products": (size, size), "count": (), "probe": tuple(probe.shape)}
+            if shapes != wanted | {"kept": (*shapes.get("kept", ())[:1], size)}:
+                raise ValueError(f"{path} holds arrays {shapes}; sums, products and features are expected, remove it")
         except ValueError as error:
             warnings.warn(f"{error}; the statistics are computed again", stacklevel=2)
             return None
-        before, now = torch.from_numpy(arrays.get("probe", np.zeros(0))).double(), probe.cpu().double()
-        if before.shape != now.shape or not bool((before - now).norm() <= TOLERANCE * now.norm() + 1e-12):
+        before, now = torch.from_numpy(found["probe"]).double(), probe.cpu().double()
+        if not bool((before - now).norm() <= TOLERANCE * now.norm() + 1e-12):
             warnings.warn(
                 f"{path} was made with other features of the same images: the network's code has changed; the "
                 "statistics are computed again",
                 stacklevel=2,
             )
             return None
-        return statistics
+        total, products, count, kept = (torch.from_numpy(found[name]) for name in NAMES)
+        return total.double(), products.double(), count.long(), kept.double()
 
-    def write(self, key: str, statistics: FeatureStatistics, probe: Tensor) -> None:
+    def write(self, key: str, statistics: Statistics, probe: Tensor) -> None:
         """Keep statistics; only a warning where the folder cannot be written."""
+        arrays = {name: value.cpu().numpy() for name, value in zip(NAMES, statistics)}
         try:
-            statistics.save(self.path(key), probe=probe.cpu().double().numpy())
+            with whole_file(self.path(key)) as partial, partial.open("wb") as file:
+                np.savez(file, probe=probe.cpu().double().numpy(), **arrays)  # type: ignore[arg-type]
         except OSError as error:
             warnings.warn(
                 f"statistics of real images cannot be kept in {self.folder} ({error}), and will be computed again by "

@@ -1,210 +1,150 @@
-"""Mean and covariance of features of images, over batches and processes, and in files. No Lightning."""
+"""Distances of two sets of images by the features of a network: torchmetrics' FID and KID; precision and recall.
+
+Frechet's distance is equation 6 of Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local
+Nash Equilibrium", 2017, https://arxiv.org/abs/1706.08500; the kernel distance, squared maximum mean discrepancy with
+the kernel ``(x.y / F + 1)^3``, is from Binkowski et al., "Demystifying MMD GANs", 2018,
+https://arxiv.org/abs/1801.01401.
+"""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
+from torchmetrics.utilities import dim_zero_cat
 
-from f2d2_lightning.metrics.distances import root_distance, symmetric_root
-from f2d2_lightning.metrics.networks import extract_features
-from f2d2_lightning.utils.arrays import read_numbers
-from f2d2_lightning.utils.files import whole_file
+__all__ = ["ImageDistance", "precision_recall"]
 
-__all__ = ["FeatureMoments", "FeatureStatistics", "double_device", "feature_statistics"]
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureStatistics:
-    """Mean and covariance of a set of features, on the CPU, float64."""
-
-    mean: Tensor
-    """``(F,)``."""
-    covariance: Tensor
-    """Unbiased (over ``count - 1``), ``(F, F)``; NaN below two samples."""
-    count: int
-    """Number of samples."""
-    features: Tensor | None = None
-    """Features themselves, of all samples or the first ones, ``(N, F)``, where they were asked for."""
-
-    @functools.cached_property
-    def root(self) -> Tensor:
-        """Symmetric root of the covariance, ``(F, F)``; computed once."""
-        return symmetric_root(self.covariance)
-
-    def kept(self) -> Tensor:
-        """The features themselves, ``(N, F)``.
-
-        Raises:
-            ValueError: If they were not kept.
-        """
-        if self.features is None:
-            raise ValueError("the features themselves were not kept, but only their mean and covariance: keep=True")
-        return self.features
-
-    def distance(self, other: FeatureStatistics) -> float:
-        """Frechet's distance to another set (:func:`f2d2_lightning.metrics.distances.frechet_distance`).
-
-        Raises:
-            ValueError: If a set has fewer than 2 samples, or the features are of different numbers.
-        """
-        if min(self.count, other.count) < 2:
-            raise ValueError(
-                f"the sets have {self.count} and {other.count} samples; a covariance needs at least 2 of each"
-            )
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"the sets have {len(self.mean)} and {len(other.mean)} features; both must be of one feature network"
-            )
-        return root_distance(self.mean, self.root, other.mean, other.root)
-
-    def save(self, path: str | Path, **more: np.ndarray) -> None:
-        """Write to an ``.npz`` file, over an older one; beside its place first, so that no half of one is left.
-
-        Args:
-            path: File.
-            more: Further arrays to keep in it.
-        """
-        content = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
-        content |= {} if self.features is None else {"features": self.features}
-        with whole_file(path) as partial, partial.open("wb") as file:
-            np.savez(file, **{name: value.numpy() for name, value in content.items()}, **more)  # type: ignore[arg-type]
-
-    @classmethod
-    def load(cls, path: str | Path) -> FeatureStatistics:
-        """What :meth:`save` wrote; arrays only, no code in the file is run.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged, or of another kind.
-        """
-        return cls.from_arrays(read_arrays(path), path)
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], path: str | Path) -> FeatureStatistics:
-        """From the arrays of a file.
-
-        Raises:
-            ValueError: If some are missing, of other shapes, or not finite.
-        """
-        found = {name: (value.dtype.kind, value.shape) for name, value in arrays.items()}
-        size = arrays["mean"].shape[0] if "mean" in arrays and arrays["mean"].ndim == 1 else -1
-        wanted = {"mean": ("f", (size,)), "covariance": ("f", (size, size)), "count": ("i", ())}
-        kept = arrays.get("features")
-        fits = all(found.get(name) == form for name, form in wanted.items())
-        fits = fits and (kept is None or (kept.ndim == 2 and kept.shape[1] == size))
-        if not fits or not all(np.isfinite(arrays[name]).all() for name in wanted):
-            raise ValueError(f"{path} does not hold the mean, covariance and count of features; it has {found}")
-        mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mean", "covariance"))
-        return cls(mean, covariance, int(arrays["count"]), None if kept is None else torch.from_numpy(kept))
+STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples", "real_kept")
+"""What is known of real images, in the order of :attr:`ImageDistance.real`."""
 
 
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Arrays of an ``.npz`` file, without pickles.
+class _Given(nn.Identity):
+    """In the place of a feature network: features are given."""
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or of another kind.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no statistics of features at {path}")
-    return read_numbers(path, remedy="it is damaged or no file of statistics, remove it")
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
 
-class FeatureMoments(Metric):
-    """Mean and covariance of features over batches and processes: sums in float64, so that no batch is lost in one.
+class ImageDistance(FrechetInceptionDistance):
+    """FID, and on request KID, precision and recall, over batches of features and over processes.
+
+    In double precision. Of real images sums can be taken out (:attr:`real`) and set in another one, so that they are
+    computed once for all samples that are compared with them.
 
     Args:
         num_features: Number of features.
+        kid: Also the kernel distance: 100 subsets of 1,000, or of all features where a set has fewer.
+        precision_recall: Also precision and recall.
         kwargs: torchmetrics' own, such as ``sync_on_compute``.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    total: Tensor
-    products: Tensor
-    count: Tensor
-    kept: list[Tensor]
+    real_kept: list[Tensor]
+    fake_kept: list[Tensor]
 
-    def __init__(self, num_features: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_features = num_features
-        zeros = functools.partial(torch.zeros, dtype=torch.float64)
-        self.add_state("total", default=zeros(num_features), dist_reduce_fx="sum")
-        self.add_state("products", default=zeros(num_features, num_features), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("kept", default=[], dist_reduce_fx="cat")
+    def __init__(self, num_features: int, kid: bool = False, precision_recall: bool = False, **kwargs: Any) -> None:
+        super().__init__(feature=_Given(num_features), reset_real_features=False, **kwargs)
+        self.kid, self.precision_recall = kid, precision_recall
+        self.add_state("real_kept", default=[], dist_reduce_fx="cat")
+        self.add_state("fake_kept", default=[], dist_reduce_fx="cat")
 
-    def update(self, features: Tensor, keep: int = 0) -> None:
-        """Add a batch; a process without samples adds an empty one.
+    def update(self, features: Tensor, real: bool, keep: int | None = None) -> None:
+        """Add a batch; a process without images adds an empty one.
 
         Args:
-            features: ``(B, F)``; for no samples ``(0, F)``.
-            keep: Keep the first so many of the batch themselves.
+            features: ``(B, F)``; for no images ``(0, F)``.
+            real: Whether they are real images'.
+            keep: Keep so many of them for what needs the features themselves; all by default.
         """
-        features = features.detach().to(self.total.device).double()
-        self.total += features.sum(0)
-        self.products += features.T @ features
-        self.count += len(features)
+        features = features.detach().to(self.device).double()
+        super().update(features, real)
         # an empty part as well: processes gather as many tensors of as many axes
-        self.kept.append(features[:keep])
+        if self.kid or self.precision_recall:
+            (self.real_kept if real else self.fake_kept).append(features[:keep])
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, covariance, count and the features kept, over everything added.
+    @property
+    def real(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of real images, on the CPU: sum ``(F,)`` and products ``(F, F)`` of features, number, features ``(N, F)``.
 
-        torchmetrics drops the axes of single numbers; :meth:`statistics` does not.
+        Of all processes between ``sync()`` and ``unsync()``, else of this one.
         """
-        mean = self.total / self.count
-        covariance = (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        if int(self.count) < 2:
-            covariance = torch.full_like(covariance, math.nan)
-        kept = torch.cat(self.kept) if isinstance(self.kept, list) else self.kept
-        return mean, 0.5 * (covariance + covariance.T), self.count, kept
+        total, products, count, kept = (getattr(self, name) for name in STATES)
+        features = dim_zero_cat(kept) if len(kept) else total.new_zeros(0)
+        return total.cpu(), products.cpu(), count.cpu(), features.reshape(-1, len(total)).cpu()
 
-    def statistics(self) -> FeatureStatistics:
-        """Over everything added, by all processes; mean and covariance are NaN where there are too few samples."""
-        mean, covariance, count, kept = (value.cpu() for value in self.compute())
-        size = self.num_features
-        features = kept.reshape(-1, size) if kept.numel() else None
-        return FeatureStatistics(mean.reshape(size), covariance.reshape(size, size), int(count), features)
+    @real.setter
+    def real(self, state: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        for name, value in zip(STATES, state, strict=True):
+            value = value.to(self.device)
+            setattr(self, name, [value] if name == "real_kept" else value.clone())
+        self._computed = None
+
+    def reset(self) -> None:
+        """Forget the samples; what is known of real images stays."""
+        kept = list(self.real_kept)  # it is emptied
+        super().reset()
+        self.real_kept = kept
+
+    def compute(self) -> dict[str, float]:  # type: ignore[override]
+        """Distances by name: ``fid``, and where asked for ``kid``, ``kid_std``, ``precision`` and ``recall``.
+
+        ``kid_std`` is the standard deviation over subsets.
+
+        Raises:
+            RuntimeError: If there are fewer than 2 real images or samples.
+        """
+        # rounding makes it slightly negative where the sets agree
+        figures = {"fid": max(0.0, float(super().compute()))}
+        if not (self.kid or self.precision_recall):
+            return figures
+        size = len(self.real_features_sum)
+        real, fake = (dim_zero_cat(kept).reshape(-1, size) for kept in (self.real_kept, self.fake_kept))
+        if self.kid:
+            least = min(1000, len(real), len(fake))
+            kernel = KernelInceptionDistance(feature=nn.Identity(), subset_size=least, sync_on_compute=False)
+            kernel.update(real, real=True)
+            kernel.update(fake, real=False)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                mean, std = kernel.compute()
+            figures |= {"kid": float(mean), "kid_std": float(std)}
+        if self.precision_recall:
+            precision, recall = precision_recall(fake, real)
+            figures |= {"precision": precision, "recall": recall}
+        return figures
 
 
-def feature_statistics(
-    network: nn.Module, images: Tensor | Iterable[Tensor], batch_size: int = 256, keep: bool = False
-) -> FeatureStatistics:
-    """Statistics of the features of images, of this process alone.
+def precision_recall(samples: Tensor, real: Tensor, neighbors: int = 3, chunk: int = 1024) -> tuple[float, float]:
+    """Share of samples that lie near real images, and share of real images that lie near samples.
+
+    Near means within the ball around a vector of the other set that reaches that set's ``neighbors``-th nearest
+    vector. Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019,
+    https://arxiv.org/abs/1904.06991. Both depend on the sizes of the sets: give as many samples as real images.
 
     Args:
-        network: Feature network (:mod:`f2d2_lightning.metrics.networks`).
-        images: ``uint8 (N, C, H, W)``, or batches of them, where the network is.
-        batch_size: Images at a time, of a tensor.
-        keep: Keep the features as well, for KID, precision and recall.
+        samples: Features of samples, ``(N, F)``.
+        real: Features of real images, ``(M, F)``.
+        neighbors: Which neighbor sets a ball's radius, from 1.
+        chunk: Vectors whose distances to all others are held at a time.
+
+    Returns:
+        Precision and recall, in [0, 1].
 
     Raises:
-        ValueError: If there are no images, or images or features are unfit.
+        ValueError: If a set has no more than ``neighbors`` vectors.
     """
-    moments: FeatureMoments | None = None
-    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
-        if len(batch) == 0:
-            continue
-        features = extract_features(network, batch, None if moments is None else moments.num_features)
-        if moments is None:
-            moments = FeatureMoments(features.shape[1], sync_on_compute=False).to(double_device(features.device))
-        moments.update(features, len(batch) if keep else 0)
-    if moments is None:
-        raise ValueError("there are no images to take features of")
-    return moments.statistics()
+    if min(len(samples), len(real)) <= neighbors:
+        raise ValueError(f"there are {len(samples)} samples and {len(real)} real images; at least {neighbors + 1} each")
+    samples, real = samples.double(), real.double()
 
+    def covered(points: Tensor, centers: Tensor) -> float:
+        # a vector is its own nearest
+        radii = [torch.cdist(part, centers).kthvalue(neighbors + 1).values for part in centers.split(chunk)]
+        radius = torch.cat(radii)
+        inside = [(torch.cdist(part, centers) <= radius).any(1) for part in points.split(chunk)]
+        return float(torch.cat(inside).double().mean())
 
-def double_device(device: torch.device) -> torch.device:
-    """The device, or the CPU where the device has no float64 (Apple's)."""
-    return torch.device("cpu") if device.type == "mps" else device
+    return covered(samples, real), covered(real, samples)

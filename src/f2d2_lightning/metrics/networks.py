@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.utils.files import whole_file
-from f2d2_lightning.utils.fingerprints import network_hash
 
 __all__ = [
     "InceptionFeatures",
@@ -25,9 +24,7 @@ __all__ = [
     "check_images",
     "check_network",
     "extract_features",
-    "inception_features",
     "load_network",
-    "network_hash",
 ]
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -36,16 +33,21 @@ INCEPTION_FEATURES = (64, 192, 768, 2048)
 SMALL_FORMAT = "f2d2_lightning.metrics.SmallFeatures"
 
 
-def check_images(images: Tensor) -> None:
+def check_images(images: Tensor, channels: Sequence[int] | None = None) -> None:
     """Refuse what is no batch of 8-bit images.
 
     Raises:
-        ValueError: If ``images`` are not ``uint8`` ``(B, C, H, W)``.
+        ValueError: If ``images`` are not ``uint8`` ``(B, C, H, W)``, of these channels.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(
             f"images have dtype {images.dtype} and shape {tuple(images.shape)}; uint8 (B, C, H, W) in 0 to 255 are "
             "expected (states become images by f2d2_lightning.likelihood.state_images)"
+        )
+    if channels is not None and images.shape[1] not in channels:
+        raise ValueError(
+            f"images have {images.shape[1]} channels, and these features are of {' or '.join(map(str, channels))}; "
+            "train others (benchmarks/train_features.py); Inception takes 1 (grey) or 3 (RGB)"
         )
 
 
@@ -73,17 +75,13 @@ def extract_features(network: nn.Module, images: Tensor, num_features: int | Non
                 f"{name} cannot take images uint8 {tuple(images.shape)} on {images.device} ({error}); a feature "
                 "network takes 8-bit images (B, C, H, W) and scales them itself"
             ) from error
-    if not isinstance(features, Tensor):
-        raise ValueError(f"{name} answered a {type(features).__name__}; a feature network answers a tensor (B, F)")
-    if features.ndim != 2 or len(features) != len(images) or not torch.is_floating_point(features):
+    floating = isinstance(features, Tensor) and features.is_floating_point()
+    if not floating or features.shape != (len(images), features.shape[-1] if num_features is None else num_features):
+        came = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features)}"
         raise ValueError(
-            f"{name} answered {features.dtype} {tuple(features.shape)} to {len(images)} images; floating features "
-            f"({len(images)}, F) are expected, one row per image (flatten further axes)"
-        )
-    if num_features is not None and features.shape[1] != num_features:
-        raise ValueError(
-            f"{name} answered {features.shape[1]} features to {tuple(images.shape)}, and {num_features} before; their "
-            "number must not depend on the batch"
+            f"{name} answered {came} to {len(images)} images; floating features ({len(images)}, "
+            f"{'F' if num_features is None else num_features}) are expected, one row per image (flatten further axes), "
+            "whose number must not depend on the batch"
         )
     if not bool(features.isfinite().all()):
         bad = int((~features.isfinite()).any(1).sum())
@@ -123,7 +121,7 @@ def load_network(features: str | Path | nn.Module, weights: str | Path | None = 
         ValueError: If a file is of another kind, or weights are given for another network.
     """
     if features == "inception":
-        return inception_features(weights)
+        return InceptionFeatures(weights)
     if weights is not None:
         raise ValueError(
             f"weights={str(weights)!r} goes with features='inception', not with {features!r}: a network brings its own"
@@ -173,12 +171,7 @@ class SmallFeatures(nn.Module):
         Raises:
             ValueError: If the images have another type, or another number of channels.
         """
-        check_images(images)
-        if images.shape[1] != self.channels:
-            raise ValueError(
-                f"images have {images.shape[1]} channels, and these features were made for {self.channels}; train "
-                "others (benchmarks/train_features.py), or use Inception's"
-            )
+        check_images(images, [self.channels])
         x = images.to(self.head.weight.dtype) / 127.5 - 1
         return self.hidden(self.stages(x))
 
@@ -213,50 +206,27 @@ class SmallFeatures(nn.Module):
             raise FileNotFoundError(
                 f"there is no feature network at {path}; train one (benchmarks/train_features.py), or correct the path"
             )
-        saved = _load_plain(path.read_bytes(), path)
-        if not isinstance(saved, dict) or saved.get("format") != SMALL_FORMAT:
-            raise ValueError(f"{path} is not a file of SmallFeatures.save; train one with benchmarks/train_features.py")
         try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["format"] != SMALL_FORMAT:
+                raise ValueError(f"its format is {saved['format']!r:.80}")
             network = cls(**saved["sizes"]).to(saved["state_dict"]["head.weight"].dtype)
             network.load_state_dict(saved["state_dict"])
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold the weights of SmallFeatures: {error}") from error
+        except Exception as error:  # a file of another kind fails anywhere
+            raise ValueError(
+                f"{path} is damaged or no file of SmallFeatures.save ({type(error).__name__}: {str(error)[:300]}); "
+                "train one with benchmarks/train_features.py"
+            ) from error
         return network.eval()
 
 
 class InceptionFeatures(nn.Module):
-    """Features of the InceptionV3 network that the FID was defined with, by torch-fidelity.
-
-    Images are resized to 299 x 299 as its TensorFlow original does; grey images become three equal channels. Made by
-    :func:`inception_features`.
-
-    Args:
-        network: torch-fidelity's extractor, asked for one layer.
-        num_features: Number of features of that layer.
-    """
-
-    def __init__(self, network: nn.Module, num_features: int) -> None:
-        super().__init__()
-        self.network, self.num_features = network, num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features of images, ``uint8 (B, 1 or 3, H, W) -> (B, num_features)``.
-
-        Raises:
-            ValueError: If the images have another type or number of channels.
-        """
-        check_images(images)
-        if images.shape[1] not in (1, 3):
-            raise ValueError(f"images have {images.shape[1]} channels; Inception takes 1 (grey) or 3 (RGB)")
-        (features,) = self.network(images.expand(-1, 3, -1, -1))
-        return features
-
-
-def inception_features(weights: str | Path | None, num_features: int = 2048) -> InceptionFeatures:
-    """InceptionV3 from a local file of its weights; nothing is downloaded.
+    """Features of the InceptionV3 network that the FID was defined with, from a local file; nothing is downloaded.
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017,
-    https://arxiv.org/abs/1706.08500. This is torch-fidelity's ``inception-v3-compat``, a port of that network.
+    https://arxiv.org/abs/1706.08500. This is torch-fidelity's ``inception-v3-compat``, a port of that network: images
+    are resized to 299 x 299 as its TensorFlow original does (torchmetrics' own resizing differs by default). Grey
+    images become three equal channels.
 
     Args:
         weights: File ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity's release v0.2.0; plain values
@@ -267,37 +237,43 @@ def inception_features(weights: str | Path | None, num_features: int = 2048) -> 
         FileNotFoundError: If there is no such file; says how to get it.
         ValueError: If it holds something else, or there is no such layer.
     """
-    if num_features not in INCEPTION_FEATURES:
-        raise ValueError(
-            f"num_features is {num_features}; Inception has layers of {', '.join(map(str, INCEPTION_FEATURES))}"
-        )
-    path = None if weights is None else Path(weights)
-    if path is None or not path.is_file():
-        came = "weights is not given" if path is None else f"there is no file at {path}"
-        raise FileNotFoundError(
-            f"Inception's weights are needed, and {came}; nothing is downloaded here. Get {INCEPTION_FILE} once, "
-            f"curl -LO {INCEPTION_URL}, and give its path: weights=.../{INCEPTION_FILE}. A feature network of your own "
-            "does as well, where figures need not compare with the literature: features= any module from images uint8 "
-            "(B, C, H, W) to (B, F), or a file of SmallFeatures (benchmarks/train_features.py)"
-        )
-    content = path.read_bytes()
-    # read before torch-fidelity reads it, which would run code in it
-    _load_plain(content, path)
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    try:
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", [str(num_features)], feature_extractor_weights_path=io.BytesIO(content)
-        )
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} does not hold the weights of InceptionV3 ({str(error)[:300]}); get {INCEPTION_URL}"
-        ) from error
-    return InceptionFeatures(network, num_features).eval().requires_grad_(False)
+    def __init__(self, weights: str | Path | None, num_features: int = 2048) -> None:
+        super().__init__()
+        if num_features not in INCEPTION_FEATURES:
+            raise ValueError(
+                f"num_features is {num_features}; Inception has layers of {', '.join(map(str, INCEPTION_FEATURES))}"
+            )
+        if weights is None or not Path(weights).is_file():
+            came = "weights is not given" if weights is None else f"there is no file at {weights}"
+            raise FileNotFoundError(
+                f"Inception's weights are needed, and {came}; nothing is downloaded here. Get {INCEPTION_FILE} once, "
+                f"curl -LO {INCEPTION_URL}, and give its path: weights=.../{INCEPTION_FILE}. A feature network of your "
+                "own does as well, where figures need not compare with the literature: features= any module from "
+                "images uint8 (B, C, H, W) to (B, F), or a file of SmallFeatures (benchmarks/train_features.py)"
+            )
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        try:
+            content = Path(weights).read_bytes()
+            # read before torch-fidelity reads it, which would run code in it
+            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", [str(num_features)], feature_extractor_weights_path=io.BytesIO(content)
+            )
+        except Exception as error:  # a file of another kind fails anywhere
+            raise ValueError(
+                f"{weights} does not hold the weights of InceptionV3 ({str(error)[:300]}); get {INCEPTION_URL}"
+            ) from error
+        self.num_features = num_features
+        self.eval().requires_grad_(False)
 
-def _load_plain(content: bytes, path: Path) -> object:
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a file of plain weights: {error}") from error
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images, ``uint8 (B, 1 or 3, H, W) -> (B, num_features)``.
+
+        Raises:
+            ValueError: If the images have another type or number of channels.
+        """
+        check_images(images, (1, 3))
+        (features,) = self.network(images.expand(-1, 3, -1, -1))
+        return features

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, check_draws, clock
-from f2d2_lightning.utils.fingerprints import network_hash, update_with
+from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.sharding import is_sharded
 
@@ -112,10 +111,7 @@ class Evaluation:
         """
         owner = getattr(velocity, "__self__", velocity)
         identity = self._identity_of(owner)
-        digest = hashlib.sha1(f"{self.model.reference} {identity} {x.device}".encode())
-        for part in (x,) if cond is None else (x, cond):
-            update_with(digest, part)
-        key = digest.hexdigest()
+        key = fingerprint(str(self.model.reference), identity, str(x.device), x, cond)
         if identity is None:
             self._references.clear()  # nothing tells what a function answers, but the function
         if key not in self._references:
@@ -136,7 +132,7 @@ class Evaluation:
             return None
         if self.likelihoods is None or self._identity[0] is not owner:
             # weights stay as they are during an evaluation
-            self._identity = owner, network_hash(owner)
+            self._identity = owner, fingerprint(owner)
         return self._identity[1]
 
     # --- results ---

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.utils.arrays import check_stored_archive
 from f2d2_lightning.utils.files import whole_file
-from f2d2_lightning.utils.fingerprints import network_hash, update_with
+from f2d2_lightning.utils.fingerprints import fingerprint
 
 __all__ = ["TrajectoryCache"]
 
@@ -56,7 +55,7 @@ class TrajectoryCache:
         x = entry["x"]
         where = (x.device.type, torch.__version__)
         parts = (self._of(source), entry["node"], entry["seed"], list(times), where, x, entry["cond"], baseline)
-        return self.folder / f"{_digest(parts)}.pt"
+        return self.folder / f"{fingerprint(parts)}.pt"
 
     def read(self, path: Path, x: Tensor, nodes: int) -> tuple[Tensor, Tensor] | None:
         """A chunk; ``None`` if it is not there, with a warning if the file is damaged or of something else.
@@ -88,7 +87,7 @@ class TrajectoryCache:
     def write(self, path: Path, states: Tensor, change: Tensor) -> None:
         """Keep a chunk; only a warning where the folder cannot be written, or the disk is full."""
         states, change = states.cpu(), change.cpu()
-        content = {"states": states, "change": change, "checksum": _checksum(states, change)}
+        content = {"states": states, "change": change, "checksum": fingerprint(states, change)}
         try:
             with whole_file(path) as partial:
                 torch.save(content, partial)
@@ -125,19 +124,12 @@ def _checked(kept: Any, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]
             raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}; {dtype} {shape} is expected")
     # whether a gradient is asked for is in the file as well
     tensors = [kept[name].detach() for name in shapes]
-    if _checksum(*tensors) != kept["checksum"]:
+    # torch.load does not look at the checksums of the zip format
+    if fingerprint(*tensors) != kept["checksum"]:
         raise ValueError("its checksum is another: its content was changed or damaged")
     if not all(bool(found.isfinite().all()) for found in tensors):
         raise ValueError("it holds values that are not finite")
     return tensors
-
-
-def _checksum(*tensors: Tensor) -> str:
-    # torch.load does not look at those of the zip format
-    digest = hashlib.blake2b(digest_size=16)
-    for value in tensors:
-        update_with(digest, value)
-    return digest.hexdigest()
 
 
 def _fingerprint(source: VelocitySource) -> str:
@@ -152,33 +144,4 @@ def _fingerprint(source: VelocitySource) -> str:
             f"cache= tells teachers apart by their weights, and {network!r} is no torch.nn.Module; wrap it in one, or "
             "leave cache out"
         )
-    return _digest((network, type(source.estimator), vars(source.estimator)))
-
-
-def _digest(value: Any) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    """Take in a value by what it holds, so that equal values give equal fingerprints in any process."""
-    if isinstance(value, Tensor):
-        update_with(digest, value)
-    elif isinstance(value, nn.Module):
-        digest.update(network_hash(value).encode())
-    elif isinstance(value, Mapping):
-        for name in sorted(value):
-            digest.update(str(name).encode())
-            _feed(digest, value[name])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"{len(value)} values".encode())
-        for one in value:
-            _feed(digest, one)
-    elif isinstance(value, type):
-        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
-    elif value is None or isinstance(value, (str, int, float, bool)):
-        digest.update(f"{value!r};".encode())
-    else:
-        # an estimator inside an estimator
-        _feed(digest, (type(value), vars(value)))
+    return fingerprint(network, source.estimator)

@@ -1,31 +1,47 @@
-"""Fingerprints of tensors and networks: what was computed from equal ones can be kept and found again."""
+"""Fingerprints of tensors, networks and settings: what was computed from equal ones can be kept and found again."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["network_hash", "update_with"]
+__all__ = ["fingerprint"]
 
 
-def update_with(digest: Any, value: Tensor) -> None:
-    """Feed a tensor's type, shape and content to a digest of ``hashlib``."""
-    content = value.detach().cpu().contiguous()
-    digest.update(f"{content.dtype} {tuple(content.shape)}".encode())
-    digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+def fingerprint(*values: Any) -> str:
+    """Fingerprint of values by what they hold, hexadecimal: equal values give equal ones in any process.
 
-
-def network_hash(network: nn.Module) -> str:
-    """Fingerprint of a network's structure (as it prints) and of its weights and buffers, hexadecimal.
-
-    Networks that differ in neither can still differ in code; who keeps figures by this hash compares some features.
+    Of a tensor type, shape and content count, of a network its structure (as it prints), weights and buffers, of other
+    objects class and attributes. Networks that differ in none of that can still differ in code; who keeps figures by a
+    fingerprint compares some of the network's answers.
     """
-    digest = hashlib.blake2b(repr(network).encode(), digest_size=16)
-    for name, value in sorted(network.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} ".encode())
-            update_with(digest, value)
+    digest = hashlib.blake2b(digest_size=16)
+    _feed(digest, values)
     return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous()
+        digest.update(f"{content.dtype} {tuple(content.shape)}".encode())
+        digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, nn.Module):
+        state = {name: part for name, part in value.state_dict().items() if isinstance(part, Tensor)}
+        _feed(digest, (repr(value), state))
+    elif isinstance(value, Mapping):
+        _feed(digest, [(str(name), value[name]) for name in sorted(value)])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} values;".encode())
+        for one in value:
+            _feed(digest, one)
+    elif isinstance(value, type):
+        digest.update(f"{value.__module__}.{value.__qualname__};".encode())
+    elif value is None or isinstance(value, (str, bytes, int, float, bool)):
+        digest.update(f"{value!r};".encode())
+    else:
+        # an estimator inside an estimator
+        _feed(digest, (type(value), vars(value)))
