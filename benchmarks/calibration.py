@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
+
 from calibration_study.choices import CHOICES
 from calibration_study.problems import PROBLEMS
 from calibration_study.report import figure, rows_of, table
 from calibration_study.running import run
-
 from f2d2_lightning.plots import save_figure
 
 PREFACE = """# The calibration study's tables

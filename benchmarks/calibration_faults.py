@@ -15,12 +15,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from calibration_study.measures import PARTS, faults, true_path
-from calibration_study.problems import PROBLEMS
-from measuring import markdown
 
 import f2d2_lightning as f2
+from calibration_study.measures import PARTS, faults, true_path
+from calibration_study.problems import PROBLEMS
 from f2d2_lightning.training.loading import load_module
+from measuring import markdown
 
 
 def main() -> None:

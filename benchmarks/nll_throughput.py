@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measuring import NETWORKS, dtype_of, make_joint, markdown, medians, wake
 
 from f2d2_lightning import FlowMap, JointFlowMap, Reference, log_prob
 from f2d2_lightning.modules._compile import compile_network
+from measuring import NETWORKS, dtype_of, make_joint, markdown, medians, wake
 
 STEPS = (1, 2, 4, 8)
 EVALUATIONS = 1000  # of the teacher's likelihood

@@ -14,6 +14,7 @@ import itertools
 from pathlib import Path
 
 import torch
+
 from measuring import markdown, medians, peak_mib
 from training_step import RECIPES, Setting, pair_of_steps
 

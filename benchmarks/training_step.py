@@ -1,6 +1,6 @@
 """Time and memory of this package's training steps beside the official recipe's, per regression target.
 
-The official step (``official_recipe.py``) makes two targets of each of its ``--batch`` images; every recipe here makes
+The official step (``official/step.py``) makes two targets of each of its ``--batch`` images; every recipe here makes
 one of each of twice as many, so both sides regress the same network on the same number of targets with the same
 optimiser. Times are medians taken in turn, and ratios are within one run. Memory is the most that a step holds beyond
 what is held between steps; what is held between them (weights, average, teacher, optimiser, a full pool) has its own
@@ -18,14 +18,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from measuring import NETWORKS, dtype_of, make_joint, markdown, medians, peak_mib, resident_mib, wake
-from official_recipe import OfficialRecipe
 from torch import Tensor
 
 import f2d2_lightning as f2
 from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.modules.ema import copy_frozen, update_average
 from f2d2_lightning.objectives import TrajectoryRegression
+from measuring import NETWORKS, dtype_of, make_joint, markdown, medians, peak_mib, resident_mib, wake
+from official.step import OfficialRecipe
 
 FULL, PATH = "trajectory regression, full pool", "trajectory regression, a whole path"
 GOALS = "Goals: time at most 0.50, memory at most 0.60; on a GPU, Conditional with bf16 at most 0.25 of the time"

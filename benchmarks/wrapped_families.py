@@ -31,11 +31,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from measuring import log_determinant
 from torch import Tensor, nn
 
 import f2d2_lightning as f2
 from f2d2_lightning.adapters import AdaptedFlowMap, Consistency, Denoiser, MeanFlow, Shortcut, TwoTime
+from measuring import log_determinant
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import third_party_models as third_party

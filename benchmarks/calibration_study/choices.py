@@ -18,7 +18,7 @@ from calibration_study.variants import (
     Phases,
     UncertaintyWeighting,
 )
-from f2d2_lightning.modules.official import DyadicIntervals
+from official.module import DyadicIntervals
 
 __all__ = ["CHOICES", "Choice"]
 

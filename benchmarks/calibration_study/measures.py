@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from measuring import log_determinant
 from torch import Tensor
 
 import f2d2_lightning as f2
@@ -23,6 +22,7 @@ from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives import TeacherSource
 from f2d2_lightning.objectives.integrator import integrate, trajectory_times
+from measuring import log_determinant
 
 __all__ = ["PARTS", "Fault", "TruePath", "choose_grid", "faults", "judge", "likelihoods", "true_path"]
 

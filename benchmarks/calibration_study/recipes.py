@@ -14,7 +14,7 @@ import f2d2_lightning as f2
 from calibration_study.problems import Problem
 from calibration_study.variants import AveragedTargets, WithoutGradient
 from f2d2_lightning.likelihood import LogProb
-from f2d2_lightning.modules.official import official_log_prob
+from official.module import official_log_prob
 
 __all__ = ["Query", "Recipe", "StudyModule", "inverted", "official", "own"]
 

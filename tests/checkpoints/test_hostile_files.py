@@ -578,9 +578,7 @@ class Forwarding(f2.F2D2Module):
         super().__init__(**kwargs)
 
 
-@pytest.mark.parametrize(
-    "name", ["f2d2_lightning.F2D2Module", "f2d2_lightning.modules.official.OfficialF2D2Module", None]
-)
+@pytest.mark.parametrize("name", ["f2d2_lightning.F2D2Module", None])
 def test_what_is_trusted_is_not_for_the_file_to_say(tmp_path, name):
     """Where a trainer would open the teacher of a student from a file."""
     changes = {"teacher": trap(tmp_path, "second.ckpt"), "trust": ["subprocess", "trapmodule"], "_class_path": name}

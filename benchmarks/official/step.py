@@ -27,7 +27,7 @@ __all__ = ["OfficialRecipe"]
 
 
 class OfficialRecipe:
-    """Student, average and optimiser, and the step that trains them.
+    """Student, average and optimizer, and the step that trains them.
 
     Args:
         student: The joint map in training.
