@@ -1,10 +1,13 @@
-"""What the speed benchmarks share: networks of random weights, times in turn, peak memory, tables."""
+"""What benchmarks share: networks of random weights, times in turn, peak memory, agreement, kept results, tables."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +15,7 @@ from torch import Tensor, nn
 from f2d2_lightning import DivergenceHead, FlowMap, GaussianBaseline, JointFlowMap
 from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.nn import PreconditionedMLP, ResNet, UNet
-
-__all__ = [
-    "NETWORKS",
-    "dtype_of",
-    "log_determinant",
-    "make_joint",
-    "markdown",
-    "medians",
-    "peak_mib",
-    "resident_mib",
-    "wake",
-]
+from f2d2_lightning.utils.files import whole_file
 
 NETWORKS = ("digits", "resnet", "unet")
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -132,6 +124,52 @@ def log_determinant(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     # in parts: a Jacobian has d^2 numbers
     parts = (map_jacobian(function, part)[1] for part in x.split(max(1, 4096 // x[0].numel())))
     return torch.cat([torch.linalg.slogdet(slope.double()).logabsdet.to(x) for slope in parts])
+
+
+def agreement(value: Tensor, reference: Tensor) -> dict[str, float]:
+    """Mean, gap to the reference with its standard error, error per point, correlation; of points that have a value.
+
+    Args:
+        value: Negative log-likelihoods ``(B,)``; not finite where there is none.
+        reference: The same, of the reference.
+    """
+    good = value.isfinite()
+    share = float(good.double().mean())
+    if int(good.sum()) < 3:
+        return {"share": share} | dict.fromkeys(("nll", "gap", "gap_error", "error", "r"), math.nan)
+    value, reference = value[good].double(), reference[good].double()
+    off = value - reference
+    return {
+        "share": share,
+        "nll": float(value.mean()),
+        "gap": float(off.mean()),
+        "gap_error": float(off.std() / len(off) ** 0.5),
+        "error": float(off.abs().mean()),
+        "r": float(torch.corrcoef(torch.stack((value, reference)))[0, 1]),
+    }
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """``2 E|a - b| - E|a - a'| - E|b - b'|`` of two sets of points ``(N, d)``, ``(M, d)``, without bias.
+
+    Szekely and Rizzo, 2013, https://doi.org/10.1016/j.jspi.2013.03.018
+    """
+
+    def within(x: Tensor) -> Tensor:
+        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+
+    a, b = a.double(), b.double()
+    return float(2 * torch.cdist(a, b).mean() - within(a) - within(b))
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What ``torch.save`` wrote to ``path``, made and written first if it is not there."""
+    if not path.exists():
+        with torch.enable_grad():
+            value = make()
+        with whole_file(path) as partial:
+            torch.save(value, partial)
+    return torch.load(path, weights_only=True)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
