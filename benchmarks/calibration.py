@@ -33,7 +33,8 @@ import f2d2_lightning as f2
 from f2d2_lightning.divergence import Conditional, Exact
 from f2d2_lightning.likelihood import state_images
 from f2d2_lightning.metrics import SmallFeatures
-from f2d2_lightning.metrics.image import feature_statistics
+from f2d2_lightning.metrics.image import ImageDistance
+from f2d2_lightning.metrics.networks import extract_features
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
 from f2d2_lightning.objectives import Eulerian, Lagrangian, Semigroup
 from f2d2_lightning.training.loading import load_module
@@ -94,7 +95,8 @@ class Problem:
         """The teacher's log-likelihood and noise of :attr:`points`."""
 
         def solve() -> dict[str, Tensor]:
-            setting = f2.Reference(steps=self.reference_steps, probes=1 if self.dim > 8 else 0, near_data=self.near_data)
+            probes = 1 if self.dim > 8 else 0
+            setting = f2.Reference(steps=self.reference_steps, probes=probes, near_data=self.near_data)
             answers = [setting(self.teacher.average.velocity, part) for part in self.points.split(1000)]
             return {"value": torch.cat([a.value for a in answers]), "noise": torch.cat([a.noise for a in answers])}
 
@@ -107,8 +109,19 @@ class Problem:
         if self.levels is None:
             return lambda samples: 1e3 * energy_distance(samples, real[: self.drawn])
         network = SmallFeatures.load(self.folder / self.name / "features.pt")
-        of_real = feature_statistics(network, state_images(real, self.levels))
-        return lambda samples: float(feature_statistics(network, state_images(samples, self.levels)).distance(of_real))
+        metric = ImageDistance(network.num_features)
+
+        def add(states: Tensor, of_data: bool) -> None:
+            for part in states.split(256):
+                metric.update(extract_features(network, state_images(part, self.levels)), of_data)
+
+        def distance(samples: Tensor) -> float:
+            metric.reset()
+            add(samples, False)
+            return float(metric.compute())
+
+        add(real, True)
+        return distance
 
 
 PROBLEMS = {

@@ -300,9 +300,7 @@ def test_validation_of_a_checkpoint_gives_what_training_logged(tmp_path, weights
     module, f2d2 = MeanFlowModule(), callback()
     made = fit(tmp_path, module, f2d2)
     logged = {name: float(v) for name, v in made.callback_metrics.items() if "f2d2" in name and "val" in name}
-    assert {f"val/f2d2_{name}_{k}" for name in ("nll", "gap", "correlation") for k in (1, 2)} <= set(
-        logged
-    )
+    assert {f"val/f2d2_{name}_{k}" for name in ("nll", "gap", "correlation") for k in (1, 2)} <= set(logged)
     made.save_checkpoint(tmp_path / "x.ckpt", weights_only=weights_only)
     again = trainer(tmp_path, callbacks=[callback()])
     if weights_only:
