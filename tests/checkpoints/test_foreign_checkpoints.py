@@ -352,7 +352,7 @@ def test_an_imported_student_samples_and_has_likelihoods_by_inversion(official):
             value.mul_(1e-2)
     joint = load_official_joint(official(tree, "ShortCut_Net", "SongUNet_ctm_scalar", "LikelihoodLoss"))
     with torch.no_grad():
-        drawn = sample(joint, torch.randn(3, CHANNELS, SIZE, SIZE), 2, log_prob=True)
+        drawn = sample(joint, torch.randn(3, CHANNELS, SIZE, SIZE), 2, with_log_prob=True)
         back = log_prob(joint, drawn.state, 2, inversion=Inversion())
     torch.testing.assert_close(back.value, drawn.log_prob, rtol=1e-4, atol=1e-4)
 

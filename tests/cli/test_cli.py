@@ -383,7 +383,7 @@ def test_guided_samples(at_home, capsys, batch_size):
     made = np.load(at_home / f"guided{batch_size}.npz")
     module = load_module(STUDENT, f2.F2D2Module)
     noise = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = f2.SelfGuidance(0.05, 3, measure=True)(module.average, noise, 2, log_prob=True)
+    expected = f2.SelfGuidance(0.05, 3, measure=True)(module.average, noise, 2, with_log_prob=True)
     assert np.allclose(made["x"], expected.state.detach(), atol=1e-4)
     assert np.allclose(made["noise"], expected.noise, atol=1e-4)
     before, after = (float(v.detach().mean()) for v in (expected.log_prob_before, expected.log_prob_after))

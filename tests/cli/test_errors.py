@@ -85,7 +85,7 @@ ASKED = {
         lambda m: m(X, 0.2, 0.7),
         lambda m: m.jump(X, 0.0, 1.0),
         lambda m: sample(m, X),
-        lambda m: sample(m, X, log_prob=True),
+        lambda m: sample(m, X, with_log_prob=True),
         lambda m: log_prob(m, X, inversion=Inversion()),
     ],
 }
@@ -106,7 +106,7 @@ def test_likelihood_of_a_map_to_data_names_the_remedy():
 def test_directions_that_a_map_has_are_answered():
     one_way("to_data").jump(X, 0.2, 0.2)
     one_way("to_noise").jump(X, 0.2, 0.2)
-    sample(one_way("to_data"), X, log_prob=True)
+    sample(one_way("to_data"), X, with_log_prob=True)
     log_prob(one_way("to_noise"), X)
 
 
@@ -161,7 +161,7 @@ def test_steps(flow, entrance, steps, message):
 
 def test_samples_with_log_prob_need_a_divergence():
     with pytest.raises(ValueError, match=r"needs a joint map.*JointFlowMap"):
-        sample(MLP((3,)), X, log_prob=True)
+        sample(MLP((3,)), X, with_log_prob=True)
 
 
 def test_numbers_of_steps_that_are_not_int():

@@ -22,7 +22,7 @@ from f2d2_lightning import GaussianBaseline, Inversion, Quantization, log_prob
 from f2d2_lightning.cli import main, nll_command, sample_command
 from f2d2_lightning.cli._common import check_labels, class_count
 from f2d2_lightning.data.images._files import read_images
-from f2d2_lightning.metrics._impossible import said_of_bits
+from f2d2_lightning.metrics.likelihood import said_of_bits
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.training.loading import load_module
 from f2d2_lightning.utils.class_names import guessed_labels
@@ -528,10 +528,10 @@ def test_bits_below_zero_are_flagged(single, capsys, shift, bits):
 def test_more_than_a_percent_below_zero_is_flagged():
     bits = torch.full((200,), 3.0)
     bits[:2] = -0.1
-    assert said_of_bits(bits, "bits", 256, -1, 1) is None
+    assert said_of_bits(bits, "bits", Quantization(256)) is None
     bits[2] = -0.1
-    assert "3 of 200 below 0" in said_of_bits(bits, "bits", 256, -1, 1)
-    assert said_of_bits(-bits, "bits", None, -1, 1) is None
+    assert "3 of 200 below 0" in said_of_bits(bits, "bits", Quantization(256))
+    assert said_of_bits(-bits, "bits", None) is None
 
 
 def test_what_is_not_finite_is_flagged(single, capsys):

@@ -127,7 +127,7 @@ def baselines(gaussian):
     mean, full = gaussian.means[0], gaussian.covariances[0]
     yield GaussianBaseline.from_covariance(mean, full, gaussian.path, gaussian.shape), full
     for kind, variances in (("diagonal", full.diagonal()), ("isotropic", full.diagonal().mean().expand(gaussian.dim))):
-        baseline = GaussianBaseline.standard(gaussian.shape, kind, gaussian.path)
+        baseline = GaussianBaseline(gaussian.shape, kind, gaussian.path)
         baseline.mean.copy_(mean)
         baseline.variances.copy_(variances[: len(baseline.variances)])
         yield baseline, torch.diag(variances)
@@ -211,7 +211,7 @@ def test_fit_keeps_a_floor():
 def test_state_dict_round_trip(kind):
     data = torch.randn(50, 3) @ rotation(3, 2) * 2 + 1
     fitted = GaussianFlow(GaussianBaseline((3,), kind).fit([data]))
-    loaded = GaussianFlow(GaussianBaseline.standard((3,), kind))
+    loaded = GaussianFlow(GaussianBaseline((3,), kind))
     x, s, t = torch.randn(4, 3), torch.rand(4), torch.rand(4)
     assert not bool(loaded.baseline.fitted)
     assert not torch.equal(loaded(x, s, t).velocity, fitted(x, s, t).velocity)

@@ -56,11 +56,11 @@ def test_gaussian_noise_moves_as_the_closed_form_says(shape, steps, scale):
     d = torch.Size(shape).numel()
     baseline = f2.GaussianBaseline.from_covariance(torch.randn(d), _covariance(d, 0.2, 2.0, 0), shape=shape)
     noise = torch.randn(5, *shape)
-    made = SelfGuidance(scale, steps)(f2.flows.GaussianFlow(baseline), noise, 2, log_prob=True)
+    made = SelfGuidance(scale, steps)(f2.flows.GaussianFlow(baseline), noise, 2, with_log_prob=True)
     # log p of a Gaussian map's sample is log N(z) plus a constant: the gradient is -z
     assert torch.allclose(made.noise, noise * (1 - scale) ** steps)
     assert torch.equal(made.unguided_noise, noise)
-    unguided = f2.sample(f2.flows.GaussianFlow(baseline), noise, 2, log_prob=True).log_prob
+    unguided = f2.sample(f2.flows.GaussianFlow(baseline), noise, 2, with_log_prob=True).log_prob
     assert torch.allclose(made.log_prob_before, unguided)
     assert bool((made.log_prob > unguided).all()) == (scale > 0)
     expected = normal_log_prob(made.noise) + unguided - normal_log_prob(noise)
@@ -81,7 +81,7 @@ def test_gradient_against_finite_differences(shape, likelihood_steps, frozen, mo
 
     def value(z):
         with torch.no_grad():
-            return f2.sample(joint, z, likelihood_steps, log_prob=True).log_prob
+            return f2.sample(joint, z, likelihood_steps, with_log_prob=True).log_prob
 
     gradient = torch.empty(3, noise[0].numel())
     for axis in range(gradient.shape[1]):
@@ -105,7 +105,7 @@ def test_evaluations_are_counted(steps, guidance_steps, likelihood_steps, measur
     assert made.backward_evaluations == counted.backwards == guidance_steps * likelihood_steps
     assert (made.log_prob_after is not None) == measure
     if measure:
-        again = f2.sample(counted, made.noise, likelihood_steps, log_prob=True).log_prob
+        again = f2.sample(counted, made.noise, likelihood_steps, with_log_prob=True).log_prob
         assert torch.allclose(made.log_prob_after, again)
         assert bool((made.log_prob_after > made.log_prob_before).all())
 
@@ -129,8 +129,8 @@ def test_keep_norm(shape):
 
 def test_no_guidance_is_plain_sampling():
     joint, noise = mixture(), torch.randn(6, 2)
-    made = SelfGuidance(0.0)(joint, noise, 4, log_prob=True)
-    plain = f2.sample(joint, noise, 4, log_prob=True)
+    made = SelfGuidance(0.0)(joint, noise, 4, with_log_prob=True)
+    plain = f2.sample(joint, noise, 4, with_log_prob=True)
     assert torch.equal(made.state, plain.state)
     assert torch.equal(made.log_prob, plain.log_prob)
 

@@ -27,7 +27,7 @@ class TestClosedForm:
 
     def test_sample(self, gaussian, grid):
         noise = torch.randn(6, *gaussian.shape)
-        answer = sample(gaussian.field, noise, grid, log_prob=True)
+        answer = sample(gaussian.field, noise, grid, with_log_prob=True)
         close(answer.state, gaussian.jump(noise, torch.zeros(6), torch.ones(6))[0], rtol=1e-9, atol=1e-9)
         close(answer.log_prob, gaussian.log_prob(answer.state, torch.ones(6)), rtol=1e-9, atol=1e-9)
         close(answer.log_prob, log_prob(gaussian.field, answer.state, grid).value, rtol=1e-9, atol=1e-9)
@@ -43,7 +43,7 @@ class TestClosedForm:
         answer = log_prob(LogisticMap(flow), x, grid)
         close(answer.value, exact, rtol=1e-9, atol=1e-9)
         close(answer.noise, noise, rtol=1e-9, atol=1e-9)
-        back = sample(LogisticMap(flow), noise, grid, log_prob=True)
+        back = sample(LogisticMap(flow), noise, grid, with_log_prob=True)
         close(back.state, x, rtol=1e-9, atol=1e-9)
         close(back.log_prob, exact, rtol=1e-9, atol=1e-9)
 
@@ -70,7 +70,7 @@ def test_gradients_against_finite_differences(call):
     inversion = Inversion(tolerance=1e-12)
     function = {
         "log_prob": lambda: log_prob(joint_map, x, 3).value.sum(),
-        "sample": lambda: sample(joint_map, x, 3, log_prob=True).log_prob.sum(),
+        "sample": lambda: sample(joint_map, x, 3, with_log_prob=True).log_prob.sum(),
         "inversion": lambda: log_prob(joint_map, x, 3, inversion=inversion).value.sum(),
     }[call]
     leaves = [joint_map.head.out.weight, joint_map.flow_map.outlet.weight, joint_map.flow_map.inlet.weight]
@@ -101,7 +101,7 @@ def test_dtypes(gaussian, dtype):
         answer = log_prob(flow, x.to(dtype), 4, inversion=inversion)
         assert answer.value.dtype == answer.noise.dtype == dtype
         close(answer.value.double(), expected, rtol=2e-3, atol=2e-3)
-    drawn = sample(flow, torch.randn(4, *gaussian.shape, dtype=dtype), 4, log_prob=True)
+    drawn = sample(flow, torch.randn(4, *gaussian.shape, dtype=dtype), 4, with_log_prob=True)
     assert drawn.state.dtype == drawn.log_prob.dtype == dtype
 
 

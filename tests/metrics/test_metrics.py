@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
+from f2d2_lightning import Quantization
 from f2d2_lightning.metrics import LikelihoodAgreement, MeanLikelihood, agreement
 
 
@@ -23,7 +24,7 @@ def values():
 def test_equals_numpy(values, levels):
     few, reference = values
     dim = 64
-    metric = LikelihoodAgreement(dim, levels)
+    metric = LikelihoodAgreement(dim, levels and Quantization(levels))
     for part in (slice(0, 20), slice(20, 21), slice(21, None)):
         metric.update(torch.from_numpy(few[part]), torch.from_numpy(reference[part]))
     result = metric.compute()
@@ -48,7 +49,7 @@ def test_mean_equals_numpy(values, levels):
     few, _ = values
     # far from zero, where sums of squares cancel
     few = few - 3000.0
-    metric, both = MeanLikelihood(64, levels), LikelihoodAgreement(64, levels)
+    metric, both = (kind(64, levels and Quantization(levels)) for kind in (MeanLikelihood, LikelihoodAgreement))
     for part in (slice(0, 20), slice(20, 21), slice(21, 21), slice(21, None)):
         metric.update(torch.from_numpy(few[part]))
     bits = -few if levels is None else (-few - 64 * np.log(2 / levels)) / (64 * np.log(2))

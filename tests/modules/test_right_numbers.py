@@ -479,7 +479,7 @@ def test_impossible_likelihoods_are_said(row, quantized, match):
 
 
 def test_a_doubtful_likelihood_is_in_log_and_table():
-    evaluation = LikelihoodEvaluation((1, 2), 2, 17, -1.0, 1.0, torch.device("cpu"))
+    evaluation = LikelihoodEvaluation((1, 2), 2, LEVELS, torch.device("cpu"))
     good, bad = torch.tensor([-2.0, -1.0, -2.5]), torch.tensor([9.0, 8.0, 9.5])
     evaluation.update({1: good, 2: bad}, good, reference_error=torch.tensor([0.3, 0.0, 0.4]))
     results = evaluation.results()

@@ -229,7 +229,7 @@ def test_checkpoint_keeps_scale_and_baseline(gaussian):
     )
     original = randomize(make(gaussian.baseline))
     original.head.scale.fill_(7.0)
-    loaded = make(type(gaussian.baseline).standard(gaussian.shape, path=gaussian.path))
+    loaded = make(type(gaussian.baseline)(gaussian.shape, path=gaussian.path))
     loaded.load_state_dict(original.state_dict())
     x = gaussian.states(4, 1.0)
     assert torch.equal(log_prob(loaded, x, 2).value, log_prob(original, x, 2).value)

@@ -800,7 +800,7 @@ def test_unrolled_loss_is_that_of_the_whole_path(gaussian, direction, fit):
         teacher = -0.5 * (noise.square().sum(-1) + gaussian.dim * math.log(2 * math.pi)) + change
         difference = log_prob(joint_map, data, 4).value - teacher
     else:
-        drawn = sample(joint_map, kept[:, 0], 4, log_prob=True)
+        drawn = sample(joint_map, kept[:, 0], 4, with_log_prob=True)
         noise = kept[:, 0].flatten(1)
         difference = drawn.log_prob + 0.5 * (noise.square().sum(-1) + gaussian.dim * math.log(2 * math.pi)) - change
     assert difference.abs().max() > 1e-3

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from f2d2_lightning.likelihood.model import LikelihoodModel
-from f2d2_lightning.likelihood.pixels import state_images
+from f2d2_lightning.likelihood.quantization import state_images
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.seeding import mix_seed
 

@@ -159,7 +159,7 @@ class F2D2Callback(L.Callback, AddedModel):
         # what the network can be differentiated by is the same for its targets and its likelihood
         self.reference = reference or Reference(steps=50, mode=self.estimator.mode)
         self.fit_samples, self.backward, self.check = fit_samples, backward, check
-        check_draws(draws, levels)
+        check_draws(draws, self.quantization)
         self.evaluation = Evaluation(self, draws, reference_samples, check)
         self._wrapped: Wrapped | None = None
         self._riding: AddedLoss

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from f2d2_lightning.callbacks._models import find_sampler
 from f2d2_lightning.callbacks._real_images import SPLITS, RealImages, find_loader
 from f2d2_lightning.likelihood.model import LikelihoodModel
-from f2d2_lightning.likelihood.pixels import state_images
+from f2d2_lightning.likelihood.quantization import state_images
 from f2d2_lightning.metrics._cache import Statistics, StatisticsCache
 from f2d2_lightning.metrics.image import ImageDistance
 from f2d2_lightning.metrics.networks import check_network, extract_features, load_network

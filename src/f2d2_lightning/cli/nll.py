@@ -19,10 +19,9 @@ from f2d2_lightning.cli._points import DATA, Points, Reading, load_points
 from f2d2_lightning.cli._tables import Column, check_table_path, write_table
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood._log_prob import LogProb
-from f2d2_lightning.likelihood.bounds import dequantization_bounds
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
-from f2d2_lightning.likelihood.quantization import bits_per_dim
-from f2d2_lightning.metrics._impossible import said_of_bits, said_of_values
+from f2d2_lightning.likelihood.quantization import bits_per_dim, dequantization_bounds
+from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
 from f2d2_lightning.metrics.ranks import percentile_rank
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.utils.class_names import as_names
@@ -226,7 +225,7 @@ def _check_labels(module: F2D2Module, points: Points, cond: Tensor | None) -> No
 
 def _columns(module: F2D2Module, points: Points, found: _Likelihoods, among: _Likelihoods | None) -> list[Column]:
     def both(name: str, value: Tensor) -> list[Column]:
-        bits = bits_per_dim(value, module.dim, module.levels, module.low, module.high)
+        bits = bits_per_dim(value, module.dim, module.quantization)
         renamed = name.replace("log_prob", "bits_per_dim")
         return [Column(name, value.tolist(), "nats"), Column(renamed, bits.tolist(), "bits/dim")]
 
@@ -266,7 +265,7 @@ def _summarize(columns: list[Column], options: Any, module: F2D2Module) -> None:
         if unit == "nats" and not name.endswith("_sd"):
             flag = said_of_values(value, name, inverted and not name.startswith("reference"))
         elif unit == "bits/dim":
-            flag = said_of_bits(value, name, module.levels, module.low, module.high)
+            flag = said_of_bits(value, name, module.quantization)
         if flag is not None:
             say(f"warning: {flag}")
         known = known[known.isfinite()]

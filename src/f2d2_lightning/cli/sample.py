@@ -17,7 +17,7 @@ from f2d2_lightning.cli._common import add_student, check_labels, load_student, 
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.quantization import bits_per_dim
 from f2d2_lightning.likelihood.sampling import Samples
-from f2d2_lightning.metrics._impossible import said_of_bits, said_of_values
+from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
@@ -120,10 +120,10 @@ def _sample(options: Any) -> None:
             f"log p {before:.3f} before, {after:.3f} nats after",
             soft_wrap=True,
         )
-    bits = bits_per_dim(log_prob.double(), module.dim, module.levels, module.low, module.high)
+    bits = bits_per_dim(log_prob.double(), module.dim, module.quantization)
     for flag in (
         said_of_values(log_prob, "log_prob"),
-        said_of_bits(bits, "bits_per_dim", module.levels, module.low, module.high),
+        said_of_bits(bits, "bits_per_dim", module.quantization),
     ):
         if flag is not None:
             console.print(f"warning: {flag}", soft_wrap=True, markup=False)

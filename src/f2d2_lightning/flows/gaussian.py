@@ -51,8 +51,7 @@ def _log1p_ratio(y: Tensor) -> Tensor:
 class GaussianBaseline(nn.Module, Configured):
     """Gaussian fit of the data, kept in buffers and so in the checkpoint.
 
-    Make one with :meth:`standard` (identity covariance), :meth:`from_covariance` or :meth:`fit`; a module that is
-    to be loaded from a checkpoint starts from :meth:`standard` and the checkpoint fills it.
+    Zero mean and identity covariance until :meth:`fit` or a checkpoint fills it; or :meth:`from_covariance`.
 
     Args:
         shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
@@ -86,11 +85,6 @@ class GaussianBaseline(nn.Module, Configured):
         self.register_buffer("variances", torch.ones(1 if covariance == "isotropic" else self.dim))
         self.register_buffer("axes", torch.eye(self.dim) if covariance == "full" else None)
         self.register_buffer("fitted", torch.tensor(False))
-
-    @classmethod
-    def standard(cls, shape: Iterable[int], covariance: str = "full", path: Path | None = None) -> GaussianBaseline:
-        """Zero mean, identity covariance: what a checkpoint or :meth:`fit` then fills."""
-        return cls(shape, covariance, path)
 
     @classmethod
     def from_covariance(

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.flows._transforms import is_transformed
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.utils.configured import Configured
 
@@ -85,9 +86,7 @@ def _known_bounds(t: Tensor | float) -> tuple[float, float] | None:
     # Looking at values on a GPU waits for it, and a traced or transformed tensor has none to look at.
     if not isinstance(t, Tensor):
         return float(t), float(t)
-    if t.device.type != "cpu" or t.numel() == 0 or torch.compiler.is_compiling():
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+    if t.device.type != "cpu" or t.numel() == 0 or torch.compiler.is_compiling() or is_transformed(t):
         return None
     t = t.detach()
     return float(t.min()), float(t.max())

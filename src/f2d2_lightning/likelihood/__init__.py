@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
-from f2d2_lightning.likelihood.bounds import DequantizationBounds, dequantization_bounds
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
-from f2d2_lightning.likelihood.pixels import state_images
-from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
+from f2d2_lightning.likelihood.quantization import (
+    DequantizationBounds,
+    Quantization,
+    bits_per_dim,
+    dequantization_bounds,
+    state_images,
+)
 from f2d2_lightning.likelihood.reference import Reference, reference_log_prob, reference_sample
 from f2d2_lightning.likelihood.sampling import Samples, sample
 

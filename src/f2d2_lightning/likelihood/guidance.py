@@ -87,7 +87,7 @@ class SelfGuidance:
         steps: int | Sequence[float] = 1,
         cond: Tensor | None = None,
         *,
-        log_prob: bool = False,
+        with_log_prob: bool = False,
     ) -> GuidedSamples:
         """Guide the noise, then sample; arguments as :func:`f2d2_lightning.sample`.
 
@@ -117,16 +117,16 @@ class SelfGuidance:
             )
         guided_forward = self.steps * self.likelihood_steps
         same = not isinstance(steps, Sequence) and steps == self.likelihood_steps
-        made = sample(joint_map, moved, steps, cond, log_prob=log_prob or (self.measure and same))
+        made = sample(joint_map, moved, steps, cond, with_log_prob=with_log_prob or (self.measure and same))
         after, checked = made.log_prob if same else None, 0
         if self.measure and not same:
-            after = sample(joint_map, moved, self.likelihood_steps, cond, log_prob=True).log_prob
+            after = sample(joint_map, moved, self.likelihood_steps, cond, with_log_prob=True).log_prob
             checked = self.likelihood_steps
         return GuidedSamples(
             made.state,
             moved,
             made.evaluations + guided_forward + checked,
-            made.log_prob if log_prob else None,
+            made.log_prob if with_log_prob else None,
             guided_forward,
             noise,
             before,

@@ -129,7 +129,7 @@ class LikelihoodModel(ABC):
     def nll(self, log_prob: Tensor) -> Tensor:
         """Negative log-likelihoods in :attr:`unit` from log-likelihoods in nats, any shape; float64 on the CPU."""
         value = log_prob.detach().cpu().double()
-        return -value if self.levels is None else bits_per_dim(value, self.dim, self.levels, self.low, self.high)
+        return -value if self.levels is None else bits_per_dim(value, self.dim, self.quantization)
 
     # --- asking it ---
 
@@ -167,8 +167,8 @@ class LikelihoodModel(ABC):
         noise = self._fitting(noise)
         with self.evaluating():
             if guidance is not None:
-                return guidance(joint, noise, steps, cond, log_prob=with_log_prob)
-            return sample(joint, noise, steps, cond, log_prob=with_log_prob)
+                return guidance(joint, noise, steps, cond, with_log_prob=with_log_prob)
+            return sample(joint, noise, steps, cond, with_log_prob=with_log_prob)
 
     def _fitting(self, x: Tensor) -> Tensor:
         check_shape(x, self.shape)

@@ -1,4 +1,4 @@
-r"""Discrete data as continuous states, and bits per dimension.
+r"""Discrete data as continuous states and back, and bits per dimension.
 
 Data with ``levels`` integer values ``k = 0, ..., levels - 1`` become states by uniform dequantization,
 ``x = low + (k + U) * width`` with ``width = (high - low) / levels`` and ``U`` uniform on [0, 1). Then
@@ -7,7 +7,14 @@ Data with ``levels`` integer values ``k = 0, ..., levels - 1`` become states by 
     -\log_2 P(k) \le E_U\!\left[-\log_2 p(x)\right] - d \log_2 \mathrm{width},
 
 so bits per dimension from one draw of ``U`` estimate an upper bound of the discrete code length (Theis, van den Oord
-and Bethge, "A note on the evaluation of generative models", 2015, https://arxiv.org/abs/1511.01844).
+and Bethge, "A note on the evaluation of generative models", 2015, https://arxiv.org/abs/1511.01844). From ``D`` draws,
+both of these bound :math:`\log P(k) - d \log \mathrm{width}` from below in expectation:
+
+.. math::
+    \frac 1 D \sum_j \log p(x_j) \;\le\; \log \frac 1 D \sum_j p(x_j) .
+
+The left one estimates the same number whatever ``D``; the right one rises towards the truth with ``D`` (Burda, Grosse
+and Salakhutdinov, "Importance Weighted Autoencoders", 2015, https://arxiv.org/abs/1509.00519).
 """
 
 from __future__ import annotations
@@ -15,11 +22,19 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Quantization", "bits_per_dim", "warn_of_discrete"]
+__all__ = [
+    "DequantizationBounds",
+    "Quantization",
+    "bits_per_dim",
+    "dequantization_bounds",
+    "state_images",
+    "warn_of_discrete",
+]
 
 
 MOST_ALIKE = 0.05
@@ -171,7 +186,13 @@ class Quantization:
         return ((x.double() - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
 
 
-def bits_per_dim(log_prob: Tensor, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
+def _known(levels: Quantization | int | None, low: float, high: float) -> Quantization | None:
+    return levels if levels is None or isinstance(levels, Quantization) else Quantization(levels, low, high)
+
+
+def bits_per_dim(
+    log_prob: Tensor, dim: int, levels: Quantization | int | None = None, low: float = -1.0, high: float = 1.0
+) -> Tensor:
     """Bits per dimension from log-densities.
 
     With ``levels`` this is an upper bound on the code length of discrete data (uniform dequantization, see
@@ -181,8 +202,9 @@ def bits_per_dim(log_prob: Tensor, dim: int, levels: int | None = None, low: flo
     Args:
         log_prob: Log-density of dequantized states, any shape, nats.
         dim: Number of dimensions of one state.
-        levels: Number of levels of the discrete data, or ``None`` for continuous data.
-        low: Lower edge of the range that the levels fill.
+        levels: The discrete data's quantization, or the number of their levels on ``[low, high]``; ``None`` for
+            continuous data.
+        low: Lower edge of the range that the levels fill, where it is not said.
         high: Upper edge.
 
     Returns:
@@ -196,8 +218,82 @@ def bits_per_dim(log_prob: Tensor, dim: int, levels: int | None = None, low: flo
     """
     if dim < 1:
         raise ValueError(f"dim is {dim}; at least one dimension is needed")
-    nats = log_prob if levels is None else log_prob + dim * math.log(Quantization(levels, low, high).width)
+    quantization = _known(levels, low, high)
+    nats = log_prob if quantization is None else log_prob + dim * math.log(quantization.width)
     return -nats / (dim * math.log(2))
+
+
+class DequantizationBounds(NamedTuple):
+    """Per sample, ``(N,)`` each, nats."""
+
+    mean: Tensor
+    """Mean log-density over draws: the usual bound, less noisy."""
+    deviation: Tensor
+    """Standard deviation of the log-density over draws; NaN for a single draw."""
+    importance_weighted: Tensor
+    """Logarithm of the mean density over draws: the tighter bound."""
+
+
+def dequantization_bounds(log_prob: Tensor) -> DequantizationBounds:
+    """Bounds from log-densities of the same samples, dequantized several times.
+
+    Args:
+        log_prob: ``(D, N)``: draw by sample, nats.
+
+    Raises:
+        ValueError: If there is no draw.
+
+    >>> bounds = dequantization_bounds(torch.tensor([[0.0], [math.log(3.0)]]))
+    >>> bounds.mean, bounds.importance_weighted  # (log 1 + log 3) / 2, log((1 + 3) / 2)
+    (tensor([0.5493]), tensor([0.6931]))
+    """
+    if log_prob.ndim != 2 or len(log_prob) < 1:
+        raise ValueError(f"log_prob has shape {tuple(log_prob.shape)}; it is (draws, samples), at least one draw")
+    draws = len(log_prob)
+    deviation = log_prob.std(0) if draws > 1 else torch.full_like(log_prob[0], math.nan)
+    return DequantizationBounds(log_prob.mean(0), deviation, log_prob.logsumexp(0) - math.log(draws))
+
+
+def state_images(x: Tensor, levels: Quantization | int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """States as 8-bit images, the form in which feature networks see real data and samples alike.
+
+    ``low`` becomes 0 and ``high`` 255, what lies outside is clipped.
+
+    With ``levels`` states are brought to the level whose bin they lie in first, as the data were before they were
+    dequantized, and the levels 0 to ``levels - 1`` are spread over 0 to 255: dequantized data become the images that
+    they were made from, and samples get the same levels as the data.
+
+    Args:
+        x: States, floating ``(B, C, H, W)``.
+        levels: The discrete data's quantization, or the number of their levels; ``None`` for continuous data.
+        low: Lower edge of the range, where it is not said.
+        high: Upper edge.
+
+    Returns:
+        ``uint8``, ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: If the states are no images, are not finite, or the range is empty.
+
+    >>> state_images(torch.tensor([[[[-1.0, 0.0, 0.999, 3.0]]]]), levels=2)
+    tensor([[[[  0, 255, 255, 255]]]], dtype=torch.uint8)
+    """
+    if not torch.is_floating_point(x) or x.ndim != 4:
+        raise ValueError(
+            f"states have dtype {x.dtype} and shape {tuple(x.shape)}; images are floating (B, C, H, W). Sample quality "
+            "is of images; for other data compare likelihoods"
+        )
+    if not high > low:
+        raise ValueError(f"the range is [{low}, {high}]; low < high is needed")
+    if not bool(x.isfinite().all()):
+        bad = int((~x.isfinite()).flatten(1).any(1).sum())
+        raise ValueError(f"{bad} of {len(x)} states hold NaN or infinity and are no images")
+    quantization = _known(levels, low, high)
+    if quantization is None:
+        share = (x.double() - low) / (high - low)
+    else:
+        share = quantization.quantize(x).double() / (quantization.levels - 1)
+    return (255 * share).round().clamp(0, 255).to(torch.uint8)
 
 
 def warn_of_discrete(x: Tensor) -> None:

@@ -108,7 +108,7 @@ def sample(
     steps: int | Sequence[float] = 4,
     cond: Tensor | None = None,
     *,
-    log_prob: bool = False,
+    with_log_prob: bool = False,
 ) -> Samples:
     """Samples from noise in a few evaluations.
 
@@ -117,25 +117,25 @@ def sample(
         noise: Draws of ``N(0, I)``, ``(B, ...)``; ``torch.randn(n, *shape)``.
         steps: Number of uniform steps from ``t = 0`` to ``t = 1``, or the times themselves.
         cond: Conditioning, first axis ``B``.
-        log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
+        with_log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
 
     Returns:
         Samples at ``t = 1``; one evaluation per step. Under ``torch.no_grad`` or with gradients, as the caller says.
 
     Raises:
-        ValueError: If the map does not go to data, the noise is unfit, or ``log_prob`` is asked of a map without
+        ValueError: If the map does not go to data, the noise is unfit, or ``with_log_prob`` is asked of a map without
             a divergence.
 
     >>> from f2d2_lightning.flows import GaussianBaseline, GaussianFlow
     >>> flow = GaussianFlow(GaussianBaseline.from_covariance(torch.zeros(2), 4 * torch.eye(2)))
-    >>> sample(flow, torch.ones(1, 2), steps=1, log_prob=True).state
+    >>> sample(flow, torch.ones(1, 2), steps=1, with_log_prob=True).state
     tensor([[2., 2.]])
     """
     check_state(noise, "noise")
     check_cond(cond, len(noise), flow_map)
-    if log_prob and not isinstance(flow_map, JointMap):
+    if with_log_prob and not isinstance(flow_map, JointMap):
         raise ValueError(
-            f"log_prob=True needs a joint map, and {type(flow_map).__name__} has no divergence; "
+            f"with_log_prob=True needs a joint map, and {type(flow_map).__name__} has no divergence; "
             "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
         )
     grid = time_grid(steps)
@@ -146,5 +146,5 @@ def sample(
             change = change + delta
         else:
             x = flow_map.jump(x, expand_time(s, x), expand_time(t, x), cond)
-    density = normal_log_prob(noise) + change if log_prob else None
+    density = normal_log_prob(noise) + change if with_log_prob else None
     return Samples(x, noise, len(grid) - 1, density)

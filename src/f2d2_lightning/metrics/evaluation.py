@@ -26,9 +26,7 @@ class LikelihoodEvaluation:
     Args:
         steps: Step counts.
         dim: Dimensions of one sample.
-        levels: Levels of discrete data: results in bits per dimension; ``None``: in nats.
-        low: Lower edge of the range that the levels fill.
-        high: Upper edge.
+        quantization: Of discrete data: results in bits per dimension; ``None``: in nats.
         device: Where the likelihoods are.
         draws: Dequantization draws per sample whose log-likelihoods are averaged, the data's own first; the bound on
             the discrete code length is then less noisy, not tighter.
@@ -41,19 +39,16 @@ class LikelihoodEvaluation:
         self,
         steps: Sequence[int],
         dim: int,
-        levels: int | None,
-        low: float,
-        high: float,
+        quantization: Quantization | None,
         device: torch.device,
         draws: int = 1,
     ) -> None:
-        check_draws(draws, levels)
+        check_draws(draws, quantization)
         self.steps = tuple(steps)
         self.draws = draws
-        self.quantization = None if levels is None else Quantization(levels, low, high)
-        agreement = lambda: LikelihoodAgreement(dim, levels, low, high)  # noqa: E731
-        self._all = {k: MeanLikelihood(dim, levels, low, high).to(device) for k in self.steps}
-        self._compared = {k: agreement().to(device) for k in self.steps}
+        self.quantization = quantization
+        self._all = {k: MeanLikelihood(dim, quantization).to(device) for k in self.steps}
+        self._compared = {k: LikelihoodAgreement(dim, quantization).to(device) for k in self.steps}
         self._negative = {k: MeanMetric().to(device) for k in self.steps}
         self._failed = {k: MeanMetric().to(device) for k in self.steps}
         self._counts = {k: SumMetric().to(device) for k in self.steps}
@@ -68,7 +63,6 @@ class LikelihoodEvaluation:
             self._compared[k].update(nothing, nothing)
             self._round_trips[k].update(nothing)
         self._reference_errors.update(nothing)
-        self.compared = 0
         self.seconds = dict.fromkeys(self.steps, 0.0)
         """Spent on few-step likelihoods by this process."""
         self.evaluations = dict.fromkeys(self.steps, 0)
@@ -152,7 +146,6 @@ class LikelihoodEvaluation:
             self._counts[k].update(kept.float().sum())
             if errors is not None and k in errors:
                 self._round_trips[k].update(errors[k][good])
-        self.compared += 0 if reference is None else len(reference)
 
     def results(self) -> dict[str, Tensor]:
         """Metrics by name, over all processes.
@@ -236,12 +229,13 @@ class LikelihoodEvaluation:
         return values, reference
 
 
-def check_draws(draws: int, levels: int | None) -> None:
+def check_draws(draws: int, quantization: Quantization | None) -> None:
     """Refuse dequantization draws that cannot be made.
 
     Raises:
         ValueError: If ``draws`` is below 1, or above 1 for continuous data.
     """
+    levels = None if quantization is None else quantization.levels
     if draws < 1 or (draws > 1 and levels is None):
         raise ValueError(
             f"draws={draws} and levels={levels}; draws is at least 1, and more need the levels of discrete data"

@@ -11,6 +11,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
+from f2d2_lightning.likelihood.quantization import Quantization
+
 __all__ = [
     "Agreement",
     "LikelihoodAgreement",
@@ -19,6 +21,8 @@ __all__ = [
     "RoundTripError",
     "agreement",
     "doubt",
+    "said_of_bits",
+    "said_of_values",
 ]
 
 MOST_NEGATIVE = 0.01
@@ -119,24 +123,60 @@ def doubt(row: Mapping[str, float], quantized: bool, data_deviation: float = mat
     return "; ".join(reasons)
 
 
+def said_of_bits(bits: Tensor, name: str, quantization: Quantization | None) -> str | None:
+    """What to say of bits per dimension of discrete data that are below 0; ``None`` if they are not.
+
+    Args:
+        bits: Of each sample, or means, any shape; those that are not finite are left out.
+        name: What they are called.
+        quantization: Of the data; ``None`` for continuous data, whose densities have no bound.
+    """
+    known = bits[bits.isfinite()]
+    if quantization is None or len(known) == 0:
+        return None
+    mean, below = float(known.mean()), int((known < 0).sum())
+    if mean >= 0 and below <= MOST_NEGATIVE * len(known):
+        return None
+    return (
+        f"{name} cannot be right: mean {mean:.4f}, {below} of {len(known)} below 0 bits/dim, and no code of discrete "
+        f"data is shorter than that; check levels ({quantization.levels}), range ([{quantization.low:g}, "
+        f"{quantization.high:g}]) and dequantization, of the data and of the model's training"
+    )
+
+
+def said_of_values(values: Tensor, name: str, inverted: bool = False) -> str | None:
+    """What to say of log-likelihoods that are NaN or infinite; ``None`` if none is.
+
+    Args:
+        values: Log-likelihoods, nats.
+        name: What they are called.
+        inverted: Leave out NaN: they are inversions that did not converge, which is said elsewhere.
+    """
+    wrong = values.isinf() if inverted else ~values.isfinite()
+    if not bool(wrong.any()):
+        return None
+    return (
+        f"{name} cannot be right: {int(wrong.sum())} of {values.numel()} are NaN or infinite; check that the data are "
+        "in the range of training (levels, range, dequantization), and that the model has not diverged"
+    )
+
+
 class LikelihoodMetric(Metric):
     """Gathers log-likelihoods, and answers in bits per dimension or nats.
 
     Args:
         dim: Number of dimensions of one sample.
-        levels: Levels of discrete data on ``[low, high]``: results are in bits per dimension; ``None``: in nats.
-        low: Lower edge of the range.
-        high: Upper edge.
+        quantization: Of discrete data: results are in bits per dimension; ``None``: in nats.
     """
 
     full_state_update = False
     higher_is_better: bool | None = None
 
-    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
+    def __init__(self, dim: int, quantization: Quantization | None = None) -> None:
         super().__init__()
         self.unit, self.offset = 1.0, 0.0
-        if levels is not None:
-            self.unit, self.offset = dim * math.log(2), -math.log2((high - low) / levels)
+        if quantization is not None:
+            self.unit, self.offset = dim * math.log(2), -math.log2(quantization.width)
 
     def nll(self, log_prob: Tensor) -> Tensor:
         """Negative log-likelihoods in the metric's unit from log-likelihoods in nats, any shape."""
@@ -149,8 +189,8 @@ class LikelihoodAgreement(LikelihoodMetric):
     log_prob: list[Tensor]
     reference: list[Tensor]
 
-    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
-        super().__init__(dim, levels, low, high)
+    def __init__(self, dim: int, quantization: Quantization | None = None) -> None:
+        super().__init__(dim, quantization)
         self.add_state("log_prob", default=[], dist_reduce_fx="cat")
         self.add_state("reference", default=[], dist_reduce_fx="cat")
 
@@ -180,8 +220,8 @@ class MeanLikelihood(LikelihoodMetric):
     total: Tensor
     squares: Tensor
 
-    def __init__(self, dim: int, levels: int | None = None, low: float = -1.0, high: float = 1.0) -> None:
-        super().__init__(dim, levels, low, high)
+    def __init__(self, dim: int, quantization: Quantization | None = None) -> None:
+        super().__init__(dim, quantization)
         for name in ("count", "total", "squares"):
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.model import LikelihoodModel
-from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, check_draws, clock
+from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, clock
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.sharding import is_sharded
@@ -39,7 +39,6 @@ class Evaluation:
     def __init__(self, model: LikelihoodModel, draws: int, compared: int | None, check: bool = True) -> None:
         if compared is not None and compared < 0:
             raise ValueError(f"reference_samples={compared} is at least 0, or None for all")
-        check_draws(draws, None if draws == 1 else 2)
         self.model, self.draws, self.compared, self.check = model, draws, compared, check
         self.likelihoods: LikelihoodEvaluation | None = None
         self._references: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -53,9 +52,7 @@ class Evaluation:
         model = self.model
         self._places = Places(trainer)
         self._identity, self._checked = (None, None), None
-        self.likelihoods = LikelihoodEvaluation(
-            model.steps, model.dim, model.levels, model.low, model.high, model.device, self.draws
-        )
+        self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, self.draws)
         if not model.reference_fixed:
             # the model's own diagonal has changed since
             self._references.clear()

@@ -243,7 +243,7 @@ class F2D2Module(FlowModule, DistilledModel):
                 self.levels = teacher.levels
                 self.low, self.high = (self._given.get(name, getattr(teacher, name)) for name in ("low", "high"))
         if self.levels is not None or not isinstance(teacher, (str, Path)):
-            check_draws(self.draws, self.levels)
+            check_draws(self.draws, self.quantization)
         # what a checkpoint says of the data is then whole
         self.hparams.update({name: getattr(self, name) for name in ("levels", "low", "high")})
         self.distillation.take_range(self.quantization, teacher)

@@ -190,7 +190,7 @@ class FlowMatchingModule(FlowModule):
     def on_validation_epoch_start(self) -> None:
         """Start afresh."""
         self._places = Places(self.trainer)
-        self._nll = MeanLikelihood(self.dim, self.levels, self.low, self.high).to(self.device)
+        self._nll = MeanLikelihood(self.dim, self.quantization).to(self.device)
         self._mean_loss = MeanMetric().to(self.device)
 
     def on_test_epoch_start(self) -> None:

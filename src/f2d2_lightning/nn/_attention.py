@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from f2d2_lightning.flows._transforms import is_transformed
+
 __all__ = ["attention", "has_tangent"]
 
 
@@ -23,10 +25,7 @@ def has_tangent(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-    return any(
-        torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
-        for x in tensors
-    )
+    return any(is_transformed(x) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.nn._attention import attention
 from f2d2_lightning.nn._recompute import run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.mlp import check_state, embed_times
+from f2d2_lightning.nn.mlp import check_input, embed_times
 
 __all__ = ["DiT"]
 
@@ -116,7 +116,7 @@ class DiT(FlowMap):
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_state(x, self.shape)
+        check_input(x, self.shape)
         recompute = self.checkpointing and self.training
         time = embed_times(self.embedding, self.labels, x, s, t, self._labels(x, cond))
         patches = pixel_unshuffle(x, self.patch)

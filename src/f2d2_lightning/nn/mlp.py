@@ -88,7 +88,7 @@ class MLP(FlowMap):
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_state(x, self.shape)
+        check_input(x, self.shape)
         time = embed_times(self.embedding, self.labels, x, s, t, cond)
         h = self.inlet(x.reshape(len(x), -1))
         for block in self.blocks:
@@ -97,7 +97,7 @@ class MLP(FlowMap):
         return self.outlet(h).reshape(x.shape), h
 
 
-def check_state(x: Tensor, shape: tuple[int, ...]) -> None:
+def check_input(x: Tensor, shape: tuple[int, ...]) -> None:
     """Refuse states of another shape than the network was made for.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.nn._group_norm import GroupNorm
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.mlp import check_state, embed_times
+from f2d2_lightning.nn.mlp import check_input, embed_times
 
 __all__ = ["ResNet"]
 
@@ -90,7 +90,7 @@ class ResNet(FlowMap):
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_state(x, self.shape)
+        check_input(x, self.shape)
         time = embed_times(self.embedding, self.labels, x, s, t, cond)
         h = self.inlet(x)
         for block in self.fine_in:

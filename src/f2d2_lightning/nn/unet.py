@@ -14,7 +14,7 @@ from f2d2_lightning.nn._attention import attention
 from f2d2_lightning.nn._group_norm import GroupNorm
 from f2d2_lightning.nn._recompute import run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.mlp import check_state, embed_times
+from f2d2_lightning.nn.mlp import check_input, embed_times
 
 __all__ = ["UNet"]
 
@@ -246,7 +246,7 @@ class UNet(FlowMap):
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_state(x, (self.inputs, *self.shape[1:]))
+        check_input(x, (self.inputs, *self.shape[1:]))
         recompute = self.checkpointing and self.training
         time = embed_times(self.embedding, self.labels, x, s, t, cond)
         h = self.inlet(pixel_unshuffle(self._with_waves(x), self.patch))
