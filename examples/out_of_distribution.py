@@ -34,7 +34,6 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 import f2d2_lightning as f2
-from f2d2_lightning.data.module import DequantizedDataset
 from f2d2_lightning.nn import PreconditionedMLP
 from f2d2_lightning.training.loading import load_module
 
@@ -162,7 +161,7 @@ def main() -> None:
     methods["teacher"] = lambda x: reference(velocity, x).value
 
     def evaluate(values: Tensor, seed: int) -> dict[str, Tensor]:
-        points = DequantizedDataset(values, quantization=f2.Quantization(LEVELS), seed=seed)
+        points = f2.data.DequantizedDataset(values, quantization=f2.Quantization(LEVELS), seed=seed)
         x = points.__getitems__(list(range(len(points))))
         with torch.no_grad():
             return {name: method(x) for name, method in methods.items()}

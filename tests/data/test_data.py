@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import f2d2_lightning as f2
-from f2d2_lightning.data.module import DequantizedDataset
+from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.utils.seeding import counter_uniform
 
 

@@ -25,7 +25,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", list(CLASSES))
-@pytest.mark.parametrize("prefix", ["f2d2_lightning", "f2d2_lightning.data.images"])
+@pytest.mark.parametrize("prefix", ["f2d2_lightning.data", "f2d2_lightning", "f2d2_lightning.image_data"])
 def test_they_are_made_from_a_configuration(name, prefix):
     parser = ArgumentParser()
     parser.add_subclass_arguments(f2.data.FlowDataModule, "data")

@@ -550,7 +550,7 @@ def reader(folder, count=20):
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CHUNK", 4)
     values = reader(tmp_path / "images")
-    read = ImageReader.read
+    read = ImageReader.__getitems__
 
     def interrupted(self, rows):
         if 12 in rows:
@@ -558,7 +558,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return read(self, rows)
 
-    monkeypatch.setattr(ImageReader, "read", interrupted)
+    monkeypatch.setattr(ImageReader, "__getitems__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.cached(values, tmp_path / "arrays", "made")
     assert listing(tmp_path / "arrays") == []
@@ -574,14 +574,14 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 
 def test_several_processes_convert_once(tmp_path, monkeypatch):
     values, count = reader(tmp_path / "images"), []
-    read = ImageReader.read
+    read = ImageReader.__getitems__
     monkeypatch.setattr(cache, "CHUNK", 4)
 
     def counted(self, rows):
         count.extend(rows)
         return read(self, rows)
 
-    monkeypatch.setattr(ImageReader, "read", counted)
+    monkeypatch.setattr(ImageReader, "__getitems__", counted)
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(cache.cached(values, tmp_path / "arrays", "made")[:]))

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from f2d2_lightning.cli._common import class_count, warn
+from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.data.images import _files as image_files
-from f2d2_lightning.data.module import DequantizedDataset, FlowDataModule
+from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.training.batches import check_values

@@ -1,69 +1,54 @@
-"""Values of data sets too large for memory: read when they are asked for, indexed as a tensor is."""
+"""Data sets: values in memory or read when they are asked for, and dequantized on access."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.utils.arrays import map_numbers
+from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
-__all__ = ["LazyValues", "StoredValues", "Values", "as_values", "take"]
+__all__ = ["DequantizedDataset", "LazyValues", "StoredValues", "Values", "as_values", "take"]
 
 
-class LazyValues(ABC):
-    """Values ``(N, ...)`` that are read a batch at a time. Indexing gives tensors; :meth:`select` stays lazy.
+class LazyValues(Dataset[Tensor]):
+    """Values ``(N, ...)`` that are read a batch at a time, indexed as a tensor is; :meth:`select` stays lazy.
 
-    They are pickled for worker processes and must not carry open files or what they read.
+    Write :meth:`__getitems__`, and set ``shape``. They are pickled for worker processes and must not carry open files
+    or what they read.
     """
 
     shape: tuple[int, ...]
     """``(N, ...)``."""
 
-    @abstractmethod
-    def read(self, rows: list[int]) -> Tensor:
+    def __getitems__(self, rows: list[int]) -> Tensor:
         """Values of rows ``0, ..., N - 1``, in that order, ``(len(rows), ...)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define __getitems__()")
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, key: int | slice | Sequence[int] | Tensor) -> Tensor:
         """One value ``(...)`` of an integer, else ``(B, ...)``."""
-        if isinstance(key, int):
-            return self.read(self._rows([key]))[0]
-        if isinstance(key, slice):
-            return self.read(list(range(*key.indices(len(self)))))
-        return self.read(self._rows(key.tolist() if isinstance(key, Tensor) else list(key)))
-
-    def _rows(self, rows: list[int]) -> list[int]:
-        count = len(self)
-        if rows and not (min(rows) >= -count and max(rows) < count):
-            raise IndexError(f"rows {min(rows)} to {max(rows)} are asked for; there are {count}")
-        return [row % count for row in rows]
+        rows = torch.arange(len(self))[key]
+        values = self.__getitems__(rows.reshape(-1).tolist())
+        return values if rows.ndim else values[0]
 
     def select(self, rows: slice | Tensor) -> LazyValues:
         """Some of the values, in the order of ``rows``, not yet read."""
-        return _Selected(self, torch.arange(len(self))[rows])
+        return _Rows(self, torch.arange(len(self))[rows])
 
 
 Values: TypeAlias = Tensor | LazyValues
 """Values of a data set, ``(N, ...)``, in memory or not."""
-
-
-class _Selected(LazyValues):
-    """Some rows of other values."""
-
-    def __init__(self, values: LazyValues, rows: Tensor) -> None:
-        self.values, self.rows = values, rows
-        self.shape = (len(rows), *values.shape[1:])
-
-    def read(self, rows: list[int]) -> Tensor:
-        return self.values.read(self.rows[rows].tolist())
 
 
 class StoredValues(LazyValues):
@@ -93,41 +78,34 @@ class StoredValues(LazyValues):
             self._array = array
         return self._array
 
-    def read(self, rows: list[int]) -> Tensor:
+    def __getitems__(self, rows: list[int]) -> Tensor:
         return torch.from_numpy(np.array(self._map()[rows]))
 
 
-class _Array(LazyValues):
-    """A numpy array, possibly mapped into memory."""
+class _Rows(LazyValues):
+    """Some rows, or all, of lazy values, an array, or somebody's map-style data set."""
 
-    def __init__(self, array: np.ndarray) -> None:
-        self.array, self.shape = array, array.shape
-
-    def read(self, rows: list[int]) -> Tensor:
-        return torch.from_numpy(np.array(self.array[rows]))
-
-
-class _Reader(LazyValues):
-    """Somebody's map-style data set of tensors or arrays."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-        self.shape = (len(reader), *self._read([0]).shape[1:])
+    def __init__(self, source: Any, rows: Tensor | None = None) -> None:
+        self.source, self.rows = source, rows
+        known = isinstance(source, (LazyValues, np.ndarray))
+        shape = source.shape if known else self._read([0]).shape
+        self.shape = (len(source) if rows is None else len(rows), *shape[1:])
 
     def _read(self, rows: list[int]) -> Tensor:
-        if hasattr(self.reader, "__getitems__"):
-            found = self.reader.__getitems__(rows)
+        if isinstance(self.source, np.ndarray):
+            return torch.from_numpy(np.array(self.source[rows]))
+        if hasattr(self.source, "__getitems__"):
+            found = self.source.__getitems__(rows)
         else:
-            found = [self.reader[row] for row in rows]
-        if isinstance(found, (list, tuple)):
-            return torch.stack([torch.as_tensor(value) for value in found])
-        return torch.as_tensor(found)
+            found = [self.source[row] for row in rows]
+        parts = isinstance(found, (list, tuple))
+        return torch.stack([torch.as_tensor(value) for value in found]) if parts else torch.as_tensor(found)
 
-    def read(self, rows: list[int]) -> Tensor:
-        values = self._read(rows)
+    def __getitems__(self, rows: list[int]) -> Tensor:
+        values = self._read(rows if self.rows is None else self.rows[rows].tolist())
         if values.shape != (len(rows), *self.shape[1:]):
             raise ValueError(
-                f"{type(self.reader).__name__} gave values of shape {tuple(values.shape)} for {len(rows)} rows; "
+                f"{type(self.source).__name__} gave values of shape {tuple(values.shape)} for {len(rows)} rows; "
                 f"{(len(rows), *self.shape[1:])} is expected, as of its first"
             )
         return values
@@ -144,22 +122,80 @@ def as_values(values: Any) -> Values:
     Raises:
         ValueError: If it is none of these, or empty.
     """
-    if isinstance(values, (Tensor, LazyValues)):
-        found: Any = values
-    elif isinstance(values, np.ndarray):
-        found = _Array(values)
-    elif hasattr(values, "__len__") and (hasattr(values, "__getitems__") or hasattr(values, "__getitem__")):
-        found = _Reader(values) if len(values) > 0 else values
-    else:
+    if not hasattr(values, "__len__") or not (hasattr(values, "__getitems__") or hasattr(values, "__getitem__")):
         raise ValueError(
             f"values are a {type(values).__name__}; a tensor, an array, or a reader with __len__ and __getitems__ is "
             "expected"
         )
-    if len(found) == 0:
+    if len(values) == 0:
         raise ValueError("there are no values; a data set has at least one")
-    return found
+    return values if isinstance(values, (Tensor, LazyValues)) else _Rows(values)
 
 
 def take(values: Values, rows: slice | Tensor) -> Values:
     """Some of the values, in the order of ``rows``; lazy ones are not read."""
     return values[rows] if isinstance(values, Tensor) else values.select(rows)
+
+
+class DequantizedDataset(Dataset):
+    """Integer data dequantized on access, or continuous data as they are.
+
+    An index is ``epoch * len(self) + position``; plain indices are epoch 0.
+
+    Args:
+        values: Integers ``(N, ...)`` with ``quantization``, else states ``(N, ...)``; a tensor, or what
+            :func:`f2d2_lightning.data.dataset.as_values` takes. Of lazy values each batch is checked as it is read.
+        labels: Integers ``(N,)``, or ``None``.
+        quantization: Levels and range; ``None`` for continuous data.
+        seed: Stream of the noise.
+        flip: Mirror images left to right from epoch 1 on, each with probability 1/2 in each epoch. Plain indices
+            are the images as they are.
+
+    Raises:
+        ValueError: If the values do not fit ``quantization``, the labels are not as many, or there is no image to flip.
+    """
+
+    def __init__(
+        self,
+        values: Values | Any,
+        labels: Tensor | None = None,
+        quantization: Quantization | None = None,
+        seed: int = 0,
+        flip: bool = False,
+    ) -> None:
+        values = as_values(values)
+        if quantization is not None and isinstance(values, Tensor):
+            quantization.check(values)
+        if labels is not None and len(labels) != len(values):
+            raise ValueError(f"there are {len(values)} values and {len(labels)} labels; as many are expected")
+        if flip and len(values.shape) != 4:
+            raise ValueError(
+                f"flip=True mirrors images (N, C, H, W), and the data have shape {tuple(values.shape)}; set flip=False"
+            )
+        self.values, self.labels, self.quantization, self.seed, self.flip = values, labels, quantization, seed, flip
+        self.dim = math.prod(values.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        """A whole batch at once."""
+        index = torch.as_tensor(indices)
+        position = index % len(self)
+        values = self.values[position]
+        if self.flip:
+            coin = counter_uniform(index, mix_seed(self.seed, "flip")) < 0.5
+            mirrored = coin & (index >= len(self))
+            values = torch.where(mirrored[:, None, None, None], values.flip(-1), values)
+        if self.quantization is not None:
+            counters = index[:, None] * self.dim + torch.arange(self.dim)
+            values = self.quantization.dequantize(values, counter_uniform(counters, self.seed).reshape(values.shape))
+        return values if self.labels is None else (values, self.labels[position])
+
+    def __iter__(self) -> Iterator[Any]:
+        """One epoch: indices themselves have no end, and a loop over them had none either."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Any:
+        batch = self.__getitems__([index])
+        return tuple(part[0] for part in batch) if isinstance(batch, tuple) else batch[0]

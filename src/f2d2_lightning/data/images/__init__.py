@@ -1,17 +1,1 @@
-"""Data modules of images: CIFAR-10, CelebA, ImageNet, Fashion-MNIST, EDM's zip files, and folders of one's own.
-
-Images are 8-bit values, cropped and resized as such where that is asked for, and dequantized last. Those that do not
-fit into memory are decoded in the workers or mapped from an array on disk. Nothing is downloaded unless asked for.
-"""
-
-from __future__ import annotations
-
-from f2d2_lightning.data.images.base import ImageDataModule
-from f2d2_lightning.data.images.celeba import CelebA64
-from f2d2_lightning.data.images.cifar import CIFAR10
-from f2d2_lightning.data.images.edm_zip import EDMZip
-from f2d2_lightning.data.images.fashion import FashionMNIST
-from f2d2_lightning.data.images.folder import ImageFolder
-from f2d2_lightning.data.images.imagenet import ImageNet64
-
-__all__ = ["CIFAR10", "CelebA64", "EDMZip", "FashionMNIST", "ImageDataModule", "ImageFolder", "ImageNet64"]
+"""Data modules of images; all are at :mod:`f2d2_lightning.data`."""

@@ -101,7 +101,7 @@ class ImageReader(LazyValues):
         self.rows = np.array(rows, np.int64)
         self.shape = (len(rows), channels, framing.size, framing.size)
 
-    def read(self, rows: list[int]) -> Tensor:
+    def __getitems__(self, rows: list[int]) -> Tensor:
         """Decoded anew each time.
 
         Raises:

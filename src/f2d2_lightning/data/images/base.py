@@ -12,9 +12,9 @@ from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.utils.class_names import labels_of
 
-__all__ = ["Examples", "ImageDataModule", "divide"]
+__all__ = ["ImageDataModule", "LabeledImages", "divide"]
 
-Examples = tuple[Values, Tensor | None]
+LabeledImages = tuple[Values, Tensor | None]
 """Images ``(N, C, H, W)``, ``uint8``, and labels ``(N,)`` or ``None``."""
 
 
@@ -79,15 +79,15 @@ class ImageDataModule(FlowDataModule):
 
 
 def divide(
-    train: Examples,
-    val_part: Examples | None = None,
-    test_part: Examples | None = None,
+    train: LabeledImages,
+    val_part: LabeledImages | None = None,
+    test_part: LabeledImages | None = None,
     *,
     count: int | None = None,
     val: int | None = None,
     test: int | None = None,
     draw: bool = False,
-) -> dict[str, Examples]:
+) -> dict[str, LabeledImages]:
     """Splits of images that come in one, two or three parts.
 
     Where there is no part to validate, the last ``val`` training images do; where there is none to test, the ``test``

@@ -14,7 +14,7 @@ from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
 from f2d2_lightning.data.images._stores import Store, open_store
-from f2d2_lightning.data.images.base import Examples, ImageDataModule
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages
 
 __all__ = ["CelebA64"]
 
@@ -88,14 +88,14 @@ class CelebA64(ImageDataModule):
         self.classes = None if attribute is None else [f"not {attribute}", attribute]
         self.used = {"train": count, "val": val, "test": test}
 
-    def splits(self) -> dict[str, Examples]:
+    def splits(self) -> dict[str, LabeledImages]:
         """Read the lists; images are read later."""
         store = open_store(self._images())
         partition = self._partition(self._file("list_eval_partition.txt"))
         values = self._reader(store, list(partition))
         labels = None if self.attribute is None else self._labels(self._file("list_attr_celeba.txt"), list(partition))
         of = torch.tensor(list(partition.values()))
-        found: dict[str, Examples] = {}
+        found: dict[str, LabeledImages] = {}
         for number, name in enumerate(SPLITS):
             rows, used = (of == number).nonzero()[:, 0], self.used[name]
             if used is not None and not 1 <= used <= len(rows):

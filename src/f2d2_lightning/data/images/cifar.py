@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.data.images._download import Source, fetch
-from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.pickles import read_arrays
 
 __all__ = ["CIFAR10"]
@@ -67,7 +67,7 @@ class CIFAR10(ImageDataModule):
         self.folder = Path(folder).expanduser()
         self.count, self.val, self.test, self.download = count, val, test, download
 
-    def splits(self) -> dict[str, Examples]:
+    def splits(self) -> dict[str, LabeledImages]:
         """Read the batches and split."""
         path = self._find()
         content = _read_folder(path) if path.is_dir() else _read_archive(path)

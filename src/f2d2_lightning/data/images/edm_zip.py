@@ -13,7 +13,7 @@ from f2d2_lightning.data.dataset import Values
 from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import Store, image_rows, open_store
-from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 
 __all__ = ["EDMZip"]
 
@@ -70,13 +70,13 @@ class EDMZip(ImageDataModule):
         self.count, self.val = count, val
         self.test = val if test is None and test_path is None else test
 
-    def splits(self) -> dict[str, Examples]:
+    def splits(self) -> dict[str, LabeledImages]:
         """Read directories and labels; images are read later."""
         train = self._examples(self.path)
         held_out = None if self.test_path is None else self._examples(self.test_path)
         return divide(train, None, held_out, count=self.count, val=self.val, test=self.test, draw=True)
 
-    def _examples(self, path: Path) -> Examples:
+    def _examples(self, path: Path) -> LabeledImages:
         if not path.exists():
             raise FileNotFoundError(
                 f"there is no {path}; make the zip file with {TOOL} and say where it is (EDMZip(path=...), "

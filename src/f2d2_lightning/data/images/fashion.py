@@ -9,7 +9,7 @@ from torch import Tensor
 
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._idx import read_idx
-from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 
 __all__ = ["FashionMNIST"]
 
@@ -98,7 +98,7 @@ class FashionMNIST(ImageDataModule):
             )
         return images[:, None], classes.long()
 
-    def splits(self) -> dict[str, Examples]:
+    def splits(self) -> dict[str, LabeledImages]:
         """Read the files and split."""
         train, test = ((x, y if self.with_labels else None) for x, y in (self._load("train"), self._load("test")))
         return divide(train, None, test, count=self.count, val=self.val, test=self.test)

@@ -12,7 +12,7 @@ from f2d2_lightning.data.dataset import Values
 from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
 from f2d2_lightning.data.images._stores import image_rows, open_store
-from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 
 __all__ = ["ImageFolder"]
 
@@ -74,7 +74,7 @@ class ImageFolder(ImageDataModule):
         self.shape = (channels, size, size)
         self.count, self.val, self.test = count, val, test
 
-    def splits(self) -> dict[str, Examples]:
+    def splits(self) -> dict[str, LabeledImages]:
         """List the files; images are read later."""
         train, classes = self._examples(self.folder, None)
         self.classes = classes or None
@@ -86,7 +86,7 @@ class ImageFolder(ImageDataModule):
         val, test = (1000 if wanted[name] is None and part is None else wanted[name] for name, part in parts.items())
         return divide(train, parts["val"], parts["test"], count=self.count, val=val, test=test, draw=True)
 
-    def _examples(self, path: Path, classes: list[str] | None) -> tuple[Examples, list[str]]:
+    def _examples(self, path: Path, classes: list[str] | None) -> tuple[LabeledImages, list[str]]:
         """Images and labels of a folder, and the names of the classes, those of the training folder if given."""
         store = open_store(path)
         rows = image_rows(store)

@@ -14,7 +14,7 @@ from f2d2_lightning.data.dataset import StoredValues, Values
 from f2d2_lightning.data.images._cache import cached, digest, sole_writer, write_array
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import image_rows, open_store
-from f2d2_lightning.data.images.base import Examples, ImageDataModule, divide
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.files import whole_file
 from f2d2_lightning.utils.pickles import read_arrays
@@ -93,7 +93,7 @@ class ImageNet64(ImageDataModule):
         self.count, self.val, self.test = count, val, test
         self.cache = cache if cache is not None or version == "pictures" else str(self.folder / "cache")
 
-    def splits(self) -> dict[str, Examples]:
+    def splits(self) -> dict[str, LabeledImages]:
         """Find the files, convert the batches if they have not been, and split."""
         read = self._batches if self.version == "batches" else self._pictures
         # the small one first: what is wrong with it is said before sixteen gigabytes are converted
@@ -113,7 +113,7 @@ class ImageNet64(ImageDataModule):
             + ", and say where they are (ImageNet64(folder=...), --data.init_args.folder)"
         )
 
-    def _pictures(self, part: str) -> Examples:
+    def _pictures(self, part: str) -> LabeledImages:
         name = PICTURES[part]
         found = [path for path in (self.folder / name, self.folder / f"{name}.zip") if path.exists()]
         if not found:
@@ -130,7 +130,7 @@ class ImageNet64(ImageDataModule):
             values = cached(values, self.cache, name)  # type: ignore[arg-type]
         return values, None
 
-    def _batches(self, part: str) -> Examples:
+    def _batches(self, part: str) -> LabeledImages:
         paths = []
         for name in BATCHES[part]:
             found = [path for path in (self.folder / f"{name}.npz", self.folder / name) if path.is_file()]
