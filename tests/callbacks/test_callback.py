@@ -88,11 +88,8 @@ class Known(Objective):
     def __init__(self):
         super().__init__(f2.Intervals("both"))
 
-    def target(self, *args, **kwargs):
-        raise NotImplementedError
-
-    def __call__(self, student, source, data, cond=None, *, anchor=None, progress=0.0):
-        u, divergence = student(data, 0.9, 0.2, cond)
+    def loss(self, student, batch):
+        u, divergence = student(batch.data, 0.9, 0.2, batch.cond)
         loss = u.square().mean() + divergence.square().mean()
         return Terms(loss, *(loss.detach() for _ in range(4)))
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
-from f2d2_lightning.utils.arrays import check_stored_archive
 from f2d2_lightning.utils.files import whole_file
 from f2d2_lightning.utils.fingerprints import fingerprint
 
@@ -55,7 +56,7 @@ class TrajectoryCache:
         x = entry["x"]
         where = (x.device.type, torch.__version__)
         parts = (self._of(source), entry["node"], entry["seed"], list(times), where, x, entry["cond"], baseline)
-        return self.folder / f"{fingerprint(parts)}.pt"
+        return self.folder / f"{fingerprint(parts)}.safetensors"
 
     def read(self, path: Path, x: Tensor, nodes: int) -> tuple[Tensor, Tensor] | None:
         """A chunk; ``None`` if it is not there, with a warning if the file is damaged or of something else.
@@ -72,13 +73,10 @@ class TrajectoryCache:
         if not path.exists():
             return None
         try:
-            check_stored_archive(path)
-            kept = torch.load(path, map_location="cpu", weights_only=True)
-            states, change = _checked(
-                kept, x.dtype, {"states": (len(x), nodes, *x.shape[1:]), "change": (len(x), nodes)}
-            )
+            shapes = {"change": (len(x), nodes), "states": (len(x), nodes, *x.shape[1:])}
+            change, states = _checked(path, x.dtype, shapes)
             return states.to(x.device), change.to(x.device)
-        # torch names many errors for a damaged file, depending on where the damage is
+        # safetensors names several errors for a damaged file, depending on where the damage is
         except Exception as error:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             warnings.warn(f"{path} cannot be read ({what:.300}); its trajectories are integrated again", stacklevel=2)
@@ -86,13 +84,11 @@ class TrajectoryCache:
 
     def write(self, path: Path, states: Tensor, change: Tensor) -> None:
         """Keep a chunk; only a warning where the folder cannot be written, or the disk is full."""
-        states, change = states.cpu(), change.cpu()
-        content = {"states": states, "change": change, "checksum": fingerprint(states, change)}
+        content = {"change": change.cpu().contiguous(), "states": states.cpu().contiguous()}
         try:
             with whole_file(path) as partial:
-                torch.save(content, partial)
-        # torch's own writer says RuntimeError where the system says OSError
-        except (OSError, RuntimeError) as error:
+                partial.write_bytes(save(content, {"checksum": fingerprint(*content.values())}))
+        except OSError as error:
             warnings.warn(
                 f"trajectories cannot be kept in {self.folder} ({error}) and will be integrated again by the next run; "
                 "make room there if the disk is full, or choose another folder: cache=...",
@@ -106,28 +102,25 @@ class TrajectoryCache:
         return self._sources[id(source)][1]
 
 
-def _checked(kept: Any, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+def _checked(path: Path, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
     """The tensors of a file.
 
     Raises:
         ValueError: If they are others than they should be, or others than were written.
     """
-    if not isinstance(kept, dict) or kept.keys() != {*shapes, "checksum"}:
-        came = f"the keys {', '.join(map(str, kept))}" if isinstance(kept, dict) else f"a {type(kept).__name__}"
-        raise ValueError(f"it holds {came}; {', '.join(shapes)} and checksum are expected")
-    # before anything looks at their content: a few bytes can say that they are a tensor of any size
-    for name, shape in shapes.items():
-        found = kept[name]
-        if not isinstance(found, Tensor) or found.layout != torch.strided or found.device.type != "cpu":
-            raise ValueError(f"{name} is a {type(found).__name__} without plain content; a tensor is expected")
-        if (found.dtype, found.shape) != (dtype, shape):
-            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}; {dtype} {shape} is expected")
-    # whether a gradient is asked for is in the file as well
-    tensors = [kept[name].detach() for name in shapes]
-    # torch.load does not look at the checksums of the zip format
-    if fingerprint(*tensors) != kept["checksum"]:
+    with safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get("checksum")
+        found = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    came, wanted = (
+        {name: f"{v.dtype} {tuple(v.shape)}" for name, v in found.items()},
+        {name: f"{dtype} {shape}" for name, shape in shapes.items()},
+    )
+    if came != wanted:
+        raise ValueError(f"it holds {came}; expected is {wanted}")
+    tensors = list(found.values())
+    if fingerprint(*tensors) != said:
         raise ValueError("its checksum is another: its content was changed or damaged")
-    if not all(bool(found.isfinite().all()) for found in tensors):
+    if not all(bool(value.isfinite().all()) for value in tensors):
         raise ValueError("it holds values that are not finite")
     return tensors
 
