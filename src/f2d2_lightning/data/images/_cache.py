@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from f2d2_lightning.data.dataset import StoredValues
+from f2d2_lightning.data.dataset import LazyValues, StoredValues
 from f2d2_lightning.data.images._reader import ImageReader
 from f2d2_lightning.utils.files import remove_partial, whole_file
 
@@ -68,17 +68,21 @@ def write_array(path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]
             raise ValueError(f"{rows} rows came for {path}; {shape[0]} are expected")
 
 
-def cached(values: ImageReader, folder: str | Path, name: str) -> StoredValues:
+def cached(values: ImageReader, folder: str | Path | None, name: str) -> LazyValues:
     """Images as an array in a folder, made if it is not there: a few minutes for a hundred thousand.
 
     Args:
         values: Images that are decoded at each access.
-        folder: Folder of the array; one file for each choice of images, crop and resize.
+        folder: Folder of the array, one file for each choice of images, crop and resize; ``None`` leaves them as they
+            are, of which the first is read: a wrong size is said now, and not in a worker.
         name: Beginning of the file's name.
 
     Raises:
         ValueError: If an image cannot be read, or the array is damaged. No part of an array is left behind.
     """
+    if folder is None:
+        values[:1]
+        return values
     path = Path(folder).expanduser() / f"{name}-{digest(values.fingerprint())}.npy"
     if not path.exists():
         with sole_writer(path) as missing:

@@ -20,18 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = [
-    "SUFFIXES",
-    "ImageFiles",
-    "as_mode",
-    "check_images_only",
-    "check_mode",
-    "image_paths",
-    "open_image",
-    "read_images",
-]
+from f2d2_lightning.data.images._stores import SUFFIXES, FolderStore, image_rows
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
+__all__ = ["MODES", "SUFFIXES", "ImageFiles", "as_mode", "check_mode", "open_image", "read_images"]
+
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -65,48 +57,6 @@ class ImageFiles:
         return [name.partition("/")[0] for name in self.names]
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """Image files in a folder and the folders in it, by relative path; hidden files are left out.
-
-    Raises:
-        ValueError: If there are none, or files of other types, or links to folders.
-    """
-    found = [path for path in folder.rglob("*") if not _hidden(path.relative_to(folder))]
-    if links := [path for path in found if path.is_symlink() and path.is_dir()]:
-        raise ValueError(
-            f"{links[0]} is a link to a folder; links are not followed: name the folder itself, or copy it"
-        )
-    files = sorted((path for path in found if not path.is_dir()), key=lambda path: path.relative_to(folder).as_posix())
-    others = [path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in SUFFIXES]
-    check_images_only(folder, len(files), others)
-    return files
-
-
-def check_images_only(place: Path, count: int, others: Sequence[str]) -> None:
-    """Refuse a place with files that are no images, or without any.
-
-    Args:
-        place: Folder or archive, for the message.
-        count: How many were found there.
-        others: Names of those that are no images.
-
-    Raises:
-        ValueError: Says which files they are and what to do.
-    """
-    if others:
-        listed = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        raise ValueError(
-            f"{place} holds {len(others)} file{'s' if len(others) > 1 else ''} of other types ({listed}); images are "
-            f"{', '.join(SUFFIXES)}: move the others away, or convert them"
-        )
-    if not count:
-        raise ValueError(f"{place} holds no images; images are {', '.join(SUFFIXES)}")
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def read_images(path: str | Path, shape: Sequence[int], *, convert: bool = False, resize: bool = False) -> ImageFiles:
     """Read a folder of images, or one image.
 
@@ -131,8 +81,9 @@ def read_images(path: str | Path, shape: Sequence[int], *, convert: bool = False
             f"{', '.join(map(str, MODES))}"
         )
     if path.is_dir():
-        paths = image_paths(path)
-        names = [file.relative_to(path).as_posix() for file in paths]
+        store = FolderStore(path)
+        names = [store.names[row] for row in image_rows(store)]
+        paths = [path / name for name in names]
     elif path.is_file():
         paths, names = [path], [path.name]
     else:

@@ -19,10 +19,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from f2d2_lightning.data.images._files import SUFFIXES, check_images_only
 from f2d2_lightning.utils.arrays import check_growth
 
 __all__ = ["FolderStore", "Store", "ZipStore", "image_rows", "open_store"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of a zip member: its signature, and the lengths of name and extra field (APPNOTE.TXT, 4.3.7)."""
@@ -185,11 +186,14 @@ def image_rows(store: Store, others: Sequence[str] = ()) -> list[int]:
     Raises:
         ValueError: If there are no images, or files of other types.
     """
-    rows, strange = [], []
-    for row, name in enumerate(store.names):
-        if name.lower().endswith(SUFFIXES):
-            rows.append(row)
-        elif name not in others:
-            strange.append(name)
-    check_images_only(store.path, len(rows), strange)
+    rows = [row for row, name in enumerate(store.names) if name.lower().endswith(SUFFIXES)]
+    strange = [name for name in store.names if not name.lower().endswith(SUFFIXES) and name not in others]
+    if strange:
+        listed = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
+        raise ValueError(
+            f"{store.path} holds {len(strange)} file{'s' if len(strange) > 1 else ''} of other types ({listed}); "
+            f"images are {', '.join(SUFFIXES)}: move the others away, or convert them"
+        )
+    if not rows:
+        raise ValueError(f"{store.path} holds no images; images are {', '.join(SUFFIXES)}")
     return rows

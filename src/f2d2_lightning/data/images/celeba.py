@@ -151,7 +151,7 @@ class CelebA64(ImageDataModule):
                 f"incomplete: get it again from {HOME}"
             )
         values = ImageReader(store, [of[name] for name in names], 3, self.framing)
-        return values if self.cache is None else cached(values, self.cache, "celeba64")
+        return cached(values, self.cache, "celeba64")
 
     def _labels(self, path: Path, names: list[str]) -> Tensor:
         """1 where an image has the attribute, else 0, ``(N,)``, ``int64``."""

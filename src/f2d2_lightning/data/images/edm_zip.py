@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.data.dataset import Values
 from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import Store, image_rows, open_store
@@ -85,10 +84,7 @@ class EDMZip(ImageDataModule):
         store = open_store(path)
         rows = image_rows(store, others=(LIST,))
         labels = _labels(store, [store.names[row] for row in rows]) if self.with_labels else None
-        values: Values = ImageReader(store, rows, self.channels, self.framing)
-        values[:1]  # a wrong size is said now, and not in a worker
-        if self.cache is not None:
-            values = cached(values, self.cache, path.stem)  # type: ignore[arg-type]
+        values = cached(ImageReader(store, rows, self.channels, self.framing), self.cache, path.stem)
         return values, labels
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -43,12 +44,9 @@ class FashionMNIST(ImageDataModule):
         count: Training images to use; ``None`` for all.
         val: Validation images.
         test: Test images to use, the first ones; ``None`` for all.
-        batch_size: Samples per training batch.
-        eval_batch_size: Samples per validation and test batch.
-        num_workers: Processes that load; the data are in memory, so 0 is best.
-        seed: Of order, flips and noise; the split does not depend on it.
-        flip: Mirror training images left to right with probability 1/2.
         download: Fetch missing files (30 MB) into ``folder``.
+        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (0 is best: the data are in memory), ``seed`` and
+            ``flip``.
 
     Raises:
         FileNotFoundError: When the data are first asked for, if a file is missing and cannot be fetched.
@@ -64,14 +62,10 @@ class FashionMNIST(ImageDataModule):
         count: int | None = None,
         val: int = 1000,
         test: int | None = None,
-        batch_size: int = 256,
-        eval_batch_size: int = 512,
-        num_workers: int = 0,
-        seed: int = 0,
-        flip: bool = False,
         download: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(labels, batch_size, eval_batch_size, num_workers, seed, flip)
+        super().__init__(labels, **kwargs)
         self.folder = Path(folder or os.environ.get("FASHION_MNIST") or SYSTEM_FOLDER)
         self.count, self.val, self.test, self.download = count, val, test, download
 

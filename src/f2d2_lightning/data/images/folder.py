@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from f2d2_lightning.data.dataset import Values
 from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
 from f2d2_lightning.data.images._stores import image_rows, open_store
@@ -102,8 +101,5 @@ class ImageFolder(ImageDataModule):
                 )
             number = {name: place for place, name in enumerate(classes)}
             labels = torch.tensor([number[folder] for folder in folders])
-        values: Values = ImageReader(store, rows, self.channels, self.framing, self.convert)
-        values[:1]  # a wrong size is said now, and not in a worker
-        if self.cache is not None:
-            values = cached(values, self.cache, path.stem)  # type: ignore[arg-type]
+        values = cached(ImageReader(store, rows, self.channels, self.framing, self.convert), self.cache, path.stem)
         return (values, labels), classes or []

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from f2d2_lightning.data.dataset import StoredValues, Values
+from f2d2_lightning.data.dataset import StoredValues
 from f2d2_lightning.data.images._cache import cached, digest, sole_writer, write_array
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import image_rows, open_store
@@ -125,10 +125,7 @@ class ImageNet64(ImageDataModule):
                 f"{found[0]} holds {len(rows)} images; {PICTURE_COUNTS[part]} are expected: it is incomplete or "
                 "another data set (for any folder of images there is ImageFolder)"
             )
-        values: Values = ImageReader(store, rows, 3, Framing(64))
-        if self.cache is not None:
-            values = cached(values, self.cache, name)  # type: ignore[arg-type]
-        return values, None
+        return cached(ImageReader(store, rows, 3, Framing(64)), self.cache, name), None
 
     def _batches(self, part: str) -> LabeledImages:
         paths = []
