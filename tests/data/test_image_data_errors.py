@@ -150,13 +150,13 @@ def batch(**changes):
 
 
 BAD_BATCHES = {
-    "too few rows": (lambda: batch(data=np.ones((5, 3072), np.uint8)), r"images uint8 \(5, 3072\) and 6 labels"),
-    "one channel": (lambda: batch(data=np.ones((6, 1024), np.uint8)), r"images uint8 \(6, 1024\)"),
-    "too few labels": (lambda: batch(labels=[1, 2]), r"and 2 labels"),
+    "too few rows": (lambda: batch(data=np.ones((5, 3072), np.uint8)), r"has 5 images and int64 \(6,\) as labels"),
+    "one channel": (lambda: batch(data=np.ones((6, 1024), np.uint8)), r"uint8 \(6, 1024\) as data; uint8 \(N, 3072\)"),
+    "too few labels": (lambda: batch(labels=[1, 2]), r"has 6 images and int64 \(2,\) as labels"),
     "label 10": (lambda: batch(labels=[0, 1, 2, 3, 4, 10]), "labels 0 to 10; 0 to 9 are expected"),
     "label -1": (lambda: batch(labels=[0, 1, 2, 3, 4, -1]), "labels -1 to 4"),
-    "labels as text": (lambda: batch(labels=["a"] * 6), "a list of whole numbers called labels"),
-    "no images": (lambda: batch(data=None), "an array called data"),
+    "labels as text": (lambda: batch(labels=["a"] * 6), "as many whole numbers are expected"),
+    "no images": (lambda: batch(data=None), "no array as data"),
     "cut short": (lambda: batch()[:-1000], "is truncated or corrupt"),
     "empty": (lambda: b"", "is truncated or corrupt"),
 }
@@ -185,9 +185,9 @@ def test_a_cifar_batch_that_would_run_a_program(tmp_path, small_cifar):
 
 BAD_BINARIES = {
     "cut short": (lambda content: content[:-5], r"has 18433 bytes, no multiple of 3073"),
-    "a row too few": (lambda content: content[:-3073], r"\(5, 3072\) and 5 labels"),
+    "a row too few": (lambda content: content[:-3073], "has 5 images; 6 are expected"),
     "label 10": (lambda content: bytes([10]) + content[1:], "to 10; 0 to 9 are expected"),
-    "empty": (lambda content: b"", r"\(0, 3072\) and 0 labels"),
+    "empty": (lambda content: b"", "has 0 images; 6 are expected"),
 }
 
 

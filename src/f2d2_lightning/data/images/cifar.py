@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import tarfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from f2d2_lightning.data.images._batches import checked_batch
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.pickles import read_arrays
@@ -140,34 +142,21 @@ def _complete(content: dict[str, bytes], path: Path) -> dict[str, bytes]:
 
 def _batch(content: bytes, name: str, pickled: bool) -> tuple[Tensor, Tensor]:
     """Images ``(ROWS, 3, 32, 32)``, ``uint8``, and labels ``(ROWS,)`` of one batch."""
+    found: Mapping[str, Any]
     if pickled:
         found = read_arrays(content, name, HOME)
-        images: Any = found.get("data")
-        classes: Any = found.get("labels")
-        fits = isinstance(images, np.ndarray) and isinstance(classes, list)
-        fits = fits and all(type(label) is int and abs(label) < 2**31 for label in classes)
-        if not fits:
-            raise ValueError(
-                f"{name} holds {', '.join(found) or 'nothing'}; an array called data and a list of whole numbers "
-                f"called labels are expected: get it again from {HOME}"
-            )
-        labels = np.array(classes, np.int64)
+    elif len(content) % (1 + DIM):
+        raise ValueError(
+            f"{name} has {len(content)} bytes, no multiple of {1 + DIM}; it is truncated or another file: get it again "
+            f"from {HOME}"
+        )
     else:
-        if len(content) % (1 + DIM):
-            raise ValueError(
-                f"{name} has {len(content)} bytes, no multiple of {1 + DIM}; it is truncated or another file: get it "
-                f"again from {HOME}"
-            )
         rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + DIM)
-        images, labels = rows[:, 1:], rows[:, 0].astype(np.int64)
-    if images.shape != (ROWS, DIM) or images.dtype != np.uint8 or labels.shape != (ROWS,):
+        found = {"data": rows[:, 1:], "labels": rows[:, 0]}
+    images, labels = checked_batch(found, name, (3, 32, 32), range(CLASSES), HOME)
+    if len(images) != ROWS:
         raise ValueError(
-            f"{name} has images {images.dtype} {images.shape} and {len(labels)} labels; uint8 ({ROWS}, {DIM}) and "
-            f"{ROWS} are expected: it is truncated or another data set; get it again from {HOME}"
+            f"{name} has {len(images)} images; {ROWS} are expected: it is truncated or another data set; get it again "
+            f"from {HOME}"
         )
-    if labels.min() < 0 or labels.max() >= CLASSES:
-        raise ValueError(
-            f"{name} has labels {labels.min()} to {labels.max()}; 0 to {CLASSES - 1} are expected: it is corrupt or "
-            f"another data set; get it again from {HOME}"
-        )
-    return torch.from_numpy(images.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels)
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.data.dataset import StoredValues
+from f2d2_lightning.data.images._batches import checked_batch
 from f2d2_lightning.data.images._cache import cached, digest, sole_writer, write_array
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import image_rows, open_store
@@ -22,7 +23,6 @@ from f2d2_lightning.utils.pickles import read_arrays
 __all__ = ["ImageNet64"]
 
 HOME = "https://image-net.org/download-images"
-DIM = 3 * 64 * 64
 CLASSES = 1000
 TRAIN = tuple(f"train_data_batch_{number}" for number in range(1, 11))
 BATCHES = {"train": TRAIN, "valid": ("val_data",)}
@@ -153,7 +153,7 @@ def _convert(paths: list[Path], images: Path, labels: Path, count: int) -> None:
         for path in paths:
             pixels, numbers = _read(path)
             classes.append(torch.from_numpy(numbers))
-            yield pixels.reshape(-1, 3, 64, 64)
+            yield pixels
         came = sum(len(part) for part in classes)
         if came != count:
             raise ValueError(
@@ -167,30 +167,10 @@ def _convert(paths: list[Path], images: Path, labels: Path, count: int) -> None:
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``(N, 12288)``, ``uint8``, and labels from 0 ``(N,)``, ``int64``, of one batch."""
+    """Images ``(N, 3, 64, 64)``, ``uint8``, and labels from 0 ``(N,)``, ``int64``, of one batch."""
     found: Mapping[str, Any]
     if path.suffix == ".npz":
         found = read_numbers(path, ("data", "labels"), f"it is truncated or corrupt, get it again from {HOME}")
     else:
         found = read_arrays(path.read_bytes(), str(path), HOME)
-    pixels, classes = found.get("data"), found.get("labels")
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (DIM,):
-        came = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else "no array"
-        raise ValueError(
-            f"{path} has {came} as data; uint8 (N, {DIM}), 3 x 64 x 64 pixels a row, are expected: it is corrupt or of "
-            f"another size (ImageNet32 has 3072); get it again from {HOME}"
-        )
-    if isinstance(classes, list) and not all(type(label) is int and abs(label) < 2**31 for label in classes):
-        classes = None
-    labels = np.asarray(classes if classes is not None else [])
-    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path} has {len(pixels)} images and {labels.dtype} {labels.shape} as labels; as many whole numbers are "
-            f"expected: it is corrupt, get it again from {HOME}"
-        )
-    if len(labels) and not (labels.min() >= 1 and labels.max() <= CLASSES):
-        raise ValueError(
-            f"{path} has labels {labels.min()} to {labels.max()}; 1 to {CLASSES} are expected: it is corrupt or "
-            f"another data set; get it again from {HOME}"
-        )
-    return pixels, labels.astype(np.int64) - 1
+    return checked_batch(found, str(path), (3, 64, 64), range(1, CLASSES + 1), HOME)
