@@ -159,52 +159,32 @@ BAD_BATCHES = {
     "no images": (lambda: batch(data=None), "no array as data"),
     "cut short": (lambda: batch()[:-1000], "is truncated or corrupt"),
     "empty": (lambda: b"", "is truncated or corrupt"),
+    "a program": (lambda: pickle.dumps(Runs("made"), 2), r"mkdir.*nothing of it was run"),
+    "binary, cut short": (lambda: binary()[:-5], r"has 18433 bytes, no multiple of 3073"),
+    "binary, a row too few": (lambda: binary()[:-3073], "has 5 images; 6 are expected"),
+    "binary, label 10": (lambda: bytes([10]) + binary()[1:], "to 10; 0 to 9 are expected"),
+    "binary, empty": (lambda: b"", "has 0 images; 6 are expected"),
 }
+
+
+def binary():
+    return cifar_files(*made_cifar(ROWS), "binary")["data_batch_3.bin"]
 
 
 @pytest.mark.parametrize("case", list(BAD_BATCHES))
-@pytest.mark.parametrize("layout", ["cifar-10-batches-py", "cifar-10-python.tar.gz"])
-def test_bad_cifar_batches(tmp_path, small_cifar, layout, case):
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+def test_bad_cifar_batches(tmp_path, monkeypatch, small_cifar, packed, case):
+    monkeypatch.chdir(tmp_path)
     make, message = BAD_BATCHES[case]
-    files = cifar_files(*made_cifar(ROWS), "python")
-    files["data_batch_3"] = make()
+    version, short, ending = ("binary", "bin", ".bin") if case.startswith("binary") else ("python", "py", "")
+    files, name = cifar_files(*made_cifar(ROWS), version), f"data_batch_3{ending}"
+    files[name] = make()
+    layout = f"cifar-10-{version}.tar.gz" if packed else f"cifar-10-batches-{short}"
     write_cifar(tmp_path, layout, files)
-    refused(
-        f2.data.CIFAR10(str(tmp_path), val=5), message, tmp_path / layout, "data_batch_3", "get it again from https://"
-    )
-
-
-def test_a_cifar_batch_that_would_run_a_program(tmp_path, small_cifar):
-    files = cifar_files(*made_cifar(ROWS), "python")
-    files["data_batch_2"] = pickle.dumps(Runs(tmp_path / "made"), 2)
-    write_cifar(tmp_path, "cifar-10-python.tar.gz", files)
-    refused(f2.data.CIFAR10(str(tmp_path), val=5), r"mkdir.*nothing of it was run", "data_batch_2")
-    assert listing(tmp_path) == ["cifar-10-python.tar.gz"]
+    before = listing(tmp_path)
+    refused(f2.data.CIFAR10(str(tmp_path), val=5), message, tmp_path / layout, name, "get it again from https://")
+    assert listing(tmp_path) == before
     assert not (tmp_path / "made").exists()
-
-
-BAD_BINARIES = {
-    "cut short": (lambda content: content[:-5], r"has 18433 bytes, no multiple of 3073"),
-    "a row too few": (lambda content: content[:-3073], "has 5 images; 6 are expected"),
-    "label 10": (lambda content: bytes([10]) + content[1:], "to 10; 0 to 9 are expected"),
-    "empty": (lambda content: b"", "has 0 images; 6 are expected"),
-}
-
-
-@pytest.mark.parametrize("case", list(BAD_BINARIES))
-@pytest.mark.parametrize("layout", ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"])
-def test_bad_binary_cifar(tmp_path, small_cifar, layout, case):
-    change, message = BAD_BINARIES[case]
-    files = cifar_files(*made_cifar(ROWS), "binary")
-    files["test_batch.bin"] = change(files["test_batch.bin"])
-    write_cifar(tmp_path, layout, files)
-    refused(
-        f2.data.CIFAR10(str(tmp_path), val=5),
-        message,
-        tmp_path / layout,
-        "test_batch.bin",
-        "get it again from https://",
-    )
 
 
 def damaged(content, place, length=2):
