@@ -17,6 +17,7 @@ from f2d2_lightning.nn import MLP
 from f2d2_lightning.objectives import Batch, DiagonalSource, TeacherSource, TrajectoryPool
 from f2d2_lightning.objectives import trajectory_cache as module
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
+from f2d2_lightning.utils.fingerprints import fingerprint
 from problems import PROBLEMS, Student, randomize
 
 TIMES = [0.0, 0.25, 0.5, 1.0]

@@ -108,7 +108,8 @@ class FlowDataModule(L.LightningDataModule):
             return
         sets = {}
         for name, (values, labels) in self.splits().items():
-            seed = mix_seed(self.seed, "dequantization", name)
+            # the word is part of the seed, and so of every figure that was published
+            seed = mix_seed(self.seed, "dequantisation", name)
             sets[name] = DequantizedDataset(values, labels, self.quantization, seed)
         if self.quantization is not None:
             self._check_range([data.values for data in sets.values()], self.quantization)

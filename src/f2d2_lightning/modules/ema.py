@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from f2d2_lightning.utils.sharding import reshard
 
@@ -100,7 +101,7 @@ def update_average(average: nn.Module, live: nn.Module, decay: float) -> None:
         else:
             mine.copy_(theirs)
     if moved:
-        torch._foreach_lerp_(moved, towards, 1 - decay)
-    pairs = [(a, b) for a, b in zip(average.buffers(), live.buffers(), strict=True) if a is not b]
-    if pairs:
-        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
+        get_ema_multi_avg_fn(decay)(moved, towards, torch.tensor(0))
+    for own, other in zip(average.buffers(), live.buffers(), strict=True):
+        if own is not other:
+            own.copy_(other)
