@@ -17,6 +17,7 @@ import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.adapters import Adapter, Consistency, FlowMatching, MeanFlow
 from f2d2_lightning.callbacks._auxiliary import AddedWeights
+from f2d2_lightning.checkpoints.export import make_head
 from f2d2_lightning.objectives import Objective, Terms
 from foreign import ManualModule, MeanFlowModule, MeanNet, callback
 from lightning_parts import Pair, trainer
@@ -364,6 +365,36 @@ print(f2.log_prob(joint, torch.ones(1, 2), 2).value.item())
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert float(answer.stdout) == pytest.approx(float(f2d2.log_prob(torch.ones(1, 2), 2).value), abs=1e-5)
+
+
+class OwnHead(f2.DivergenceHead):
+    """Somebody's own class."""
+
+
+def test_a_head_of_somebody_elses_class_is_saved_and_given_again(tmp_path):
+    module, f2d2 = MeanFlowModule(), callback(head=OwnHead(32, 8, 1))
+    made = fit(tmp_path, module, f2d2)
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    f2d2.export(tmp_path / "x")
+    x = torch.randn(5, 2)
+    for path in (tmp_path / "x.ckpt", tmp_path / "x"):
+        joint = f2.load_joint(path, MeanNet(), head=OwnHead(32, 8, 1))
+        assert torch.equal(f2.log_prob(joint, x, 2).value, f2d2.log_prob(x, 2).value)
+        with pytest.raises(ValueError, match=r"saved with a test_callback\.OwnHead.*give it: head="):
+            f2.load_joint(path, MeanNet())
+    with pytest.raises(ValueError, match=r"give it: head="):
+        make_head(f2d2.state_dict()["head"])
+
+
+def test_what_cannot_be_described_is_told_when_it_is_read(tmp_path):
+    class Path(f2.flows.LinearPath):
+        pass
+
+    head = f2.DivergenceHead(32, 8, 1, baseline=f2.GaussianBaseline((2,), path=Path()))
+    made = fit(tmp_path, MeanFlowModule(), callback(head=head))
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"could not be described: path of GaussianBaseline is a .*Path"):
+        f2.load_joint(tmp_path / "x.ckpt", MeanNet())
 
 
 def test_load_joint_refuses_what_is_none(tmp_path):

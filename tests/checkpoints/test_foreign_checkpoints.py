@@ -18,6 +18,7 @@ from torch.nn.functional import conv2d, group_norm, interpolate, silu
 
 from f2d2_lightning import FlowMap, Inversion, JointFlowMap, log_prob, sample
 from f2d2_lightning.checkpoints import from_pretrained, save_pretrained
+from f2d2_lightning.checkpoints.descriptions import describe, make_part
 from f2d2_lightning.checkpoints.foreign import (
     FlattenedHead,
     LogTimeEmbedding,
@@ -496,8 +497,10 @@ def test_the_head_says_what_it_reads():
     assert float(head.scale) == 20_000
     with pytest.raises(ValueError, match=r"reads features of shape \(B, 8, 4, 4\), and got shape \(3, 8, 2, 2\)"):
         head(torch.zeros(3, 2, 2, 2), 0.0, 1.0, features=torch.zeros(3, 8, 2, 2))
-    with pytest.raises(ValueError, match="save_pretrained"):
-        head.config()
+    again = make_part(describe(head, "the head"), {})
+    again.load_state_dict(head.state_dict())
+    features = torch.randn(3, 8, 4, 4)
+    assert torch.equal(again(features, 0.0, 1.0, features=features), head(features, 0.0, 1.0, features=features))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from torch import nn
 import f2d2_lightning as f2
 from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter
-from f2d2_lightning.checkpoints import from_pretrained, load_joint, read_description, save_joint, save_pretrained
+from f2d2_lightning.checkpoints import from_pretrained, load_joint, read_description, save_pretrained
 from f2d2_lightning.checkpoints.pretrained import CONFIG
 from f2d2_lightning.checkpoints.trust import build, find_class, takes, within_size
 from f2d2_lightning.nn import MLP, JointFlowMap
@@ -528,20 +528,18 @@ def test_a_call_reaches_no_more_than_the_forward_pass(tmp_path):
     for method in ("load_from_checkpoint", "teacher", "setup", "teacher_velocity", "to_torchscript", "prepare"):
         with pytest.raises(ValueError, match=f"F2D2Module defines no method '{method}'"):
             Adapter(f"net.{method}('trap', x, t)")(honest())
-    # the same from an export
+    # the same from a folder
     net = Net()
     joint = JointFlowMap(Adapter("net(x, t)")(net), f2.DivergenceHead(2, 4, 1))
-    save_joint(joint, tmp_path / "joint.pt", (2,))
-    content = torch.load(tmp_path / "joint.pt", weights_only=True)
+    saved = save_pretrained(joint, tmp_path / "joint", shape=(2,))
     for call in (
         "net.save_pretrained('written', x, t)",
         "net.from_pretrained('written', x, t)",
         "net.to('cuda', x, t)",
     ):
-        content["adapter"]["call"] = call
-        torch.save(content, tmp_path / "joint.pt")
+        edited(saved, set_in("model", "arguments", "flow_map", "arguments", "adapter", "arguments", "call", call))
         with nothing_runs(tmp_path), pytest.raises(ValueError, match="Net defines no method"):
-            load_joint(tmp_path / "joint.pt", net)
+            load_joint(saved, net)
 
 
 # --- files that name other files ---
@@ -855,10 +853,16 @@ def test_a_pickle_with_any_byte_changed(tmp_path):
 
 @pytest.fixture
 def exported(tmp_path):
+    """A file as version 0.1 wrote it."""
     torch.manual_seed(0)
     net = MLP((2,), 8, 1)
-    joint = JointFlowMap(AdaptedFlowMap(net, Adapter("net(x, s, t)"), features="norm"), f2.DivergenceHead(8, 4, 1))
-    save_joint(joint, tmp_path / "joint.pt", (2,))
+    adapter = Adapter("net(x, s, t)")
+    head = f2.DivergenceHead(8, 4, 1)
+    AdaptedFlowMap(net, adapter, features="norm")
+    content = {"version": 1, "shape": [2], "adapter": adapter.config(), "features": "norm", "interval": None,
+               "interval_state": None, "directions": "BOTH", "head": a_head(hidden=4), "head_state": head.state_dict(),
+               "network_state": net.state_dict()}  # fmt: skip
+    torch.save(content, tmp_path / "joint.pt")
     return tmp_path / "joint.pt", net
 
 
@@ -949,13 +953,17 @@ FOLDERS = {
     "minus one": (set_in(*A_MAP, "arguments", "width", -1), "do not fit MLP"),
     "text": (set_in(*A_MAP, "arguments", "width", "8"), "do not fit MLP"),
     "a class of torch": (set_in(*A_MAP, "class", "torch.nn.Linear"), "names the class 'torch.nn.Linear'"),
-    "a function": (set_in(*A_MAP, "class", "f2d2_lightning.checkpoints.trust.importlib"), "names the class"),
+    "a function": (set_in(*A_MAP, "class", "f2d2_lightning.checkpoints.trust.importlib"), "is no class"),
     "the command line": (set_in(*A_MAP, "class", "f2d2_lightning.cli.F2D2CLI"), "names the class"),
     "a module that runs": (set_in(*A_MAP, "class", "trapmodule.Net"), "names the class 'trapmodule.Net'"),
     "a number of an object that is a list": (set_in(*A_MAP, "number", [1]), "no model that can be read"),
     "the same as a list": (set_in("model", "arguments", "flow_map", {"same_as": [1]}), "refers to object [1]"),
     "the same as nothing": (set_in("model", "arguments", "flow_map", {"same_as": 77}), "refers to object 77"),
     "arguments that are none": (set_in(*A_MAP, "arguments", "blocks", {"class": 3}), "object's class and arguments"),
+    "a network that is not given": (set_in(*A_MAP, {"given": "network", "class": "a.B"}), "give it: network="),
+    "given by a list": (set_in(*A_MAP, {"given": [1], "class": [2]}), "give it: [1]="),
+    "a call that runs": (set_in(*A_MAP, {"class": "f2d2_lightning.adapters.Adapter", "number": 9,
+        "arguments": {"call": "__import__('os').system('touch ran')"}}), "do not fit Adapter"),
     "a model that is none": (set_in("model", None), "object's class and arguments"),
     "depth": (lambda content: content.update(model=deep(200)), "without end"),
     "a long list": (set_in(*A_MAP, "arguments", "blocks", [0] * 200_000), "without end"),

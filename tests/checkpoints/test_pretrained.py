@@ -2,12 +2,15 @@
 
 import copy
 import json
+import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from f2d2_lightning import DivergenceHead, F2D2Module, FlowMap, GaussianBaseline, JointFlowMap, as_flow_map
+from f2d2_lightning.adapters import Adapter
 from f2d2_lightning.checkpoints import from_pretrained, read_description, save_pretrained
 from f2d2_lightning.checkpoints.pretrained import CONFIG, WEIGHTS
 from f2d2_lightning.flows import GaussianFlow, TrigonometricPath
@@ -239,6 +242,96 @@ def test_a_network_that_reads_a_baseline_of_another_is_not_saved_without_it(tmp_
         save_pretrained(joint, tmp_path / "joint")
 
 
+# --- somebody else's network ---
+
+
+class Net(torch.nn.Module):
+    """Takes both times, and keeps a module in a list, which is none of its parts."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.time = torch.nn.Linear(2, width)
+        self.body, self.out = torch.nn.Sequential(torch.nn.Linear(2, width), torch.nn.Tanh()), torch.nn.Linear(width, 2)
+        self.tied = self.body[0]
+        self.hidden = [torch.nn.Linear(1, 1)]
+
+    def forward(self, x, s, t):
+        return self.out(self.body(x) + self.time(torch.stack([s, t], -1)))
+
+
+class Residual(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, x, s, t, cond):
+        return self.layer(torch.cat([x, s[:, None], t[:, None]], -1))
+
+
+def adapted(network, head=None, adapter=None, **options):
+    adapter = adapter or Adapter("net(x, s, t)", noise_time=1.0, data_time=0.0)
+    joint = JointFlowMap(adapter(network, **options), head or DivergenceHead(12, 4, baseline=GaussianBaseline((2,))))
+    randomize(joint)
+    return joint
+
+
+def answers(joint):
+    with torch.no_grad():
+        return joint(
+            torch.linspace(-1, 1, 6).reshape(3, 2), torch.tensor([0.1, 0.9, 0.5]), torch.tensor([0.7, 0.2, 0.5])
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"features": "body"}, {"interval": "time"}, {"directions": "both"}])
+def test_an_adapted_network_comes_back(tmp_path, options):
+    torch.manual_seed(0)
+    joint = adapted(Net(), **options)
+    network, before = Net(), torch.get_rng_state()
+    save_pretrained(joint, tmp_path, shape=(2,), levels=17)
+    again = from_pretrained(tmp_path, network=network)
+    # a model is made in both, and no random number of a training is drawn for it
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.flow_map.network is network
+    assert again.directions == joint.directions
+    for one, other in zip(answers(again), answers(joint), strict=True):
+        assert torch.equal(one, other)
+    assert read_description(tmp_path).levels == 17
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    assert not [name for name in load_file(tmp_path / WEIGHTS) if name.startswith("flow_map.network.tied")]
+
+
+def test_what_is_somebody_elses_is_asked_for(tmp_path):
+    class Mine(Adapter):
+        pass
+
+    joint = adapted(Net(), DivergenceHead(network=Residual()), Mine("net(x, s, t)"))
+    save_pretrained(joint, tmp_path / "model", shape=(2,))
+    given = {"network": Net(), "adapter": Mine("net(x, s, t)"), "head_network": Residual()}
+    for one, other in zip(answers(from_pretrained(tmp_path / "model", **given)), answers(joint), strict=True):
+        assert torch.equal(one, other)
+    for name in given:
+        with pytest.raises(ValueError, match=f"give it: {name}="):
+            from_pretrained(tmp_path / "model", **(given | {name: None}))
+    with pytest.raises(ValueError, match="does not fit this Net: make the network with the arguments of training"):
+        from_pretrained(tmp_path / "model", **(given | {"network": Net(16)}))
+    with pytest.raises(ValueError, match="does not say the shape"):
+        save_pretrained(joint, tmp_path / "other")
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(FileExistsError, match="saved as a folder"):
+        save_pretrained(joint, tmp_path / "file", shape=(2,))
+
+
+def test_a_network_keeps_its_dtype_and_wrapped_weights_their_names(tmp_path):
+    joint = adapted(Net())
+    state = {f"_orig_mod.{name}": value for name, value in joint.flow_map.network.state_dict().items()}
+    save_pretrained(joint, tmp_path, shape=(2,), network_state=state)
+    again = from_pretrained(tmp_path, network=Net().float())
+    assert again.flow_map.network.out.weight.dtype == torch.float32
+    assert again.head.out.weight.dtype == torch.float64
+    with pytest.raises(ValueError, match="keeps a dict under 'more'"):
+        save_pretrained(joint, tmp_path, shape=(2,), network_state={"more": {}})
+
+
 # --- what cannot be saved ---
 
 
@@ -253,11 +346,11 @@ class OwnMLP(MLP):
 
 @pytest.mark.parametrize("network", [Own(), OwnMLP(SHAPE, 8), as_flow_map(lambda x, s, t, cond: x)])
 def test_classes_of_others_are_not_saved(tmp_path, network):
-    with pytest.raises(ValueError, match=r"the model is a .*(Own|_FunctionFlowMap).*save_joint"):
+    with pytest.raises(ValueError, match=r"the model is a .*(Own|_FunctionFlowMap).*use an adapter"):
         save_pretrained(network, tmp_path / "model", shape=SHAPE)
-    joint = JointFlowMap(MLP(SHAPE, 8, 1), DivergenceHead(network=network))
-    with pytest.raises(ValueError, match=r"network of DivergenceHead is a "):
-        save_pretrained(joint, tmp_path / "model")
+    joint = JointFlowMap(network, DivergenceHead(4))
+    with pytest.raises(ValueError, match=r"flow_map of JointFlowMap is a "):
+        save_pretrained(joint, tmp_path / "model", shape=SHAPE)
     assert not (tmp_path / "model").exists()
 
 
@@ -269,9 +362,31 @@ def test_a_model_without_a_shape_asks_for_it(tmp_path):
 # --- folders that are not what they should be ---
 
 
-def test_names_of_a_hub_and_missing_files(tmp_path, saved):
-    with pytest.raises(FileNotFoundError, match=r'snapshot_download\("someone/model"\)'):
+def test_a_name_of_the_hub_is_downloaded(saved, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options))
+        if name == "someone/else":
+            raise OSError("404")
+        return str(saved)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    same(from_pretrained("someone/model-1.0"), from_pretrained(saved))
+    assert read_description("someone/model-1.0").levels == 17
+    assert asked == [("someone/model-1.0", {"allow_patterns": [CONFIG, WEIGHTS]})] * 2
+    with pytest.raises(FileNotFoundError, match=r"no folder someone/else, and none can be downloaded.*404"):
+        from_pretrained("someone/else")
+    for path in ("/nowhere/model", "../a/b", "a/b/c", "model", ""):
+        with pytest.raises(FileNotFoundError, match="a saved model is a folder" if path else "config"):
+            from_pretrained(path)
+    assert len(asked) == 3
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"no folder someone/model; .*pip install f2d2-lightning\[hub\]"):
         from_pretrained("someone/model")
+
+
+def test_missing_files(saved):
     (saved / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
         from_pretrained(saved)
@@ -299,7 +414,7 @@ def test_names_of_a_hub_and_missing_files(tmp_path, saved):
 )
 def test_only_networks_heads_baselines_and_paths_of_this_package_are_made(saved, name):
     edit_model(saved, lambda model: model["arguments"]["flow_map"].update({"class": name}))
-    with pytest.raises(ValueError, match=r"the configuration names|do not fit FlowMap"):
+    with pytest.raises(ValueError, match=r"the configuration names|do not fit (FlowMap|Adapter)"):
         from_pretrained(saved)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from f2d2_lightning import Direction, DivergenceHead, GaussianBaseline, JointFlowMap, as_flow_map, log_prob, sample
+from f2d2_lightning.checkpoints.descriptions import describe, make_part
 from f2d2_lightning.divergence import Exact
 from f2d2_lightning.nn import MLP, ResNet
 from f2d2_lightning.objectives import Batch, Eulerian, Lagrangian, TeacherSource
@@ -109,7 +110,7 @@ def test_per_axis_head_on_maps_answers_for_its_own_pixels(covariance, patch):
     close(head(x, s, t, features=h), expected)
     with pytest.raises(ValueError, match=r"maps \(B, F, "):
         head(x, s, t, features=torch.randn(3, 5, 1, 1))
-    again = DivergenceHead.from_config(head.config())
+    again = make_part(describe(head, "the head"), {})
     again.load_state_dict(head.state_dict())
     assert torch.equal(again(x, s, t, features=h), head(x, s, t, features=h))
 

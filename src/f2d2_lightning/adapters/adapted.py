@@ -15,6 +15,7 @@ from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.flows.maps import Direction, FlowMap, check_interval
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["AdaptedFlowMap", "AddedInterval"]
 
@@ -84,7 +85,7 @@ class AddedInterval(nn.Module):
         return output + added.reshape(shape).to(output.dtype)
 
 
-class AdaptedFlowMap(FlowMap):
+class AdaptedFlowMap(FlowMap, Configured):
     """A network in a foreign convention as a flow map.
 
     Args:
@@ -135,6 +136,16 @@ class AdaptedFlowMap(FlowMap):
             directions = self.adapter.directions if interval is None else Direction.BOTH
         self.directions = Direction.parse(directions)
         self._features: int | None = None
+
+    def configuration(self) -> dict[str, Any]:
+        """Arguments of the constructor, as the map is now."""
+        return {
+            "network": self.network,
+            "adapter": self.adapter,
+            "features": None if self.tap is None else self.tap.name,
+            "interval": self.interval_name,
+            "directions": self.directions.label,
+        }
 
     @property
     def answerable(self) -> Direction:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters.call import Call, ConventionError
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import like
+from f2d2_lightning.utils.configured import Configured
 
 if TYPE_CHECKING:
     from f2d2_lightning.adapters.adapted import AdaptedFlowMap
@@ -25,7 +26,7 @@ __all__ = ["Adapter", "adapter_from_config"]
 ANSWERS = ("velocity", "state")
 
 
-class Adapter:
+class Adapter(Configured):
     """How a network is called and what it answers.
 
     The families of :mod:`f2d2_lightning.adapters` are this with other defaults; an unlisted model needs one line:
@@ -218,6 +219,11 @@ class Adapter:
 
     # --- a description for checkpoints ---
 
+    def configuration(self) -> dict[str, Any]:
+        """Arguments of the constructor, as the adapter is now."""
+        values = {name: getattr(self, name) for name in self._arguments}
+        return values | {"call": self.call.text, "directions": self.directions.label}
+
     def config(self) -> dict[str, Any]:
         """Class and arguments in plain values, from which :func:`adapter_from_config` makes an equal adapter.
 
@@ -225,13 +231,7 @@ class Adapter:
         """
         cls = type(self)
         ours = cls.__module__.startswith(__name__.rpartition(".")[0] + ".")
-        values = {name: getattr(self, name) for name in self._arguments}
-        return {
-            "class": cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}",
-            **values,
-            "call": self.call.text,
-            "directions": self.directions.label,
-        }
+        return {"class": cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}", **self.configuration()}
 
     @staticmethod
     def describe(network: Callable[..., Any]) -> str:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter
 from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.callbacks._auxiliary import AddedWeights
-from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, describe_joint, save_joint
+from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, describe_head, describe_joint, make_head
+from f2d2_lightning.checkpoints.pretrained import save_pretrained
 from f2d2_lightning.flows._held import HeldFlowMap, evaluating
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.modules._teaching import KeptTeacher
 from f2d2_lightning.modules.distillation import DistilledModel, default_head
-from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
+from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.training.batches import HALF, BatchStates, FirstLook, compare_ranges, training_batches
 from f2d2_lightning.training.run_seed import RunSeed
@@ -38,7 +39,7 @@ class AddedModel(DistilledModel):
     features: str | None
     interval: str | None
     teacher: Callable[..., Tensor] | None
-    head: DivergenceHead | None
+    head: Head | None
     frozen: bool
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     gradient_clip: float | None
@@ -146,18 +147,19 @@ class AddedModel(DistilledModel):
         return JointFlowMap(self._mapped("average"), self._head("average"))
 
     def export(self, path: str | Path) -> None:
-        """Write network, head and conventions to one file, for :func:`f2d2_lightning.load_joint`.
+        """Write network, head and conventions to a folder, for :func:`f2d2_lightning.from_pretrained`.
 
         Under FSDP every process must call it; the first one writes.
         """
         state = whole_state(self._network)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            save_joint(self.joint, path, self.shape, state)
+            levels, low, high = self.levels, self.low, self.high
+            save_pretrained(self.joint, path, shape=self.shape, levels=levels, low=low, high=high, network_state=state)
 
-    def _head(self, kind: str) -> DivergenceHead:
+    def _head(self, kind: str) -> Head:
         """The head in training (``"live"``) or its average (``"average"``)."""
         head = getattr(self.added, kind)["head"]
-        assert isinstance(head, DivergenceHead)
+        assert isinstance(head, Head)
         return head
 
     def _mapped(self, kind: str) -> AdaptedFlowMap:
@@ -206,7 +208,7 @@ class AddedModel(DistilledModel):
 
     # --- making and training it ---
 
-    def _make_head(self, flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None) -> DivergenceHead:
+    def _make_head(self, flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None) -> Head:
         if self.head is not None and not self.head.reads_features:
             return self.head
         with evaluating(self._network), torch.no_grad():
@@ -222,7 +224,7 @@ class AddedModel(DistilledModel):
             )
         return self.head
 
-    def _assemble(self, head: DivergenceHead, interval: nn.Module | None, device: torch.device) -> None:
+    def _assemble(self, head: Head, interval: nn.Module | None, device: torch.device) -> None:
         live = nn.ModuleDict({"head": head} | ({} if interval is None else {"interval": interval})).to(device).train()
         self._added = AddedWeights(live, self.optimizer, self.ema_decay, self.gradient_clip)
 
@@ -275,7 +277,7 @@ class AddedModel(DistilledModel):
             "seed": self.run_seed.value,
             "shape": list(self.shape),
             "range": [self.levels, self.low, self.high],
-            "head": self._head("live").config(),
+            "head": describe_head(self._head("live")),
             "added": self._added.state_dict(),
             "objective": self.distillation.objective_state(),
         }
@@ -285,7 +287,7 @@ class AddedModel(DistilledModel):
         self._pending = state_dict or None
 
     def _make_from(self, state: Mapping[str, Any], device: torch.device) -> None:
-        head = self.head or DivergenceHead.from_config(state["head"])
+        head = self.head or make_head(state["head"])
         self.states.shape = tuple(state["shape"])
         interval = self.adapter(self._network, interval=self.interval).interval
         self._assemble(head, interval, device)

@@ -30,7 +30,7 @@ from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.metrics.evaluation import check_draws
 from f2d2_lightning.modules.distillation import Distillation, default_objective
 from f2d2_lightning.modules.evaluation import Evaluation
-from f2d2_lightning.nn.head import DivergenceHead
+from f2d2_lightning.nn.head import Head
 from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.training.batches import BatchStates, FirstLook, training_batches
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
@@ -101,7 +101,7 @@ class F2D2Callback(L.Callback, AddedModel):
         features: str | None = None,
         interval: str | None = None,
         teacher: Callable[..., Tensor] | None = None,
-        head: DivergenceHead | None = None,
+        head: Head | None = None,
         objective: Objective | None = None,
         estimator: DivergenceEstimator | None = None,
         frozen: bool = False,

@@ -1,7 +1,4 @@
-"""Joint maps in files: everything that inference needs beside the network's own code, and nothing of Lightning.
-
-A file holds weights and plain values only, so reading one runs no code that is in it.
-"""
+"""Joint maps that callbacks added to somebody's network: in Lightning checkpoints, and in files of version 0.1."""
 
 from __future__ import annotations
 
@@ -12,41 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, adapter_from_config
-from f2d2_lightning.checkpoints.trust import check_extent, check_sizes, said, stored_in, within_size
-from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
+from f2d2_lightning.adapters import AdaptedFlowMap, Adapter
+from f2d2_lightning.checkpoints.descriptions import describe, describe_model, make_part, own_state
+from f2d2_lightning.checkpoints.pretrained import CONFIG, Stored, fill, from_pretrained, plain_name, save_pretrained
+from f2d2_lightning.checkpoints.trust import check_extent, said, stored_in
+from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.utils.arrays import check_stored_archive
-from f2d2_lightning.utils.files import whole_file
+from f2d2_lightning.utils.configured import public_name
 
-__all__ = ["CHECKPOINT_KEY", "describe_joint", "load_joint", "save_joint"]
+__all__ = ["CHECKPOINT_KEY", "describe_head", "describe_joint", "load_joint", "make_head", "save_joint"]
 
 CHECKPOINT_KEY = "f2d2_joint"
 """Where a Lightning checkpoint holds the joint maps that callbacks added to it, by name of the network."""
 
-# what wrappers put into the names of a network's weights
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
 
 def describe_joint(joint: JointFlowMap, shape: tuple[int, ...]) -> dict[str, Any]:
-    """A joint map of an adapted network as plain values and weights, without the network's own weights."""
-    flow_map = joint.flow_map
-    if not isinstance(flow_map, AdaptedFlowMap):
-        raise ValueError(
-            f"the backbone is a {type(flow_map).__name__}; networks are exported through their adapter: "
-            "JointFlowMap(adapter(network), head)"
-        )
-    added = flow_map.interval
-    return {
-        "version": 1,
-        "shape": list(shape),
-        "adapter": flow_map.adapter.config(),
-        "features": None if flow_map.tap is None else flow_map.tap.name,
-        "interval": flow_map.interval_name,
-        "interval_state": None if added is None else _on_cpu(added.state_dict()),
-        "directions": flow_map.directions.name,
-        "head": joint.head.config(),
-        "head_state": _on_cpu(joint.head.state_dict()),
-    }
+    """A joint map of an adapted network as plain values and weights, without the network's own weights.
+
+    Where it cannot be described, what is wrong is for :func:`load_joint` to say: a checkpoint of a training run is
+    saved all the same.
+    """
+    try:
+        model = describe_model(joint)
+    except ValueError as error:
+        model = {"undescribed": str(error)}
+    # cloned: a view would take the whole storage into the file
+    state = {name: value.detach().cpu().clone() for name, value in own_state(joint).items()}
+    return {"version": 2, "shape": list(shape), **model, "state": state}
 
 
 def save_joint(
@@ -55,25 +44,17 @@ def save_joint(
     shape: tuple[int, ...],
     network_state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a joint map of an adapted network to a file, for :func:`load_joint`.
-
-    Args:
-        joint: The map.
-        path: File; written beside its place first, so that an interruption leaves no half of one.
-        shape: Shape of one state.
-        network_state: The network's weights, where they are sharded and had to be gathered; by default its own.
+    """:func:`f2d2_lightning.save_pretrained` of a joint map of an adapted network, as version 0.1 called it.
 
     Raises:
         ValueError: If the backbone is no adapted network.
     """
-    content = describe_joint(joint, shape)
-    if network_state is None:
-        network = joint.flow_map.network
-        if not isinstance(network, nn.Module):
-            raise ValueError("the network is a plain function and has no weights to export; keep the head's state_dict")
-        network_state = network.state_dict()
-    with whole_file(path) as partial:
-        torch.save(content | {"network_state": _on_cpu(_plain_names(network_state))}, partial)
+    if not isinstance(joint.flow_map, AdaptedFlowMap):
+        raise ValueError(
+            f"the backbone is a {type(joint.flow_map).__name__}; a network of your own is saved through its adapter, "
+            "JointFlowMap(adapter(network), head), and one of f2d2_lightning with save_pretrained"
+        )
+    save_pretrained(joint, path, shape=shape, network_state=network_state)
 
 
 def load_joint(
@@ -82,8 +63,9 @@ def load_joint(
     name: str | None = None,
     adapter: Adapter | None = None,
     head_network: nn.Module | None = None,
+    head: Head | None = None,
 ) -> JointFlowMap:
-    """The joint map that a callback added to somebody's network, from an export or from a Lightning checkpoint.
+    """The joint map that a callback added to somebody's network, from a folder or from a Lightning checkpoint.
 
     Needs no Lightning. A checkpoint of ``ModelCheckpoint(save_weights_only=True)`` is enough.
 
@@ -93,6 +75,7 @@ def load_joint(
         name: Name of the network in the LightningModule, for a checkpoint that holds several.
         adapter: The adapter, if it is none of :mod:`f2d2_lightning.adapters`.
         head_network: The head's network, if it had one of its own.
+        head: The head, if its class is none of this package's.
 
     Returns:
         The map in evaluation mode, on the CPU, for :func:`f2d2_lightning.log_prob` and :func:`f2d2_lightning.sample`.
@@ -101,11 +84,26 @@ def load_joint(
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds no joint map, or the network is of another shape.
     """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        return from_pretrained(path, network=network, adapter=adapter, head_network=head_network, head=head)
+    given = {"network": network, "adapter": adapter, "head_network": head_network, "head": head}
     try:
-        content = _read(Path(path), name)
-        # initial weights that are written over are no reason to draw other numbers afterwards
-        with torch.random.fork_rng(devices=[]):
-            return _joint(content, network, adapter, head_network, str(path))
+        content = _read(path, name)
+        check_extent({key: content[key] for key in content if not key.endswith("state")}, str(path))
+        if "undescribed" in content:
+            raise ValueError(f"{path} holds a joint map that could not be described: {content['undescribed']!s:.1000}")
+        if content.get("version") == 1:
+            content = _of_0_1(content, adapter)
+        state = {str(key): value for key, value in content["state"].items()}
+        state |= {f"flow_map.network.{key}": value for key, value in content["network_state"].items()}
+        stored_in(state, str(path))
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        double = any(value.dtype == torch.float64 for value in state.values())
+        joint = fill(content, given, Stored(shapes, {}, state.__getitem__, double), str(path))
+        if not isinstance(joint, JointFlowMap):
+            raise ValueError(f"it describes a {type(joint).__name__}")
+        return joint
     except (ValueError, FileNotFoundError):
         raise
     except Exception as error:  # a file that is damaged, or says of itself what is not so, fails anywhere
@@ -115,41 +113,68 @@ def load_joint(
         ) from error
 
 
-def _joint(
-    content: Mapping[str, Any],
-    network: nn.Module,
-    adapter: Adapter | None,
-    head_network: nn.Module | None,
-    what: str,
-) -> JointFlowMap:
-    check_extent([content["adapter"], content["head"]], what)
-    adapter = adapter or adapter_from_config(content["adapter"])
-    flow_map = AdaptedFlowMap(
-        network,
-        adapter,
-        features=content["features"],
-        interval=content["interval"],
-        directions=content["directions"].lower(),
+def describe_head(head: Head) -> dict[str, Any]:
+    """A head for :func:`make_head`; one of somebody else's class is given again by its owner."""
+    try:
+        return describe(head, "the head")
+    except ValueError:
+        return {"given": "head", "class": public_name(type(head))}
+
+
+def make_head(description: Mapping[str, Any]) -> Head:
+    """A head, with fresh weights, from what a checkpoint of a callback says of it, today's or of version 0.1."""
+    return make_part(
+        description if "arguments" in description or "given" in description else _head_of_0_1(description), {}
     )
-    network.load_state_dict(content["network_state"])
-    if flow_map.interval is not None:
-        flow_map.interval.load_state_dict(content["interval_state"])
-    held = stored_in(content["head_state"], what)
 
-    def make() -> DivergenceHead:
-        check_sizes(DivergenceHead, content["head"])
-        return DivergenceHead.from_config(content["head"], head_network)
 
-    head = within_size(make, *held, what)
-    head.load_state_dict(content["head_state"])
-    return JointFlowMap(flow_map, head).eval()
+# --- version 0.1 ---
+
+
+def _of_0_1(content: Mapping[str, Any], adapter: Adapter | None) -> dict[str, Any]:
+    """What version 0.1 wrote, as today's description and weights."""
+    added = content["interval_state"]
+    state = {f"head.{key}": value for key, value in content["head_state"].items()}
+    if added is not None:
+        state |= {f"flow_map.interval.{key}": value for key, value in added.items()}
+    arguments = dict(content["adapter"])
+    family = arguments.pop("class", None)
+    backbone = {
+        "network": {"given": "network", "class": "network"},
+        "adapter": {"given": "adapter", "class": str(family)}
+        if adapter is not None
+        else _object(f"adapters.{family}", arguments),
+        "features": content["features"],
+        "interval": content["interval"],
+        "directions": content["directions"].lower(),
+    }
+    parts = {"flow_map": _object("adapters.AdaptedFlowMap", backbone), "head": _head_of_0_1(content["head"])}
+    model = _object("nn.JointFlowMap", parts)
+    return {"model": model, "state": state, "network_state": content["network_state"]}
+
+
+def _head_of_0_1(config: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = dict(config)
+    fit = arguments["baseline"]
+    if fit is not None:
+        path = _object(f"flows.{fit['path']}", {})
+        arguments["baseline"] = _object("flows.GaussianBaseline", dict(fit) | {"path": path})
+    if arguments["network"] is not None:
+        arguments["network"] = {"given": "head_network", "class": arguments["network"]}
+    return _object("nn.DivergenceHead", arguments)
+
+
+def _object(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    # nothing of version 0.1 refers to a number
+    return {"class": f"f2d2_lightning.{name}", "number": name, "arguments": arguments}
 
 
 def _read(path: Path, name: str | None) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(
-            f"{path} is a folder, as sharded checkpoints are; export one file in training (F2D2Callback.export), or "
-            "consolidate it: python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
+            f"{path} is a folder without {CONFIG}, as sharded checkpoints are; export the map in training "
+            "(F2D2Callback.export), or consolidate it: "
+            "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -170,21 +195,7 @@ def _read(path: Path, name: str | None) -> dict[str, Any]:
         (name,) = joints
     if name not in joints:
         raise ValueError(f"{path} holds joint maps of {', '.join(map(repr, joints))}; name= is {name!r}")
-    states = _plain_names(content["state_dict"])
+    states = {plain_name(key): value for key, value in content["state_dict"].items()}
     prefix = f"{name}."
     mine = {key[len(prefix) :]: value for key, value in states.items() if key.startswith(prefix)}
     return joints[name] | {"network_state": mine}
-
-
-def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    plain = {}
-    for key, value in state.items():
-        for wrapper in _WRAPPERS:
-            key = key.replace(wrapper, "")
-        plain[key] = value
-    return plain
-
-
-def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # cloned: a view would take the whole storage into the file
-    return {key: value.detach().cpu().clone() for key, value in state.items()}

@@ -1,29 +1,31 @@
 """Models in folders, as Hugging Face lays them out: ``config.json`` and ``model.safetensors``.
 
 The configuration names classes of this package and their arguments as plain values; the weights are plain numbers. So
-nothing in such a folder is run, and a folder from elsewhere can be read without trust.
+nothing in such a folder is run, and a folder from elsewhere can be read without trust. A network of somebody else, in
+an adapter, is given by who reads it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from f2d2_lightning.checkpoints.trust import check_extent, check_sizes, find_class, said, within_size
+from f2d2_lightning.adapters import AdaptedFlowMap, Adapter
+from f2d2_lightning.checkpoints.descriptions import describe_model, given_places, make_model, own_state
+from f2d2_lightning.checkpoints.trust import check_extent, said, within_size
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
-from f2d2_lightning.flows.paths import Path
-from f2d2_lightning.nn.head import JointFlowMap
-from f2d2_lightning.utils.configured import OBJECT, Configured, arguments_of, as_plain, public_name
+from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["CONFIG", "WEIGHTS", "DataDescription", "from_pretrained", "read_description", "save_pretrained"]
@@ -60,11 +62,13 @@ def save_pretrained(
     levels: int | None = None,
     low: float = -1.0,
     high: float = 1.0,
+    network_state: Mapping[str, Tensor] | None = None,
 ) -> FilePath:
     """Write a flow map or a joint map to a folder, for :func:`from_pretrained`.
 
     For a trained module: ``save_pretrained(module.average, folder, shape=module.shape, levels=module.levels,
-    low=module.low, high=module.high)``.
+    low=module.low, high=module.high)``. Of somebody else's network in an adapter, the weights are written, and how it
+    is called; who reads the folder makes the network.
 
     Args:
         model: Made of classes of this package. It is seen to that it can be made again before anything is written.
@@ -73,22 +77,23 @@ def save_pretrained(
         levels: Levels of the discrete data, ``None`` for continuous.
         low: Lower edge of their range.
         high: Upper edge.
+        network_state: Weights of an adapted network, where they are sharded and had to be gathered; by default its own.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: If a part is of another class, or was changed in a way that its arguments do not say.
+        FileExistsError: If ``folder`` is a file.
     """
     about = DataDescription(
         tuple(_shape(model) if shape is None else shape), levels, float(low), float(high), model.directions.label
     )
-    content = {"model": _describe(model, "the model", {})}
-    state = model.state_dict()
-    content["replaced"] = _replaced(content, model)
-    _check_again(content, model, state)
-    tensors, shared = _once(state)
+    content = describe_model(model)
+    tensors, shared = _once(whole_state(model, network_state))
     folder = FilePath(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file, and a model is saved as a folder; give another name, or remove it")
     metadata = {"format": "pt", _FORMAT: json.dumps(asdict(about)), "shared": json.dumps(shared)}
     with whole_file(folder / WEIGHTS) as partial:
         save_file(tensors, partial, metadata)
@@ -98,32 +103,61 @@ def save_pretrained(
     return folder
 
 
-def from_pretrained(folder: str | FilePath, kind: type[Model] = JointFlowMap) -> Model:  # type: ignore[assignment]
+def from_pretrained(
+    folder: str | FilePath,
+    kind: type[Model] = JointFlowMap,  # type: ignore[assignment]
+    *,
+    network: Callable[..., Any] | None = None,
+    adapter: Adapter | None = None,
+    head_network: nn.Module | None = None,
+    head: Head | None = None,
+) -> Model:
     """The model that :func:`save_pretrained` wrote.
 
     Args:
-        folder: A local folder.
+        folder: A local folder, or a name ``user/model`` on the Hugging Face hub, which is downloaded
+            (``pip install f2d2-lightning[hub]``).
         kind: Class expected; ``FlowMap`` for a map without a head.
+        network: Somebody else's network that an adapter was made for, made as it was in training; it is filled with
+            the weights of the file.
+        adapter: The adapter, if it is none of :mod:`f2d2_lightning.adapters`.
+        head_network: The head's network, if it had one of its own.
+        head: The head, if its class is none of this package's.
 
     Returns:
-        The model in evaluation mode, on the CPU, in the dtype that it was saved in.
+        The model in evaluation mode, on the CPU, in the dtype that it was saved in; ``network`` stays in its own.
 
     Raises:
         FileNotFoundError: If there is no such folder, or a file of it is missing.
         ValueError: If a file is damaged, names a class that is none of this package's, or the two do not fit.
     """
-    content, about = _read(folder)
-    path = FilePath(folder) / WEIGHTS
+    content, about, folder = _read(folder)
+    given = {"network": network, "adapter": adapter, "head_network": head_network, "head": head}
+    path = folder / WEIGHTS
     try:
-        # initial weights that are written over are no reason to draw other numbers afterwards
-        with safe_open(path, framework="pt") as file, torch.random.fork_rng(devices=[]):
-            return _filled(content, about, file, path, kind)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get(_FORMAT) != json.dumps(asdict(about)):
+                raise ValueError(f"{path} and {CONFIG} are not of the same model; take both from one place")
+            shared = _json(metadata.get("shared", "{}"), f"the list of shared weights in {path}")
+            stored = Stored(
+                {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()},  # noqa: SIM118
+                {str(name): str(source) for name, source in shared.items()},
+                file.get_tensor,
+                "F64" in {file.get_slice(name).get_dtype() for name in file.keys()},  # noqa: SIM118
+            )
+            model = fill(content, given, stored, str(path))
     except ValueError:
         raise
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     except Exception as error:  # a file that says what is not so fails anywhere
         raise ValueError(f"{folder} holds no model that can be read ({said(error)})") from error
+    if not isinstance(model, kind):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, and a {kind.__name__} is asked for; see kind=")
+    if model.directions.label != about.directions:  # type: ignore[union-attr]
+        raise ValueError(f"{CONFIG} says directions={about.directions!r}, and makes a model of other ones")
+    return model
 
 
 def read_description(folder: str | FilePath) -> DataDescription:
@@ -136,155 +170,57 @@ def read_description(folder: str | FilePath) -> DataDescription:
     return _read(folder)[1]
 
 
-# --- what a model is made of ---
-
-
-def _describe(value: Any, place: str, numbers: dict[int, int]) -> dict[str, Any]:
-    """Class and arguments of an object; a second mention of the same object refers to the first."""
-    if id(value) in numbers:
-        return {"same_as": numbers[id(value)]}
-    cls = type(value)
-    name = public_name(cls)
-    ours = name.startswith(f"{_FORMAT}.") and not cls.__name__.startswith("_")
-    if not isinstance(value, (Configured, Path)) or not ours:
-        raise ValueError(
-            f"{place} is a {name}; only classes of f2d2_lightning can be made again from plain values. For a network "
-            "of your own use an adapter and f2d2_lightning.checkpoints.save_joint, or keep the checkpoint"
-        )
-    arguments = {}
-    for argument, given in arguments_of(value).items() if isinstance(value, Configured) else ():
-        current = _attribute(value, argument)
-        if argument == "directions":
-            arguments[argument] = current.label
-        elif given not in (OBJECT, None):
-            arguments[argument] = given
-        elif isinstance(current, (nn.Module, Path)):
-            arguments[argument] = _describe(current, f"{argument} of {cls.__name__}", numbers)
-        elif given is OBJECT and as_plain(current) is OBJECT:
-            raise ValueError(f"{argument} of {cls.__name__} ({place}) is a {type(current).__name__}, no plain value")
-        else:
-            arguments[argument] = as_plain(current) if given is OBJECT else None
-    numbers[id(value)] = len(numbers)
-    return {"class": name, "number": numbers[id(value)], "arguments": arguments}
-
-
 def _shape(model: nn.Module) -> Sequence[int]:
-    """Shape of one state, from the model or from the network inside it."""
+    """Shape of one state, from the model or from the network inside it, if that is of this package."""
     part: Any = model
-    while part is not None:
+    while isinstance(part, nn.Module) and not isinstance(part, AdaptedFlowMap):
         if isinstance(getattr(part, "shape", None), tuple):
-            return part.shape
+            return part.shape  # type: ignore[return-value]
         part = getattr(part, "flow_map", None) or getattr(part, "network", None)
     raise ValueError(f"a {type(model).__name__} does not say the shape of its states; give shape=(...)")
 
 
-def _attribute(value: Any, name: str) -> Any:
-    if hasattr(value, name):
-        return getattr(value, name)
-    # in a list, where its owner is another module
-    held = getattr(value, f"_{name}", None)
-    return held[0] if isinstance(held, list) and len(held) == 1 else None
-
-
-def _make(description: Any, made: dict[int, Any]) -> Any:
-    """Inverse of :func:`_describe`."""
-    if isinstance(description, dict) and set(description) == {"same_as"}:
-        if not isinstance(description["same_as"], (int, str)) or description["same_as"] not in made:
-            raise ValueError(f"the configuration refers to object {description['same_as']!r:.20}, which comes later")
-        return made[description["same_as"]]
-    if not isinstance(description, dict) or set(description) != {"class", "number", "arguments"}:
-        raise ValueError(f"the configuration has {description!r:.80} where an object's class and arguments are needed")
-    cls, arguments = _class(description["class"]), description["arguments"]
-    if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments of {cls.__name__} are a {type(arguments).__name__}")
-    values = {
-        name: _make(value, made) if isinstance(value, dict) and ("class" in value or "same_as" in value) else value
-        for name, value in arguments.items()
-    }
-    check_sizes(cls, values)
-    try:
-        value = cls(**values)
-    except Exception as error:  # whatever a constructor says of arguments that are not its own
-        raise ValueError(f"the configuration's arguments do not fit {cls.__name__}: {said(error)}") from error
-    made[description["number"]] = value
-    return value
-
-
-def _class(name: Any) -> type:
-    try:
-        cls = find_class(name) if str(name).startswith(f"{_FORMAT}.") else None
-    except ValueError as error:
-        raise ValueError(f"the configuration names what is not here, or no class: {said(error)}") from error
-    if cls is None or not issubclass(cls, (Configured, Path)) or cls.__name__.startswith("_"):
-        raise ValueError(
-            f"the configuration names the class {name!r:.120}; only networks, heads, baselines and paths of "
-            "f2d2_lightning are made from a configuration"
-        )
-    return cls
-
-
-def _model(content: Mapping[str, Any]) -> Any:
-    made: dict[int, Any] = {}
-    model = _make(content.get("model"), made)
-    replaced = content.get("replaced") or {}
-    known = isinstance(model, (FlowMap, JointMap)) and isinstance(getattr(model, "directions", None), Direction)
-    if not known or not isinstance(replaced, dict):
-        raise ValueError("the configuration describes no flow map or joint map")
-    for name, description in replaced.items():
-        part = _make(description, made)
-        try:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            owner.get_submodule(name.rpartition(".")[2])
-        except AttributeError as error:
-            raise ValueError(f"the configuration replaces {name!r:.80}, and the model has no such part") from error
-        setattr(owner, name.rpartition(".")[2], part)
-    return model
-
-
-def _replaced(content: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Parts that were put into the model after it was made."""
-    plain = dict(_model(content).named_modules(remove_duplicate=False))
-    changed: dict[str, Any] = {}
-    for name, part in model.named_modules(remove_duplicate=False):
-        inside = any(name.startswith(f"{done}.") for done in changed)
-        if not inside and name in plain and type(part) is not type(plain[name]):
-            changed[name] = _describe(part, name, {})
-            # numbers of their own, which nothing else refers to
-            changed[name] = _renumbered(changed[name], f"{name}:")
-    return changed
-
-
-def _renumbered(description: Any, prefix: str) -> Any:
-    if not isinstance(description, dict):
-        return description
-    return {
-        key: f"{prefix}{value}" if key in ("number", "same_as") else _renumbered(value, prefix)
-        for key, value in description.items()
-    }
-
-
-def _check_again(content: Mapping[str, Any], model: FlowMap | JointMap, state: Mapping[str, Tensor]) -> None:
-    again = _model(content)
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    others = {name: tuple(value.shape) for name, value in again.state_dict().items()}
-    wrong = sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
-    if wrong or again.directions != model.directions:
-        what = f"its weights {', '.join(wrong[:6])}" if wrong else f"its directions, {model.directions.label},"
-        raise ValueError(
-            f"the model was changed after it was made: {what} do not come back from the arguments of its classes; "
-            "make it anew in its present form and load its state_dict"
-        )
-    parts = set(again.modules())
-    for part in parts:
-        for held in vars(part).values():
-            if isinstance(held, list) and len(held) == 1 and isinstance(held[0], nn.Module) and held[0] not in parts:
-                raise ValueError(
-                    f"a {type(part).__name__} of the model reads a {type(held[0]).__name__} that is no part of it and "
-                    "would not be saved; save the whole that has both"
-                )
-
-
 # --- weights ---
+
+
+class Stored(NamedTuple):
+    """Weights of a file."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """By name."""
+    shared: Mapping[str, str]
+    """Other names of the same tensors."""
+    read: Callable[[str], Tensor]
+    """A tensor by its name."""
+    double: bool = False
+    """Whether some are in double precision, so that the model was made in it."""
+
+
+def plain_name(name: str) -> str:
+    """Name of a weight without what wrappers put into it."""
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name
+
+
+def whole_state(model: nn.Module, network_state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Weights and buffers of a model by name, those of an adapted network under their plain names.
+
+    Raises:
+        ValueError: If a network keeps more than tensors.
+    """
+    state = own_state(model)
+    for place in given_places(model):
+        network = model.get_submodule(place.removesuffix(".")) if network_state is None else None
+        theirs = network.state_dict() if network is not None else network_state or {}
+        for name, value in theirs.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"the network keeps a {type(value).__name__} under {name!r} in its state_dict, and files hold "
+                    "tensors only; save the network with torch.save, and the head's state_dict beside it"
+                )
+            state[place + plain_name(name)] = value
+    return state
 
 
 def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -303,37 +239,43 @@ def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, shared
 
 
-def _filled(content: Mapping[str, Any], about: DataDescription, file: Any, path: FilePath, kind: type[Model]) -> Model:
-    metadata = file.metadata() or {}
-    if metadata.get(_FORMAT) != json.dumps(asdict(about)):
-        raise ValueError(f"{path} and {CONFIG} are not of the same model; take both from one place")
-    shared = _json(metadata.get("shared", "{}"), f"the list of shared weights in {path}")
-    stored = set(file.keys())
-    names = {name: name for name in stored} | {str(name): str(source) for name, source in shared.items()}
-    dtypes = {file.get_slice(name).get_dtype() for name in stored}
-    with _default_dtype(torch.float64 if "F64" in dtypes else torch.float32):
-        numbers = sum(math.prod(file.get_slice(name).get_shape()) for name in stored)
-        model = within_size(lambda: _model(content), len(names), numbers, str(path.parent))
-    if not isinstance(model, kind):
-        raise ValueError(f"{path.parent} holds a {type(model).__name__}, and a {kind.__name__} is asked for; see kind=")
-    if model.directions.label != about.directions:  # type: ignore[union-attr]
-        raise ValueError(f"{CONFIG} says directions={about.directions!r}, and makes a model of other ones")
-    mine = model.state_dict(keep_vars=True)
-    problems = [f"{name} is missing" for name in mine if names.get(name) not in stored]
+def fill(content: Mapping[str, Any], given: Mapping[str, Any], stored: Stored, what: str) -> Any:
+    """A described model with its weights, in evaluation mode.
+
+    Args:
+        content: Description (:func:`f2d2_lightning.checkpoints.descriptions.make_model`).
+        given: Objects of the reader's own.
+        stored: Weights.
+        what: The file, for errors.
+
+    Raises:
+        ValueError: If the two do not fit, or the model would be far larger than its weights.
+    """
+    names = {name: name for name in stored.shapes} | dict(stored.shared)
+    numbers = sum(math.prod(shape) for shape in stored.shapes.values())
+    with _default_dtype(torch.float64 if stored.double else torch.float32):
+        model = within_size(lambda: make_model(content, given), len(names), numbers, what)
+    theirs = given_places(model)
+    mine = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
+    problems = [f"{name} is missing" for name in mine if names.get(name) not in stored.shapes]
     problems += [f"{name} has no place" for name in names if name not in mine]
     for name, value in mine.items():
-        came = tuple(file.get_slice(names[name]).get_shape()) if names.get(name) in stored else tuple(value.shape)
+        came = stored.shapes.get(names.get(name, name), tuple(value.shape))
         if came != tuple(value.shape):
             problems.append(f"{name} has shape {came}, and the model {tuple(value.shape)}")
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{path} does not fit {CONFIG}: {'; '.join(problems[:10])}{more}")
+        remedy = ""
+        if theirs:
+            network = type(given["network"]).__name__
+            remedy = f"; it does not fit this {network}: make the network with the arguments of training"
+        raise ValueError(f"{what} does not fit {CONFIG}: {'; '.join(problems[:10])}{more}{remedy}")
     with torch.no_grad():
         for name, value in mine.items():
-            loaded = file.get_tensor(names[name])
+            loaded = stored.read(names[name])
             if loaded.is_floating_point() != value.is_floating_point():
-                raise ValueError(f"{name} in {path} is of {loaded.dtype}, and {value.dtype} is needed")
-            if loaded.dtype != value.dtype and loaded.is_floating_point():
+                raise ValueError(f"{name} in {what} is of {loaded.dtype}, and {value.dtype} is needed")
+            if loaded.dtype != value.dtype and loaded.is_floating_point() and not name.startswith(theirs):
                 value.data = value.data.to(loaded.dtype)
             value.copy_(loaded)
     return model.eval()
@@ -363,13 +305,27 @@ def _json(text: str, what: str) -> dict[str, Any]:
     return content
 
 
-def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription]:
-    folder = FilePath(folder)
-    if not folder.is_dir():
+def _local(folder: str | FilePath) -> FilePath:
+    """The folder, downloaded if it is a name on the hub."""
+    if FilePath(folder).is_dir():
+        return FilePath(folder)
+    missing = f"there is no folder {folder}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(folder)):
+        raise FileNotFoundError(f"{missing}; a saved model is a folder with {CONFIG} and {WEIGHTS} (save_pretrained)")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
         raise FileNotFoundError(
-            f"there is no folder {folder}; a model of a hub is downloaded first: "
-            f'folder = huggingface_hub.snapshot_download("{folder}"), then from_pretrained(folder)'
-        )
+            f"{missing}; to download a model of the Hugging Face hub, pip install f2d2-lightning[hub]"
+        ) from error
+    try:
+        return FilePath(snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # of the network, of the hub, of its cache
+        raise FileNotFoundError(f"{missing}, and none can be downloaded from the hub: {said(error)}") from error
+
+
+def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription, FilePath]:
+    folder = _local(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -386,7 +342,7 @@ def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription]:
             f"{path} is of format {content.get('format')!r:.40}, version {content.get('version')!r:.20}; this version "
             f"reads {_FORMAT!r}, {_VERSION}: save it with save_pretrained, or update f2d2_lightning"
         )
-    return content, _about(content, path)
+    return content, _about(content, path), folder
 
 
 def _about(content: Mapping[str, Any], path: FilePath) -> DataDescription:

@@ -435,6 +435,7 @@ def make(cls: type[Made], arguments: Mapping[str, Any]) -> Made:
 def within_size(make: Callable[[], Made], tensors: int, numbers: int, what: str) -> Made:
     """What ``make`` makes, unless it has far more parameters than the file it comes from: it then stops on the way.
 
+    Random numbers drawn on the way are not missing afterwards.
     Classes of packages that the user trusts make what they want (:func:`make`), with what they are given.
 
     Args:
@@ -447,7 +448,8 @@ def within_size(make: Callable[[], Made], tensors: int, numbers: int, what: str)
         ValueError: If there are more.
     """
     limits = _Limits(4 * tensors + 1000, 4 * numbers + 2**20, what)
-    with _counted(limits), _Bounded(limits):
+    # initial weights that are written over are no reason to draw other numbers afterwards
+    with torch.random.fork_rng(devices=[]), _counted(limits), _Bounded(limits):
         return make()
 
 

@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.flows.maps import Joint, JointMap
-from f2d2_lightning.flows.paths import LinearPath, Path, TrigonometricPath, distinct, like
+from f2d2_lightning.flows.paths import LinearPath, Path, distinct, like
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["GaussianBaseline", "GaussianFlow", "fit_baselines"]
@@ -166,22 +165,6 @@ class GaussianBaseline(nn.Module, Configured):
         self.mean.copy_(mean)
         self.variances.copy_(variances.clamp(min=floor))
         self.fitted.fill_(True)
-
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments as plain values, for :meth:`from_config`; the fit itself is in the buffers."""
-        return {"shape": list(self.shape), "covariance": self.covariance, "path": type(self.path).__name__}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> GaussianBaseline:
-        """Inverse of :meth:`config`.
-
-        Raises:
-            ValueError: If the path is none of this package's.
-        """
-        paths = {"LinearPath": LinearPath, "TrigonometricPath": TrigonometricPath}
-        if config["path"] not in paths:
-            raise ValueError(f"the Gaussian fit is on a path {config['path']!r}; known are {', '.join(paths)}")
-        return cls(config["shape"], config["covariance"], paths[config["path"]]())
 
     def check(self, x: Tensor) -> None:
         """Refuse states of another shape than the fit's.

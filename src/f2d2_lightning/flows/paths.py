@@ -19,6 +19,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from f2d2_lightning.utils.configured import Configured
+
 __all__ = ["LinearPath", "Path", "Point", "TrigonometricPath", "distinct", "expand_time", "like", "repeat_time"]
 
 
@@ -93,7 +95,7 @@ class Point:
         return Point(self.x[rows], self.t[rows], cond, pair)
 
 
-class Path(ABC):
+class Path(Configured, ABC):
     """Coefficients of ``x_t = sigma(t) noise + alpha(t) data``."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.modules.evaluation import Evaluation
-from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
+from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
 from f2d2_lightning.objectives.base import Batch, Objective, Terms
 from f2d2_lightning.objectives.intervals import Intervals
@@ -131,7 +131,7 @@ class Distillation:
 
     def fit_scale(
         self,
-        head: DivergenceHead,
+        head: Head,
         source: VelocitySource,
         batches: Iterable[tuple[Tensor, Tensor | None]],
         reduce: Callable[[Tensor], Tensor] | None = None,

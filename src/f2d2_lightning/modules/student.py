@@ -24,7 +24,7 @@ from f2d2_lightning.modules.distillation import Distillation, DistilledModel, de
 from f2d2_lightning.modules.ema import copy_frozen, share_weights
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.modules.teacher import FlowMatchingModule
-from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
+from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.nn.second_time import one_time_state
 from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.objectives.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
@@ -89,7 +89,7 @@ class F2D2Module(FlowModule, DistilledModel):
         flow_map: FlowMap | None = None,
         shape: Sequence[int] | None = None,
         teacher: str | Path | FlowMatchingModule | None = None,
-        head: DivergenceHead | None = None,
+        head: Head | None = None,
         objective: Objective | None = None,
         estimator: DivergenceEstimator | None = None,
         frozen: bool = False,

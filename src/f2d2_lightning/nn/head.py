@@ -9,8 +9,6 @@ in the checkpoint; there are no magic constants.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,110 +19,34 @@ from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["DivergenceHead", "JointFlowMap"]
+__all__ = ["DivergenceHead", "Head", "JointFlowMap"]
 
 
-class DivergenceHead(nn.Module, Configured):
-    """Average divergence ``D`` from features of the backbone, or from a small network of its own.
+class Head(nn.Module, Configured):
+    """What every divergence head does: a residual times ``scale``, beside the closed form of a Gaussian fit.
 
     Args:
-        features: Number of feature channels ``F`` that the backbone gives (``forward_features``). Vectors
-            ``(B, F)`` give one number; maps ``(B, F, H, W)`` give one number per pixel, averaged, so that no
-            resolution is built in (``scale`` holds the size).
-        hidden: Width of the head's hidden layers.
-        layers: Hidden layers; with none the head is linear in the features and sees the times through them.
-        per_axis: Answer one number per principal axis of the baseline, each weighted with how far the Gaussian fit's
-            angle turns along that axis, so that an answer of order one is right at every time and axis. Needs a
-            baseline; on maps one whose axes are the pixels or all alike (``"diagonal"``, ``"isotropic"``).
-        patch: For ``per_axis`` on maps: side of the square of pixels that one position of the map answers for, one
-            number per channel and pixel. 0 for features that are vectors.
-        network: Instead of ``features``: a module ``(x, s, t, cond) -> (B,)`` that needs no backbone.
         baseline: Closed form that is added; ``None`` for no baseline.
-
-    Raises:
-        ValueError: If not exactly one of ``features`` and ``network`` is given.
     """
 
     scale: Tensor
+    per_axis = False
+    """Whether it answers by the baseline's principal axes."""
+    reads_features = True
+    """Whether the head needs the backbone's features."""
 
-    def __init__(
-        self,
-        features: int | None = None,
-        hidden: int = 128,
-        layers: int = 2,
-        per_axis: bool = False,
-        network: nn.Module | None = None,
-        baseline: GaussianBaseline | None = None,
-        patch: int = 0,
-    ) -> None:
+    def __init__(self, baseline: GaussianBaseline | None = None) -> None:
         super().__init__()
-        if (features is None) == (network is None):
-            raise ValueError("give the head either features=F, to read the backbone, or network=..., its own")
-        if layers < 0 or hidden < 1:
-            raise ValueError(f"layers={layers} is at least 0 and hidden={hidden} at least 1")
-        if per_axis and (baseline is None or network is not None):
-            raise ValueError("per_axis=True weights features by the baseline's axes; give features=F and a baseline")
-        if patch:
-            _check_patch(patch, per_axis, baseline)
-        self.features = features
-        self.hidden = hidden
-        self.per_axis = per_axis
-        self.patch = patch
-        self.network = network
         self.baseline = baseline
         self.register_buffer("scale", torch.ones(()))
-        if features is not None:
-            widths = [features] + [hidden] * layers
-            self.embedding = IntervalEmbedding(hidden) if layers else None
-            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-            axes = 1
-            if per_axis and baseline is not None:
-                axes = baseline.shape[0] * patch**2 if patch else baseline.dim
-            self.out = nn.Linear(widths[-1], axes)
-            # starts as the baseline alone, which is already the right answer for Gaussian data
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
 
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments as plain values, for :meth:`from_config`. A network of its own is not among them."""
-        own = self.network is not None
-        return {
-            "features": self.features,
-            "hidden": self.hidden,
-            "layers": 0 if own else len(self.layers),
-            "per_axis": self.per_axis,
-            "patch": self.patch,
-            "network": type(self.network).__name__ if own else None,
-            "baseline": None if self.baseline is None else self.baseline.config(),
-        }
+    def residual(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None, features: Tensor | None) -> Tensor:
+        """What is learned, in units of ``scale``; arguments as :meth:`forward`, in the head's own precision.
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], network: nn.Module | None = None) -> DivergenceHead:
-        """Inverse of :meth:`config`; weights and buffers come by ``load_state_dict``.
-
-        Raises:
-            ValueError: If the head had a network of its own and none is given, or the other way round.
+        Returns:
+            ``(B,)``.
         """
-        if (config["network"] is None) != (network is None):
-            raise ValueError(
-                f"the head was made with network={config['network']}, and network={type(network).__name__} came; give "
-                "an object of the same class"
-            )
-        fit = config["baseline"]
-        return cls(
-            features=config["features"],
-            hidden=config["hidden"],
-            layers=config["layers"],
-            per_axis=config["per_axis"],
-            patch=config.get("patch", 0),
-            network=network,
-            baseline=None if fit is None else GaussianBaseline.from_config(fit),
-        )
-
-    @property
-    def reads_features(self) -> bool:
-        """Whether the head needs the backbone's features."""
-        return self.network is None
+        raise NotImplementedError
 
     @property
     def precision(self) -> torch.dtype:
@@ -171,20 +93,85 @@ class DivergenceHead(nn.Module, Configured):
         s, t = expand_time(s, x).to(dtype), expand_time(t, x).to(dtype)
         # thousands of nats do not fit into half precision, and the head is small
         with torch.autocast(x.device.type, enabled=False):
-            if self.network is not None:
-                residual = self.network(x.to(dtype), s, t, cond)
-                if residual.numel() != len(x):
-                    raise ValueError(
-                        f"the head's network answered shape {tuple(residual.shape)} for {len(x)} states; one number a "
-                        f"state is needed, ({len(x)},)"
-                    )
-                residual = residual.reshape(len(x))
-            else:
-                residual = self._from_features(None if features is None else features.to(dtype), s, t)
-            divergence = self.scale * residual
+            read = None if features is None else features.to(dtype)
+            divergence = self.scale * self.residual(x.to(dtype), s, t, cond, read)
             divergence = divergence if self.baseline is None else divergence + self.baseline.divergence(s, t)
             # of a lower precision, a state's log-density still counts in the head's own
             return divergence.to(torch.promote_types(x.dtype, dtype))
+
+
+class DivergenceHead(Head):
+    """Average divergence ``D`` from features of the backbone, or from a small network of its own.
+
+    Args:
+        features: Number of feature channels ``F`` that the backbone gives (``forward_features``). Vectors
+            ``(B, F)`` give one number; maps ``(B, F, H, W)`` give one number per pixel, averaged, so that no
+            resolution is built in (``scale`` holds the size).
+        hidden: Width of the head's hidden layers.
+        layers: Hidden layers; with none the head is linear in the features and sees the times through them.
+        per_axis: Answer one number per principal axis of the baseline, each weighted with how far the Gaussian fit's
+            angle turns along that axis, so that an answer of order one is right at every time and axis. Needs a
+            baseline; on maps one whose axes are the pixels or all alike (``"diagonal"``, ``"isotropic"``).
+        patch: For ``per_axis`` on maps: side of the square of pixels that one position of the map answers for, one
+            number per channel and pixel. 0 for features that are vectors.
+        network: Instead of ``features``: a module ``(x, s, t, cond) -> (B,)`` that needs no backbone.
+        baseline: Closed form that is added; ``None`` for no baseline.
+
+    Raises:
+        ValueError: If not exactly one of ``features`` and ``network`` is given.
+    """
+
+    def __init__(
+        self,
+        features: int | None = None,
+        hidden: int = 128,
+        layers: int = 2,
+        per_axis: bool = False,
+        network: nn.Module | None = None,
+        baseline: GaussianBaseline | None = None,
+        patch: int = 0,
+    ) -> None:
+        super().__init__(baseline)
+        if (features is None) == (network is None):
+            raise ValueError("give the head either features=F, to read the backbone, or network=..., its own")
+        if layers < 0 or hidden < 1:
+            raise ValueError(f"layers={layers} is at least 0 and hidden={hidden} at least 1")
+        if per_axis and (baseline is None or network is not None):
+            raise ValueError("per_axis=True weights features by the baseline's axes; give features=F and a baseline")
+        if patch:
+            _check_patch(patch, per_axis, baseline)
+        self.features = features
+        self.hidden = hidden
+        self.per_axis = per_axis
+        self.patch = patch
+        self.network = network
+        if features is not None:
+            widths = [features] + [hidden] * layers
+            self.embedding = IntervalEmbedding(hidden) if layers else None
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+            axes = 1
+            if per_axis and baseline is not None:
+                axes = baseline.shape[0] * patch**2 if patch else baseline.dim
+            self.out = nn.Linear(widths[-1], axes)
+            # starts as the baseline alone, which is already the right answer for Gaussian data
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    @property
+    def reads_features(self) -> bool:  # type: ignore[override]
+        """Whether the head needs the backbone's features."""
+        return self.network is None
+
+    def residual(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None, features: Tensor | None) -> Tensor:
+        if self.network is None:
+            return self._from_features(features, s, t)
+        answer = self.network(x, s, t, cond)
+        if answer.numel() != len(x):
+            raise ValueError(
+                f"the head's network answered shape {tuple(answer.shape)} for {len(x)} states; one number a state is "
+                f"needed, ({len(x)},)"
+            )
+        return answer.reshape(len(x))
 
     def _from_features(self, features: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
         if features is None or features.ndim < 2 or features.shape[1] != self.features:
@@ -247,7 +234,7 @@ class JointFlowMap(JointMap):
         frozen: Keep the backbone as it is, weights, mode and samples bit for bit; only the head is trained.
     """
 
-    def __init__(self, flow_map: FlowMap, head: DivergenceHead, frozen: bool = False) -> None:
+    def __init__(self, flow_map: FlowMap, head: Head, frozen: bool = False) -> None:
         super().__init__()
         self.flow_map = flow_map
         self.head = head

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.paths import Path
-from f2d2_lightning.nn.head import DivergenceHead
+from f2d2_lightning.nn.head import Head
 from f2d2_lightning.objectives.sources import VelocitySource
 
 __all__ = ["measure_scale"]
@@ -17,7 +17,7 @@ __all__ = ["measure_scale"]
 
 @torch.no_grad()
 def measure_scale(
-    head: DivergenceHead,
+    head: Head,
     source: VelocitySource,
     batches: Iterable[tuple[Tensor, Tensor | None]],
     path: Path,

@@ -152,9 +152,7 @@ def restore_module(
         return make(cls, build_arguments(cls, arguments, trust, given))
 
     try:
-        # initial weights that are written over are no reason to draw other numbers afterwards
-        with torch.random.fork_rng(devices=[]):
-            module = within_size(made, tensors, numbers, str(path))
+        module = within_size(made, tensors, numbers, str(path))
         _check_shape(module, numbers, path)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)

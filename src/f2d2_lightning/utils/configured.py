@@ -1,4 +1,4 @@
-"""Modules that remember what they were made with, so that they can be made again from plain values."""
+"""Objects that remember what they were made with, so that they can be made again from plain values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def as_plain(value: Any) -> Any:
 
 
 class Configured:
-    """Mixin: remembers the plain arguments of the constructor; to be named after ``nn.Module``.
+    """Mixin: remembers the plain arguments of the constructor; to be named after ``nn.Module``, if that is a base.
 
     Objects among the arguments are not kept: they are read again from the attributes of the same names when needed, so
     that what has been replaced since is seen.
@@ -47,7 +47,8 @@ class Configured:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
         try:
-            given = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+            signature = inspect.signature(cls.__init__)
+            given = signature.bind(self, *args, **kwargs)
         except TypeError:
             # a copy is made without arguments and takes them from the original; a wrong call fails in __init__
             return self
@@ -55,10 +56,38 @@ class Configured:
         given.apply_defaults()
         _, *named = given.arguments.items()
         # past the attributes of nn.Module, which do not exist yet
-        self.__dict__[_KEPT] = {name: as_plain(value) for name, value in named}
+        kept: dict[str, Any] = {}
+        for name, value in named:
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                kept |= {key: as_plain(one) for key, one in value.items()}
+            elif kind is not inspect.Parameter.VAR_POSITIONAL:
+                kept[name] = as_plain(value)
+        self.__dict__[_KEPT] = kept
         return self
+
+    def configuration(self) -> dict[str, Any]:
+        """Arguments of the constructor that would make it as it is: plain values, and objects as they are now."""
+        found = {}
+        for name, given in arguments_of(self).items():
+            current = _attribute(self, name)
+            if name == "directions":
+                found[name] = current.label
+            elif given is OBJECT or (given is None and isinstance(current, Configured)):
+                found[name] = current
+            else:
+                found[name] = given
+        return found
 
 
 def arguments_of(module: Configured) -> Mapping[str, Any]:
     """Arguments of its constructor by name, with defaults; :data:`OBJECT` for objects."""
     return module.__dict__.get(_KEPT, {})
+
+
+def _attribute(value: Any, name: str) -> Any:
+    if hasattr(value, name):
+        return getattr(value, name)
+    # in a list, where its owner is another module
+    held = getattr(value, f"_{name}", None)
+    return held[0] if isinstance(held, list) and len(held) == 1 else None

@@ -24,7 +24,7 @@ from f2d2_lightning.checkpoints.foreign.song_unet import SongLayout, fill_layers
 from f2d2_lightning.checkpoints.foreign.weights import Weights, fill, record_weights
 from f2d2_lightning.flows.maps import FlowMap
 from f2d2_lightning.flows.paths import expand_time, like
-from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
+from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.nn.unet import UNet
 from f2d2_lightning.utils.pickles import Record
 
@@ -77,7 +77,7 @@ class OfficialFlowMap(FlowMap):
         return self._tap.call(lambda: self(x, s, t, cond), len(x))
 
 
-class FlattenedHead(DivergenceHead):
+class FlattenedHead(Head):
     """The official head: every feature of every pixel into one multilayer perceptron, at one resolution.
 
     Args:
@@ -87,22 +87,13 @@ class FlattenedHead(DivergenceHead):
     """
 
     def __init__(self, shape: Sequence[int], widths: Sequence[int] = (128, 64), scale: float = _HEAD_SCALE) -> None:
-        super().__init__(features=shape[0], layers=0)
+        super().__init__()
         self.shape = tuple(shape)
-        del self.out
         sizes = [torch.Size(self.shape).numel(), *widths, 1]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.scale.fill_(scale)
 
-    def config(self) -> dict[str, Any]:
-        """Not for this head.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError("this head is of one resolution and of an imported network; keep both with save_pretrained")
-
-    def _from_features(self, features: Tensor | None, s: Tensor, t: Tensor) -> Tensor:
+    def residual(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None, features: Tensor | None) -> Tensor:
         if features is None or tuple(features.shape[1:]) != self.shape:
             came = "none" if features is None else f"shape {tuple(features.shape)}"
             raise ValueError(f"the head reads features of shape (B, {', '.join(map(str, self.shape))}), and got {came}")
