@@ -33,11 +33,11 @@ from f2d2_lightning.objectives import Intervals, TrajectoryRegression, Weighting
 
 if TYPE_CHECKING:
     from f2d2_lightning.callbacks import F2D2Callback
-    from f2d2_lightning.modules import F2D2Module, FlowMatchingModule
+    from f2d2_lightning.modules import F2D2Module, FlowMatchingModule, load
 
 __version__ = version("f2d2-lightning")
 
-_LIGHTNING = {"F2D2Callback": "callbacks", "F2D2Module": "modules", "FlowMatchingModule": "modules"}
+_LIGHTNING = {"F2D2Callback": "callbacks", "F2D2Module": "modules", "FlowMatchingModule": "modules", "load": "modules"}
 _FOLDERS = (
     *("adapters", "callbacks", "checkpoints", "cli", "data", "divergence", "flows", "likelihood", "metrics", "modules"),
     *("nn", "objectives", "plots", "testing"),
@@ -77,6 +77,7 @@ __all__ = [
     "as_flow_map",
     "bits_per_dim",
     "from_pretrained",
+    "load",
     "load_joint",
     "log_prob",
     "reference_log_prob",

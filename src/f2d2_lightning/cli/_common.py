@@ -13,15 +13,29 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap
+from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.modules import F2D2Module
-from f2d2_lightning.training.loading import load_module
+from f2d2_lightning.modules.loading import load, make_network
 
-__all__ = ["add_student", "check_labels", "class_count", "find_device", "load_student", "run", "warn"]
+__all__ = ["add_model", "check_labels", "class_count", "find_device", "load_model", "run", "warn"]
 
 
-def add_student(parser: ArgumentParser) -> None:
-    """The options that :func:`load_student` reads."""
-    parser.add_argument("--ckpt", type=str, required=True, help="checkpoint of an F2D2Module")
+def add_model(parser: ArgumentParser) -> None:
+    """The options that :func:`load_model` reads."""
+    parser.add_argument(
+        "--ckpt",
+        type=str,
+        required=True,
+        help="checkpoint of an F2D2Module or of a module with an F2D2Callback, or a folder that export wrote",
+    )
+    parser.add_argument(
+        "--network",
+        type=str,
+        default=None,
+        help="class path of the network that an F2D2Callback was on, if it is needed",
+    )
+    parser.add_argument("--network_args", type=dict, default=None, help="arguments of that network, as JSON")
+    parser.add_argument("--flow_map", type=str, default=None, help="name of the network, where several were trained")
     parser.add_argument(
         "--trust",
         type=str,
@@ -32,9 +46,17 @@ def add_student(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
-def load_student(options: Any) -> F2D2Module:
+def load_model(options: Any) -> LikelihoodModel:
     """The model of a checkpoint, on the device that was asked for."""
-    return load_module(options.ckpt, F2D2Module, trust=options.trust).to(find_device(options.device))
+    device = find_device(options.device)
+    network = None if options.network is None else make_network(options.network, options.network_args)
+    model = load(options.ckpt, network, name=options.flow_map, trust=options.trust)
+    if not isinstance(model, (F2D2Module, JointModel)):
+        raise ValueError(
+            f"{options.ckpt} is a checkpoint of {type(model).__name__}, but a F2D2Module is needed here: the teacher "
+            "has no likelihoods in few steps (f2d2 test ... gives its own)"
+        )
+    return model.to(device)
 
 
 def find_device(name: str) -> torch.device:
@@ -51,9 +73,9 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} cannot be used here: {error}") from error
 
 
-def class_count(module: F2D2Module) -> int | None:
+def class_count(module: LikelihoodModel) -> int | None:
     """Number of classes of a model; ``None`` if its network does not say."""
-    for part in module.average.modules():
+    for part in module.joint_map.modules():
         table = getattr(part, "labels", None)
         if isinstance(table, nn.Embedding):
             # the last one may stand for no class
@@ -63,7 +85,7 @@ def class_count(module: F2D2Module) -> int | None:
     return None
 
 
-def check_labels(module: F2D2Module, cond: Tensor, source: str) -> None:
+def check_labels(module: LikelihoodModel, cond: Tensor, source: str) -> None:
     """Refuse labels that are none of a model's classes.
 
     Args:
@@ -75,7 +97,7 @@ def check_labels(module: F2D2Module, cond: Tensor, source: str) -> None:
         ValueError: If the model takes labels, and these are not integers ``(B,)`` in range.
     """
     count = class_count(module)
-    adapters = [part.adapter for part in module.average.modules() if isinstance(part, AdaptedFlowMap)]
+    adapters = [part.adapter for part in module.joint_map.modules() if isinstance(part, AdaptedFlowMap)]
     if count is None and all(adapter.null_label is None for adapter in adapters):
         return  # conditioning of another kind
     if torch.is_floating_point(cond) or cond.ndim != 1:

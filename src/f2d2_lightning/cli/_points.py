@@ -22,8 +22,8 @@ from f2d2_lightning.cli._common import class_count, warn
 from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.data.images import _files as image_files
 from f2d2_lightning.data.module import FlowDataModule
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
-from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.class_names import agree_on_classes, guessed_labels, labels_of
@@ -106,7 +106,7 @@ class _Held(Points):
 class _Loaded(Points):
     """Samples of somebody's data loader, states already, in the order of its data set."""
 
-    def __init__(self, source: str, loader: DataLoader, module: F2D2Module) -> None:
+    def __init__(self, source: str, loader: DataLoader, module: LikelihoodModel) -> None:
         self.source, self.loader, self.module = source, loader, module
 
     def batches(self, size: int, draw: int = 0) -> Iterator[Any]:
@@ -128,7 +128,7 @@ class _Loaded(Points):
         return None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
 
 
-def load_points(name: str, arguments: Mapping[str, Any] | None, module: F2D2Module, reading: Reading) -> Points:
+def load_points(name: str, arguments: Mapping[str, Any] | None, module: LikelihoodModel, reading: Reading) -> Points:
     """Samples by what the user named.
 
     Args:
@@ -179,7 +179,9 @@ def _class(path: str) -> type:
     return found
 
 
-def _from_data_module(name: str, path: str, split: str, arguments: Mapping[str, Any], module: F2D2Module) -> Points:
+def _from_data_module(
+    name: str, path: str, split: str, arguments: Mapping[str, Any], module: LikelihoodModel
+) -> Points:
     cls = _class(path)
     if path in DATA.values() and module.conditional and "labels" in inspect.signature(cls).parameters:
         arguments = {"labels": True, **arguments}
@@ -212,7 +214,7 @@ def _from_data_module(name: str, path: str, split: str, arguments: Mapping[str, 
     return points
 
 
-def _agree_on_classes(data: L.LightningDataModule, module: F2D2Module) -> None:
+def _agree_on_classes(data: L.LightningDataModule, module: LikelihoodModel) -> None:
     if not module.conditional:
         return
     if module.class_names is not None:
@@ -224,7 +226,7 @@ def _agree_on_classes(data: L.LightningDataModule, module: F2D2Module) -> None:
         )
 
 
-def _check_data_module(name: str, data: L.LightningDataModule, module: F2D2Module) -> None:
+def _check_data_module(name: str, data: L.LightningDataModule, module: LikelihoodModel) -> None:
     """Refuse data of another shape or of other levels, of somebody's data module where it says them."""
     mine = module.quantization
     own = isinstance(data, FlowDataModule)
@@ -241,7 +243,7 @@ def _check_data_module(name: str, data: L.LightningDataModule, module: F2D2Modul
         raise ValueError(f"--data {name} has {theirs}, but the checkpoint is of a model for {mine}")
 
 
-def _from_array(path: Path, module: F2D2Module, reading: Reading) -> Points:
+def _from_array(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     arrays = read_numbers(path, ("x", "y"))
     loaded, labels = arrays["x"], arrays.get("y")
     if loaded.shape[1:] != module.shape or len(loaded) == 0:
@@ -267,13 +269,13 @@ def _from_array(path: Path, module: F2D2Module, reading: Reading) -> Points:
     return points
 
 
-def _from_images(path: Path, module: F2D2Module, reading: Reading) -> Points:
+def _from_images(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     images = image_files.read_images(path, module.shape, convert=reading.convert, resize=reading.resize)
     labels = _folder_labels(path, images, module) if module.conditional else None
     return _Held(str(path), _dequantized(path, images.values, labels, module, reading, eight_bit=True), images.names)
 
 
-def _folder_labels(path: Path, images: image_files.ImageFiles, module: F2D2Module) -> Tensor:
+def _folder_labels(path: Path, images: image_files.ImageFiles, module: LikelihoodModel) -> Tensor:
     """Labels of images by the names of their folders, ``(N,)``, ``int64``."""
     classes = images.classes()
     found = sorted({*classes})
@@ -291,7 +293,7 @@ def _dequantized(
     path: Path,
     values: Tensor,
     labels: Tensor | None,
-    module: F2D2Module,
+    module: LikelihoodModel,
     reading: Reading,
     eight_bit: bool = False,
 ) -> DequantizedDataset:

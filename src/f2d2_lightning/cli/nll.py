@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.cli._common import add_student, check_labels, load_student, run
+from f2d2_lightning.cli._common import add_model, check_labels, load_model, run
 from f2d2_lightning.cli._points import DATA, Points, Reading, load_points
 from f2d2_lightning.cli._tables import Column, check_table_path, write_table
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim, dequantization_bounds
 from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
 from f2d2_lightning.metrics.ranks import percentile_rank
-from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.utils.class_names import as_names
 from f2d2_lightning.utils.seeding import mix_seed
 
@@ -40,7 +40,7 @@ DATA_HELP = (
 def nll_command(arguments: list[str]) -> None:
     """``f2d2 nll``: one row a sample, and a summary with standard errors."""
     parser = ArgumentParser(prog="f2d2 nll", description="Log-likelihood of every sample of a data set.")
-    add_student(parser)
+    add_model(parser)
     parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
     parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
     parser.add_argument(
@@ -106,7 +106,7 @@ def _nll(options: Any) -> None:
         raise ValueError(f"--draws {options.draws} and --batch_size {options.batch_size} are at least 1")
     if options.compare is None and options.compare_args:
         raise ValueError("--compare_args are arguments of the data module that --compare names, and it names none")
-    module = load_student(options)
+    module = load_model(options)
     if options.classes is not None:
         names = as_names(options.classes.split(","), "--classes")
         if module.class_names and names != module.class_names:
@@ -152,7 +152,7 @@ def _nll(options: Any) -> None:
     )
 
 
-def _evaluate(module: F2D2Module, points: Points, options: Any, reference: bool) -> _Likelihoods:
+def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: bool) -> _Likelihoods:
     values: list[Tensor] = []
     references: list[Tensor] = []
     errors: list[Tensor] = []
@@ -163,7 +163,7 @@ def _evaluate(module: F2D2Module, points: Points, options: Any, reference: bool)
             yield from points.batches(options.batch_size, draw)
 
     few_step = _Likelihood(lambda x, cond: module.log_prob(x, options.steps, cond), options.mirrored)
-    exact = _Likelihood(lambda x, cond: module.reference(module.average.velocity, x, cond), options.mirrored)
+    exact = _Likelihood(lambda x, cond: module.reference(module.joint_map.velocity, x, cond), options.mirrored)
     total = None if points.count is None else options.draws * math.ceil(points.count / options.batch_size)
     for batch in track(batches(), description=f"log-likelihood of {points.source}", total=total, transient=True):
         x, cond = module.data_to_state(batch)
@@ -215,7 +215,7 @@ class _Likelihood:
         return value, sum(evaluations), error
 
 
-def _check_labels(module: F2D2Module, points: Points, cond: Tensor | None) -> None:
+def _check_labels(module: LikelihoodModel, points: Points, cond: Tensor | None) -> None:
     if not module.conditional:
         return
     if cond is None:
@@ -223,7 +223,7 @@ def _check_labels(module: F2D2Module, points: Points, cond: Tensor | None) -> No
     check_labels(module, cond, points.source)
 
 
-def _columns(module: F2D2Module, points: Points, found: _Likelihoods, among: _Likelihoods | None) -> list[Column]:
+def _columns(module: LikelihoodModel, points: Points, found: _Likelihoods, among: _Likelihoods | None) -> list[Column]:
     def both(name: str, value: Tensor) -> list[Column]:
         bits = bits_per_dim(value, module.dim, module.quantization)
         renamed = name.replace("log_prob", "bits_per_dim")
@@ -248,8 +248,8 @@ def _columns(module: F2D2Module, points: Points, found: _Likelihoods, among: _Li
     return columns
 
 
-def _summarize(columns: list[Column], options: Any, module: F2D2Module) -> None:
-    inverted = Direction.TO_NOISE not in module.average.directions
+def _summarize(columns: list[Column], options: Any, module: LikelihoodModel) -> None:
+    inverted = Direction.TO_NOISE not in module.directions
     say = Console(highlight=False, markup=False, soft_wrap=True).print
     for name, values, unit in columns:
         if unit is None:

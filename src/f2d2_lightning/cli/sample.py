@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.cli._common import add_student, check_labels, load_student, run
+from f2d2_lightning.cli._common import add_model, check_labels, load_model, run
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
+from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim
 from f2d2_lightning.likelihood.sampling import Samples
 from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
-from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
 
@@ -28,7 +28,7 @@ __all__ = ["sample_command"]
 def sample_command(arguments: list[str]) -> None:
     """``f2d2 sample``: draw samples, as a picture or as an array with their log-likelihoods."""
     parser = ArgumentParser(prog="f2d2 sample", description="Draw samples from a student's checkpoint.")
-    add_student(parser)
+    add_model(parser)
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
     parser.add_argument("--num", type=int, default=64, help="samples")
     parser.add_argument("--out", type=str, default="samples.png", help=".png: picture; .npz: arrays x, noise, log_prob")
@@ -60,7 +60,7 @@ def sample_command(arguments: list[str]) -> None:
     run(lambda: _sample(options))
 
 
-def _label(given: str, module: F2D2Module) -> int:
+def _label(given: str, module: LikelihoodModel) -> int:
     """Label of the class that was asked for: by its name where classes have names, else the number itself."""
     names = module.class_names or []
     if given in names:
@@ -90,10 +90,10 @@ def _sample(options: Any) -> None:
         raise ValueError(f"--num {options.num} and --batch_size {options.batch_size} are at least 1")
     guidance = _guidance(options)
     refuse_to_overwrite(out, options.overwrite)
-    module = load_student(options)
+    module = load_model(options)
     # drawn on the CPU, so that a seed gives the same samples on any device
     noise = torch.randn(options.num, *module.shape, generator=torch.Generator().manual_seed(options.seed))
-    if (options.label is None) == module.conditional:
+    if (options.label is None) == bool(module.conditional):
         raise ValueError(
             f"--label is {options.label}, and the model {'needs a class' if module.conditional else 'has no classes'}; "
             f"{'say which' if module.conditional else 'leave it out'}"

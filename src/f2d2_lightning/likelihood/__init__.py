@@ -6,6 +6,7 @@ from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
+from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.likelihood.quantization import (
     DequantizationBounds,
     Quantization,
@@ -20,6 +21,8 @@ __all__ = [
     "DequantizationBounds",
     "GuidedSamples",
     "Inversion",
+    "JointModel",
+    "LikelihoodModel",
     "LogProb",
     "Quantization",
     "Reference",

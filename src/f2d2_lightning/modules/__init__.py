@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from f2d2_lightning.modules.base import FlowModule
+from f2d2_lightning.modules.loading import load
 from f2d2_lightning.modules.student import F2D2Module
 from f2d2_lightning.modules.teacher import FlowMatchingModule
 
@@ -10,4 +11,5 @@ __all__ = [
     "F2D2Module",
     "FlowMatchingModule",
     "FlowModule",
+    "load",
 ]

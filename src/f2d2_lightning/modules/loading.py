@@ -1,0 +1,107 @@
+"""Any model with likelihoods from a file."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from f2d2_lightning.adapters.features import find_submodule
+from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, load_joint
+from f2d2_lightning.checkpoints.pretrained import CONFIG, from_pretrained, read_description
+from f2d2_lightning.checkpoints.trust import build_arguments, make, stored_in, within_size
+from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
+from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.modules.student import F2D2Module
+from f2d2_lightning.modules.teacher import FlowMatchingModule
+from f2d2_lightning.training.loading import described, load_module, read_checkpoint
+
+__all__ = ["load", "make_network"]
+
+
+def load(
+    path: str | Path,
+    network: nn.Module | None = None,
+    *,
+    name: str | None = None,
+    trust: Sequence[str] = (),
+) -> LikelihoodModel:
+    """A model with ``log_prob`` and ``sample`` from whatever holds one.
+
+    Args:
+        path: A checkpoint of a module of this package; a checkpoint of somebody's module that was trained with an
+            ``F2D2Callback``; or a folder that ``save_pretrained`` or ``F2D2Callback.export`` wrote.
+        network: Somebody's network, made as it was in training, where the file holds the weights of one: of a
+            checkpoint that ``f2d2 fit`` wrote it is made from what the checkpoint says, if ``trust`` allows it.
+        name: Name of the network in its module, where there were several callbacks.
+        trust: Packages whose classes a checkpoint may name.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, holds no such model, or names a class that is not trusted; if a network is needed.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        about = read_description(path)
+        quantization = None if about.levels is None else Quantization(about.levels, about.low, about.high)
+        return JointModel(from_pretrained(path, network=network), about.shape, quantization)
+    checkpoint = read_checkpoint(path)
+    joints = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(joints, Mapping) or not joints:
+        # of a module that a script made the class is not said, and a student has a joint map
+        student = any(str(key).startswith("joint.") for key in checkpoint["state_dict"])
+        return load_module(path, F2D2Module if student else FlowMatchingModule, trust=trust)
+    if name is None and len(joints) == 1:
+        (name,) = joints
+    if name not in joints:
+        raise ValueError(f"{path} holds joint maps of {', '.join(map(repr, joints))}; say which: name=")
+    content = joints[name]
+    network = network or _network_of(checkpoint, path, str(name), trust)
+    levels, low, high = content.get("range", (None, -1.0, 1.0))
+    joint = load_joint(path, network, name)
+    return JointModel(joint, content["shape"], None if levels is None else Quantization(levels, low, high))
+
+
+def _network_of(checkpoint: Mapping[str, Any], path: Path, name: str, trust: Sequence[str]) -> nn.Module:
+    """The network inside of the module that a checkpoint describes."""
+    if "_class_path" not in checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}):
+        raise ValueError(
+            f"{path} holds what F2D2Callback added to the network {name!r} of somebody's module, and does not say "
+            "which class that is; give the network, made as it was in training: load(path, network) in Python, "
+            "--network CLASS_PATH [--network_args JSON] on the command line"
+        )
+    cls, arguments, trust = described(checkpoint, path, L.LightningModule, trust)
+    module = within_size(
+        lambda: make(cls, build_arguments(cls, arguments, trust)), *stored_in(checkpoint["state_dict"], str(path)),
+        str(path),
+    )  # fmt: skip
+    module.configure_model()
+    network = find_submodule(module, name)
+    return getattr(network, "_orig_mod", network)
+
+
+def make_network(class_path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """A network by the path of its class or of a function that makes it, which is imported.
+
+    Args:
+        class_path: ``package.module.Class``, named by the user and not by a file.
+        arguments: Of the class.
+
+    Raises:
+        ValueError: If it is not there, or makes no network.
+    """
+    package, _, attribute = class_path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(package), attribute)(**(arguments or {}))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the network {class_path} cannot be made with {dict(arguments or {})}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{class_path} makes a {type(made).__name__}; a torch.nn.Module is needed")
+    return made
