@@ -34,61 +34,22 @@ def make_fashion(folder, train=300, test=40, zipped=True):
     return made
 
 
-class _Python2:
-    """What ``cPickle.dumps(value, 2)`` of Python 2 writes, for dictionaries of strings, lists and 8-bit arrays."""
+class _Python2(pickle._Pickler):
+    """Writes strings as Python 2 did, whose text was bytes."""
 
-    def __init__(self):
-        self.memory = 0
+    def text(self, value):
+        raw = value.encode("latin1") if isinstance(value, str) else value
+        self.write((b"U" + bytes([len(raw)]) if len(raw) < 256 else b"T" + struct.pack("<i", len(raw))) + raw)
+        self.memoize(value)
 
-    def put(self):
-        self.memory += 1
-        return b"q" + bytes([self.memory]) if self.memory < 256 else b"r" + struct.pack("<I", self.memory)
-
-    def string(self, value, kept=True):
-        value = value if isinstance(value, bytes) else value.encode("latin1")
-        short = len(value) < 256
-        head = b"U" + bytes([len(value)]) if short else b"T" + struct.pack("<i", len(value))
-        return head + value + (self.put() if kept else b"")
-
-    @staticmethod
-    def integer(value):
-        if 0 <= value < 256:
-            return b"K" + bytes([value])
-        return b"M" + struct.pack("<H", value) if 0 <= value < 65536 else b"J" + struct.pack("<i", value)
-
-    def list(self, values):
-        made = b"]" + self.put()
-        for start in range(0, len(values), 1000):
-            batch = [self.item(value) for value in values[start : start + 1000]]
-            made += batch[0] + b"a" if len(batch) == 1 else b"(" + b"".join(batch) + b"e"
-        return made
-
-    def array(self, value):
-        rows, columns = value.shape
-        made = b"cnumpy.core.multiarray\n_reconstruct\n" + self.put() + b"cnumpy\nndarray\n" + self.put()
-        made += b"K\0\x85" + self.string("b", False) + b"\x87R" + self.put()
-        made += b"(K\1" + self.integer(rows) + self.integer(columns) + b"\x86"
-        made += b"cnumpy\ndtype\n" + self.put() + self.string("u1", False) + b"K\0K\1\x87R" + self.put()
-        made += b"(K\3" + self.string("|", False) + b"NNN" + b"J\xff\xff\xff\xff" * 2 + b"K\0tb\x89"
-        return made + self.string(value.tobytes(), False) + b"tb"
-
-    def item(self, value):
-        if isinstance(value, (str, bytes)):
-            return self.string(value)
-        if isinstance(value, list):
-            return self.list(value)
-        return self.array(value) if isinstance(value, np.ndarray) else self.integer(value)
-
-    def dictionary(self, values):
-        made = b"\x80\2}" + self.put() + b"("
-        for key, value in values.items():
-            made += self.string(key) + self.item(value)
-        return made + b"u."
+    dispatch = pickle._Pickler.dispatch | {str: text, bytes: text}
 
 
 def python2_pickle(values):
-    """Bytes that Python 2 writes for a dictionary, protocol 2."""
-    return _Python2().dictionary(values)
+    """Bytes like those that Python 2 and its numpy write for a dictionary, protocol 2."""
+    made = io.BytesIO()
+    _Python2(made, 2).dump(values)
+    return made.getvalue().replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
 
 
 def tar_gz(files):

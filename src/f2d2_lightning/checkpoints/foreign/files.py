@@ -1,7 +1,8 @@
 """Files of other people's training: plain pickles, and what ``torch.save`` writes in both of its formats.
 
-Pickles of tensors contain the older format as bytes, one for each storage. ``torch.load`` is not asked: with a pickle
-module of one's own it makes storages as large as the file claims, and TorchScript runs.
+Pickles of tensors contain the older format as bytes, one for each storage. ``torch.load`` is not asked: even with a
+pickle module of one's own it makes storages of the older format as large as a file claims, unpacks what looks like a
+tar file, and runs TorchScript.
 """
 
 from __future__ import annotations
