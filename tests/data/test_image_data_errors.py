@@ -625,13 +625,6 @@ def test_parts_that_do_not_make_up_an_array(tmp_path):
     assert listing(tmp_path) == []
 
 
-def test_links_to_folders_are_refused(tmp_path):
-    reader(tmp_path / "images")
-    (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "link").symlink_to(tmp_path / "images")
-    refused(f2.data.ImageFolder(str(tmp_path / "all"), 8), "is a link to a folder; links are not followed")
-
-
 def test_hidden_files_are_left_out(tmp_path):
     image = picture(images_of()[0])
     files = {"a.png": image, ".b.png": b"x", "__MACOSX/._a.png": b"x", ".cache/c.txt": b"x"}
