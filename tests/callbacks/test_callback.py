@@ -384,6 +384,12 @@ def test_a_head_of_somebody_elses_class_is_saved_and_given_again(tmp_path):
             f2.load_joint(path, MeanNet())
     with pytest.raises(ValueError, match=r"give it: head="):
         make_head(f2d2.state_dict()["head"])
+    again = callback(head=OwnHead(32, 8, 1))
+    trainer(tmp_path, callbacks=[again]).validate(
+        MeanFlowModule(), datamodule=Pair(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False
+    )
+    with torch.no_grad():
+        assert torch.equal(again.log_prob(x, 2).value, f2d2.log_prob(x, 2).value)
 
 
 def test_what_cannot_be_described_is_told_when_it_is_read(tmp_path):

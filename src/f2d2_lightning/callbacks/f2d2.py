@@ -40,7 +40,7 @@ from f2d2_lightning.utils.seeding import mix_seed
 __all__ = ["F2D2Callback"]
 
 
-class F2D2Callback(L.Callback, AddedModel):
+class F2D2Callback(AddedModel, L.Callback):
     """Adds a divergence head and the F2D2 loss to a LightningModule that holds a few-step network.
 
     ``Trainer(callbacks=[F2D2Callback(flow_map="net", adapter=MeanFlow(directions="both"))])`` trains the module's own
