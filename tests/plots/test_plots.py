@@ -40,10 +40,7 @@ def words(figure):
     found = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible() and id(t) not in ticks]
     boxes = [text.get_window_extent(renderer) for text in found]
     for text, box in zip(found, boxes, strict=True):
-        assert box.x0 >= 0, text
-        assert box.y0 >= 0, text
-        assert box.x1 <= paper.x1, text
-        assert box.y1 <= paper.y1, text
+        assert min(box.x0, box.y0, paper.x1 - box.x1, paper.y1 - box.y1) >= 0, text
     for i, box in enumerate(boxes):
         for j, other in enumerate(boxes[i + 1 :], i + 1):
             assert not box.overlaps(other), (found[i], found[j])
@@ -124,20 +121,6 @@ def test_many_step_counts_make_rows_with_ticks():
     assert labelled == [False] * 3 + [True] * 4
 
 
-@pytest.mark.parametrize(
-    ("few", "reference", "message"),
-    [
-        ({1: torch.zeros(3)}, torch.zeros(4), "3 values at 1 step and 4 of the reference"),
-        ({2: torch.zeros(3, 1)}, torch.zeros(3), r"values at 2 steps has shape \(3, 1\)"),
-        ({2: [1.0]}, torch.zeros(1), "type list"),
-        ({}, torch.zeros(4), "nothing to show"),
-    ],
-)
-def test_calibration_refuses(few, reference, message):
-    with pytest.raises(ValueError, match=message):
-        calibration_figure(few, reference, "nats")
-
-
 # --- against the number of steps ---
 
 
@@ -172,12 +155,6 @@ def test_nll_against_one_step_count_without_reference():
     assert figure.axes[0].get_xticks().tolist() == [4]
     figure = nll_steps_figure({1: NAN, 2: 3.0}, {1: NAN, 2: 1.0}, "nats", reference=NAN)
     assert figure.axes[0].lines[0].get_ydata()[1] == 3.0
-
-
-@pytest.mark.parametrize(("few", "errors"), [({}, {}), ({0: 1.0}, {0: 1.0}), ({1: 1.0}, {2: 1.0})])
-def test_nll_against_steps_refuses(few, errors):
-    with pytest.raises(ValueError, match="step counts"):
-        nll_steps_figure(few, errors, "nats")
 
 
 # --- most and least likely ---
@@ -218,22 +195,6 @@ def test_an_image_without_a_reference_says_so():
     assert figure.axes[0].get_xlabel() == "1.000\nnone"
 
 
-@pytest.mark.parametrize(
-    ("images", "value", "options", "message"),
-    [
-        (torch.zeros(3, 1, 4, 4), torch.full((3,), NAN), {}, "no image has a likelihood"),
-        (torch.zeros(3, 1, 4, 4), torch.zeros(2), {}, "3 images, 2 values"),
-        (torch.zeros(3, 1, 4, 4), torch.zeros(3), {"reference": torch.zeros(2)}, "2 of the reference"),
-        (torch.zeros(3, 2, 4, 4), torch.zeros(3), {}, r"\(3, 2, 4, 4\)"),
-        (torch.zeros(3, 1, 4, 4), torch.zeros(3), {"low": 1.0, "high": 1.0}, "high must be greater"),
-        (torch.zeros(3, 1, 4, 4), torch.zeros(3), {"count": 0}, "count is at least 1"),
-    ],
-)
-def test_ranked_refuses(images, value, options, message):
-    with pytest.raises(ValueError, match=message):
-        ranked_figure(images, value, "nats", **options)
-
-
 # --- samples ---
 
 
@@ -269,14 +230,6 @@ def test_points_share_their_axes():
         assert getattr(figure.axes[0], side)() == getattr(figure.axes[1], side)()
     assert figure.axes[0].get_xlim()[1] < 10
     assert figure.axes[0].get_xlim()[1] > float(x[:, 0].max())
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 4, 4), (3, 4, 4), (0, 1, 4, 4), (0, 2)])
-def test_samples_that_cannot_be_shown(shape):
-    with pytest.raises(ValueError, match="can be shown"):
-        sample_figure({"1 step": torch.zeros(shape)})
-    with pytest.raises(ValueError, match="nothing to show"):
-        sample_figure({})
 
 
 # --- densities ---
@@ -318,20 +271,6 @@ def test_densities_with_holes():
     density_figure({"1 step": torch.full((3, 3), NAN)}, EXTENT)
 
 
-@pytest.mark.parametrize(
-    ("maps", "options", "message"),
-    [
-        ({}, {}, "nothing to show"),
-        ({"a": torch.zeros(4)}, {}, r"'a' has shape \(4,\)"),
-        ({"a": torch.zeros(2, 2)}, {"extent": (1.0, 0.0, 0.0, 1.0)}, "extent"),
-        ({"a": torch.zeros(2, 2)}, {"span": 0.0}, "span"),
-    ],
-)
-def test_densities_refuse(maps, options, message):
-    with pytest.raises(ValueError, match=message):
-        density_figure(maps, **({"extent": EXTENT} | options))
-
-
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
 def test_no_number_of_panels_cuts_words_off(count):
     reference = torch.arange(5.0)
@@ -358,12 +297,6 @@ def test_training(values, scale):
     assert ax.get_yscale() == scale
     assert np.array_equal(ax.lines[0].get_ydata(), values, equal_nan=True)
     assert ax.lines[1].get_xdata().tolist() == [50]
-
-
-@pytest.mark.parametrize("curves", [{}, {"train/loss": ([1], [NAN])}, {"train/loss": ([1, 2], [1.0])}])
-def test_training_refuses(curves):
-    with pytest.raises(ValueError, match="value"):
-        training_figure(curves)
 
 
 # --- files ---
@@ -394,3 +327,36 @@ def test_pixels_are_what_a_file_holds(tmp_path):
 )
 def test_numbers(value, text):
     assert number(value) == text
+
+
+IMAGES, THREE = torch.zeros(3, 1, 4, 4), torch.zeros(3)
+REFUSED = [
+    (lambda: calibration_figure({1: THREE}, torch.zeros(4), "nats"), "3 values at 1 step and 4 of the reference"),
+    (lambda: calibration_figure({2: torch.zeros(3, 1)}, THREE, "nats"), r"values at 2 steps has shape \(3, 1\)"),
+    (lambda: calibration_figure({2: [1.0]}, torch.zeros(1), "nats"), "type list"),
+    (lambda: calibration_figure({}, torch.zeros(4), "nats"), "nothing to show"),
+    (lambda: nll_steps_figure({}, {}, "nats"), "step counts"),
+    (lambda: nll_steps_figure({0: 1.0}, {0: 1.0}, "nats"), "step counts"),
+    (lambda: nll_steps_figure({1: 1.0}, {2: 1.0}, "nats"), "step counts"),
+    (lambda: ranked_figure(IMAGES, torch.full((3,), NAN), "nats"), "no image has a likelihood"),
+    (lambda: ranked_figure(IMAGES, torch.zeros(2), "nats"), "3 images, 2 values"),
+    (lambda: ranked_figure(IMAGES, THREE, "nats", reference=torch.zeros(2)), "2 of the reference"),
+    (lambda: ranked_figure(torch.zeros(3, 2, 4, 4), THREE, "nats"), r"\(3, 2, 4, 4\)"),
+    (lambda: ranked_figure(IMAGES, THREE, "nats", low=1.0, high=1.0), "high must be greater"),
+    (lambda: ranked_figure(IMAGES, THREE, "nats", count=0), "count is at least 1"),
+    *((lambda shape=shape: sample_figure({"1 step": torch.zeros(shape)}), "can be shown")
+      for shape in ((3, 5), (3, 2, 4, 4), (3, 4, 4), (0, 1, 4, 4), (0, 2))),
+    (lambda: sample_figure({}), "nothing to show"),
+    (lambda: density_figure({}, EXTENT), "nothing to show"),
+    (lambda: density_figure({"a": torch.zeros(4)}, EXTENT), r"'a' has shape \(4,\)"),
+    (lambda: density_figure({"a": torch.zeros(2, 2)}, (1.0, 0.0, 0.0, 1.0)), "extent"),
+    (lambda: density_figure({"a": torch.zeros(2, 2)}, EXTENT, span=0.0), "span"),
+    *((lambda curves=curves: training_figure(curves), "value")
+      for curves in ({}, {"train/loss": ([1], [NAN])}, {"train/loss": ([1, 2], [1.0])})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_cannot_be_shown_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
