@@ -162,22 +162,8 @@ def sampled(path, *options):
 
 def table(path, points, *options):
     out = path.with_suffix(".csv")
-    f2d2(
-        "nll",
-        "--ckpt",
-        path,
-        "--data",
-        points,
-        "--out",
-        out,
-        "--steps",
-        2,
-        "--device",
-        "cpu",
-        "--overwrite",
-        "true",
-        *options,
-    )
+    where = ["--ckpt", path, "--data", points, "--out", out]
+    f2d2("nll", *where, "--steps", 2, "--device", "cpu", "--overwrite", "true", *options)
     with out.open(newline="") as file:
         return torch.tensor([float(row["log_prob"]) for row in csv.DictReader(file)])
 
@@ -219,6 +205,15 @@ def named(name):
     return {"flow_map": part(name)}
 
 
+def called(call):
+    return {"flow_map": adapted(IDENTITY, call), "head": OWN_HEAD}
+
+
+def each(says, make, *values):
+    """Files that are refused in the same words, by what differs in them."""
+    return {f"{says:.20}: {value!r:.60}": lambda f, value=value: (make(value), says) for value in values}
+
+
 HOSTILE = {
     # the report: a function of the standard library as a network, a command as its call
     "a function and a command": lambda f: (
@@ -239,44 +234,30 @@ HOSTILE = {
     "the teacher's class": lambda f: (
         {"_class_path": "f2d2_lightning.FlowMatchingModule"}, "but a F2D2Module is needed here"),
     "a function as the class": lambda f: ({"_class_path": "f2d2_lightning.cli.main"}, "is no class"),
-    "the command line as a map": lambda f: (named("f2d2_lightning.cli.F2D2CLI"), "FlowMap is needed there"),
     # walks to what an allowed module has imported
-    "a walk to torch": lambda f: (named("f2d2_lightning.training.loading.torch"), "is no class"),
-    "a walk through torch": lambda f: (named("f2d2_lightning.training.loading.torch.hub"), "cannot be imported"),
-    "a walk to sys": lambda f: (named("torch.nn.modules.module.sys"), CLASS),
     "a walk to a class elsewhere": lambda f: (named("torch.nn.modules.module.OrderedDict"), UNTRUSTED, "OrderedDict"),
     "a class elsewhere": lambda f: (named("f2d2_lightning.training.loading.Path"), UNTRUSTED, "pathlib"),
-    "the import machinery": lambda f: (named("f2d2_lightning.checkpoints.trust.importlib"), "is no class"),
-    "a method": lambda f: (named("torch.nn.Module.apply"), "cannot be imported"),
-    "a function of torch.nn": lambda f: (named("torch.nn.functional.relu"), "is no class"),
     "torch's own loader": lambda f: (named("torch.load"), UNTRUSTED, "torch.load"),
     "torch.hub": lambda f: (network_of("torch.hub.load"), UNTRUSTED),
     "torch.jit": lambda f: (network_of("torch.jit.ScriptModule"), UNTRUSTED),
-    "a name that begins alike": lambda f: (named("torch.nnx.Linear"), UNTRUSTED),
-    "a name that begins like this package": lambda f: (named("f2d2_lightning_extra.Net"), UNTRUSTED),
-    "the main program": lambda f: (named("__main__.Net"), UNTRUSTED),
-    "a program of a package": lambda f: (named("f2d2_lightning.__main__.Net"), UNTRUSTED),
-    "dunder": lambda f: (named("torch.nn.__class__"), UNTRUSTED),
-    "dunder of a class": lambda f: (named("torch.nn.Linear.__init__"), "cannot be imported"),
-    "builtins of a module": lambda f: (named("torch.nn.__builtins__"), "is no class"),
-    "the loader of a module": lambda f: (named("torch.nn.__loader__"), CLASS),
-    "relative": lambda f: (named("..os.system"), "a dotted path"),
-    "a path": lambda f: (named("../trapmodule"), "a dotted path"),
-    "no module": lambda f: (named("Linear"), "a dotted path"),
-    "a dot at the end": lambda f: (named("torch.nn."), "a dotted path"),
-    "a space": lambda f: (named(" torch.nn.Linear"), "a dotted path"),
-    "a line": lambda f: (named("torch.nn.Linear\n"), "a dotted path"),
-    "a call": lambda f: (named("torch.nn.Linear(2, 2)"), "a dotted path"),
-    "a colon": lambda f: (named("torch.nn:Linear"), "a dotted path"),
-    "a letter that looks alike": lambda f: (named("torch.nn.L\u0456near"), "cannot be imported"),
-    "a module that looks alike": lambda f: (named("t\u043erch.nn.Linear"), UNTRUSTED),
-    "a letter of another width": lambda f: (named("\uff54orch.nn.Linear"), "a dotted path"),
-    "an escape": lambda f: (named("torch.nn.\x1b[2J"), "a dotted path"),
-    "nothing": lambda f: (named(None), "a dotted path"),
-    "a long name": lambda f: (named("torch.nn." + "a" * 10**6), "a dotted path"),
+    # names of classes, by what is said of them
+    **each("FlowMap is needed there", named, "f2d2_lightning.cli.F2D2CLI", "torch.optim.SGD"),
+    **each("is no class", named,
+           "f2d2_lightning.training.loading.torch", "f2d2_lightning.checkpoints.trust.importlib",
+           "torch.nn.functional.relu", "torch.nn.__builtins__"),
+    **each("cannot be imported", named,
+           "f2d2_lightning.training.loading.torch.hub", "torch.nn.Module.apply", "torch.nn.Linear.__init__",
+           "torch.nn.L\u0456near"),
+    **each(CLASS, named, "torch.nn.modules.module.sys", "torch.nn.__loader__"),
+    **each(UNTRUSTED, named,
+           "torch.nnx.Linear", "f2d2_lightning_extra.Net", "__main__.Net", "f2d2_lightning.__main__.Net",
+           "torch.nn.__class__", "t\u043erch.nn.Linear"),
+    **each("a dotted path", named,
+           "..os.system", "../trapmodule", "Linear", "torch.nn.", " torch.nn.Linear", "torch.nn.Linear\n",
+           "torch.nn.Linear(2, 2)", "torch.nn:Linear", "\uff54orch.nn.Linear", "torch.nn.\x1b[2J", None,
+           "torch.nn." + "a" * 10**6),
     # classes that are allowed, in places that they are not for
     "a layer as a map": lambda f: (named("torch.nn.Identity"), "FlowMap is needed there", "Identity"),
-    "an optimiser as a map": lambda f: (named("torch.optim.SGD"), "FlowMap is needed there"),
     "an optimiser as a network": lambda f: (network_of("torch.optim.SGD", lr=0.1), "Module is needed there"),
     "a cache as a network": lambda f: (
         network_of("f2d2_lightning.objectives.trajectory_cache.TrajectoryCache", folder="trap"),
@@ -302,14 +283,10 @@ HOSTILE = {
         {"lr_scheduler": part("torch.optim.lr_scheduler.LambdaLR", lr_lambda=["os.system"])}, TEXT, "os.system"),
     "a process as a schedule": lambda f: ({"lr_scheduler": part("subprocess.Popen", args=["ls"])}, UNTRUSTED),
     # text where objects are needed: jsonargparse reads a file of that name, or imports it
-    "a file as the map": lambda f: ({"flow_map": "trap.yaml"}, TEXT, "trap.yaml"),
+    **each(TEXT, lambda name: {name: "trap.yaml"},
+           "flow_map", "head", "objective", "estimator", "reference", "inversion"),
     "a class as the map": lambda f: ({"flow_map": "trapmodule.Net"}, TEXT, "trapmodule.Net"),
     "a description as text": lambda f: ({"flow_map": json.dumps(MAP)}, TEXT),
-    "a file as the head": lambda f: ({"head": "trap.yaml"}, TEXT),
-    "a file as the objective": lambda f: ({"objective": "trap.yaml"}, TEXT),
-    "a file as the estimator": lambda f: ({"estimator": "trap.yaml"}, TEXT),
-    "a file as the reference": lambda f: ({"reference": "trap.yaml"}, TEXT),
-    "a file as the inversion": lambda f: ({"inversion": "trap.yaml"}, TEXT),
     "a file as a path": lambda f: (
         {"objective": part("f2d2_lightning.TrajectoryRegression", path="trap.yaml")}, TEXT),
     "a file as an embedding": lambda f: (mapped("MLP", embedding="trap.yaml"), TEXT),
@@ -326,43 +303,24 @@ HOSTILE = {
     "an argument of its own": lambda f: ({"payload": part("os.system")}, "has no argument 'payload'"),
     # calls
     **{
-        f"the call {call}": lambda f, call=call, says=says: (
-            {"flow_map": adapted(IDENTITY, call), "head": OWN_HEAD}, *says)
-        for call, says in {
-            "net.load_state_dict(x, t)": ["defines no method 'load_state_dict'"],
-            "net.__class__(x, t)": ["defines no method '__class__'"],
-            "net.__init__(x, t)": ["defines no method '__init__'"],
-            "net.apply(x, t)": ["defines no method 'apply'"],
-            "net.register_forward_hook(x, t)": ["defines no method 'register_forward_hook'"],
-            "net._apply(x, t)": ["defines no method '_apply'"],
-            "net.training(x, t)": ["defines no method 'training'"],
-            "net.nothing(x, t)": ["defines no method 'nothing'"],
-            "net.forward.__globals__(x, t)": ["does not call net"],
-            "net.a.b(x, t)": ["does not call net"],
-            "net['a'](x, t)": ["does not call net"],
-            "net(x)(t)": ["does not call net"],
-            "__import__('os').system('x')": ["does not call net"],
-            "net(x, t, __import__('os'))": ["not understood"],
-            "net(x, t, x.__class__)": ["not understood"],
-            "net(x, t, [y for y in x])": ["not understood"],
-            "net(x, t, lambda: x)": ["not understood"],
-            "net(x, t, f'{x!r}')": ["not understood"],
-            "net(x, t, (y := x))": ["not understood"],
-            "net(x, t, *x)": ["not understood"],
-            "net(x, t, **{'a': x})": ["** argument"],
-            "net(x, t, x ** 9)": ["not understood"],
-            "net(x, t, exp(x=x))": ["no keyword"],
-            "net(x, t, eval('1'))": ["not understood"],
-            "net(x, t, [0] * 3000000000)": ["calculates with '[0]'"],
-            "net(x, t, 3000000000 * 'a')": ["calculates with"],
-            "net(x, t, 1 * (1000000000 * (0,)))": ["calculates with '(0,)'"],
-            "net(x, t, b'a' * 3000000000)": ["calculates with"],
-            "net(x, t) # \x00": ["cannot be"],
-            "net(x, t, " + 300 * "-(" + "x" + 300 * ")" + ")": ["the call"],
-            "net(x, t, " + 1500 * "-" + "x)": ["nested too deeply"],
-            "net(x, t, " + 10**6 * "-" + "x)": ["up to 2000 characters"],
-        }.items()
+        f"the method {method}": lambda f, method=method: (
+            called(f"net.{method}(x, t)"), f"defines no method '{method}'")
+        for method in ("load_state_dict", "__class__", "__init__", "apply", "register_forward_hook", "_apply",
+                       "training", "nothing")
     },
+    **each("does not call net", called, "net.forward.__globals__(x, t)", "net.a.b(x, t)", "net['a'](x, t)",
+           "net(x)(t)", "__import__('os').system('x')"),
+    **each("not understood", called, "net(x, t, __import__('os'))", "net(x, t, x.__class__)",
+           "net(x, t, [y for y in x])", "net(x, t, lambda: x)", "net(x, t, f'{x!r}')", "net(x, t, (y := x))",
+           "net(x, t, *x)", "net(x, t, x ** 9)", "net(x, t, eval('1'))"),
+    **each("** argument", called, "net(x, t, **{'a': x})"),
+    **each("no keyword", called, "net(x, t, exp(x=x))"),
+    **each("calculates with", called, "net(x, t, [0] * 3000000000)", "net(x, t, 3000000000 * 'a')",
+           "net(x, t, 1 * (1000000000 * (0,)))", "net(x, t, b'a' * 3000000000)"),
+    **each("cannot be", called, "net(x, t) # \x00"),
+    **each("the call", called, "net(x, t, " + 300 * "-(" + "x" + 300 * ")" + ")"),
+    **each("nested too deeply", called, "net(x, t, " + 1500 * "-" + "x)"),
+    **each("up to 2000 characters", called, "net(x, t, " + 10**6 * "-" + "x)"),
     "a call that is no text": lambda f: ({"flow_map": adapted(IDENTITY, ["net(x, t)"])}, "Adapter"),
     "a student's loader as the call": lambda f: (
         {"flow_map": adapted(part("f2d2_lightning.F2D2Module", shape=[2], flow_map=MAP),
@@ -375,16 +333,10 @@ HOSTILE = {
     # numbers that are none
     "no shape": lambda f: ({"shape": None}, "shape"),
     "a number as a shape": lambda f: ({"shape": 3}, "does not hold all"),
-    "half a pixel": lambda f: ({"shape": [2.5]}, "is for states of shape (2.5,)"),
-    "less than a pixel": lambda f: ({"shape": [-2]}, "is for states of shape (-2,)"),
-    "a true pixel": lambda f: ({"shape": [True]}, "is for states of shape (True,)"),
-    "NaN pixels": lambda f: ({"shape": [float("nan")]}, "is for states of shape"),
-    "endless pixels": lambda f: ({"shape": [float("inf")]}, "is for states of shape"),
+    **each("is for states of shape (", lambda side: {"shape": [side]}, 2.5, -2, True, float("nan"), float("inf")),
+    **each("does not fit F2D2Module", lambda value: {"flow_map": value}, 5, torch.ones(3), {"a": 1}),
+    **each("does not fit F2D2Module", lambda value: {"head": value}, [1]),
     "no rate": lambda f: ({"ema_decay": float("nan")}, "ema_decay=nan"),
-    "a number as a map": lambda f: ({"flow_map": 5}, "does not fit F2D2Module"),
-    "a tensor as a map": lambda f: ({"flow_map": torch.ones(3)}, "does not fit F2D2Module"),
-    "a list as a head": lambda f: ({"head": [1]}, "does not fit F2D2Module"),
-    "a dictionary as a map": lambda f: ({"flow_map": {"a": 1}}, "does not fit F2D2Module"),
     "one step": lambda f: ({"steps": 1}, "does not hold all"),
     **{
         f"width {width!r:.20}": lambda f, width=width: (
