@@ -236,16 +236,6 @@ class Objective(ABC):
 
 
 def _concatenate(parts: list[Examples]) -> Examples:
-    if len(parts) == 1:
-        return parts[0]
-    conds = [part.cond for part in parts if part.cond is not None]
-    return Examples(
-        torch.cat([part.x for part in parts]),
-        torch.cat([part.s for part in parts]),
-        torch.cat([part.t for part in parts]),
-        torch.cat(conds) if conds else None,
-        Joint(
-            torch.cat([part.target.velocity for part in parts]),
-            torch.cat([part.target.divergence for part in parts]),
-        ),
-    )
+    x, s, t, conds, targets = zip(*parts, strict=True)
+    cond = None if conds[0] is None else torch.cat(conds)
+    return Examples(torch.cat(x), torch.cat(s), torch.cat(t), cond, Joint(*map(torch.cat, zip(*targets, strict=True))))

@@ -31,7 +31,7 @@ from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals, pick
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
 
-__all__ = ["TrajectoryPool", "TrajectoryRegression"]
+__all__ = ["TrajectoryRegression"]
 
 
 class TrajectoryRegression(Objective):
