@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.maps import JointMap
+from f2d2_lightning.flows.paths import like
 from f2d2_lightning.likelihood.sampling import Samples, check_state, normal_log_prob, sample
 from f2d2_lightning.likelihood.time_grids import time_grid
 
@@ -152,4 +153,4 @@ class SelfGuidance:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1).reshape(-1, *(1,) * (x.ndim - 1))
+    return like(x.flatten(1).norm(dim=1), x)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import jacobian_product
+from f2d2_lightning.flows.paths import like
 
 __all__ = ["Inversion", "Solution", "map_jacobian"]
 
@@ -108,7 +109,7 @@ class Inversion:
             move = x - displacement(y) - y  # minus the residual F(y)
             residual = flat(move).square().mean(-1).sqrt()
             better = residual < best_residual
-            best = torch.where(better.reshape(-1, *(1 for _ in x.shape[1:])), y, best)
+            best = torch.where(like(better, x), y, best)
             best_residual = torch.where(better, residual, best_residual)
             if bool((best_residual <= tolerance).all()):
                 break
@@ -140,8 +141,7 @@ class Inversion:
             evaluations += 1 + dim
             residual = residual_vector.square().mean(-1).sqrt()
             better = residual < best_residual
-            pick = better.reshape(-1, *(1 for _ in x.shape[1:]))
-            best = torch.where(pick, y, best)
+            best = torch.where(like(better, x), y, best)
             best_residual = torch.where(better, residual, best_residual)
             if bool((best_residual <= tolerance).all()):
                 break
@@ -171,7 +171,7 @@ class Inversion:
             if not moved.requires_grad:
                 return gradient  # the displacement is the same everywhere
             # of each sample its own: one of a steep sample must not be what those of flat ones are measured by
-            size = gradient.reshape(len(x), -1).square().mean(-1).sqrt().reshape(-1, *(1 for _ in x.shape[1:]))
+            size = like(gradient.reshape(len(x), -1).square().mean(-1).sqrt(), x)
             scaled = gradient / size.clamp(min=torch.finfo(x.dtype).tiny)
             if self.method == "newton":
                 found = _solve_transposed(product, scaled)

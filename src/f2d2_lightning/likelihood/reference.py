@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,34 +59,40 @@ class _Counted:
         return self.velocity(x, t.clamp(0, 1), cond)
 
 
-def _solve(
-    right_side: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
-    initial: tuple[Tensor, ...],
-    start: float,
-    end: float,
-    method: str,
-    steps: int | None,
-    rtol: float,
-    atol: float,
-    near_data: float,
-) -> list[Tensor]:
-    x = initial[0]
-    if method in FIXED:
-        if steps is None or steps < 1:
-            raise ValueError(f"method {method!r} takes fixed steps and needs steps >= 1, got {steps}")
-        ascending = _fixed_times(steps, near_data).to(x)
-        times, options = ascending if start < end else ascending.flip(0), {}
-    elif method in ADAPTIVE:
-        if steps is not None:
-            raise ValueError(f"method {method!r} chooses its own steps; leave steps=None and set rtol and atol")
-        if near_data:
-            raise ValueError(f"method {method!r} chooses its own steps; near_data={near_data} is for fixed ones")
-        times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
-        options = {"dtype": x.dtype}
-    else:
-        raise ValueError(f"method is {method!r}; fixed: {', '.join(FIXED)}; adaptive: {', '.join(ADAPTIVE)}")
-    solution = odeint(right_side, initial, times, method=method, rtol=rtol, atol=atol, options=options)
-    return [value[-1] for value in solution]
+class _Solver(NamedTuple):
+    """Settings of torchdiffeq, as in :func:`reference_log_prob`."""
+
+    method: str
+    steps: int | None
+    rtol: float
+    atol: float
+    near_data: float
+
+    def solve(
+        self,
+        right_side: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        initial: tuple[Tensor, ...],
+        start: float,
+    ) -> list[Tensor]:
+        """State at the other end of time."""
+        x, method, steps, near_data = initial[0], self.method, self.steps, self.near_data
+        if method in FIXED:
+            steps = 128 if steps is None else steps
+            if steps < 1:
+                raise ValueError(f"method {method!r} takes fixed steps and needs steps >= 1, got {steps}")
+            ascending = _fixed_times(steps, near_data).to(x)
+            times, options = ascending if start == 0 else ascending.flip(0), {}
+        elif method in ADAPTIVE:
+            if steps is not None:
+                raise ValueError(f"method {method!r} chooses its own steps; leave steps=None and set rtol and atol")
+            if near_data:
+                raise ValueError(f"method {method!r} chooses its own steps; near_data={near_data} is for fixed ones")
+            times = torch.tensor([start, 1 - start], dtype=x.dtype, device=x.device)
+            options = {"dtype": x.dtype}
+        else:
+            raise ValueError(f"method is {method!r}; fixed: {', '.join(FIXED)}; adaptive: {', '.join(ADAPTIVE)}")
+        tolerances = {"rtol": self.rtol, "atol": self.atol}
+        return [v[-1] for v in odeint(right_side, initial, times, method=method, options=options, **tolerances)]
 
 
 def _fixed_times(steps: int, near_data: float) -> Tensor:
@@ -148,8 +155,6 @@ def reference_log_prob(
     check_cond(cond, len(x), velocity)
     estimator = divergence or (Exact() if x[0].numel() <= EXACT_UP_TO else Hutchinson())
     field = _Counted(velocity)
-    if steps is None and method in FIXED:
-        steps = 128
     probes = 1
     fixed_probes: Tensor | None = None
     if isinstance(estimator, Hutchinson):
@@ -170,7 +175,8 @@ def reference_log_prob(
         v, estimate, _ = estimator(field, Point(state[0], t, cond))
         return v, -estimate[None]
 
-    noise, change = _solve(right_side, (x, x.new_zeros(probes, len(x))), 1.0, 0.0, method, steps, rtol, atol, near_data)
+    solver = _Solver(method, steps, rtol, atol, near_data)
+    noise, change = solver.solve(right_side, (x, x.new_zeros(probes, len(x))), 1.0)
     error = change.std(0) / probes**0.5 if probes > 1 else scatter.standard_error()
     # `change` is log p_0(noise) - log p_1(x)
     return LogProb(normal_log_prob(noise) - change.mean(0), noise, calls, standard_error=error)
@@ -230,11 +236,8 @@ def reference_sample(
     check_state(noise, "noise")
     check_cond(cond, len(noise), velocity)
     field = _Counted(velocity)
-    if steps is None and method in FIXED:
-        steps = 128
-    (state,) = _solve(
-        lambda t, state: (field(state[0], t, cond),), (noise,), 0.0, 1.0, method, steps, rtol, atol, near_data
-    )
+    solver = _Solver(method, steps, rtol, atol, near_data)
+    (state,) = solver.solve(lambda t, state: (field(state[0], t, cond),), (noise,), 0.0)
     return Samples(state, noise, field.calls)
 
 

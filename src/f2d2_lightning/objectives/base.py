@@ -199,8 +199,8 @@ class Objective(ABC):
         point, parts = self.path.point(data, noise, s, cond), []
         on, off = (s == t).nonzero().squeeze(-1), (s != t).nonzero().squeeze(-1)
         if len(on):
-            x, time, labels = point[on].x, s[on], point[on].cond
-            parts.append(Examples(x, time, time, labels, (batch.anchor or batch.source)(point[on])))
+            here = point[on]
+            parts.append(Examples(here.x, here.t, here.t, here.cond, (batch.anchor or batch.source)(here)))
         if len(off):
             parts.append(off_diagonal(point[off], t[off]))
         return self.terms(student, _concatenate(parts))
