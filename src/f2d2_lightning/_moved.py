@@ -22,6 +22,7 @@ _MODULES = {
     "divergence": "tangents",
     "likelihood": "sampling inversion reference guidance mirror quantisation bounds pixels",
     "objectives": "intervals sources volume trajectory",
+    "adapters": "adapters.adapted",
     "checkpoints": "pretrained export",
     "checkpoints.foreign": (
         "foreign_checkpoints foreign_checkpoints.embeddings foreign_checkpoints.files foreign_checkpoints.mean_flow "

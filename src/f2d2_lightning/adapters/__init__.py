@@ -1,10 +1,10 @@
 """Other people's few-step models as flow maps."""
 
-from f2d2_lightning.adapters.adapted import AdaptedFlowMap, AddedInterval
-from f2d2_lightning.adapters.adapter import Adapter, adapter_from_config
+from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter, adapter_from_config
 from f2d2_lightning.adapters.checks import ConventionError, check_convention, check_differentiable
 from f2d2_lightning.adapters.families import FlowMatching, MeanFlow, Shortcut, TorchCFM, TwoTime
 from f2d2_lightning.adapters.features import FeatureTap
+from f2d2_lightning.adapters.interval import AddedInterval
 from f2d2_lightning.adapters.variance_exploding import CTM, Consistency, Denoiser, VarianceExploding
 
 __all__ = [

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters.adapted import AdaptedFlowMap
-from f2d2_lightning.adapters.adapter import Adapter
+from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter
 from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.flows._held import evaluating
 

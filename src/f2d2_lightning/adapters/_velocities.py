@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters._asking import TIMES, called, seed
-from f2d2_lightning.adapters.adapted import AdaptedFlowMap
-from f2d2_lightning.adapters.adapter import Adapter
+from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter
 from f2d2_lightning.adapters.call import Call, ConventionError
 from f2d2_lightning.adapters.variance_exploding import PRECONDITIONINGS, VarianceExploding
 from f2d2_lightning.flows.maps import Direction

@@ -1,29 +1,34 @@
 r"""Conventions of other people's networks, converted to this package's.
 
-An :class:`Adapter` says how a family of networks is called; called with a network, it gives a flow map. Foreign time
+An :class:`Adapter` says how a family of networks is called; called with a network, it gives an
+:class:`AdaptedFlowMap`, which adds features for the head and, where the network lacks one, a second time. Foreign time
 runs linearly from ``noise_time`` to ``data_time``, so with :math:`\tau = \tau_0 + (\tau_1 - \tau_0)\,t` a foreign
 average velocity :math:`\Delta x / \Delta\tau` is ours after multiplication with :math:`\tau_1 - \tau_0`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters.call import Call, ConventionError
-from f2d2_lightning.flows.maps import Direction
-from f2d2_lightning.flows.paths import like
+from f2d2_lightning.adapters.features import FeatureTap, find_submodule
+from f2d2_lightning.adapters.interval import AddedInterval
+from f2d2_lightning.flows._held import evaluating
+from f2d2_lightning.flows.maps import Direction, FlowMap, check_interval
+from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.utils.configured import Configured
 
-if TYPE_CHECKING:
-    from f2d2_lightning.adapters.adapted import AdaptedFlowMap
-
-__all__ = ["Adapter", "adapter_from_config"]
+__all__ = ["AdaptedFlowMap", "Adapter", "adapter_from_config"]
 
 ANSWERS = ("velocity", "state")
+
+MOST_AXES, MOST_CLASSES = 64, 10**6
+"""What an adapter may ask for: times and labels become tensors of so many axes and columns, whoever says the number."""
 
 
 class Adapter(Configured):
@@ -117,8 +122,6 @@ class Adapter(Configured):
         directions: Direction | str | None = None,
     ) -> AdaptedFlowMap:
         """A flow map of ``network``; arguments as :class:`~f2d2_lightning.adapters.AdaptedFlowMap`."""
-        from f2d2_lightning.adapters.adapted import AdaptedFlowMap
-
         return AdaptedFlowMap(network, self, features=features, interval=interval, directions=directions)
 
     @property
@@ -240,6 +243,200 @@ class Adapter(Configured):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.call.text!r}, directions={self.directions.name})"
+
+
+class AdaptedFlowMap(FlowMap, Configured):
+    """A network in a foreign convention as a flow map.
+
+    Args:
+        network: The network, a module (compiled or not) or any function that ``adapter`` can call.
+        adapter: How it is called; the generic one by default.
+        features: Name of the submodule whose output a divergence head reads; by default the input of the last layer.
+        interval: Name of the submodule that embeds the network's time. An :class:`AddedInterval` is added to its
+            output, so that the map can be fine-tuned to go between any two times, in both directions.
+        directions: Orders of time that it was, or will be, trained for; by default the adapter's, and both with
+            ``interval``.
+
+    Raises:
+        ValueError: If a named submodule or method does not exist.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        adapter: Adapter | None = None,
+        features: str | None = None,
+        interval: str | None = None,
+        directions: Direction | str | None = None,
+    ) -> None:
+        super().__init__()
+        # forward-mode derivatives and hooks do not pass through compiled code: the network's own code is called
+        network = getattr(network, "_orig_mod", network)
+        if not callable(network):
+            raise ValueError(f"the network is {network!r:.120}; a torch.nn.Module or a function is needed")
+        self.network = network
+        self.adapter = adapter or Adapter()
+        if self.adapter.time_axes > MOST_AXES or (self.adapter.classes or 0) > MOST_CLASSES:
+            raise ValueError(
+                f"the adapter has time_axes={self.adapter.time_axes:,} and classes={self.adapter.classes}; up to "
+                f"{MOST_AXES} and {MOST_CLASSES:,} are made into tensors"
+            )
+        self.tap: FeatureTap | None = None
+        self.interval_name = interval
+        self.interval: AddedInterval | None = None
+        self._compiled = False
+        if isinstance(network, nn.Module):
+            self.adapter.call.check(network)
+            self._compiled = _is_compiled(network)
+            self.tap = FeatureTap(network, features, self.adapter.channels_last)
+            self.interval = None if interval is None else AddedInterval.for_submodule(network, interval)
+        elif features is not None or interval is not None:
+            raise ValueError(f"features= and interval= name submodules, and {Adapter.describe(network)} has none")
+        if directions is None:
+            directions = self.adapter.directions if interval is None else Direction.BOTH
+        self.directions = Direction.parse(directions)
+        self._features: int | None = None
+
+    def configuration(self) -> dict[str, Any]:
+        """Arguments of the constructor, as the map is now."""
+        return {
+            "network": self.network,
+            "adapter": self.adapter,
+            "features": None if self.tap is None else self.tap.name,
+            "interval": self.interval_name,
+            "directions": self.directions.label,
+        }
+
+    @property
+    def answerable(self) -> Direction:
+        """``directions``, or none if the network is told no end time: it then knows instantaneous velocities only."""
+        sees_end = self.adapter.sees_end or self.adapter.endpoint_only or self.interval is not None
+        return self.directions if sees_end else Direction.NONE
+
+    @property
+    def endpoint_only(self) -> bool:
+        """Whether the network knows no other end than data, as a consistency model without ``interval=``."""
+        return self.adapter.endpoint_only and self.interval is None
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network is told conditioning."""
+        return self.adapter.conditional
+
+    @property
+    def features(self) -> int:
+        """Channels of the features, known once :meth:`probe` or a call of :meth:`forward_features` has shown them.
+
+        Raises:
+            ValueError: If neither has happened yet.
+        """
+        if self._features is None:
+            raise ValueError(
+                "how many feature channels the network gives is known only from a call: probe(x, cond), with a batch "
+                "of states, first"
+            )
+        return self._features
+
+    def probe(self, x: Tensor, cond: Tensor | None = None) -> int:
+        """Call the network once, without training mode or gradients, and find the features' channels.
+
+        Args:
+            x: States, ``(B, ...)``.
+            cond: Conditioning.
+
+        Returns:
+            Channels ``F`` for ``DivergenceHead(features=F)``.
+        """
+        with evaluating(self), torch.no_grad():
+            low, high = (0.25, 0.75) if self.directions != Direction.TO_NOISE else (0.75, 0.25)
+            self.forward_features(x, low, low if self.answerable == Direction.NONE else high, cond)
+        return self.features
+
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        directions = self.answerable
+        if directions != Direction.BOTH:
+            check_interval(s, t, directions, what=Adapter.describe(self.network))
+        s, t = expand_time(s, x), expand_time(t, x)
+        with self.eager(), self._interval_added(s, t):
+            return self.adapter.average_velocity(self.network, x, s, t, cond)
+
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        """Instantaneous velocity ``u(x, t, t)``, shape of ``x``.
+
+        Raises:
+            ValueError: If the network knows no other end than data: on its diagonal it answers the jump to data.
+        """
+        if self.endpoint_only:
+            raise ValueError(
+                f"{Adapter.describe(self.network)} maps to data only (a consistency model), and that jump is not its "
+                "instantaneous velocity; give a teacher that has one (TeacherSource, Denoiser), or interval='name of "
+                "the time embedding' and fine-tune it into a map between any two times"
+            )
+        return super().velocity(x, t, cond)
+
+    def forward_features(
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.tap is None:
+            raise ValueError(
+                f"{Adapter.describe(self.network)} is a function and gives no features; give the head its own network: "
+                "DivergenceHead(network=...)"
+            )
+        if self.tap.layer is None and self.adapter.output is not None:
+            self._find_layer(x, s, t, cond)
+        u, features = self.tap.call(lambda: self(x, s, t, cond), len(x))
+        self._features = features.shape[1]
+        return u, features.to(x.dtype)
+
+    def _find_layer(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None) -> None:
+        """Which of several outputs' last layers the velocity comes from, by one more call on one state."""
+        assert self.tap is not None
+        check_conditioning(cond)
+        s, t = expand_time(s, x)[:1], expand_time(t, x)[:1]
+        cond = None if cond is None else cond[:1]
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), evaluating(self):
+            self.tap.find(lambda: self(x[:1], s, t, cond))
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Run compiled parts of the network as they were written."""
+        if not self._compiled or torch.compiler.is_compiling():
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+    @contextlib.contextmanager
+    def _interval_added(self, s: Tensor, t: Tensor) -> Iterator[None]:
+        if self.interval is None:
+            yield
+            return
+        added, ran = self.interval, False
+
+        def add(module: nn.Module, arguments: Any, output: Any) -> Tensor:
+            nonlocal ran
+            ran = True
+            return added.added_to(output, s, t)
+
+        assert isinstance(self.network, nn.Module)
+        handle = find_submodule(self.network, str(self.interval_name)).register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not ran:
+            raise ValueError(
+                f"{Adapter.describe(self.network)} did not run {self.interval_name!r}, so the pair of times was added "
+                "nowhere; name the submodule of the time embedding that runs in every call: interval='...'"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.adapter!r}, directions={self.directions.name}"
+
+
+def _is_compiled(network: nn.Module) -> bool:
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules())
 
 
 def check_conditioning(cond: Any) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters._asking import called, signature, undisturbed
 from f2d2_lightning.adapters._derivatives import check_derivative
 from f2d2_lightning.adapters._velocities import FEWEST_SAMPLES, check_velocity
-from f2d2_lightning.adapters.adapted import AdaptedFlowMap
-from f2d2_lightning.adapters.adapter import Adapter, check_conditioning
+from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter, check_conditioning
 from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.divergence.estimators import check_mode, instantaneous
 from f2d2_lightning.flows.maps import Direction

@@ -12,17 +12,14 @@ Kim et al., 2023, https://arxiv.org/abs/2310.02279
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from f2d2_lightning.adapters.adapter import Adapter
+from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import like
-
-if TYPE_CHECKING:
-    from f2d2_lightning.adapters.adapted import AdaptedFlowMap
 
 __all__ = ["CTM", "Consistency", "Denoiser", "VarianceExploding"]
 
