@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import sys
 import time
@@ -34,8 +33,9 @@ import torch
 from torch import Tensor, nn
 
 import f2d2_lightning as f2
+import measuring
 from f2d2_lightning.adapters import AdaptedFlowMap, Consistency, Denoiser, MeanFlow, Shortcut, TwoTime
-from measuring import log_determinant
+from measuring import kept, log_determinant
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import third_party_models as third_party
@@ -102,17 +102,6 @@ FAMILIES = {
         (third_party.FlowMapNet,), single(third_party.train_flow_map), flow_map, lambda nets: flow_map(nets[0], False)
     ),
 }
-
-
-def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What ``path`` holds, made and written first if it is not there."""
-    if not path.exists():
-        with torch.enable_grad():
-            value = make()
-        part = path.with_suffix(".part")
-        torch.save(value, part)
-        part.rename(path)
-    return torch.load(path)
 
 
 def pretrained(family: Family, data: f2.data.Digits, steps: int, path: Path) -> tuple[nn.Module, ...]:
@@ -207,20 +196,8 @@ def bits(log_prob: Tensor) -> Tensor:
 
 
 def agreement(value: Tensor, reference: Tensor) -> dict[str, float]:
-    """Mean and gap to the reference in bits/dim, correlation; over the images that have a value."""
-    good = value.isfinite()
-    share = float(good.float().mean())
-    if int(good.sum()) < 3:
-        return {"share": share, "nll": math.nan, "gap": math.nan, "error": math.nan, "r": math.nan}
-    value, reference = bits(value[good]), bits(reference[good])
-    difference = value - reference
-    return {
-        "share": share,
-        "nll": float(value.mean()),
-        "gap": float(difference.mean()),
-        "error": float(difference.std() / len(difference) ** 0.5),
-        "r": float(torch.corrcoef(torch.stack((value, reference)))[0, 1]),
-    }
+    """Of log-likelihoods in nats, as of bits/dim."""
+    return measuring.agreement(bits(value), bits(reference))
 
 
 def classifier(data: f2.data.Digits, path: Path) -> nn.Sequential:
@@ -352,8 +329,7 @@ def own_density(frozen: f2.JointFlowMap, reference: Tensor, x: Tensor) -> dict[s
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All stages of one family, each only if it is not kept."""
     family, folder = FAMILIES[name], Path(options.out) / f"seed{options.seed}_steps{options.steps}" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "result.json"
+    path = folder / "result.pt"
     data = f2.data.Digits(batch_size=512, eval_batch_size=300, seed=options.seed)
 
     def stage(text: str) -> None:
@@ -367,9 +343,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     stage("training the head of the frozen model")
     frozen = fine_tuned(family, networks, True, data, math.ceil(0.6 * options.steps), folder / "frozen.pt")
     stage("measuring")
-    if not path.exists():
-        path.write_text(json.dumps(measure(family, networks, joint, frozen, data, folder), indent=2) + "\n")
-    result = json.loads(path.read_text())
+    result = kept(path, lambda: measure(family, networks, joint, frozen, data, folder))
 
     def own() -> dict[str, Any]:
         x = next(iter(data.test_dataloader()))[:100]
@@ -383,47 +357,41 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| family (reference, bits/dim) | | gap at 8 / 4 / 2 / 1 steps | r, likewise | evaluations | converged |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Markdown: likelihoods, then samples."""
+
+    def joined(rows: list[dict[str, Any]], key: str, form: str) -> str:
+        return " / ".join(format(row[key], form) for row in rows)
+
+    likelihoods, samples = [], []
     for name, result in results.items():
+        fine, own = result["reference"], result["own_density"]
         for mode in ("before", "joint", "frozen"):
             rows = [result[str(k)][mode] for k in STEPS]
-            head = f"{name} ({result['reference']['nll']:.3f})" if mode == "before" else ""
-            cells = (
-                " / ".join(f"{row['gap']:+.3f}" for row in rows),
-                " / ".join(f"{row['r']:.3f}" for row in rows),
-                " / ".join(str(row["evaluations"]) for row in rows),
-                " / ".join(f"{row['share']:.0%}" for row in rows) if mode == "frozen" else "",
-            )
-            lines.append(f"| {head} | {mode} | {' | '.join(cells)} |")
-        for text, key in (
+            head, share = (f"{name} ({fine['nll']:.3f})" if mode == "before" else ""), joined(rows, "share", ".0%")
+            cells = joined(rows, "gap", "+.3f"), joined(rows, "r", ".3f"), joined(rows, "evaluations", "")
+            likelihoods.append([head, mode, *cells, share if mode == "frozen" else ""])
+            if mode != "frozen":
+                cells = joined(rows, "frechet", ".2f"), joined(rows, "log_prob", ".1f")
+                samples.append([name if mode == "before" else "", mode, *cells])
+        for what, key in (
             ("frozen, to the sampler's own density", "head"),
             ("that density, to the reference", "exact"),
         ):
-            rows = [result["own_density"][str(k)][key] for k in STEPS]
-            gaps, rs = (
-                " / ".join(format(row[what], form) for row in rows) for what, form in (("gap", "+.3f"), ("r", ".3f"))
-            )
-            lines.append(f"| | {text} | {gaps} | {rs} | | |")
-    lines += [
-        "",
-        "| family, samples | | Frechet distance at 8 / 4 / 2 / 1 steps | reference log p of samples, nats |",
-        "|---|---|---|---|",
-    ]
-    for name, result in results.items():
-        for mode in ("before", "joint"):
-            rows = [result[str(k)][mode] for k in STEPS]
-            distances = " / ".join(f"{row['frechet']:.2f}" for row in rows)
-            values = " / ".join(f"{row['log_prob']:.1f}" for row in rows)
-            lines.append(f"| {name if mode == 'before' else ''} | {mode} | {distances} | {values} |")
-        fine = result["reference"]
-        lines.append(f"| | velocity, 200 evaluations | {fine['frechet']:.2f} | {fine['log_prob']:.1f} |")
+            rows = [own[str(k)][key] for k in STEPS]
+            likelihoods.append(["", what, joined(rows, "gap", "+.3f"), joined(rows, "r", ".3f"), "", ""])
+        samples.append(["", "velocity, 200 evaluations", f"{fine['frechet']:.2f}", f"{fine['log_prob']:.1f}"])
         same = all(result[str(k)]["frozen"]["same_samples"] for k in STEPS)
-        lines.append(f"| | frozen | {'the same to the bit' if same else 'NOT the same'} | |")
-    return "\n".join(lines)
+        samples.append(["", "frozen", "the same to the bit" if same else "NOT the same", ""])
+    first = [
+        "family (reference, bits/dim)",
+        "",
+        "gap at 8 / 4 / 2 / 1 steps",
+        "r, likewise",
+        "evaluations",
+        "converged",
+    ]
+    second = ["family, samples", "", "Frechet distance at 8 / 4 / 2 / 1 steps", "reference log p of samples, nats"]
+    return f"{measuring.markdown(first, likelihoods)}\n\n{measuring.markdown(second, samples)}"
 
 
 def main() -> None:

@@ -424,27 +424,6 @@ def test_channels_on_the_wrong_axis():
         check_convention(FlowMatching("net(x, s)")(network), x)
 
 
-RIGHT_ADAPTERS = {
-    "up": (lambda u, x, s, t: u(x, s, t), Adapter("net(x, s, t)")),
-    "up, to noise": (lambda u, x, s, t: u(x, s, t), Adapter("net(x, s, t)", directions="to_noise")),
-    "down": (lambda u, x, s, r: -u(x, 1 - s, 1 - r), MeanFlow("net(x, s, t)")),
-    "thousands": (lambda u, x, s, t: u(x, s / 1000, t / 1000), Adapter("net(x, 1000 * s, 1000 * t)")),
-    "interval": (lambda u, x, s, h: u(x, s, s + h), Shortcut(call="net(x, s, t - s)")),
-    "velocity": (lambda u, x, s: u(x, s, s), FlowMatching("net(x, s)")),
-    "denoiser": (exploding, Denoiser("net(x, s)")),
-}
-
-
-@pytest.mark.parametrize("name", RIGHT_ADAPTERS)
-def test_right_adapters_pass(name):
-    body, adapter = RIGHT_ADAPTERS[name]
-    for seed in range(3):
-        torch.manual_seed(seed)
-        network = Foreign(body)
-        for count in (8, 64):
-            check_convention(adapter(network), network.truth.data(count))
-
-
 def test_right_adapters_pass_at_every_age():
     truth = Truth()
     for seed in range(2):

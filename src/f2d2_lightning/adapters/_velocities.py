@@ -8,7 +8,6 @@ untrained network explains nothing in any way, and passes.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Iterator
@@ -298,15 +297,6 @@ def _on_diagonal(spans: list[str]) -> tuple[float, ...]:
     return tuple(round(_value(span, 0.4, 0.4), 6) for span in spans)
 
 
-@contextlib.contextmanager
-def _asked_as(flow_map: AdaptedFlowMap, adapter: Adapter) -> Iterator[None]:
-    declared, flow_map.adapter = flow_map.adapter, adapter
-    try:
-        yield
-    finally:
-        flow_map.adapter = declared
-
-
 class _Asker:
     """Asks a network in ways that it may not bear: an index of time that is too large stops a GPU for good.
 
@@ -341,9 +331,10 @@ class _Asker:
         flow_map: AdaptedFlowMap, adapter: Adapter, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None
     ) -> Tensor | None:
         seed(x.device)
+        other = copy.copy(flow_map)  # the same network
+        other.adapter = adapter
         try:
-            with _asked_as(flow_map, adapter):
-                return flow_map(x, s, t, cond)
+            return other(x, s, t, cond)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # times, shapes, labels that it does not take: not what it was trained for
