@@ -537,7 +537,7 @@ def measured(case: Case, network: nn.Module, images: Tensor, labels: Tensor) -> 
     for moment in (0.05, 0.4, 0.75, 0.95):
         state, at = states(moment)
         with torch.no_grad():
-            ours.append(exact(flow_map.velocity, state, at, y).divergence)
+            ours.append(exact(flow_map.velocity, f2.flows.Point(state, at, y)).divergence)
             ours.append(random.per_probe(flow_map.velocity, f2.flows.Point(state, at, y), probe)[1][0])
         copies = at.repeat_interleave(dim)
         theirs.append(
