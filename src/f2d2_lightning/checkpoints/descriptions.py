@@ -31,7 +31,8 @@ def describe_model(model: FlowMap | JointMap) -> dict[str, Any]:
     Raises:
         ValueError: If a part cannot be made again from plain values, or was changed in a way that no argument says.
     """
-    content = {"model": describe(model, "the model", {})}
+    numbers: dict[int, int] = {}
+    content = {"model": describe(model, "the model", numbers)}
     given: dict[str, Any] = {}
     for part in model.modules():
         for (cls, argument), name in _GIVEN.items():
@@ -40,7 +41,7 @@ def describe_model(model: FlowMap | JointMap) -> dict[str, Any]:
     # initial weights are no reason to draw other numbers afterwards
     with torch.random.fork_rng(devices=[]):
         again = make_model(content, given)
-        content["replaced"] = _replaced(again, model)
+        content["replaced"] = _replaced(again, model, numbers)
         _check_again(make_model(content, given) if content["replaced"] else again, model)
     return content
 
@@ -164,25 +165,15 @@ def _class(name: Any) -> type:
     return cls
 
 
-def _replaced(plain: nn.Module, model: nn.Module) -> dict[str, Any]:
+def _replaced(plain: nn.Module, model: nn.Module, numbers: dict[int, int]) -> dict[str, Any]:
     """Parts that were put into the model after it was made."""
     made = dict(plain.named_modules(remove_duplicate=False))
     changed: dict[str, Any] = {}
     for name, part in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{done}.") for done in changed)
         if not inside and name in made and type(part) is not type(made[name]):
-            # numbers of their own, which nothing else refers to
-            changed[name] = _renumbered(describe(part, name), f"{name}:")
+            changed[name] = describe(part, name, numbers)
     return changed
-
-
-def _renumbered(description: Any, prefix: str) -> Any:
-    if not isinstance(description, dict):
-        return description
-    return {
-        key: f"{prefix}{value}" if key in ("number", "same_as") else _renumbered(value, prefix)
-        for key, value in description.items()
-    }
 
 
 def _check_again(again: FlowMap | JointMap, model: FlowMap | JointMap) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters import AdaptedFlowMap, Adapter
+from f2d2_lightning.adapters import Adapter
 from f2d2_lightning.checkpoints.descriptions import describe, describe_model, make_part, own_state
 from f2d2_lightning.checkpoints.pretrained import CONFIG, Stored, fill, from_pretrained, plain_name, save_pretrained
 from f2d2_lightning.checkpoints.trust import check_extent, said, stored_in
@@ -44,16 +44,7 @@ def save_joint(
     shape: tuple[int, ...],
     network_state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """:func:`f2d2_lightning.save_pretrained` of a joint map of an adapted network, as version 0.1 called it.
-
-    Raises:
-        ValueError: If the backbone is no adapted network.
-    """
-    if not isinstance(joint.flow_map, AdaptedFlowMap):
-        raise ValueError(
-            f"the backbone is a {type(joint.flow_map).__name__}; a network of your own is saved through its adapter, "
-            "JointFlowMap(adapter(network), head), and one of f2d2_lightning with save_pretrained"
-        )
+    """:func:`f2d2_lightning.save_pretrained` of a joint map, as version 0.1 called it."""
     save_pretrained(joint, path, shape=shape, network_state=network_state)
 
 
