@@ -139,7 +139,7 @@ def parser():
             raise _StopError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("f2d2_lightning.cli.F2D2CLI", Parser)
+        patch.setattr("f2d2_lightning.cli._main.F2D2CLI", Parser)
         with pytest.raises(_StopError):
             main(["fit"])
     return found[0]
