@@ -18,7 +18,7 @@ from command_line import single_precision  # noqa: F401
 from f2d2_lightning.adapters import Adapter, Consistency, FlowMatching, MeanFlow
 from f2d2_lightning.callbacks._auxiliary import AddedWeights
 from f2d2_lightning.checkpoints.export import make_head
-from f2d2_lightning.objectives import Objective, Terms
+from f2d2_lightning.objectives import Batch, Objective, Terms
 from foreign import ManualModule, MeanFlowModule, MeanNet, callback
 from lightning_parts import Pair, trainer
 
@@ -148,7 +148,7 @@ def test_gradients_are_those_of_the_sum_of_both_losses(tmp_path, make, frozen, a
     for batch, state in zip(batches, draws, strict=True):
         torch.set_rng_state(state)
         own = twin.loss(batch)
-        terms = Known()(joint, None, batch)
+        terms = Known().loss(joint, Batch(batch, None))
         total = total + (own + 0.7 / 2 * terms.loss) / accumulate
         total_own = total_own + own / accumulate
     gradients = torch.autograd.grad(total, list(head.parameters()), retain_graph=True, allow_unused=True)
