@@ -314,15 +314,15 @@ def test_large_states_do_not_take_a_derivative_per_dimension():
 def test_kept_references_are_of_the_same_solver_and_weights():
     module, x = student(), torch.randn(5, 2)
     velocity = module.average.velocity
-    first = module.reference_log_prob(x, None, velocity)
+    first = module.evaluation.reference(velocity, x, None)[0]
     module.reference = f2.Reference(steps=2, method="euler", probes=0)
-    second = module.reference_log_prob(x, None, velocity)
+    second = module.evaluation.reference(velocity, x, None)[0]
     assert torch.equal(second, module.reference(velocity, x).value)
     with torch.no_grad():
         next(module.average.parameters()).add_(0.5)
     for p in module.average.flow_map.parameters():
         p.data.normal_(0, 0.3)
-    third = module.reference_log_prob(x, None, velocity)
+    third = module.evaluation.reference(velocity, x, None)[0]
     assert torch.equal(third, module.reference(velocity, x).value)
     assert float((first - third).abs().max()) > 1e-3
 
@@ -399,7 +399,7 @@ def test_a_student_takes_levels_and_range_of_its_teacher(tmp_path):
     run.save_checkpoint(tmp_path / "s.ckpt")
     kept = torch.load(tmp_path / "s.ckpt", weights_only=True)["hyper_parameters"]
     assert (kept["levels"], kept["low"], kept["high"]) == (17, 0.0, 2.0)
-    with pytest.raises(ValueError, match=r"teacher was trained on .*high=2\.0.*the student is for .*high=1\.0"):
+    with pytest.raises(ValueError, match=r"teacher was trained on .*high=2\.0.*the model is for .*high=1\.0"):
         student(of, levels=17, high=1.0)
     with pytest.raises(ValueError, match="the objective has"):
         student(of, objective=f2.TrajectoryRegression(quantization=f2.Quantization(17)))
@@ -810,7 +810,7 @@ def test_references_of_functions_are_not_mixed_up():
     made, x = student(), torch.randn(5, 2)
     for k in (1.0, 2.0, 3.0):
         velocity = functools.partial(lambda k, x, t, c: -k * x, k)
-        assert torch.equal(made.reference_log_prob(x, None, velocity), made.reference(velocity, x).value)
+        assert torch.equal(made.evaluation.reference(velocity, x, None)[0], made.reference(velocity, x).value)
         del velocity
 
 
