@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -192,7 +193,7 @@ def test_eight_gpus_take_a_part_each(parser):
 
 def written(name):
     """A file's content as it is."""
-    return yaml.safe_load((CONFIGS / name).read_text())
+    return OmegaConf.to_object(OmegaConf.load(CONFIGS / name))
 
 
 def made(value):
