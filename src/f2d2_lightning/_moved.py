@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["argument", "current", "described", "from_door"]
+__all__ = ["argument", "current", "described", "from_door", "option"]
 
 _MODULES = {
     "flows": "paths flow_map baseline analytic",
@@ -24,6 +24,7 @@ _MODULES = {
     "objectives": "intervals sources volume trajectory",
     "adapters": "adapters.adapted",
     "checkpoints": "pretrained export",
+    "checkpoints.trust": "trust",
     "checkpoints.foreign": (
         "foreign_checkpoints foreign_checkpoints.embeddings foreign_checkpoints.files foreign_checkpoints.mean_flow "
         "foreign_checkpoints.official"
@@ -82,13 +83,22 @@ def described(value: Any) -> Any:
     if isinstance(value, Mapping):
         new = {key: described(item) for key, item in value.items()}
         path = new.get("class_path")
-        if isinstance(path, str) and path.startswith(f"{_PACKAGE}."):
+        # a command line takes short names of classes as well
+        if isinstance(path, str) and (path.startswith(f"{_PACKAGE}.") or "." not in path):
             module, _, name = path.rpartition(".")
-            new["class_path"] = ".".join(current(module, name))
+            new["class_path"] = ".".join(current(module, name)) if module else _RENAMED.get(name, name)
             if isinstance(new.get("init_args"), dict):
                 new["init_args"] = {argument(key, ()): item for key, item in new["init_args"].items()}
         return new
     return [described(item) for item in value] if isinstance(value, list) else value
+
+
+def option(text: str) -> str:
+    """An option of a command line of version 0.1, ``--a.b=c``, by the names of today."""
+    name, equals, value = text.partition("=")
+    if not name.startswith("--"):
+        return text
+    return ".".join(_ARGUMENTS.get(part, part) for part in name.split(".")) + equals + value
 
 
 def from_door(name: str) -> Any:

@@ -216,7 +216,7 @@ class AddedModel(DistilledModel):
             features = flow_map.forward_features(x, low, high, cond)[1]
         channels = features.shape[1]
         if self.head is None:
-            return default_head(channels, tuple(x.shape[1:]), features.ndim == 2, flow_map)
+            return default_head(channels, tuple(x.shape[1:]), flow_map)
         if self.head.features != channels:
             raise ValueError(
                 f"the head reads {self.head.features} feature channels, and {self.flow_map!r} gives {channels} (from "
@@ -280,6 +280,7 @@ class AddedModel(DistilledModel):
             "head": describe_head(self._head("live")),
             "added": self._added.state_dict(),
             "objective": self.distillation.objective_state(),
+            "version": 2,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -309,4 +310,4 @@ class AddedModel(DistilledModel):
             )
         self.run_seed.value = state["seed"]
         self.added.load_state_dict(state["added"])
-        self.distillation.load_objective_state(state["objective"])
+        self.distillation.load_objective_state(state["objective"], "version" not in state)

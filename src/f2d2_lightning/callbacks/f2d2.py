@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import Adapter
 from f2d2_lightning.callbacks._added_model import AddedModel
 from f2d2_lightning.callbacks._wrapping import AddedLoss, Wrapped
+from f2d2_lightning.checkpoints.export import make_head
 from f2d2_lightning.divergence.estimators import DivergenceEstimator
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.metrics.evaluation import check_draws
-from f2d2_lightning.modules.distillation import Distillation, default_objective
+from f2d2_lightning.modules.distillation import Distillation
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import Head
 from f2d2_lightning.objectives.base import Objective
@@ -61,7 +62,8 @@ class F2D2Callback(AddedModel, L.Callback):
             (:class:`~f2d2_lightning.adapters.AddedInterval`), for networks whose second time cannot say a direction.
         teacher: Velocity ``(x, t, cond) -> v``, flow map or module to learn from; by default the model's own diagonal
             as it trains. One that holds the network itself is kept as it is when training starts.
-        head: Divergence head; by default one on the network's features with a diagonal Gaussian baseline.
+        head: Divergence head; by default one on the network's features, with a Gaussian baseline of full covariance up
+            to 1,024 dimensions, diagonal above.
         objective: What relates ``(u, D)`` to the velocity; trajectory regression by default.
         estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
         frozen: The added loss trains the head alone and leaves the network to the module's own loss. Declare no
@@ -147,8 +149,8 @@ class F2D2Callback(AddedModel, L.Callback):
                 "F2D2Module(teacher=...), or give interval= to train it into a flow map here"
             )
         self.run_seed = RunSeed()
-        objective = objective or default_objective(directions, teacher is None)
-        self.distillation = Distillation(objective, estimator, directions, self.run_seed)
+        self.distillation = Distillation(objective, estimator, directions, self.run_seed, teacher is None)
+        self.distillation.moved_in_0_1 = True
         self._quantize(levels, low, high)
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
@@ -160,7 +162,8 @@ class F2D2Callback(AddedModel, L.Callback):
         self.reference = reference or Reference(steps=50, mode=self.estimator.mode)
         self.fit_samples, self.backward, self.check = fit_samples, backward, check
         check_draws(draws, self.quantization)
-        self.evaluation = Evaluation(self, draws, reference_samples, check)
+        self.draws, self.reference_samples = draws, reference_samples
+        self.evaluation = Evaluation(self, check)
         self._wrapped: Wrapped | None = None
         self._riding: AddedLoss
         self._before_trial: dict[str, Any] | None = None
@@ -231,7 +234,8 @@ class F2D2Callback(AddedModel, L.Callback):
             if self.check:
                 self.distillation.check(flow_map, self.teacher, x, cond)
             if self._added is None:
-                self._assemble(self._make_head(flow_map, x, cond), flow_map.interval, pl_module.device)
+                kept = None if self._pending is None or self.head is not None else make_head(self._pending["head"])
+                self._assemble(kept or self._make_head(flow_map, x, cond), flow_map.interval, pl_module.device)
             self._prepare_training()
             if self._pending is not None:
                 self._restore_pending()

@@ -244,6 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         {"sample": sample_command, "nll": nll_command}[arguments[0]](arguments[1:])
         return
     read_old_names()
+    today = [_moved.option(text) for text in arguments]
     try:
         F2D2CLI(
             FlowModule,
@@ -252,7 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
             subclass_mode_data=True,
             save_config_callback=_SaveConfig,
             parser_kwargs={"parser_mode": "omegaconf"},
-            args=given,
+            # Lightning takes what is given here for a program's, and warns
+            args=given if today == arguments else today,
         )
     except SIGTERMException as stop:
         # where Lightning raises it, before training began, it would end the process with 0

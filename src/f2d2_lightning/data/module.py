@@ -8,6 +8,7 @@ such a function too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,16 @@ class FlowDataModule(L.LightningDataModule):
     def splits(self) -> Mapping[str, tuple[Values | Any, Tensor | None]]:
         """Values and labels of ``"train"``, ``"val"`` and ``"test"``; values as :class:`DequantizedDataset` takes."""
         raise NotImplementedError(f"{type(self).__name__} must define splits()")
+
+    @property
+    def quantisation(self) -> Quantization | None:
+        """:attr:`quantization` by its name of version 0.1, for data modules that set it."""
+        return self.quantization
+
+    @quantisation.setter
+    def quantisation(self, value: Quantization | None) -> None:
+        warnings.warn("quantisation is quantization now", DeprecationWarning, stacklevel=2)
+        self.quantization = value
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data, once."""

@@ -136,8 +136,6 @@ class FlowMap(nn.Module, Configured):
     """
 
     directions: Direction = Direction.BOTH
-    vector_features: bool = False
-    """Whether :meth:`forward_features` gives vectors ``(B, C)``, and no feature maps."""
 
     @property
     def conditional(self) -> bool | None:
@@ -213,8 +211,6 @@ class JointMap(nn.Module, Configured, ABC):
     """Anything that answers ``(u, D)``: a flow map with a head, or a closed form."""
 
     directions: Direction = Direction.BOTH
-    vector_features: bool = False
-    """Whether :meth:`forward_features` gives vectors ``(B, C)``, and no feature maps."""
 
     @property
     def conditional(self) -> bool | None:

@@ -326,6 +326,7 @@ class FlowModule(L.LightningModule, LikelihoodModel):
             "seed": self.run_seed.value,
             "averaged_steps": self._averaged_steps,
             "classes": self.class_names,
+            "version": 2,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

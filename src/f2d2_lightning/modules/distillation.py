@@ -51,44 +51,62 @@ def default_objective(directions: Direction, moving: bool) -> Objective:
     )
 
 
-def default_head(channels: int, shape: tuple[int, ...], vectors: bool, flow_map: FlowMap) -> DivergenceHead:
+def default_head(channels: int, shape: tuple[int, ...], flow_map: FlowMap) -> DivergenceHead:
     """A head on a backbone's features.
 
     Args:
         channels: Of the features.
         shape: Of one state.
-        vectors: Whether features are vectors, ``(B, C)``, which give an answer along each axis of the state.
         flow_map: The backbone: a Gaussian fit of its own says which covariance the head's has.
     """
     own = getattr(flow_map, "baseline", None)
     # principal axes of a large state are as many numbers as a network has weights
     covariance = "full" if math.prod(shape) <= MOST_AXES else "diagonal"
     baseline = GaussianBaseline(shape, own.covariance if isinstance(own, GaussianBaseline) else covariance)
-    return DivergenceHead(channels, per_axis=vectors, baseline=baseline)
+    return DivergenceHead(channels, baseline=baseline)
 
 
 class Distillation:
     """Objective, estimator and seed of a run that gives a map likelihoods.
 
     Args:
-        objective: The objective.
+        objective: The objective; by default :func:`default_objective`.
         estimator: Divergence estimator of its targets; Hutchinson's with one probe by default.
         directions: Orders of time that the map declares.
         seed: Of the run.
+        moving: Whether the velocity that is learned from changes as training goes on.
 
     Raises:
         ValueError: If the objective trains other directions than the map declares.
     """
 
     def __init__(
-        self, objective: Objective, estimator: DivergenceEstimator | None, directions: Direction, seed: RunSeed
+        self,
+        objective: Objective | None,
+        estimator: DivergenceEstimator | None,
+        directions: Direction,
+        seed: RunSeed,
+        moving: bool,
     ) -> None:
-        if objective.directions != directions:
+        self.directions, self.moving, self.chosen = directions, moving, objective is not None
+        self.estimator, self.seed = estimator or Hutchinson(), seed
+        self.objective = objective or default_objective(directions, moving)
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return self._objective
+
+    @objective.setter
+    def objective(self, objective: Objective) -> None:
+        if objective.directions != self.directions:
             raise ValueError(
-                f"the objective trains {objective.directions}, but the map declares {directions}; a map that answers "
-                "for a direction it never saw gives wrong likelihoods: set directions of both alike"
+                f"the objective trains {objective.directions}, but the map declares {self.directions}; a map that "
+                "answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
             )
-        self.objective, self.estimator, self.seed = objective, estimator or Hutchinson(), seed
+        self._objective = objective
+
+    moved_in_0_1 = False
 
     def take_range(self, quantization: Quantization | None, of_teacher: Any) -> None:
         """Levels and range of the data, which are the objective's as well.
@@ -101,7 +119,7 @@ class Distillation:
             ValueError: If the objective or the teacher have others.
         """
         theirs = getattr(of_teacher, "quantization", None)
-        says = theirs is not None or (hasattr(of_teacher, "levels") and hasattr(of_teacher, "low"))
+        says = isinstance(theirs, Quantization) or isinstance(of_teacher, L.LightningModule)
         if says and theirs != quantization:
             raise ValueError(
                 f"the teacher was trained on {theirs}, the model is for {quantization}; make them agree, or leave out "
@@ -160,8 +178,18 @@ class Distillation:
         """The objective's state on every process, which must all call this."""
         return gather_states(self.objective.state_dict())
 
-    def load_objective_state(self, states: Any) -> None:
-        """Inverse of :meth:`objective_state`; nothing where a checkpoint has none."""
+    def load_objective_state(self, states: Any, of_0_1: bool) -> None:
+        """Inverse of :meth:`objective_state`; nothing where a checkpoint has none.
+
+        Args:
+            states: The state.
+            of_0_1: Whether version 0.1 wrote it, whose module took the velocity for one that stays, and whose callback
+                for one that moves, where no objective was given: a run of then goes on with what it began with.
+        """
+        if of_0_1 and not self.chosen:
+            before = self.objective.quantization
+            self.objective = default_objective(self.directions, self.moved_in_0_1)
+            self.objective.quantize(before)
         if states:
             state: Mapping[str, Any] = own_state(states)
             self.objective.load_state_dict(state)
@@ -173,20 +201,41 @@ class DistilledModel(LikelihoodModel):
     distillation: Distillation
     evaluation: Evaluation
     teacher: Any
+    draws: int
+    """Dequantization draws per sample that validation averages few-step likelihoods over."""
+    reference_samples: int | None
+    """Samples per evaluation that are compared with the reference, the first ones of the data; ``None`` for all."""
 
     @property
     def objective(self) -> Objective:
         """What is minimised."""
         return self.distillation.objective
 
+    @objective.setter
+    def objective(self, objective: Objective) -> None:
+        self.distillation.objective, self.distillation.chosen = objective, True
+        objective.quantize(self.quantization)
+
     @property
     def estimator(self) -> DivergenceEstimator:
         """Of the targets' divergences."""
         return self.distillation.estimator
 
+    @estimator.setter
+    def estimator(self, estimator: DivergenceEstimator) -> None:
+        self.distillation.estimator = estimator
+
     @property
     def reference_fixed(self) -> bool:
         return self.teacher is not None
+
+    def reference_log_prob(self, x: Tensor, cond: Tensor | None, velocity: Any) -> Tensor:
+        """Reference log-likelihood of a batch, ``(B,)``, nats; computed once per batch of points and kept."""
+        return self.reference_and_error(x, cond, velocity)[0]
+
+    def reference_and_error(self, x: Tensor, cond: Tensor | None, velocity: Any) -> tuple[Tensor, Tensor | None]:
+        """:meth:`reference_log_prob` and its standard error over random probes, ``(B,)``, where that is known."""
+        return self.evaluation.reference(velocity, x, cond)
 
     def agreement_values(self) -> tuple[dict[int, Tensor], Tensor]:
         """Negative log-likelihoods of the last evaluation by step count, and the reference's, each ``(N,)``.

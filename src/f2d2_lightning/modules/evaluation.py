@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.flows.maps import Direction
-from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, clock
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from f2d2_lightning.modules.distillation import DistilledModel
 
 __all__ = ["Evaluation"]
 
@@ -27,19 +29,11 @@ class Evaluation:
 
     Args:
         model: The model.
-        draws: Dequantization draws per sample.
-        compared: Samples per evaluation that are compared with the reference, the first ones of the data; ``None`` for
-            all of them.
         check: Compare the derivative of what the reference integrates with differences, once an evaluation.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
-    def __init__(self, model: LikelihoodModel, draws: int, compared: int | None, check: bool = True) -> None:
-        if compared is not None and compared < 0:
-            raise ValueError(f"reference_samples={compared} is at least 0, or None for all")
-        self.model, self.draws, self.compared, self.check = model, draws, compared, check
+    def __init__(self, model: DistilledModel, check: bool = True) -> None:
+        self.model, self.check = model, check
         self.likelihoods: LikelihoodEvaluation | None = None
         self._references: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._identity: tuple[Any, str | None] = None, None
@@ -52,7 +46,7 @@ class Evaluation:
         model = self.model
         self._places = Places(trainer)
         self._identity, self._checked = (None, None), None
-        self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, self.draws)
+        self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, model.draws)
         if not model.reference_fixed:
             # the model's own diagonal has changed since
             self._references.clear()
@@ -69,11 +63,13 @@ class Evaluation:
         assert self.likelihoods is not None
         model = self.model
         place, counted = self._places.take(len(x), loader)
-        compared = int((counted if self.compared is None else counted & (place < self.compared)).sum())
+        most = model.reference_samples
+        compared = int((counted if most is None else counted & (place < most)).sum())
         velocity = model.reference_velocity()  # places ascend
         reference = error = None
         if compared > 0 and velocity is not None:
-            reference, error = self.reference(velocity, x[:compared], None if cond is None else cond[:compared])
+            some = None if cond is None else cond[:compared]
+            reference, error = model.reference_and_error(x[:compared], some, velocity)
         sample = model.sample if Direction.TO_DATA in model.directions else None
         self.likelihoods.evaluate(model.log_prob, sample, x, cond, reference, error, counted)
 
@@ -135,8 +131,13 @@ class Evaluation:
     # --- results ---
 
     def compared_values(self) -> tuple[dict[int, Tensor], Tensor]:
-        """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, that this process compared."""
-        assert self.likelihoods is not None
+        """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, that this process compared.
+
+        Raises:
+            ValueError: Before an evaluation.
+        """
+        if self.likelihoods is None:
+            raise ValueError("nothing was evaluated yet; validate or test first")
         return self.likelihoods.compared_values()
 
     def table(self) -> list[dict[str, Any]]:

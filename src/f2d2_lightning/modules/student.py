@@ -20,7 +20,7 @@ from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.metrics.evaluation import check_draws
 from f2d2_lightning.modules._teaching import KeptTeacher, check_teacher
 from f2d2_lightning.modules.base import FlowModule, object_names
-from f2d2_lightning.modules.distillation import Distillation, DistilledModel, default_head, default_objective
+from f2d2_lightning.modules.distillation import Distillation, DistilledModel, default_head
 from f2d2_lightning.modules.ema import copy_frozen, share_weights
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.modules.teacher import FlowMatchingModule
@@ -140,8 +140,7 @@ class F2D2Module(FlowModule, DistilledModel):
         )
         objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
         self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
-        objective = objective or default_objective(flow_map.directions, teacher is None)
-        self.distillation = Distillation(objective, estimator, flow_map.directions, self.run_seed)
+        self.distillation = Distillation(objective, estimator, flow_map.directions, self.run_seed, teacher is None)
         if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
             raise ValueError(
                 f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
@@ -150,14 +149,17 @@ class F2D2Module(FlowModule, DistilledModel):
         self._given = given  # edges of the range that were said, and not taken from the teacher
         self.draws = draws
         if head is None:
-            head = default_head(_feature_channels(flow_map), self.shape, flow_map.vector_features, flow_map)
+            head = default_head(_feature_channels(flow_map), self.shape, flow_map)
         self.joint = JointFlowMap(flow_map, head, frozen)
         self._inherit(teacher)
         shared = {id(flow_map): flow_map} if frozen else {}
         self.average = copy_frozen(self.joint, shared)
         self.steps = tuple(steps)
-        self.evaluation = Evaluation(self, draws, reference_samples)
-        self.inversion = inversion
+        if reference_samples is not None and reference_samples < 0:
+            raise ValueError(f"reference_samples={reference_samples} is at least 0, or None for all")
+        self.reference_samples = reference_samples
+        self.evaluation = Evaluation(self)
+        self.inversion = inversion or Inversion()
         self.warm_start = warm_start
         self.off_diagonal = off_diagonal
         self._sources: tuple[VelocitySource, VelocitySource] | None = None
@@ -296,7 +298,8 @@ class F2D2Module(FlowModule, DistilledModel):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._follow_teacher()
-        self.distillation.load_objective_state(checkpoint.get("f2d2", {}).get("objective"))
+        state = checkpoint.get("f2d2", {})
+        self.distillation.load_objective_state(state.get("objective"), "version" not in state)
 
     # --- evaluation ---
 

@@ -69,7 +69,6 @@ class MLP(FlowMap):
         super().__init__()
         self.shape = tuple(shape)
         self.features = width
-        self.vector_features = True
         self.directions = Direction.parse(directions)
         dim = math.prod(self.shape)
         self.embedding = embedding or IntervalEmbedding(64)

@@ -44,7 +44,6 @@ class GaussianPreconditioned(FlowMap):
         self.network = network
         self.baseline = baseline
         self.directions: Direction = network.directions
-        self.vector_features = network.vector_features
 
     @property
     def conditional(self) -> bool | None:
