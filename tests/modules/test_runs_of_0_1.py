@@ -88,3 +88,9 @@ def test_what_a_module_is_made_of_may_be_set_afterwards():
         made.objective = f2.objectives.Semigroup(intervals=f2.Intervals("to_data"))
     with pytest.raises(ValueError, match="validate or test first"):
         made.agreement_values()
+
+
+def test_the_state_of_another_objective_is_refused():
+    made = student()
+    with pytest.raises(ValueError, match="another class than TrajectoryRegression"):
+        made.distillation.load_objective_state([{"kept": 1}], False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning as L
 
 from f2d2_lightning.callbacks.f2d2 import F2D2Callback
@@ -66,6 +68,8 @@ def find_sampler(
     if isinstance(model, FlowMatchingModule):
         if method not in FIXED:
             raise ValueError(f"method is {method!r}; step counts need one with fixed steps: {', '.join(FIXED)}")
+        # the module's own solver stays as it is
+        model = copy.copy(model)
         model.method = method
     if not model.draws_samples:
         raise ValueError(

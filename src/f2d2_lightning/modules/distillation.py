@@ -80,6 +80,9 @@ class Distillation:
         ValueError: If the objective trains other directions than the map declares.
     """
 
+    moved_in_0_1 = False
+    """What version 0.1 took ``moving`` for, whatever it was, where no objective was given."""
+
     def __init__(
         self,
         objective: Objective | None,
@@ -105,8 +108,6 @@ class Distillation:
                 "answers for a direction it never saw gives wrong likelihoods: set directions of both alike"
             )
         self._objective = objective
-
-    moved_in_0_1 = False
 
     def take_range(self, quantization: Quantization | None, of_teacher: Any) -> None:
         """Levels and range of the data, which are the objective's as well.
@@ -192,7 +193,13 @@ class Distillation:
             self.objective.quantize(before)
         if states:
             state: Mapping[str, Any] = own_state(states)
-            self.objective.load_state_dict(state)
+            try:
+                self.objective.load_state_dict(state)
+            except KeyError as error:
+                raise ValueError(
+                    f"the checkpoint's objective has no {error}: it is of another class than "
+                    f"{type(self.objective).__name__}; go on with the objective that the run began with"
+                ) from error
 
 
 class DistilledModel(LikelihoodModel):
