@@ -322,12 +322,8 @@ class FlowModule(L.LightningModule, LikelihoodModel):
             FloatingPointError: If a weight is NaN or infinite: such a state is not saved over a good one.
         """
         check_finite(self)
-        checkpoint["f2d2"] = {
-            "seed": self.run_seed.value,
-            "averaged_steps": self._averaged_steps,
-            "classes": self.class_names,
-            "version": 2,
-        }
+        state = {"seed": self.run_seed.value, "averaged_steps": self._averaged_steps, "classes": self.class_names}
+        checkpoint["f2d2"] = state | {"version": 2}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Inverse of :meth:`on_save_checkpoint`."""

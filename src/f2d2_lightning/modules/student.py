@@ -315,17 +315,13 @@ class F2D2Module(FlowModule, DistilledModel):
 
     test_step = validation_step
 
-    def _log_evaluation(self, stage: str) -> None:
-        shown = f"{stage}/nll_{self.steps[-1]}"
-        self.evaluation.log(lambda name, value: self.log(name, value, prog_bar=name == shown), f"{stage}/")
-
     def on_validation_epoch_end(self) -> None:
         """Log what was gathered."""
-        self._log_evaluation("val")
+        prefix = "test/" if self.trainer.testing else "val/"
+        shown = f"{prefix}nll_{self.steps[-1]}"
+        self.evaluation.log(lambda name, value: self.log(name, value, prog_bar=name == shown), prefix)
 
-    def on_test_epoch_end(self) -> None:
-        """Log what was gathered."""
-        self._log_evaluation("test")
+    on_test_epoch_end = on_validation_epoch_end
 
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Any:
         """``(u, D)`` of the weight average."""
