@@ -18,6 +18,7 @@ from command_line import single_precision  # noqa: F401
 from f2d2_lightning.adapters import Adapter, Consistency, FlowMatching, MeanFlow
 from f2d2_lightning.callbacks._auxiliary import AddedWeights
 from f2d2_lightning.checkpoints.export import make_head
+from f2d2_lightning.modules import evaluation
 from f2d2_lightning.objectives import Batch, Objective, Terms
 from foreign import ManualModule, MeanFlowModule, MeanNet, callback
 from lightning_parts import Pair, trainer
@@ -611,3 +612,15 @@ def test_networks_that_configure_model_makes(tmp_path):
     fit(tmp_path, Late(), f2d2)
     assert f2d2.added.steps == 9
     refused(tmp_path, Late(), callback(flow_map="nett"), match="no submodule 'nett'")
+
+
+def test_a_network_of_its_own_velocity_is_compared_with_differences_once_an_evaluation(tmp_path, monkeypatch):
+    calls = []
+    original = evaluation.check_differentiable
+    monkeypatch.setattr(evaluation, "check_differentiable", lambda *a: (calls.append(len(a[1])), original(*a))[1])
+    data = Pair()
+    data.eval_batch_size = 10
+    f2d2 = callback()
+    trainer(tmp_path, callbacks=[f2d2], max_epochs=2).fit(MeanFlowModule(), datamodule=data)
+    assert calls == [10, 10]
+    assert len(f2d2.agreement_values()[1]) == 50

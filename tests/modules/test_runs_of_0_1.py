@@ -93,4 +93,4 @@ def test_what_a_module_is_made_of_may_be_set_afterwards():
 def test_the_state_of_another_objective_is_refused():
     made = student()
     with pytest.raises(ValueError, match="another class than TrajectoryRegression"):
-        made.distillation.load_objective_state([{"kept": 1}], False)
+        made.distillation.load_objective_state([{"kept": 1}], None)

@@ -310,4 +310,4 @@ class AddedModel(DistilledModel):
             )
         self.run_seed.value = state["seed"]
         self.added.load_state_dict(state["added"])
-        self.distillation.load_objective_state(state["objective"], "version" not in state)
+        self.distillation.load_objective_state(state["objective"], None if "version" in state else True)

@@ -150,7 +150,6 @@ class F2D2Callback(AddedModel, L.Callback):
             )
         self.run_seed = RunSeed()
         self.distillation = Distillation(objective, estimator, directions, self.run_seed, teacher is None)
-        self.distillation.moved_in_0_1 = True
         self._quantize(levels, low, high)
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
@@ -328,12 +327,9 @@ class F2D2Callback(AddedModel, L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what was gathered."""
         if self._evaluates:
-            self.evaluation.log(pl_module.log, "val/f2d2_")
+            self.evaluation.log(pl_module.log, "test/f2d2_" if trainer.testing else "val/f2d2_")
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what was gathered."""
-        if self._evaluates:
-            self.evaluation.log(pl_module.log, "test/f2d2_")
+    on_test_epoch_end = on_validation_epoch_end
 
     # --- checkpoints ---
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.modules import F2D2Module
-from f2d2_lightning.modules.loading import load, make_network
+from f2d2_lightning.modules.loading import load
 
 __all__ = ["add_model", "check_labels", "class_count", "find_device", "load_model", "run", "warn"]
 
@@ -49,7 +50,7 @@ def add_model(parser: ArgumentParser) -> None:
 def load_model(options: Any) -> LikelihoodModel:
     """The model of a checkpoint, on the device that was asked for."""
     device = find_device(options.device)
-    network = None if options.network is None else make_network(options.network, options.network_args)
+    network = None if options.network is None else _network(options.network, options.network_args)
     model = load(options.ckpt, network, name=options.flow_map, trust=options.trust)
     if not isinstance(model, (F2D2Module, JointModel)):
         raise ValueError(
@@ -57,6 +58,26 @@ def load_model(options: Any) -> LikelihoodModel:
             "has no likelihoods in few steps (f2d2 test ... gives its own)"
         )
     return model.to(device)
+
+
+def _network(class_path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """A network by the path of its class or of a function that makes it, which is imported.
+
+    Args:
+        class_path: ``package.module.Class``, named by the user and not by a file.
+        arguments: Of the class.
+
+    Raises:
+        ValueError: If it is not there, or makes no network.
+    """
+    package, _, attribute = class_path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(package), attribute)(**(arguments or {}))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the network {class_path} cannot be made with {dict(arguments or {})}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{class_path} makes a {type(made).__name__}; a torch.nn.Module is needed")
+    return made
 
 
 def find_device(name: str) -> torch.device:

@@ -80,9 +80,6 @@ class Distillation:
         ValueError: If the objective trains other directions than the map declares.
     """
 
-    moved_in_0_1 = False
-    """What version 0.1 took ``moving`` for, whatever it was, where no objective was given."""
-
     def __init__(
         self,
         objective: Objective | None,
@@ -91,7 +88,7 @@ class Distillation:
         seed: RunSeed,
         moving: bool,
     ) -> None:
-        self.directions, self.moving, self.chosen = directions, moving, objective is not None
+        self.directions, self.chosen = directions, objective is not None
         self.estimator, self.seed = estimator or Hutchinson(), seed
         self.objective = objective or default_objective(directions, moving)
 
@@ -179,17 +176,17 @@ class Distillation:
         """The objective's state on every process, which must all call this."""
         return gather_states(self.objective.state_dict())
 
-    def load_objective_state(self, states: Any, of_0_1: bool) -> None:
+    def load_objective_state(self, states: Any, moving_in_0_1: bool | None) -> None:
         """Inverse of :meth:`objective_state`; nothing where a checkpoint has none.
 
         Args:
             states: The state.
-            of_0_1: Whether version 0.1 wrote it, whose module took the velocity for one that stays, and whose callback
-                for one that moves, where no objective was given: a run of then goes on with what it began with.
+            moving_in_0_1: Of a run that version 0.1 began, what it took ``moving`` for, whatever the velocity, where
+                no objective was given: the run goes on with what it began with. ``None`` for a later run.
         """
-        if of_0_1 and not self.chosen:
+        if moving_in_0_1 is not None and not self.chosen:
             before = self.objective.quantization
-            self.objective = default_objective(self.directions, self.moved_in_0_1)
+            self.objective = default_objective(self.directions, moving_in_0_1)
             self.objective.quantize(before)
         if states:
             state: Mapping[str, Any] = own_state(states)

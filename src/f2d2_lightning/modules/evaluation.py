@@ -49,7 +49,7 @@ class Evaluation:
         self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, model.draws)
         if not model.reference_fixed:
             # the model's own diagonal has changed since
-            self._references.clear()
+            self._cost = (0.0, 0)
 
     @torch.no_grad()
     def add(self, x: Tensor, cond: Tensor | None, loader: int = 0) -> None:
@@ -103,25 +103,31 @@ class Evaluation:
         Computed once per batch of points, and kept while what answers stays the same.
         """
         owner = getattr(velocity, "__self__", velocity)
-        identity = self._identity_of(owner)
+        if (identity := self._identity_of(owner)) is None:
+            return self._integrated(velocity, owner, x, cond)
         key = fingerprint(str(self.model.reference), identity, str(x.device), x, cond)
-        if identity is None:
-            self._references.clear()  # nothing tells what a function answers, but the function
         if key not in self._references:
-            if self.check and self._checked is not owner:
-                check_differentiable(velocity, x, cond, getattr(self.model.reference, "mode", "forward"))
-                self._checked = owner
-            start = clock(x.device)
-            answer = self.model.reference(velocity, x, cond)
-            error = None if answer.standard_error is None else answer.standard_error.cpu()
-            self._references[key] = answer.value.cpu(), error
-            self._cost = (self._cost[0] + clock(x.device) - start, answer.evaluations)
+            value, error = self._integrated(velocity, owner, x, cond)
+            self._references[key] = value.cpu(), None if error is None else error.cpu()
         value, error = self._references[key]
         return value.to(x.device), None if error is None else error.to(x.device)
 
+    def _integrated(
+        self, velocity: Callable[..., Tensor], owner: Any, x: Tensor, cond: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        # a callback wraps its network anew for every batch
+        asked = owner if self.model.reference_fixed else self.model
+        if self.check and self._checked is not asked:
+            check_differentiable(velocity, x, cond, getattr(self.model.reference, "mode", "forward"))
+            self._checked = asked
+        start = clock(x.device)
+        answer = self.model.reference(velocity, x, cond)
+        self._cost = (self._cost[0] + clock(x.device) - start, answer.evaluations)
+        return answer.value, answer.standard_error
+
     def _identity_of(self, owner: Any) -> str | None:
         """What a velocity's answers depend on: its weights; ``None`` if that is not known, or changes anyway."""
-        if not isinstance(owner, nn.Module) or is_sharded(owner):
+        if not self.model.reference_fixed or not isinstance(owner, nn.Module) or is_sharded(owner):
             return None
         if self.likelihoods is None or self._identity[0] is not owner:
             # weights stay as they are during an evaluation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from f2d2_lightning.modules.student import F2D2Module
 from f2d2_lightning.modules.teacher import FlowMatchingModule
 from f2d2_lightning.training.loading import described, load_module, read_checkpoint
 
-__all__ = ["load", "make_network"]
+__all__ = ["load"]
 
 
 def load(
@@ -85,23 +84,3 @@ def _network_of(checkpoint: Mapping[str, Any], path: Path, name: str, trust: Seq
     module.configure_model()
     network = find_submodule(module, name)
     return getattr(network, "_orig_mod", network)
-
-
-def make_network(class_path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """A network by the path of its class or of a function that makes it, which is imported.
-
-    Args:
-        class_path: ``package.module.Class``, named by the user and not by a file.
-        arguments: Of the class.
-
-    Raises:
-        ValueError: If it is not there, or makes no network.
-    """
-    package, _, attribute = class_path.rpartition(".")
-    try:
-        made = getattr(importlib.import_module(package), attribute)(**(arguments or {}))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"the network {class_path} cannot be made with {dict(arguments or {})}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{class_path} makes a {type(made).__name__}; a torch.nn.Module is needed")
-    return made

@@ -299,7 +299,7 @@ class F2D2Module(FlowModule, DistilledModel):
         super().on_load_checkpoint(checkpoint)
         self._follow_teacher()
         state = checkpoint.get("f2d2", {})
-        self.distillation.load_objective_state(state.get("objective"), "version" not in state)
+        self.distillation.load_objective_state(state.get("objective"), None if "version" in state else False)
 
     # --- evaluation ---
 
