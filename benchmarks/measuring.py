@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from f2d2_lightning import DivergenceHead, FlowMap, GaussianBaseline, JointFlowMap
 from f2d2_lightning.likelihood.inversion import map_jacobian
-from f2d2_lightning.nn import PreconditionedMLP, ResNet, UNet
+from f2d2_lightning.nn import DiT, PreconditionedMLP, ResNet, UNet
 from f2d2_lightning.utils.files import whole_file
 
-NETWORKS = ("digits", "resnet", "unet")
+NETWORKS = ("digits", "resnet", "unet", "dit")
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,8 +25,9 @@ def make_joint(name: str, resolution: int = 28, channels: int = 1, width: int = 
     """A joint map with random weights; time does not depend on them.
 
     Args:
-        name: ``"digits"`` (the multilayer perceptron of the digits configuration, 8 x 8), ``"resnet"`` or ``"unet"``.
-        resolution: Side of the images, for the last two.
+        name: ``"digits"`` (the multilayer perceptron of the digits configuration, 8 x 8), ``"resnet"``,
+            ``"unet"`` or ``"dit"`` (12 blocks: DiT-B at a width of 768).
+        resolution: Side of the images, for all but the first.
         channels: Channels of the images, likewise.
         width: Channels of the network at full resolution, likewise.
     """
@@ -41,6 +42,9 @@ def make_joint(name: str, resolution: int = 28, channels: int = 1, width: int = 
         backbone, features = ResNet(shape, width=width), width
     elif name == "unet":
         backbone = UNet(shape, width=width, multipliers=(1, 2, 2), blocks=2, attention=(resolution // 4,))
+        features = backbone.features
+    elif name == "dit":
+        backbone = DiT(shape, width=width, depth=12 if width > 64 else 2, heads=max(1, width // 64))
         features = backbone.features
     else:
         raise ValueError(f"network is {name!r}; it is one of {', '.join(NETWORKS)}")

@@ -345,7 +345,7 @@ class Conditional(DivergenceEstimator):
             rows = mine.nonzero().squeeze(-1)
             if len(rows):
                 part = answer(velocity, point[rows])
-                v = v.index_copy(0, rows, part.velocity)
+                v = v.index_copy(0, rows, part.velocity.to(v.dtype))  # lower under autocast
                 divergence = divergence.index_copy(0, rows, part.divergence)
         return Divergence(v, divergence)
 

@@ -82,7 +82,13 @@ class Inversion:
         Returns:
             The solution per sample; differentiable with respect to ``x`` and to the parameters of ``displacement``
             where gradients are enabled. A gradient whose solver does not converge is NaN, and a warning counts them.
+            All is computed in the precision of ``x``, under autocast too.
         """
+        # a network in lower precision answers in steps, between which no iteration finds a solution
+        with torch.autocast(x.device.type, enabled=False):
+            return self._solve(displacement, x)
+
+    def _solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor) -> Solution:
         tolerance = self.tolerance or (1e-10 if x.dtype == torch.float64 else 1e-5)
         find = self._anderson if self.method == "anderson" else self._newton
         with torch.no_grad():

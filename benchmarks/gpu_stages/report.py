@@ -1,0 +1,119 @@
+"""What the stages found, in Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from measuring import markdown
+
+__all__ = ["write"]
+
+
+def _number(value: Any) -> str:
+    return "raised" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def _failures(result: dict[str, Any]) -> list[str]:
+    if not result["failures"]:
+        return ["Nothing failed.", ""]
+    return ["Failed:", "", *(f"- {name}: {why.splitlines()[0]}" for name, why in result["failures"].items()), ""]
+
+
+def _devices(result: dict[str, Any]) -> list[str]:
+    rows = result["rows"]
+    settings = list(next(iter(rows.values())))
+    kinds: dict[str, dict[str, list[float]]] = {}
+    for name, errors in rows.items():
+        kind = name.split(",")[0] if name.startswith(("backbone", "estimator", "objective", "adapter")) else name
+        kind = (
+            kind.split(" ")[0] if kind.startswith(("backbone", "adapter", "estimator", "objective")) else "likelihood"
+        )
+        for setting, found in errors.items():
+            kinds.setdefault(kind, {}).setdefault(setting, []).append(float("nan") if found is None else found)
+    table = [
+        [f"{kind} ({len(next(iter(errors.values())))})", *(_number(max(errors[s])) for s in settings)]
+        for kind, errors in kinds.items()
+    ]
+    return [
+        "Largest relative error against float64 on the CPU, same weights, states and random numbers:",
+        "",
+        markdown(["checks", *settings], table),
+        "",
+        *_failures(result),
+    ]
+
+
+def _training(result: dict[str, Any]) -> list[str]:
+    table = [
+        [name, _number(row["error"]) if "error" in row else "", f"{row['seconds']:.1f}"]
+        for name, row in result["rows"].items()
+    ]
+    return [
+        "How far 8 steps moved the weights, against the same steps on the CPU in float32, relative; of resumed runs "
+        "the largest difference of a weight to an uninterrupted run (a callback's host draws its own random numbers, "
+        "which Lightning does not restore):",
+        "",
+        markdown(["run", "error", "s"], table),
+        "",
+        *_failures(result),
+    ]
+
+
+def _speed(result: dict[str, Any]) -> list[str]:
+    parts = [line for name, text in result["tables"].items() for line in (f"**{name}**", "", text.strip(), "")]
+    for name, table in result["profile"].items():
+        parts += [f"Where a step goes ({name}):", "", "```", table.strip(), "```", ""]
+    return parts
+
+
+def _fashion(results: dict[str, dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    distances = {stage: result["Frechet distance"] for stage, result in results.items()}
+    if distances:
+        steps = sorted({k for found in distances.values() for k in found}, key=int)
+        table = [
+            [f"{stage} ({results[stage]['parameters'] / 1e6:.2f} M, {results[stage]['steps']:,} steps, "
+             f"{results[stage]['seconds']:.0f} s)", *(f"{found[k]:.1f}" if k in found else "" for k in steps)]
+            for stage, found in distances.items()
+        ]  # fmt: skip
+        lines += ["Frechet distance to the training images, own features, by evaluations:", ""]
+        lines += [markdown(["trained", *steps], table), ""]
+    student = results.get("student")
+    if student:
+        columns = ("nll", "gap", "gap_error", "error", "r")
+        rows = [[k, *(f"{row[c]:.4f}" for c in columns)] for k, row in student["likelihood"].items()]
+        lines += [
+            f"Likelihood of {student['images']:,} test images in bits/dim; the teacher's is "
+            f"{student['reference, bits/dim']:.4f}, its spread {student['spread of the reference, bits/dim']:.3f}, the "
+            f"standard error of one reference {student['standard error of one reference, bits/dim'] or 0:.4f} "
+            f"({student['seconds of the reference']:.0f} s):",
+            "",
+            markdown(["steps", "NLL", "gap", "its standard error", "mean error", "r"], rows),
+            "",
+        ]
+    return lines
+
+
+def write(folder: Path, out: Path) -> None:
+    """Write the report on the results of a folder."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    lines = ["# On a GPU", "", "Made by `python benchmarks/gpu.py report`.", ""]
+    sections = {"devices": ("Everything that computes", _devices), "training": ("Training", _training)}
+    sections["speed"] = ("Time and memory", _speed)
+    for stage, (title, text) in sections.items():
+        if stage in found:
+            lines += [f"## {title}", "", _where(found[stage]), "", *text(found[stage])]
+    fashion = {stage: found[stage] for stage in ("teacher", "sampler", "student") if stage in found}
+    if fashion:
+        lines += ["## Fashion-MNIST at full size", "", _where(next(iter(fashion.values()))), "", *_fashion(fashion)]
+        pictures = [path.name for path in sorted(folder.glob("fashion_*.png"))]
+        lines += [f"![{name}]({name})" for name in pictures]
+    out.write_text("\n".join(lines).rstrip() + "\n")
+    print(out)
+
+
+def _where(result: dict[str, Any]) -> str:
+    small = "; small sizes, which show that it runs" if result["tiny"] else ""
+    return f"{result['machine']}, torch {result['torch']}, {result['seconds of the stage']:.0f} s{small}."
