@@ -6,27 +6,25 @@
     python benchmarks/gpu.py report --out docs/GPU.md
     python benchmarks/gpu.py devices training speed teacher sampler student report --tiny --device cpu
 
-A stage writes a JSON file and its pictures to the folder, takes at most nine minutes on one H100 or H200, and is not
-run again while its file is there. ``sampler`` and ``student`` need what ``teacher`` wrote (``teacher/``, at most
-16 MB). No network is needed; what is missing is said before anything starts.
+A stage writes a JSON file and its pictures to the folder, takes at most nine minutes on one H100 or H200, goes on where
+it was cut off, and is not run again once it is done. ``sampler`` and ``student`` need what ``teacher`` wrote
+(``teacher/``, at most 16 MB). No network is needed; what is missing is said before anything starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from f2d2_lightning.data.images.fashion import SYSTEM_FOLDER
-from f2d2_lightning.utils.files import whole_file
 from gpu_stages import devices, fashion, report, speed, training
+from gpu_stages.kept import DONE, Kept
 
 PACKAGES = ("lightning", "torchmetrics", "torchdiffeq", "jsonargparse", "omegaconf", "safetensors", "sklearn", "rich")
 FASHION = ("teacher", "sampler", "student")
@@ -50,7 +48,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(SYSTEM_FOLDER), help="Fashion-MNIST's gzipped files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="small networks and few steps: shows that it runs")
-    parser.add_argument("--hurry", type=float, default=1.0, help="share of the training steps to take")
+    parser.add_argument("--seconds", type=float, default=400.0, help="of each training, and of speed's tables")
     parser.add_argument("--again", action="store_true", help="run stages whose results are there")
     parser.add_argument("--out", type=Path, help="file of the report; by default report.md in the folder")
     options = parser.parse_args()
@@ -59,34 +57,33 @@ def main() -> None:
     if lacking:
         parser.error("missing: " + "; ".join(lacking))
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = fashion.Sizes(options.tiny, options.hurry)
-    calls: dict[str, Callable[[], dict[str, Any]]] = {
-        "devices": lambda: devices.run(device, options.tiny),
-        "training": lambda: training.run(device, options.tiny),
-        "speed": lambda: speed.run(device, options.tiny),
-        "teacher": lambda: fashion.teach(folder, options.data, device, sizes),
-        "sampler": lambda: fashion.study(folder, options.data, device, sizes, head=False),
-        "student": lambda: fashion.study(folder, options.data, device, sizes),
+    sizes = fashion.Sizes(options.tiny, options.seconds)
+    calls: dict[str, Callable[[Kept], None]] = {
+        "devices": lambda kept: devices.run(device, options.tiny, kept),
+        "training": lambda kept: training.run(device, options.tiny, kept),
+        "speed": lambda kept: speed.run(device, options.tiny, kept, options.seconds),
+        "teacher": lambda kept: kept.result.update(fashion.teach(folder, options.data, device, sizes)),
+        "sampler": lambda kept: kept.result.update(fashion.study(folder, options.data, device, sizes, head=False)),
+        "student": lambda kept: kept.result.update(fashion.study(folder, options.data, device, sizes)),
     }
     for stage in options.stages:
         if stage == "report":
             report.write(folder, options.out or folder / "report.md")
             continue
-        path = folder / f"{stage}.json"
-        if path.exists() and not options.again:
-            print(f"{stage}: {path} is there; --again runs it anew")
+        kept = Kept(folder / f"{stage}.json", options.again)
+        if DONE in kept.result:
+            print(f"{stage}: {kept.path} is there; --again runs it anew")
             continue
         start = time.perf_counter()
-        result = calls[stage]()
-        result |= {
+        kept.result |= {
             "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "torch": torch.__version__,
             "tiny": options.tiny,
-            "seconds of the stage": time.perf_counter() - start,
         }
-        with whole_file(path) as partial:
-            Path(partial).write_text(json.dumps(result, indent=1))
-        print(f"{stage}: {result['seconds of the stage']:.0f} s, {path}", flush=True)
+        calls[stage](kept)
+        kept.result[DONE] = time.perf_counter() - start
+        kept.save()
+        print(f"{stage}: {kept.result[DONE]:.0f} s, {kept.path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import f2d2_lightning as f2
 from f2d2_lightning.callbacks import SampleQuality
 from f2d2_lightning.data import FashionMNIST
 from f2d2_lightning.flows import FlowMap
-from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.nn import PreconditionedUNet
 from f2d2_lightning.plots import sample_figure
 from f2d2_lightning.plots.likelihood import calibration_figure
@@ -33,20 +32,22 @@ SHAPE, LEVELS, STEPS = (1, 28, 28), 256, (1, 2, 4, 8)
 class Sizes:
     """What a stage computes; small ones show that it runs."""
 
-    def __init__(self, tiny: bool, hurry: float = 1.0) -> None:
-        self.tiny = tiny
+    def __init__(self, tiny: bool, seconds: float) -> None:
+        self.tiny, self.seconds = tiny, seconds
         self.width, self.blocks = (16, 1) if tiny else (64, 2)
         self.batch = 16 if tiny else 512
-        self.teacher_steps = 4 if tiny else round(12_000 * hurry)
-        self.student_steps = 4 if tiny else round(8_000 * hurry)
-        self.capacity, self.nodes, self.chunk = (32, 4, 16) if tiny else (12_000, 48, 512)
+        self.teacher_steps = 4 if tiny else 12_000
+        self.student_steps = 4 if tiny else 5_000
+        self.capacity, self.nodes, self.chunk = (32, 4, 16) if tiny else (8_000, 48, 512)
         self.images, self.samples = (16, 32) if tiny else (2_000, 10_000)
         self.reference = f2.Reference(steps=4, probes=1) if tiny else f2.Reference(steps=100, probes=8, near_data=0.6)
         self.count = 200 if tiny else None
 
 
 def data(folder: Path, sizes: Sizes, **kwargs: Any) -> FashionMNIST:
-    return FashionMNIST(str(folder), batch_size=sizes.batch, count=sizes.count, **kwargs)
+    return FashionMNIST(
+        str(folder), batch_size=sizes.batch, count=sizes.count, num_workers=0 if sizes.tiny else 3, **kwargs
+    )
 
 
 def backbone(sizes: Sizes) -> PreconditionedUNet:
@@ -60,7 +61,7 @@ def optimizer(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
 
 
 def fit(
-    module: L.LightningModule, images: FashionMNIST, steps: int, device: torch.device, folder: Path
+    module: L.LightningModule, images: FashionMNIST, steps: int, device: torch.device, sizes: Sizes
 ) -> tuple[float, int]:
     """Train; seconds, and steps taken."""
     trainer = L.Trainer(
@@ -76,15 +77,12 @@ def fit(
         enable_checkpointing=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        default_root_dir=folder,
         callbacks=[_Rate(max(1, steps // 40))],
-        max_time=timedelta(seconds=400),  # the rest of a stage's nine minutes is for what is measured
+        profiler="simple",
+        max_time=timedelta(seconds=sizes.seconds),  # the rest of a stage's nine minutes is for what is measured
     )
     start = time.perf_counter()
     trainer.fit(module, datamodule=images)
-    for part in (module.average, getattr(module.average, "flow_map", None)):
-        if isinstance(part, FlowMap):
-            compile_network(part, False)  # each size of batch that is evaluated would be compiled anew
     return time.perf_counter() - start, trainer.global_step
 
 
@@ -153,9 +151,8 @@ def teach(folder: Path, images_folder: Path, device: torch.device, sizes: Sizes)
         near_data=0.5,
         ema_decay=0.998 if sizes.tiny else 0.9995,
         warmup=100,
-        compile=device.type == "cuda",
     )
-    seconds, steps = fit(module, images, sizes.teacher_steps, device, folder)
+    seconds, steps = fit(module, images, sizes.teacher_steps, device, sizes)
     f2.save_pretrained(module.average, folder / "teacher", shape=SHAPE, levels=LEVELS)
     module.to(device).eval()
     start = time.perf_counter()
@@ -210,9 +207,8 @@ def study(folder: Path, images_folder: Path, device: torch.device, sizes: Sizes,
         optimizer=optimizer(1e-3),
         ema_decay=0.998 if sizes.tiny else 0.9995,
         warmup=100,
-        compile=device.type == "cuda",
     )
-    seconds, steps = fit(module, images, sizes.student_steps, device, folder)
+    seconds, steps = fit(module, images, sizes.student_steps, device, sizes)
     name = "student" if head else "sampler"
     f2.save_pretrained(module.average, folder / name, shape=SHAPE, levels=LEVELS)
     module.to(device).eval()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from gpu_stages.kept import Kept
 from training_step import RECIPES, OurStep, Setting
 
 HERE = Path(__file__).parent.parent
-CIFAR = ("--network", "unet", "--resolution", "32", "--channels", "3", "--width", "128", "--batch", "64")
-LATENTS = ("--network", "dit", "--resolution", "32", "--channels", "4", "--width", "768", "--batch", "64")
-TINY = ("--network", "unet", "--resolution", "8", "--channels", "1", "--width", "8", "--batch", "2", "--nodes", "4")
+UNET = {"network": "unet", "resolution": "32", "channels": "3", "width": "128", "batch": "64"}
+DIT = {"network": "dit", "resolution": "32", "channels": "4", "width": "768", "batch": "64"}
+SIZES = {"U-Net, 32 x 32": UNET, "DiT-B/2, latents": DIT}
+TINY = {"network": "unet", "resolution": "8", "channels": "1", "width": "8", "batch": "2"}
 
 
 def _command(script: str, *options: str) -> str:
@@ -42,37 +45,45 @@ def _profile(setting: Setting, recipe: str) -> str:
     return str(profile.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
 
 
-def run(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Text of each table."""
-    on = ("--device", device.type)
-    if tiny:
-        sizes = {"tiny": TINY}
-        variants: dict[str, tuple[str, ...]] = {"float32": ()}
-        repeats = ("--repeats", "2")
-    else:
-        sizes = {"CIFAR-10's U-Net": CIFAR, "DiT-B/2 on latents": LATENTS}
-        variants = {
-            "ours in float32": (),
-            "ours in bf16, compiled, channels last": ("--dtype", "bf16", "--compile", "--channels-last"),
-            "both in bf16": ("--dtype", "bf16", "--official-dtype", "bf16"),
-        }
-        repeats = ("--repeats", "5")
-    tables = {
-        f"{size}: {variant}": _command("training_step.py", *on, *options, *more, *repeats)
-        for size, options in sizes.items()
-        for variant, more in variants.items()
-    }
-    for size, options in sizes.items():
-        kept = {k: v for k, v in zip(options[::2], options[1::2], strict=True) if k not in ("--network", "--nodes")}
-        flat = [word for pair in kept.items() for word in pair]
-        compiled = () if tiny else ("--dtype", "bf16", "--compile")
-        tables[f"{size}: likelihoods"] = _command(
-            "nll_throughput.py", *on, "--networks", options[1], *flat, *compiled, *repeats, "--measured", "4"
-        )
+def run(device: torch.device, tiny: bool, kept: Kept, seconds: float) -> None:
+    """Text of each table, and a profile; no new table is begun after so many seconds, the next call goes on."""
+    start = time.perf_counter()
+    for name, (script, *options) in _tables(device, tiny).items():
+        if name in kept.part("tables"):
+            continue
+        if time.perf_counter() - start > seconds:
+            raise SystemExit(f"speed: {seconds:.0f} s are over, and {name!r} is not measured; call again")
+        kept.part("tables")[name] = _command(script, *options)
+        kept.save()
     first = (
         Setting(network="unet", batch=2, resolution=8, width=8, nodes=4)
         if tiny
-        else Setting(network="unet", batch=64, resolution=32, channels=3, width=128, device=device.type, dtype="bf16")
+        else Setting("unet", 64, resolution=32, channels=3, width=128, device=device.type, dtype="bf16")
     )
-    profile = {name: _profile(first, name) for name in list(RECIPES)[:1]}
-    return {"tables": tables, "profile": profile}
+    kept.part("profile").update({name: _profile(first, name) for name in list(RECIPES)[:1]})
+
+
+def _tables(device: torch.device, tiny: bool) -> dict[str, tuple[str, ...]]:
+    """Commands by name, the most telling first."""
+    variants: dict[str, dict[str, str | None]] = {
+        "both in float32": {},
+        "ours in bf16, compiled, channels last": {"dtype": "bf16", "compile": None, "channels-last": None},
+        "both in bf16": {"dtype": "bf16", "official-dtype": "bf16"},
+    }
+    shared: dict[str, str | None] = {"device": device.type, "repeats": "2" if tiny else "5"}
+    sizes = {"tiny": TINY} if tiny else SIZES
+    made = {}
+    for variant, more in list(variants.items())[: 1 if tiny else None]:
+        for size, options in sizes.items():
+            extra = {"nodes": "4"} if tiny else {}
+            made[f"{size}, {variant}"] = _words("training_step.py", shared | options | extra | more)
+    for size, options in sizes.items():
+        rest = {name: value for name, value in options.items() if name != "network"}
+        precision = {} if tiny else {"dtype": "bf16"}
+        options = shared | {"networks": options["network"], "measured": "4"} | rest | precision
+        made[f"{size}, likelihoods"] = _words("nll_throughput.py", options)
+    return made
+
+
+def _words(script: str, options: Mapping[str, str | None]) -> tuple[str, ...]:
+    return (script, *(w for name, value in options.items() for w in (f"--{name}", value) if w is not None))

@@ -22,6 +22,7 @@ from f2d2_lightning.callbacks import SampleQuality, TestReport
 from f2d2_lightning.metrics import SmallFeatures
 from f2d2_lightning.nn import PreconditionedMLP
 from gpu_stages.devices import Foreign, error, same_draws
+from gpu_stages.kept import Kept
 
 STEPS, SHAPE, LEVELS = 8, (1, 8, 8), 17
 TOLERANCE = {"32-true": 2e-2, "bf16-mixed": 0.2, "bf16-true": 0.3}
@@ -208,19 +209,22 @@ def tested(folder: str, accelerator: str) -> dict[str, float]:
     return dict(figures)
 
 
-def run(device: torch.device, tiny: bool) -> dict[str, Any]:
+def run(device: torch.device, tiny: bool, kept: Kept) -> None:
     """Rows of the table, and what failed."""
     accelerator = "cpu" if device.type == "cpu" else "gpu"
-    rows: dict[str, dict[str, Any]] = {}
-    failures: dict[str, str] = {}
+    rows, failures = kept.part("rows"), kept.part("failures")
 
     def attempt(name: str, call: Callable[[], dict[str, Any]]) -> None:
+        if name in rows:
+            return
+        failures.pop(name, None)
         start = time.perf_counter()
         try:
             rows[name] = call() | {"seconds": time.perf_counter() - start}
         except Exception as raised:  # a table of what works shows what does not
             failures[name] = f"{type(raised).__name__}: {str(raised)[:500]}"
             traceback.print_exc()
+        kept.save()
         print(name, rows.get(name, failures.get(name)), flush=True)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -246,4 +250,3 @@ def run(device: torch.device, tiny: bool) -> dict[str, Any]:
             attempt(f"{kind}, resumed", lambda k=kind, f=folder: {"error": resumed(f, accelerator, k)})
     with tempfile.TemporaryDirectory() as folder:
         attempt("test with report and sample quality", lambda: {"figures": tested(folder, accelerator)})
-    return {"rows": rows, "failures": failures}

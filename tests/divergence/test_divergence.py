@@ -290,3 +290,16 @@ def test_rademacher_alone_would_prove_nothing():
 def test_the_formula_needs_the_linear_path():
     with pytest.raises(ValueError, match="linear path"):
         Conditional(path=TrigonometricPath())
+
+
+def test_conditional_takes_a_velocity_of_lower_precision():
+    """As a network answers under autocast."""
+    data, noise = torch.randn(2, 6, 3, dtype=torch.float32)
+    t = torch.tensor([0.1, 0.3, 0.5, 0.8, 0.9, 0.95], dtype=torch.float32)
+    point = Point((1 - t)[:, None] * noise + t[:, None] * data, t, pair=(data, noise))
+    full, low = (
+        Conditional(0.7, Exact())(lambda x, t, c, kind=kind: x.sin().to(kind), point)
+        for kind in (torch.float32, torch.bfloat16)
+    )
+    assert low.velocity.dtype == torch.float32
+    torch.testing.assert_close(low.divergence, full.divergence, atol=0.3, rtol=0.05)

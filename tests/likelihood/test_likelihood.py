@@ -240,3 +240,18 @@ def test_steps_may_be_any_whole_number(gaussian):
     expected = log_prob(flow, x, 2).value
     for steps in (np.int64(2), torch.tensor(2), torch.tensor([0.0, 0.5, 1.0]), (0, 0.5, 1)):
         assert torch.equal(log_prob(flow, x, steps).value, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inversion_under_autocast_is_that_of_full_precision(method):
+    torch.manual_seed(0)
+    network = MLP((3,), width=16, blocks=1, directions="to_data").float()
+    joint = JointFlowMap(network, DivergenceHead(network.features)).float().eval()
+    randomize(joint)
+    x = torch.randn(5, 3, dtype=torch.float32)
+    with torch.no_grad():
+        expected = log_prob(joint, x, 8, inversion=Inversion(method))
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = log_prob(joint, x, 8, inversion=Inversion(method))
+    assert answer.converged.all()
+    close(answer.noise, expected.noise, rtol=1e-4, atol=1e-4)

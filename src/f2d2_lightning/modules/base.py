@@ -29,7 +29,7 @@ from f2d2_lightning.training.loading import read_checkpoint, restore_module
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.class_names import agree_on_classes, as_names
-from f2d2_lightning.utils.sharding import is_sharded, shard, whole
+from f2d2_lightning.utils.sharding import is_sharded, shard, whole, whole_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -273,8 +273,9 @@ class FlowModule(L.LightningModule, LikelihoodModel):
             self._averaged_steps = self._averaged_steps or 10**9
         elif self.trainer.global_step == 0:
             self.fit_baselines()
-            self.prepare()
-            update_average(self.average, self.live, 0.0)
+            with whole_weights(self.trainer.model):
+                self.prepare()
+                update_average(self.average, self.live, 0.0)
 
     def prepare(self) -> None:
         """Anything else that is set from data or teacher once, before the first step."""

@@ -6,6 +6,7 @@ https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
-__all__ = ["all_finite", "is_sharded", "load_whole", "reshard", "shard", "whole", "whole_state"]
+__all__ = ["all_finite", "is_sharded", "load_whole", "reshard", "shard", "whole", "whole_state", "whole_weights"]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -31,6 +32,20 @@ def is_sharded(module: nn.Module) -> bool:
 def whole(value: Tensor) -> Tensor:
     """A tensor, gathered where it is spread over processes; every process must call it then."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def whole_weights(root: Any) -> AbstractContextManager[None]:
+    """Where a trainer's model is FSDP1's: weights whole within the context, and spread again with what became of them.
+
+    A part of such a model may not be asked for its state before all of it has run once.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return nullcontext()
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if not isinstance(root, FullyShardedDataParallel):
+        return nullcontext()
+    return FullyShardedDataParallel.summon_full_params(root, writeback=True)
 
 
 def all_finite(value: Tensor) -> bool:
