@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from matplotlib.image import imread
 
 import f2d2_lightning as f2
-from f2d2_lightning.adapters import MeanFlow
 from f2d2_lightning.callbacks import Pictures
 from f2d2_lightning.callbacks._gallery import Gallery, Points
 from f2d2_lightning.callbacks._models import find_models
@@ -92,46 +91,29 @@ def written(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*.png"))}
 
 
-class ImageLogger(Logger):
+class Quiet(Logger):
+    """A logger of figures alone."""
+
+    name, version, save_dir, run_id = "stand-in", "0", None, "run-7"
+
+    def __init__(self, experiment=None):
+        super().__init__()
+        self.experiment, self.calls = experiment, []
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params):
+        pass
+
+
+class ImageLogger(Quiet):
     """Takes images as Lightning's WandbLogger does, which hands them on to ``wandb.Image``."""
 
-    name, version, save_dir = "stand-in", "0", None
-
-    def __init__(self):
-        super().__init__()
-        self.images = []
-
-    def log_metrics(self, metrics, step=None):
-        pass
-
-    def log_hyperparams(self, params):
-        pass
-
     def log_image(self, key, images, step=None, **kwargs):
-        assert isinstance(images, list)
-        for image in images:
-            assert image.dtype == np.uint8
-            assert image.ndim == 3
-            assert image.shape[2] == 3
-        self.images.append((key, images[0], step))
-
-
-class MLflowLike(Logger):
-    name, version, run_id = "mlflow", "0", "run-7"
-
-    def __init__(self, experiment):
-        super().__init__()
-        self._experiment = experiment
-
-    @property
-    def experiment(self):
-        return self._experiment
-
-    def log_metrics(self, metrics, step=None):
-        pass
-
-    def log_hyperparams(self, params):
-        pass
+        (image,) = images
+        assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
+        self.calls.append((key, image, step))
 
 
 class MlflowClient:
@@ -156,11 +138,11 @@ class CometExperiment:
 def test_figures_reach_mlflow_and_comet(tmp_path):
     figure = sample_figure({"1 step": torch.zeros(1, 1, 4, 4)})
     client, experiment = MlflowClient(), CometExperiment()
-    assert log_figure(MLflowLike(client), "val/samples", figure, 5)
+    assert log_figure(Quiet(client), "val/samples", figure, 5)
     assert client.calls == [("run-7", figure, "pictures/val/samples/step_00000005.png")]
-    assert log_figure(MLflowLike(experiment), "val/samples", figure, 5)
+    assert log_figure(Quiet(experiment), "val/samples", figure, 5)
     assert experiment.calls == [("val/samples", figure, 5)]
-    for other in (CSVLogger(tmp_path), MLflowLike(object()), MLflowLike(None)):
+    for other in (CSVLogger(tmp_path), Quiet(object()), Quiet(None)):
         assert not takes_figures(other)
         assert not log_figure(other, "val/samples", figure, 5)
 
@@ -184,11 +166,11 @@ def test_two_epochs_reach_disk_and_loggers(tmp_path):
     assert set(events.Tags()["images"]) == names
     steps = [module.trainer.global_step // 2, module.trainer.global_step]
     assert all([e.step for e in events.Images(name)] == steps for name in names)
-    assert [(key, step) for key, _, step in images.images if key == "val/ranked"] == [("val/ranked", s) for s in steps]
-    assert {key for key, _, _ in images.images} == names
+    assert [(key, step) for key, _, step in images.calls if key == "val/ranked"] == [("val/ranked", s) for s in steps]
+    assert {key for key, _, _ in images.calls} == names
     # what the logger got is what the file holds
     shown = (imread(tmp_path / "csv/run/a/pictures/epoch_0001/ranked.png")[..., :3] * 255).round().astype(np.uint8)
-    assert np.array_equal(next(i for key, i, step in images.images if (key, step) == ("val/ranked", steps[1])), shown)
+    assert np.array_equal(next(i for key, i, step in images.calls if (key, step) == ("val/ranked", steps[1])), shown)
 
 
 def test_pictures_must_go_somewhere(tmp_path):
@@ -200,26 +182,27 @@ def test_pictures_must_go_somewhere(tmp_path):
     images = ImageLogger()
     run = trainer(tmp_path, callbacks=[Pictures(to_disk=False, **QUICK)], logger=images, max_epochs=1)
     run.fit(image_student(), datamodule=Images())
-    assert len(images.images) == 4
+    assert len(images.calls) == 4
     assert not written(tmp_path)
 
 
 # --- the pictures themselves ---
 
 
-def measured(module, data, callbacks=(), **options):
+def measured(module, data, callbacks=()):
     """What a Gallery measures of validation data, after a validation."""
-    kept = Points(12)
 
     class Look(L.Callback):
-        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-            kept.add(*find_models(trainer, pl_module)[0].state(batch))
+        def on_validation_epoch_start(self, trainer, pl_module):
+            (model, *_) = find_models(trainer, pl_module)
+            self.gallery = Gallery(trainer, model, samples=4, images=12, teacher_steps=2, grid=6)
 
-        @torch.no_grad()
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            self.gallery.points.add(*self.gallery.model.state(batch))
+
         def on_validation_epoch_end(self, trainer, pl_module):
-            gallery = Gallery(find_models(trainer, pl_module)[0], samples=4, teacher_steps=2, grid=6, **options)
-            self.measured, self.figures = gallery.measure(kept), None
-            self.figures = gallery.figures(self.measured)
+            self.measured = self.gallery.measure()
+            self.figures = self.gallery.figures(self.measured)
 
     look = Look()
     trainer(Path("."), callbacks=[*callbacks, look]).validate(module, datamodule=data, verbose=False)
@@ -326,13 +309,13 @@ def test_classes_in_order():
     assert len(found.samples["1 step"]) == 4
 
 
-def test_the_plane_has_densities(tmp_path):
+def test_the_plane_has_densities():
     class Exact(Pair):
         def log_prob(self, x):
             return torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(-1)
 
     module, data = shaken(quick_student()), Exact()
-    found, figures = measured(module, data, true_log_prob=data.log_prob)
+    found, figures = measured(module, data)
     assert {f"{name}.png" for name in figures} == PLANE
     assert list(found.densities) == ["1 step", "2 steps", "teacher", "true density"]
     a, b, c, d = found.extent
@@ -344,11 +327,6 @@ def test_the_plane_has_densities(tmp_path):
             float(module.log_prob(corner, 2).value), rel=1e-4
         )
         assert float(found.densities["true density"][0, 0]) == pytest.approx(float(data.log_prob(corner)), rel=1e-4)
-    # and the callback finds the data module's density by itself
-    run = trainer(tmp_path, callbacks=[pictures := Pictures(**QUICK)], max_epochs=1)
-    run.fit(module, datamodule=data)
-    assert pictures._galleries["val", ""].true_log_prob == data.log_prob
-    assert set(written(tmp_path / "pictures/epoch_0000")) == PLANE
 
 
 def test_somebody_elses_module(tmp_path):
@@ -357,9 +335,9 @@ def test_somebody_elses_module(tmp_path):
     run = trainer(tmp_path, callbacks=[pictures := Pictures(**QUICK), added], max_epochs=1)
     run.fit(module, datamodule=Pair())
     assert set(written(tmp_path / "pictures/epoch_0000")) == PLANE
-    gallery, points = pictures._galleries["val", ""], pictures._points["val", ""]
+    (gallery,) = pictures.galleries.values()
+    points, found = gallery.points, gallery.measure()
     with torch.no_grad():
-        found = gallery.measure(points)
         assert list(found.samples) == ["1 step", "2 steps", "own velocity, 4 evaluations"]
         assert torch.equal(found.values[2], -added.log_prob(points.x, 2).value.double())
         own = added.reference(added.joint.velocity, points.x).value
@@ -374,35 +352,32 @@ def test_somebody_elses_module(tmp_path):
     assert figure.axes[0].get_ylabel() == "NLL, nats"
 
 
-def test_two_networks_of_one_module(tmp_path):
-    class Two(MeanFlowModule):
-        def __init__(self):
-            super().__init__()
-            self.other = MeanFlowModule().net
+class Two(MeanFlowModule):
+    """Two networks, one of which its own loss leaves alone."""
 
-        def loss(self, batch):
-            return super().loss(batch) + 0 * sum(p.sum() for p in self.other.parameters())
+    def __init__(self):
+        super().__init__()
+        self.other = MeanFlowModule().net
 
-    both = [callback(), callback(flow_map="other")]
-    run = trainer(tmp_path, callbacks=[*both, Pictures(**QUICK)], max_epochs=1)
-    run.fit(Two(), datamodule=Pair())
-    files = set(written(tmp_path / "pictures/epoch_0000"))
-    assert files == {f"{name}/{file}" for name in ("net", "other") for file in PLANE}
+    def loss(self, batch):
+        return super().loss(batch) + 0 * sum(p.sum() for p in self.other.parameters())
 
 
-def test_a_teacher_shows_samples(tmp_path):
-    run = trainer(tmp_path, callbacks=[Pictures(**QUICK)], max_epochs=1)
-    run.fit(image_teacher(), datamodule=Images())
-    assert set(written(tmp_path / "pictures/epoch_0000")) == {"samples.png"}
+KINDS = {
+    "two networks": (Two, Pair, lambda: [callback(), callback(flow_map="other")],
+                     {f"{name}/{file}" for name in ("net", "other") for file in PLANE}),
+    "a teacher": (image_teacher, Images, lambda: [], {"samples.png"}),
+    "to data": (MeanFlowModule, Pair, lambda: [callback(directions="to_data")], PLANE),
+}  # fmt: skip
 
 
-def test_a_map_to_data_is_inverted(tmp_path):
-    added = callback(directions="to_data", adapter=MeanFlow(directions="to_data"))
-    run = trainer(tmp_path, callbacks=[added, Pictures(**QUICK)], max_epochs=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*did not converge.*")
-        run.fit(MeanFlowModule(), datamodule=Pair())
-    assert {"samples.png", "nll_steps.png"} <= set(written(tmp_path / "pictures/epoch_0000"))
+@pytest.mark.filterwarnings("ignore:.*did not converge.*")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_shows_what_it_can(tmp_path, kind):
+    module, data, added, expected = KINDS[kind]
+    run = trainer(tmp_path, callbacks=[*added(), Pictures(**QUICK)], max_epochs=1)
+    run.fit(module(), datamodule=data())
+    assert set(written(tmp_path / "pictures/epoch_0000")) == expected
 
 
 def test_validation_without_a_head_makes_none(tmp_path):
@@ -451,17 +426,17 @@ def test_a_fixed_teacher_is_asked_once(tmp_path, monkeypatch):
 # --- when ---
 
 
-def test_every_second_validation(tmp_path):
-    run = trainer(tmp_path, callbacks=[Pictures(every_n_validations=2, **QUICK)], max_epochs=3)
+@pytest.mark.parametrize(
+    ("options", "settings", "folders"),
+    [
+        ({"every_n_validations": 2}, {"max_epochs": 3}, {"epoch_0000", "epoch_0002"}),
+        ({}, {"val_check_interval": 1}, {"epoch_0000", "epoch_0000_step_00000002", "epoch_0000_step_00000003"}),
+    ],
+)
+def test_validations_that_are_due(tmp_path, options, settings, folders):
+    run = trainer(tmp_path, callbacks=[Pictures(**QUICK, **options)], **({"max_epochs": 1} | settings))
     run.fit(image_teacher(), datamodule=Images())
-    assert {Path(p).parts[0] for p in written(tmp_path / "pictures")} == {"epoch_0000", "epoch_0002"}
-
-
-def test_several_validations_in_an_epoch(tmp_path):
-    run = trainer(tmp_path, callbacks=[Pictures(**QUICK)], max_epochs=1, val_check_interval=1)
-    run.fit(image_teacher(), datamodule=Images())
-    folders = {Path(p).parts[0] for p in written(tmp_path / "pictures")}
-    assert folders == {"epoch_0000", "epoch_0000_step_00000002", "epoch_0000_step_00000003"}
+    assert {Path(p).parts[0] for p in written(tmp_path / "pictures")} == folders
 
 
 def test_trials_and_sanity_checks_leave_nothing(tmp_path):
@@ -470,7 +445,7 @@ def test_trials_and_sanity_checks_leave_nothing(tmp_path):
         run = trainer(tmp_path, callbacks=[Pictures(**QUICK)], **({"logger": images} | options))
         run.fit(image_student(), datamodule=Images())
         assert not written(tmp_path)
-        assert not images.images
+        assert not images.calls
 
 
 @pytest.mark.parametrize("option", ["every_n_validations", "samples", "images", "teacher_steps", "grid"])
@@ -541,7 +516,7 @@ def test_each_test_has_a_folder(tmp_path):
         run.test(image_student(), datamodule=Images(), verbose=False)
     run.validate(image_student(), datamodule=Images(), verbose=False)
     assert set(written(tmp_path / "pictures")) == {f"{f}/{n}" for f in ("test", "test-1", "validate") for n in IMAGE}
-    assert {key.split("/")[0] for key, _, _ in images.images} == {"test", "val"}
+    assert {key.split("/")[0] for key, _, _ in images.calls} == {"test", "val"}
 
 
 def test_unused_folders(tmp_path):

@@ -230,7 +230,6 @@ def report(**kwargs):
         "metrics": {},
         "figures": ("ranked",),
         "ranked_by": 1,
-        "quantized": True,
         "command": ["f2d2", "test"],
         "date": datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc),
     }
@@ -313,8 +312,8 @@ def test_all_test_images_are_kept(tmp_path):
     x = data.dataset("test").__getitems__(list(range(20)))
     with torch.no_grad():
         bits = f2.bits_per_dim(module.log_prob(x, 2).value.double(), 16, 4).numpy()
-    assert len(report._points[""]) == 20
-    assert torch.equal(report._points[""].x, x)
+    assert len(report.galleries[""].points) == 20
+    assert torch.equal(report.galleries[""].points.x, x)
     text = (tmp_path / "report.md").read_text()
     assert "The test images that 2 steps find most and least likely" in text
     assert np.mean(bits) == pytest.approx(

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -18,21 +18,14 @@ from typing import Any
 from f2d2_lightning.callbacks.summary import Part
 from f2d2_lightning.plots._figure import number
 
-__all__ = ["Report", "other_metrics", "read_curves", "to_json", "without_machine_paths"]
+__all__ = ["Report", "likelihood_table", "other_metrics", "read_curves", "to_json", "without_machine_paths"]
 
 PACKAGES = ("f2d2-lightning", "torch", "lightning", "torchmetrics", "numpy", "matplotlib")
+Cell = Callable[[Mapping[str, Any]], str]
+"""What stands in a column, for a row."""
 IN_TABLE = (
-    "nll",
-    "nll_standard_error",
-    "reference_nll",
-    "gap",
-    "absolute_error",
-    "correlation",
-    "rank_correlation",
-    "round_trip",
-    "unconverged",
-    "reference_error",
-    "doubtful",
+    *("nll", "nll_standard_error", "reference_nll", "gap", "absolute_error", "correlation", "rank_correlation"),
+    *("round_trip", "unconverged", "reference_error", "doubtful"),
 )
 
 
@@ -59,8 +52,6 @@ class Report:
     """Names of the PNG files beside the report."""
     ranked_by: int
     """Step count whose likelihoods rank images."""
-    quantized: bool
-    """Whether the data are discrete, so that likelihoods are bounds."""
     command: Sequence[str] = field(default_factory=lambda: list(sys.argv))
     date: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
@@ -69,11 +60,15 @@ class Report:
         sections = [
             f"# {self.title}",
             self._origin(),
-            "## Likelihoods\n\n" + self._likelihoods(),
+            "## Likelihoods",
+            self._likelihoods(),
             *self._others(),
-            "## Model\n\n" + self._model(),
-            *([] if not self.figures else ["## Figures", *(self._figure(name) for name in self.figures)]),
+            "## Model",
+            self._model(),
+            *(["## Figures"] if self.figures else []),
         ]
+        for name in self.figures:
+            sections += [f"![{name.replace('_', ' ')}]({name}.png)", f"*{self._caption(name)}*"]
         return "\n\n".join(sections) + "\n"
 
     def _origin(self) -> str:
@@ -93,48 +88,24 @@ class Report:
         return _table(["", ""], [[name, text] for name, text in about.items()])
 
     def _likelihoods(self) -> str:
+        unit, whose = self.unit, self.reference_name
         few = [row for row in self.rows if row["steps"] is not None]
         # NaN, or nothing at all, for a map that does not come back
         trips = any(math.isfinite(row.get("round_trip", math.nan)) for row in few)
-        doubts = any(row.get("doubt") for row in few)
         failures = any(row.get("unconverged", 0.0) > 0 for row in few)
-        head = [
-            "steps",
-            "evaluations",
-            f"NLL, {self.unit}",
-            f"gap to {self.reference_name}",
-            "r",
-            "rank r",
-            "mean error",
-        ]
-        head += ["round trip"] if trips else []
-        head += ["unconverged"] if failures else []
-        head += ["doubt"] if doubts else []
-        lines = []
-        for row in self.rows:
-            few_step = row["steps"] is not None
-            line = [str(row["steps"]) if few_step else self.reference_name, f"{row['evaluations']:,}"]
-            line.append(f"{number(row['nll'])} ± {number(row['nll_standard_error'])}")
-            gap = f"{number(row['gap'], sign=True)} ± {number(row['gap_standard_error'])}" if few_step else ""
-            line.append(gap)
-            names = ("correlation", "rank_correlation", "absolute_error")
-            line += [number(row[name]) if few_step else "" for name in names]
-            line += [f"{row['round_trip']:.3g}" if few_step else ""] if trips else []
-            line += [f"{100 * row['unconverged']:.1f} %" if few_step else ""] if failures else []
-            line += ["doubtful, see below" if row.get("doubt") else ""] if doubts else []
-            lines.append([*line, f"{row['milliseconds']:.3g}"])
-        bound = " (an upper bound: uniform dequantization)" if self.quantized else ""
+        more: dict[str, Cell] = {}
+        if trips:
+            more["round trip"] = lambda row: f"{row['round_trip']:.3g}"
+        if failures:
+            more["unconverged"] = lambda row: f"{100 * row['unconverged']:.1f} %"
+        head, lines = likelihood_table(self.rows, f"NLL, {unit}", whose, more)
+        bound = "" if unit == "nats" else " (an upper bound: uniform dequantization)"
         notes = [
-            f"NLL{bound}, gap and mean absolute error are in {self.unit}, ± standard errors over samples. The gap is "
-            f"few-step less {self.reference_name}, on the same samples; r and rank r are Pearson's and Spearman's "
-            "correlation over them."
+            f"NLL{bound}, gap and mean absolute error are in {unit}, ± standard errors over samples. The gap is "
+            f"few-step less {whose}, on the same samples; r and rank r are Pearson's and Spearman's correlation."
         ]
-        differences = [row["nll"] - row["reference_nll"] - row["gap"] for row in few]
-        if any(abs(difference) > 1e-4 for difference in differences):
-            notes.append(
-                f"Few-step NLL is over all samples; the {self.reference_name}'s, and what is compared with it, over "
-                "fewer."
-            )
+        if any(abs(row["nll"] - row["reference_nll"] - row["gap"]) > 1e-4 for row in few):
+            notes.append(f"Few-step NLL is over all samples; the {whose}'s, and what is compared with it, over fewer.")
         if trips:
             notes.append(
                 "The round trip is the root mean square, per dimension and in units of the state, of data to noise and "
@@ -143,25 +114,23 @@ class Report:
         error = few[-1].get("reference_error", math.nan) if few else math.nan
         if error > 0:
             notes.append(
-                f"The {self.reference_name}'s own likelihood of a sample has a standard error of {number(error)}, root "
-                "mean square over samples, from its random probes."
+                f"The {whose}'s own likelihood of a sample has a standard error of {number(error)}, root mean square "
+                "over samples, from its random probes."
             )
         notes += [f"**In {row['steps']} steps doubtful**: {row['doubt']}." for row in few if row.get("doubt")]
         if failures:
-            notes.append(
-                "Unconverged is the share of samples whose inversion failed; the other columns leave them out."
-            )
-        return _table([*head, "ms per sample"], lines) + "\n\n" + " ".join(notes)
+            notes.append("Unconverged is the share of samples whose inversion failed; other columns leave them out.")
+        return _table(head, lines) + "\n\n" + " ".join(notes)
 
     def _others(self) -> list[str]:
         by_steps: dict[str, dict[int, float]] = {}
-        plain = {}
-        for name, value in self.metrics.items():
+        plain = []
+        for name, value in sorted(self.metrics.items()):
             found = re.fullmatch(r"(.+)_(\d+)", name)
             if found:
                 by_steps.setdefault(found[1], {})[int(found[2])] = value
             else:
-                plain[name] = value
+                plain.append([name, f"{value:.4g}"])
         parts = []
         if by_steps:
             columns = sorted({k for values in by_steps.values() for k in values})
@@ -171,17 +140,14 @@ class Report:
             ]
             parts.append(_table(["by steps", *map(str, columns)], lines))
         if plain:
-            parts.append(_table(["", ""], [[name, f"{value:.4g}"] for name, value in sorted(plain.items())]))
-        return ["## Other metrics of the test\n\n" + "\n\n".join(parts)] if parts else []
+            parts.append(_table(["", ""], plain))
+        return ["## Other metrics of the test", *parts] if parts else []
 
     def _model(self) -> str:
         lines = [
             [part.name, f"`{part.kind}`", f"{part.trainable:,}", f"{part.frozen:,}", part.note] for part in self.parts
         ]
         return _table(["part", "class", "trainable parameters", "frozen parameters", ""], lines)
-
-    def _figure(self, name: str) -> str:
-        return f"![{name.replace('_', ' ')}]({name}.png)\n\n*{self._caption(name)}*"
 
     def _caption(self, name: str) -> str:
         reference, unit = self.reference_name, self.unit
@@ -197,6 +163,41 @@ class Report:
             "training": "Losses as they were logged, against the optimiser's step.",
         }
         return captions.get(name, name)
+
+
+def likelihood_table(
+    rows: Sequence[Mapping[str, Any]], nll: str, reference_name: str, more: Mapping[str, Cell] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the evaluation's table, as text.
+
+    Args:
+        rows: One per step count, and the reference's, whose ``steps`` is ``None``.
+        nll: Head of the column of negative log-likelihoods.
+        reference_name: Whose the reference is.
+        more: Head and cells of columns that only step counts have, beside those that there always are.
+    """
+    compared: dict[str, Cell] = {
+        f"gap to {reference_name}": lambda row: f"{number(row['gap'], True)} ± {number(row['gap_standard_error'])}",
+        "r": lambda row: number(row["correlation"]),
+        "rank r": lambda row: number(row["rank_correlation"]),
+        "mean error": lambda row: number(row["absolute_error"]),
+        **(more or {}),
+    }
+    if any(row.get("doubt") for row in rows):
+        compared["doubt"] = lambda row: "doubtful, see below" if row.get("doubt") else ""
+    lines = []
+    for row in rows:
+        of_steps = row["steps"] is not None
+        lines.append(
+            [
+                str(row["steps"]) if of_steps else reference_name,
+                f"{row['evaluations']:,}",
+                f"{number(row['nll'])} ± {number(row['nll_standard_error'])}",
+                *(cell(row) if of_steps else "" for cell in compared.values()),
+                f"{row['milliseconds']:.3g}",
+            ]
+        )
+    return ["steps", "evaluations", nll, *compared, "ms per sample"], lines
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

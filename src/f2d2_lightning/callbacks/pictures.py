@@ -11,10 +11,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from f2d2_lightning.callbacks._gallery import Gallery, Points
+from f2d2_lightning.callbacks._gallery import GalleryCallback
 from f2d2_lightning.callbacks._models import find_models
 from f2d2_lightning.callbacks._picture_loggers import log_figure, takes_figures
-from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.plots import Figure, save_figure
 from f2d2_lightning.training.folders import run_folder, unused
 
@@ -23,7 +22,7 @@ __all__ = ["Pictures"]
 FOLDER = "pictures"
 
 
-class Pictures(L.Callback):
+class Pictures(GalleryCallback):
     """Makes the pictures that model and data allow, every so many validations and in test.
 
     ==============  ===================================================================================
@@ -74,33 +73,26 @@ class Pictures(L.Callback):
         to_disk: bool = True,
         to_loggers: bool = True,
     ) -> None:
-        if min(every_n_validations, samples, images, teacher_steps, grid) < 1:
-            raise ValueError(
-                f"every_n_validations={every_n_validations}, samples={samples}, images={images}, "
-                f"teacher_steps={teacher_steps} and grid={grid} are at least 1"
-            )
+        super().__init__(samples=samples, images=images, teacher_steps=teacher_steps, grid=grid)
+        if every_n_validations < 1:
+            raise ValueError(f"every_n_validations={every_n_validations} is at least 1")
         if not (to_disk or to_loggers):
             raise ValueError("to_disk and to_loggers are both off, and the pictures would go nowhere; turn one on")
         self.every_n_validations = every_n_validations
-        self.samples, self.images, self.teacher_steps, self.grid = samples, images, teacher_steps, grid
         self.folder, self.to_disk, self.to_loggers = folder, to_disk, to_loggers
+        self._resuming = False
+        self._begin()
+
+    def _begin(self) -> None:
         self._validations = 0
         self._name: str | None = None
-        self._resuming = False
         self._last = ("", -1)  # epoch's folder, step
-        self._forget()
-
-    def _forget(self) -> None:
-        self._galleries: dict[tuple[str, str], Gallery] = {}
-        self._points: dict[tuple[str, str], Points] = {}
-        self._collecting: list[LikelihoodModel] = []
 
     # --- the run ---
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work is done."""
-        self._forget()
-        self._resuming = False
+        self.galleries, self._resuming = {}, False
         if stage == "predict":
             return
         find_models(trainer, pl_module)
@@ -118,7 +110,6 @@ class Pictures(L.Callback):
         return {"validations": self._validations, "folder": self._name, "last": list(self._last)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting, in the same folder."""
         self._validations, self._name = int(state_dict["validations"]), state_dict["folder"]
         self._last = str(state_dict["last"][0]), int(state_dict["last"][1])
         self._resuming = True
@@ -132,7 +123,7 @@ class Pictures(L.Callback):
         """Find a folder for the run's pictures."""
         root = self._root(trainer)
         if not self._resuming and trainer.global_step == 0:
-            self._validations, self._name, self._last = 0, None, ("", -1)
+            self._begin()
         if self._name is None:
             self._name = trainer.strategy.broadcast(unused(root / FOLDER).name)
 
@@ -150,70 +141,37 @@ class Pictures(L.Callback):
 
     # --- evaluation ---
 
+    def _due(self, trainer: L.Trainer) -> bool:
+        due = trainer.testing or self._validations % self.every_n_validations == 0
+        return due and not trainer.sanity_checking
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Whether pictures are due."""
-        stage = _stage(trainer)
-        self._collecting = []
-        if trainer.sanity_checking or (stage == "val" and self._validations % self.every_n_validations):
-            return
-        for model in find_models(trainer, pl_module):
-            key = stage, model.name
-            if key not in self._galleries:
-                self._galleries[key] = Gallery.of(trainer, model, self.samples, self.teacher_steps, self.grid)
-            if key not in self._points:
-                self._collecting.append(model)
-                self._points[key] = Points(self.images)
+        self.collecting = []
+        if self._due(trainer):
+            self.collect(trainer, find_models(trainer, pl_module))
 
     on_test_epoch_start = on_validation_epoch_start
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first samples, once."""
-        stage = _stage(trainer)
-        wanting = [s for s in self._collecting if s.ready and len(self._points[stage, s.name]) < self.images]
-        if not wanting or dataloader_idx > 0:
-            return
-        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-            for model in wanting:
-                self._points[stage, model.name].add(*model.state(batch))
-
-    on_test_batch_end = on_validation_batch_end
+    on_validation_batch_end = GalleryCallback.on_test_batch_end
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the pictures."""
-        stage = _stage(trainer)
-        due = stage == "test" or self._validations % self.every_n_validations == 0
-        if trainer.sanity_checking:
-            return
-        self._validations += stage == "val" and trainer.state.fn == TrainerFn.FITTING
+        due = self._due(trainer)
+        self._validations += trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not due:
             return
-        for model in self._collecting:
-            key = stage, model.name
-            # every process looks at what the first one has seen
-            self._points[key] = trainer.strategy.broadcast(self._points[key])
-            if len(self._points[key]) == 0:
-                del self._points[key]
+        for gallery in self.collecting:
+            gallery.share()
         root = self._root(trainer)
         figures: dict[str, Figure] = {}
-        for (of, name), gallery in self._galleries.items():
-            if of != stage or (of, name) not in self._points:
-                continue
+        for name, gallery in self.galleries.items():
             with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-                measured = gallery.measure(self._points[of, name])
+                measured = gallery.measure()
             if trainer.is_global_zero:
                 prefix = f"{name}/" if name else ""
                 figures |= {prefix + title: figure for title, figure in gallery.figures(measured).items()}
-        if trainer.is_global_zero and figures and not _is_trial(trainer):
-            self._give(trainer, stage, figures, root)
+        if figures and not _is_trial(trainer):
+            self._give(trainer, "test" if trainer.testing else "val", figures, root)
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -229,10 +187,6 @@ class Pictures(L.Callback):
             for logger in trainer.loggers:
                 for name, figure in figures.items():
                     log_figure(logger, f"{stage}/{name}", figure, trainer.global_step)
-
-
-def _stage(trainer: L.Trainer) -> str:
-    return "test" if trainer.state.fn == TrainerFn.TESTING else "val"
 
 
 def _is_trial(trainer: L.Trainer) -> bool:

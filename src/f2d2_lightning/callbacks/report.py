@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.table import Table
 
-from f2d2_lightning.callbacks._gallery import Gallery, Measured, Points
+from f2d2_lightning.callbacks._gallery import Gallery, GalleryCallback
 from f2d2_lightning.callbacks._models import find_models
-from f2d2_lightning.callbacks._report_text import Report, other_metrics, read_curves, to_json
+from f2d2_lightning.callbacks._report_text import Report, likelihood_table, other_metrics, read_curves, to_json
 from f2d2_lightning.callbacks.summary import model_parts
 from f2d2_lightning.likelihood.model import LikelihoodModel
-from f2d2_lightning.plots import save_figure, training_figure
+from f2d2_lightning.plots import Figure, save_figure, training_figure
 from f2d2_lightning.plots._figure import settle
 from f2d2_lightning.training.folders import run_folder, unused
 from f2d2_lightning.utils.files import whole_file
@@ -27,7 +27,7 @@ from f2d2_lightning.utils.files import whole_file
 __all__ = ["TestReport", "print_table"]
 
 
-class TestReport(L.Callback):
+class TestReport(GalleryCallback):
     """After ``test`` of an :class:`~f2d2_lightning.F2D2Module`: a printed table, ``report.md``, figures, JSON.
 
     The report names the model's parts, versions and command, and shows likelihoods, whatever else was logged as
@@ -51,6 +51,7 @@ class TestReport(L.Callback):
     """
 
     __test__ = False  # pytest collects classes by this name
+    counts = True
 
     def __init__(
         self,
@@ -61,14 +62,8 @@ class TestReport(L.Callback):
         grid: int = 64,
         overwrite: bool = False,
     ) -> None:
-        if min(samples, teacher_steps, images, grid) < 1:
-            raise ValueError(
-                f"samples={samples}, teacher_steps={teacher_steps}, images={images} and grid={grid} are at least 1"
-            )
-        self.folder, self.samples, self.teacher_steps = folder, samples, teacher_steps
-        self.images, self.grid, self.overwrite = images, grid, overwrite
-        self._points: dict[str, Points] = {}
-        self._count = 0
+        super().__init__(samples=samples, teacher_steps=teacher_steps, images=images, grid=grid)
+        self.folder, self.overwrite = folder, overwrite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse other modules before the test."""
@@ -83,69 +78,31 @@ class TestReport(L.Callback):
         return [model for model in find_models(trainer, pl_module) if model.steps]
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start afresh."""
-        self._points, self._count = {}, 0
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first samples."""
-        if dataloader_idx != 0:
-            return
-        for model in self._models(trainer, pl_module):
-            with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-                x, cond = model.state(batch)
-            self._points.setdefault(model.name, Points(self.images)).add(x, cond)
-        self._count += len(x)
+        self.galleries = {}
+        self.collect(trainer, self._models(trainer, pl_module))
 
     @torch.no_grad()
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure on all processes, write on the first. All metrics have been logged by now."""
         run = run_folder(trainer)
-        count = trainer.strategy.reduce(torch.tensor(float(self._count), device=pl_module.device), reduce_op="sum")
-        for model in self._models(trainer, pl_module):
-            gallery = Gallery.of(trainer, model, self.samples, self.teacher_steps, self.grid)
-            points = trainer.strategy.broadcast(self._points.get(model.name, Points(self.images)))
+        for gallery in self.galleries.values():
+            model, seen = gallery.model, torch.tensor(float(gallery.points.seen), device=pl_module.device)
+            count = trainer.strategy.reduce(seen, reduce_op="sum")
+            gallery.share()
             with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
-                measured = gallery.measure(points)
+                measured = gallery.measure()
             rows = measured.rows or model.agreement_table()
-            if trainer.is_global_zero and rows:
-                self._write(trainer, pl_module, gallery, measured, rows, run, int(count))
-
-    def _write(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        gallery: Gallery,
-        measured: Measured,
-        rows: list[dict[str, Any]],
-        run: Path,
-        count: int,
-    ) -> None:
-        model = gallery.model
-        print_table(rows, model.unit, model.reference_name)
-        if getattr(trainer, "fast_dev_run", False):
-            return
-        figures = gallery.figures(measured)
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger) and (curves := read_curves(Path(logger.log_dir))):
-                figures["training"] = settle(training_figure(curves))
-        report = self._report(trainer, module, gallery, rows, tuple(figures), run, count)
-        numbers = {"unit": model.unit, "rows": rows, "metrics": report.metrics}
-        texts = {"test_report.json": to_json(numbers), "report.md": report.markdown()}
-        pictures = {f"{name}.png": figure for name, figure in figures.items()}
-        wanted = (run if self.folder is None else Path(self.folder)) / model.name
-        folder = self._free(wanted, (*texts, *pictures))
-        written = [save_figure(figure, folder / name) for name, figure in pictures.items()]
-        written += [_write(folder / name, text) for name, text in texts.items()]
-        for path in written:
-            Console().print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
+            if not (trainer.is_global_zero and rows):
+                continue
+            print_table(rows, model.unit, model.reference_name)
+            if getattr(trainer, "fast_dev_run", False):
+                continue
+            figures = gallery.figures(measured)
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger) and (curves := read_curves(Path(logger.log_dir))):
+                    figures["training"] = settle(training_figure(curves))
+            report = self._report(trainer, pl_module, gallery, rows, tuple(figures), run, int(count))
+            self._write(report, figures, (run if self.folder is None else Path(self.folder)) / model.name)
 
     @staticmethod
     def _report(
@@ -171,45 +128,36 @@ class TestReport(L.Callback):
             metrics=other_metrics(trainer.callback_metrics, model.steps),
             figures=figures,
             ranked_by=gallery.ranked_by(),
-            quantized=model.unit != "nats",
         )
 
-    def _free(self, folder: Path, names: Iterable[str]) -> Path:
-        taken = any((folder / name).exists() for name in names)
-        return unused(folder / "test", first=2) if taken and not self.overwrite else folder
-
-
-def _write(path: Path, text: str) -> Path:
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
+    def _write(self, report: Report, figures: dict[str, Figure], folder: Path) -> None:
+        numbers = {"unit": report.unit, "rows": report.rows, "metrics": report.metrics}
+        texts = {"test_report.json": to_json(numbers), "report.md": report.markdown()}
+        pictures = {f"{name}.png": figure for name, figure in figures.items()}
+        if not self.overwrite and any((folder / name).exists() for name in (*texts, *pictures)):
+            folder = unused(folder / "test", first=2)
+        written = [save_figure(figure, folder / name) for name, figure in pictures.items()]
+        for name, text in texts.items():
+            with whole_file(folder / name) as partial:
+                partial.write_text(text, encoding="utf-8")
+            written.append(folder / name)
+        for path in written:
+            Console().print(f"wrote {path}", soft_wrap=True, markup=False, highlight=False)
 
 
 @rank_zero_only
-def print_table(rows: list[dict[str, Any]], unit: str, reference_name: str = "teacher") -> None:
+def print_table(rows: Sequence[dict[str, Any]], unit: str, reference_name: str = "teacher") -> None:
     """Print the agreement table of :meth:`~f2d2_lightning.F2D2Module.agreement_table`."""
     table = Table(title=f"log-likelihood of the test set, {unit} (± standard error)")
-    for name in ("steps", "evaluations", "NLL", f"gap to {reference_name}", "r", "rank r", "|error|", "ms per sample"):
+    head, lines = likelihood_table(rows, "NLL", reference_name)
+    for name in head:
         table.add_column(name, justify="right", no_wrap=True)
-    doubts = [f"{row['steps']} steps: {row['doubt']}" for row in rows if row.get("doubt")]
-    if doubts:
-        table.add_column("doubtful")
-    for row in rows:
-        reference = row["steps"] is None
-        table.add_row(
-            reference_name if reference else str(row["steps"]),
-            f"{row['evaluations']:,}",
-            f"{row['nll']:.3f} ± {row['nll_standard_error']:.3f}",
-            "" if reference else f"{row['gap']:+.3f} ± {row['gap_standard_error']:.3f}",
-            "" if reference else f"{row['correlation']:.3f}",
-            "" if reference else f"{row['rank_correlation']:.3f}",
-            "" if reference else f"{row['absolute_error']:.3f}",
-            f"{row['milliseconds']:.3g}",
-            *(["yes" if row.get("doubt") else ""] if doubts else []),
-        )
+    for line in lines:
+        table.add_row(*line)
     console = Console()
     # a pipe or a file has no width, and rich would fold the columns into 80
-    console = console if console.is_terminal else Console(width=110)
+    console = console if console.is_terminal else Console(width=120)
     console.print(table)
-    for text in doubts:
-        console.print(f"doubtful in {text}", markup=False, highlight=False)
+    for row in rows:
+        if row.get("doubt"):
+            console.print(f"doubtful in {row['steps']} steps: {row['doubt']}", markup=False, highlight=False)
