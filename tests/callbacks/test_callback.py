@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import subprocess
-import sys
 import types
 
 import lightning as L
@@ -21,7 +20,8 @@ from f2d2_lightning.checkpoints.export import make_head
 from f2d2_lightning.modules import evaluation
 from f2d2_lightning.objectives import Batch, Objective, Terms
 from foreign import ManualModule, MeanFlowModule, MeanNet, callback
-from lightning_parts import Pair, trainer
+from lightning_parts import Pair, same, trainer, weights
+from lightning_parts import fit as train
 
 
 class Record(L.Callback):
@@ -38,19 +38,9 @@ class Record(L.Callback):
             raise RuntimeError("a failure in training")
 
 
-def fit(folder, module, *callbacks, ckpt_path=None, **kwargs):
+def fit(folder, module, *callbacks, **kwargs):
     torch.manual_seed(0)
-    made = trainer(folder, callbacks=list(callbacks), **({"max_epochs": 3} | kwargs))
-    made.fit(module, datamodule=Pair(), ckpt_path=ckpt_path)
-    return made
-
-
-def weights(module):
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return train(folder, module, *callbacks, **({"max_epochs": 3} | kwargs))
 
 
 @pytest.mark.parametrize("make", [MeanFlowModule, ManualModule])
@@ -60,7 +50,7 @@ def test_frozen_training_is_the_same_to_the_bit_without_the_callback(tmp_path, m
     fit(tmp_path, plain, records[0])
     f2d2 = callback(frozen=True)
     fit(tmp_path, added, f2d2, records[1])
-    assert same(weights(plain), weights(added))
+    assert same(plain, added)
     assert records[0].losses == pytest.approx(records[1].losses, nan_ok=True, abs=0)
     noise = torch.randn(4, 2)
     expected = noise - added.eval().net(noise, (torch.ones(4), torch.ones(4)))
@@ -81,7 +71,7 @@ def test_batch_norm_is_left_alone_when_frozen(tmp_path):
     plain, added = make(), make()
     fit(tmp_path, plain)
     fit(tmp_path, added, callback(frozen=True))
-    assert same(weights(plain), weights(added))
+    assert same(plain, added)
 
 
 class Known(Objective):
@@ -194,16 +184,13 @@ def test_modules_and_networks_compiled_in_place(tmp_path):
         torch.testing.assert_close(answer, answers[0])
 
 
-@pytest.mark.parametrize("make", [MeanFlowModule, ManualModule])
-def test_accumulation_and_head_steps(tmp_path, make):
-    if make is MeanFlowModule:
-        f2d2 = callback()
-        made = fit(tmp_path, make(), f2d2, accumulate_grad_batches=3, max_epochs=2)
-        assert f2d2.added.steps == made.global_step == 2
-    else:
-        f2d2 = callback()
-        fit(tmp_path, make(), f2d2, max_epochs=2)
-        assert f2d2.added.steps == 6  # one in each batch, though two optimisers stepped
+@pytest.mark.parametrize(("make", "accumulate", "steps"), [(MeanFlowModule, 3, 2), (ManualModule, 1, 6)])
+def test_accumulation_and_head_steps(tmp_path, make, accumulate, steps):
+    """One in each batch of manual optimisation, though two optimisers step."""
+    f2d2 = callback()
+    made = fit(tmp_path, make(), f2d2, accumulate_grad_batches=accumulate, max_epochs=2)
+    assert f2d2.added.steps == steps
+    assert make is ManualModule or made.global_step == steps
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -230,7 +217,7 @@ def test_a_gradient_scaler_is_undone_and_an_overflow_skipped():
     before = weights(twins[1].live)
     (torch.inf * twins[1].live["head"](x).sum()).backward()
     twins[1].step(1024.0)
-    assert same(before, weights(twins[1].live))
+    assert same(before, twins[1].live)
     assert twins[1].steps == twins[0].steps
     (torch.nan * twins[0].live["head"](x).sum()).backward()
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
@@ -258,9 +245,9 @@ def test_a_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path, make, frozen, s
     module, again = Seeded(dropout=0.2), callback(frozen=frozen)
     fit(tmp_path, module, again, ckpt_path=str(tmp_path / "saved" / "x.ckpt"))
     assert again.added.steps == f2d2.added.steps == 9
-    assert same(weights(whole), weights(module))
+    assert same(whole, module)
     for kind in ("live", "average"):
-        assert same(weights(getattr(f2d2.added, kind)), weights(getattr(again.added, kind)))
+        assert same(getattr(f2d2.added, kind), getattr(again.added, kind))
     x = torch.randn(4, 2)
     assert torch.equal(f2d2.log_prob(x, 2).value, again.log_prob(x, 2).value)
 
@@ -272,7 +259,7 @@ def test_the_modules_own_checkpoints_are_as_they_were(tmp_path):
     made.save_checkpoint(tmp_path / "with.ckpt")
     assert set(module.state_dict()) == set(MeanFlowModule().state_dict())
     loaded = MeanFlowModule.load_from_checkpoint(tmp_path / "with.ckpt", weights_only=True)
-    assert same(weights(loaded), weights(module))
+    assert same(loaded, module)
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
         fit(tmp_path, MeanFlowModule(), ckpt_path=str(tmp_path / "with.ckpt"), max_epochs=4)
     plain = fit(tmp_path, MeanFlowModule())
@@ -282,16 +269,13 @@ def test_the_modules_own_checkpoints_are_as_they_were(tmp_path):
     assert fresh.added.steps == 3
 
 
-def test_methods_are_given_back(tmp_path):
-    for failing in (None, 2):
-        module = MeanFlowModule()
-        record = Record(fail=failing)
-        if failing:
-            with pytest.raises(RuntimeError, match="a failure in training"):
-                fit(tmp_path, module, callback(), record)
-        else:
-            fit(tmp_path, module, callback(), record)
-        assert not {"training_step", "manual_backward", "on_save_checkpoint"} & set(vars(module))
+@pytest.mark.parametrize("fail", [None, 2])
+def test_methods_are_given_back(tmp_path, fail):
+    module = MeanFlowModule()
+    failing = pytest.raises(RuntimeError, match="a failure in training") if fail else contextlib.nullcontext()
+    with failing:
+        fit(tmp_path, module, callback(), Record(fail=fail))
+    assert not {"training_step", "manual_backward", "on_save_checkpoint"} & set(vars(module))
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -336,36 +320,6 @@ def test_load_joint_answers_as_the_callback_does(tmp_path, source, interval):
         assert torch.equal(f2.sample(joint, x, k).state, f2d2.sample(x, k).state)
     with pytest.raises(ValueError, match="does not fit this MeanNet"):
         f2.load_joint(path, MeanNet(width=16))
-
-
-def test_load_joint_needs_no_lightning(tmp_path):
-    f2d2 = callback()
-    fit(tmp_path, MeanFlowModule(), f2d2)
-    f2d2.export(tmp_path / "x.pt")
-    torch.save(MeanNet().state_dict(), tmp_path / "net.pt")
-    code = f"""
-import sys
-for name in ("lightning", "pytorch_lightning", "torchmetrics"):
-    sys.modules[name] = None
-import torch
-import f2d2_lightning as f2
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.time, self.inlet = torch.nn.Linear(2, 32), torch.nn.Linear(2, 32)
-        n = torch.nn
-        self.middle = n.Sequential(n.SiLU(), n.Linear(32, 32), n.Dropout(0.0), n.SiLU())
-        self.outlet = n.Linear(32, 2)
-    def forward(self, x, times, aug_cond=None):
-        return self.outlet(self.middle(self.inlet(x) + self.time(torch.stack(times, -1))))
-
-joint = f2.load_joint({str(tmp_path / "x.pt")!r}, Net())
-print(f2.log_prob(joint, torch.ones(1, 2), 2).value.item())
-"""
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    assert float(answer.stdout) == pytest.approx(float(f2d2.log_prob(torch.ones(1, 2), 2).value), abs=1e-5)
 
 
 class OwnHead(f2.DivergenceHead):
@@ -458,10 +412,26 @@ def refused(folder, module, *callbacks, match, kind=ValueError):
     assert module.trainer.global_step == 0
 
 
-def test_no_such_submodule(tmp_path):
-    refused(tmp_path, MeanFlowModule(), callback(flow_map="nett"), match=r"no submodule 'nett'; it has 'net'")
-    refused(tmp_path, MeanFlowModule(), callback(features="midle"), match=r"'middle'")
-    refused(tmp_path, MeanFlowModule(), callback(interval="tiem"), match=r"'time'")
+WRONG = {
+    "flow_map": ({"flow_map": "nett"}, r"no submodule 'nett'; it has 'net'"),
+    "features": ({"features": "midle"}, r"'middle'"),
+    "interval": ({"interval": "tiem"}, r"'time'"),
+    "call": (
+        {"adapter": Adapter("net(x, s, t, cond)")},
+        r"was called as 'net\(x, s, t, cond\)' and raised TypeError.*It takes MeanNet.forward\(x",
+    ),
+    "head": ({"head": f2.DivergenceHead(features=7)}, r"DivergenceHead\(features=32\)"),
+    "no velocity": (
+        {"adapter": Consistency("net(x, (s, s))"), "objective": None, "check": False},
+        "the teacher that it was distilled from",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_does_not_fit_the_network(tmp_path, what):
+    options, match = WRONG[what]
+    refused(tmp_path, MeanFlowModule(), callback(**options), match=match)
 
 
 def test_two_callbacks_on_one_model(tmp_path):
@@ -474,27 +444,20 @@ def test_two_callbacks_on_one_model(tmp_path):
     refused(tmp_path, module, callback(), callback(flow_map="alias.net"), match="two F2D2Callbacks are on one network")
 
 
-def test_a_call_that_does_not_fit(tmp_path):
-    wrong = callback(adapter=Adapter("net(x, s, t, cond)"))
-    match = r"was called as 'net\(x, s, t, cond\)' and raised TypeError.*It takes MeanNet.forward\(x"
-    refused(tmp_path, MeanFlowModule(), wrong, match=match)
+ANSWERS = {
+    "shape": (lambda net, x, times: MeanNet.forward(net, x, times)[:, :1],
+              r"answered shape \(64, 1\); the answer must have the state's shape"),
+    "one time": (lambda net, x, times: MeanNet.forward(net, x, (times[0], torch.zeros_like(times[0]))),
+                 "does not depend on the end time"),
+}  # fmt: skip
 
 
-def test_an_answer_of_another_shape(tmp_path):
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_that_cannot_be(tmp_path, name):
+    answer, match = ANSWERS[name]
     module = MeanFlowModule()
-    module.net.forward = types.MethodType(
-        lambda self, x, times, aug_cond=None: MeanNet.forward(self, x, times)[:, :1], module.net
-    )
-    refused(tmp_path, module, callback(), match=r"answered shape \(64, 1\); the answer must have the state's shape")
-
-
-def test_a_second_time_that_is_ignored(tmp_path):
-    module = MeanFlowModule()
-    forward = MeanNet.forward
-    module.net.forward = types.MethodType(
-        lambda self, x, times, aug_cond=None: forward(self, x, (times[0], torch.zeros_like(times[0]))), module.net
-    )
-    refused(tmp_path, module, callback(), match="does not depend on the end time")
+    module.net.forward = types.MethodType(lambda net, x, times, aug_cond=None: answer(net, x, times), module.net)
+    refused(tmp_path, module, callback(), match=match)
 
 
 @pytest.mark.parametrize("wrong", ["sign", "direction"])
@@ -509,21 +472,21 @@ def test_a_wrong_sign_or_direction_of_a_trained_model(tmp_path, wrong):
     fit(tmp_path, module, callback(), max_epochs=1)
 
 
-def test_other_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="set directions of both alike"):
-        callback(adapter=MeanFlow(directions="to_data"))
-    with pytest.raises(ValueError, match="instantaneous velocity"):
-        f2.F2D2Callback("net", FlowMatching())
-    with pytest.raises(ValueError, match="frozen=True does not train it"):
-        callback(frozen=True, interval="time")
-    with pytest.raises(ValueError, match="weight=0"):
-        callback(weight=0.0)
-    head = f2.DivergenceHead(features=7)
-    refused(tmp_path, MeanFlowModule(), callback(head=head), match=r"DivergenceHead\(features=32\)")
-    module = MeanFlowModule()
-    objective = f2.TrajectoryRegression(nodes=8, capacity=32, intervals=f2.Intervals("to_data"))
-    endpoint = f2.F2D2Callback("net", Consistency("net(x, (s, s))"), objective=objective, check=False)
-    refused(tmp_path, module, endpoint, match="the teacher that it was distilled from")
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"adapter": MeanFlow(directions="to_data")}, "set directions of both alike"),
+        ({"adapter": FlowMatching()}, "instantaneous velocity"),
+        ({"frozen": True, "interval": "time"}, "frozen=True does not train it"),
+        ({"weight": 0.0}, "weight=0"),
+    ],
+)
+def test_settings_that_cannot_be(options, match):
+    with pytest.raises(ValueError, match=match):
+        callback(**options)
+
+
+def test_there_is_no_head_before_training():
     with pytest.raises(RuntimeError, match="there is no divergence head yet"):
         callback().log_prob(torch.zeros(1, 2))
 

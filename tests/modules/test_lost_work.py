@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import signal
@@ -20,12 +21,7 @@ import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.callbacks import LastCheckpoint, last_checkpoint
 from f2d2_lightning.training.loading import load_module, read_checkpoint
-from lightning_parts import Pair, student, teacher, trainer
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-
+from lightning_parts import Pair, fit, same, student, teacher, trainer
 
 # --- a model that was trained is not started anew ---
 
@@ -37,17 +33,21 @@ class NoRate(torch.optim.SGD):
         super().__init__(params, lr=0.0)
 
 
-def trained(tmp_path, **kwargs):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A teacher and its trained student."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.set_default_dtype(torch.float32)
     of = teacher()
-    trainer(tmp_path, max_epochs=2).fit(of, datamodule=Pair())
-    module = student(of, optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-2), **kwargs)
-    trainer(tmp_path, max_epochs=40).fit(module, datamodule=Pair())
+    fit(folder, of, max_epochs=2)
+    module = student(of, optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-2))
+    fit(folder, module, max_epochs=40)
     return of, module
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "weights", "state_dict", "the same object"])
-def test_fit_of_a_trained_student_goes_on_from_it(tmp_path, way):
-    of, module = trained(tmp_path)
+def test_fit_of_a_trained_student_goes_on_from_it(tmp_path, trained, way):
+    of, module = trained[0], copy.deepcopy(trained[1])
     run = trainer(tmp_path, max_epochs=1)
     run.strategy.connect(module)
     run.save_checkpoint(tmp_path / "trained.ckpt", weights_only=way == "weights")
@@ -63,20 +63,20 @@ def test_fit_of_a_trained_student_goes_on_from_it(tmp_path, way):
     x = torch.randn(20, 2)
     before = module.log_prob(x, 2).value.clone()
     again.optimizer, again.ema_decay = NoRate, 0.999
-    trainer(tmp_path, max_steps=1, max_epochs=-1).fit(again.train(), datamodule=Pair())
+    fit(tmp_path, again.train(), max_steps=1, max_epochs=-1)
     # the average moves towards the live weights, which it has not reached
     assert torch.allclose(again.log_prob(x, 2).value, before, atol=0.02)
     started_anew = student(of, optimizer=NoRate)
-    trainer(tmp_path, max_steps=1, max_epochs=-1).fit(started_anew, datamodule=Pair())
+    fit(tmp_path, started_anew, max_steps=1, max_epochs=-1)
     assert (started_anew.log_prob(x, 2).value - before).abs().mean() > 0.2
 
 
 def test_fit_of_a_trained_teacher_keeps_its_average(tmp_path):
     of = teacher()
-    trainer(tmp_path, max_epochs=3).fit(of, datamodule=Pair())
+    fit(tmp_path, of, max_epochs=3)
     average = [p.clone() for p in of.average.parameters()]
     of.optimizer, of.ema_decay = NoRate, 0.9
-    trainer(tmp_path, max_steps=1, max_epochs=-1).fit(of, datamodule=Pair())
+    fit(tmp_path, of, max_steps=1, max_epochs=-1)
     for before, after, live in zip(average, of.average.parameters(), of.flow_map.parameters(), strict=True):
         assert torch.allclose(after, 0.55 * before + 0.45 * live, atol=1e-6)
 
@@ -111,11 +111,9 @@ def test_one_nan_sample_stops_the_run_before_it_spoils_anything(tmp_path, kind):
     if kind != "teacher":
         # starting values are set from all of the data, which would be refused there
         module.prepare = module.fit_baselines = lambda: None
-    run = trainer(tmp_path, max_epochs=3, callbacks=[healthy, keep], enable_checkpointing=True)
-    with pytest.raises(
-        FloatingPointError, match=r"before optimiser step \d.*batch \d.*NaN or infinite in \d+ parameters"
-    ):
-        run.fit(module, datamodule=Poisoned())
+    said = r"before optimiser step \d.*batch \d.*NaN or infinite in \d+ parameters"
+    with pytest.raises(FloatingPointError, match=said):
+        fit(tmp_path, module, healthy, keep, data=Poisoned(), max_epochs=3, enable_checkpointing=True)
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in healthy.before.items())
     last = tmp_path / "checkpoints/last.ckpt"
     if last.exists():
@@ -127,7 +125,7 @@ def test_a_nan_gradient_is_told_from_nan_data(tmp_path):
     last = list(module.flow_map.parameters())[-1]
     last.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(FloatingPointError, match="the batch is finite: lower the learning rate"):
-        trainer(tmp_path).fit(module, datamodule=Pair())
+        fit(tmp_path, module)
     assert all(p.isfinite().all() for p in module.parameters())
 
 
@@ -141,9 +139,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
             if trainer.global_step == 2:
                 next(pl_module.flow_map.parameters()).data.fill_(float("inf"))
 
-    run = trainer(tmp_path, callbacks=[Spoil(), keep], enable_checkpointing=True)
     with pytest.raises(FloatingPointError, match=r"nothing was saved: .* first flow_map"):
-        run.fit(module, datamodule=Pair())
+        fit(tmp_path, module, Spoil(), keep, enable_checkpointing=True)
     assert read_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 1
 
 
@@ -165,7 +162,7 @@ def kept(folder):
 )
 def test_the_end_is_saved_whether_validation_runs_or_not(tmp_path, settings, expected):
     keep = LastCheckpoint(every_n_train_steps=2)
-    trainer(tmp_path, callbacks=[keep], enable_checkpointing=True, **settings).fit(teacher(), datamodule=Pair())
+    fit(tmp_path, teacher(), keep, enable_checkpointing=True, **settings)
     assert kept(tmp_path) == expected
     assert not list(tmp_path.rglob("*.part*")) + list(tmp_path.rglob(".saving"))
 
@@ -184,9 +181,8 @@ def test_a_full_disk_costs_no_more_than_a_save(tmp_path, monkeypatch):
 
     monkeypatch.setattr(last_checkpoint, "sync", full)
     keep = LastCheckpoint(every_n_train_steps=1)
-    run = trainer(tmp_path, max_steps=2, max_epochs=-1, callbacks=[keep], enable_checkpointing=True)
     with pytest.warns(UserWarning, match=r"step 2 could not be saved.*No space left.*saved at step 1 is still there"):
-        run.fit(teacher(), datamodule=Pair())
+        fit(tmp_path, teacher(), keep, max_steps=2, max_epochs=-1, enable_checkpointing=True)
     # the end, two saves later
     assert kept(tmp_path) == {"last.ckpt": 2, "previous.ckpt": 1}
 
@@ -196,9 +192,8 @@ def test_a_run_whose_end_cannot_be_saved_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(last_checkpoint, "sync", full)
-    run = trainer(tmp_path, max_steps=2, max_epochs=-1, callbacks=[LastCheckpoint()], enable_checkpointing=True)
     with pytest.warns(UserWarning, match="could not be saved"), pytest.raises(OSError, match="could not be saved in"):
-        run.fit(teacher(), datamodule=Pair())
+        fit(tmp_path, teacher(), LastCheckpoint(), max_steps=2, max_epochs=-1, enable_checkpointing=True)
 
 
 def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path):
@@ -216,10 +211,9 @@ def test_a_file_that_may_not_grow_is_a_full_disk(tmp_path):
             if trainer.global_step == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    run = trainer(tmp_path, max_steps=3, max_epochs=-1, callbacks=[Limit(), keep], enable_checkpointing=True)
     try:
         with pytest.warns(UserWarning, match="step 2 could not be saved"):
-            run.fit(teacher(), datamodule=Pair())
+            fit(tmp_path, teacher(), Limit(), keep, max_steps=3, max_epochs=-1, enable_checkpointing=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert kept(tmp_path)["last.ckpt"] == 3
@@ -229,8 +223,7 @@ def test_a_second_fit_with_the_same_callback_saves_too(tmp_path):
     keep = LastCheckpoint(every_n_train_steps=2)
     for name, steps in (("first", 6), ("second", 3)):
         keep.dirpath = tmp_path / name / "checkpoints"
-        run = trainer(tmp_path, max_steps=steps, max_epochs=-1, callbacks=[keep], enable_checkpointing=True)
-        run.fit(teacher(), datamodule=Pair())
+        fit(tmp_path, teacher(), keep, max_steps=steps, max_epochs=-1, enable_checkpointing=True)
     assert kept(tmp_path / "first") == {"last.ckpt": 6, "previous.ckpt": 4}
     assert kept(tmp_path / "second") == {"last.ckpt": 3, "previous.ckpt": 2}
 
@@ -272,25 +265,28 @@ def start(tmp_path, where, pause):
     )
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Weights of the script's run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert "finished 9" in start(folder, "nowhere", 0).communicate(timeout=120)[0]
+    return read_checkpoint(folder / "checkpoints/last.ckpt")["state_dict"]
+
+
 @pytest.mark.parametrize(
-    ("where", "number", "step"),
-    [("training", signal.SIGTERM, 3), ("training", signal.SIGINT, 3), ("validation", signal.SIGTERM, 3)],
+    ("where", "number"),
+    [("training", signal.SIGTERM), ("training", signal.SIGINT), ("validation", signal.SIGTERM)],
 )
-def test_a_signal_saves_and_is_told_by_the_exit_code(tmp_path, where, number, step):
+def test_a_signal_saves_and_is_told_by_the_exit_code(tmp_path, uninterrupted, where, number):
     process = start(tmp_path, where, 1.0)
     deadline = time.monotonic() + 120
     while not (tmp_path / "there").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
     assert process.wait(60) == 128 + number
-    assert kept(tmp_path) == {"last.ckpt": step}
-    again = start(tmp_path, "nowhere", 0)
-    assert "finished 9" in again.communicate(timeout=120)[0]
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert "finished 9" in start(whole, "nowhere", 0).communicate(timeout=120)[0]
-    one, other = (read_checkpoint(path / "checkpoints/last.ckpt")["state_dict"] for path in (tmp_path, whole))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert kept(tmp_path) == {"last.ckpt": 3}
+    assert "finished 9" in start(tmp_path, "nowhere", 0).communicate(timeout=120)[0]
+    assert same(read_checkpoint(tmp_path / "checkpoints/last.ckpt")["state_dict"], uninterrupted)
 
 
 class Accumulated(L.Callback):
@@ -309,12 +305,10 @@ class Accumulated(L.Callback):
 def test_a_signal_waits_for_all_batches_of_a_step(tmp_path, batch):
     settings = {"max_epochs": 3, "accumulate_grad_batches": 2, "enable_checkpointing": True}
     whole, parts, rest = teacher(), teacher(), teacher()
-    trainer(tmp_path / "whole", callbacks=[LastCheckpoint()], **settings).fit(whole, datamodule=Pair())
-    run = trainer(tmp_path / "parts", callbacks=[LastCheckpoint(), Accumulated(batch)], **settings)
+    fit(tmp_path / "whole", whole, LastCheckpoint(), **settings)
     with pytest.raises(SystemExit) as stop:
-        run.fit(parts, datamodule=Pair())
+        fit(tmp_path / "parts", parts, LastCheckpoint(), Accumulated(batch), **settings)
     assert stop.value.code == 143
-    again = trainer(tmp_path / "parts", callbacks=[LastCheckpoint()], **settings)
-    again.fit(rest, datamodule=Pair(), ckpt_path=tmp_path / "parts/checkpoints/last.ckpt")
-    assert again.global_step == 6
+    last = tmp_path / "parts/checkpoints/last.ckpt"
+    assert fit(tmp_path / "parts", rest, LastCheckpoint(), ckpt_path=last, **settings).global_step == 6
     assert same(whole, rest)

@@ -4,95 +4,22 @@ from __future__ import annotations
 
 import copy
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
 from f2d2_lightning.modules.ema import update_average
 from f2d2_lightning.nn import MLP, AddedTime, GaussianPreconditioned, OneTimeEmbedding
-from lightning_parts import Pair, student, teacher, trainer
+from lightning_parts import Pair, fit, student, teacher, trainer
 from problems import randomize
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    yield
-    torch.set_default_dtype(before)
-
-
-class Record(L.Callback):
-    """Losses as they come."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(float(outputs["loss"]))
-
-
-class Stop(L.Callback):
-    """An interruption after some batches."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.after:
-            raise RuntimeError("interrupted")
-
-
-def make(kind: str) -> f2.modules.FlowModule:
-    if kind == "teacher":
-        return f2.FlowMatchingModule(
-            MLP((2,), width=16, blocks=1, dropout=0.2), shape=(2,), warmup=2, validate_nll=True,
-            reference=f2.Reference(steps=4, probes=0),
-        )  # fmt: skip
-    objective = {
-        "trajectory": lambda: None,
-        "semigroup": f2.objectives.Semigroup,
-        "lagrangian": f2.objectives.Lagrangian,
-    }[kind]()
-    return student() if objective is None else student(objective=objective)
-
-
-@pytest.mark.parametrize("kind", ["teacher", "trajectory", "semigroup", "lagrangian"])
-@pytest.mark.parametrize("every", ["epoch", "step"])
-def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path, kind, every):
-    when = {"every_n_epochs": 1} if every == "epoch" else {"every_n_train_steps": 2}
-
-    def run(folder, stop=None, ckpt=None):
-        L.seed_everything(5, verbose=False)
-        module, record = make(kind), Record()
-        callbacks = [record, ModelCheckpoint(folder, save_last=True, **when)]
-        callbacks += [] if stop is None else [Stop(stop)]
-        fit = trainer(folder, max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
-        if stop is None:
-            fit.fit(module, datamodule=Pair(), ckpt_path=ckpt)
-        else:
-            with pytest.raises(RuntimeError, match="interrupted"):
-                fit.fit(module, datamodule=Pair(), ckpt_path=ckpt)
-        return module, record.losses
-
-    whole, losses = run(tmp_path / "whole")
-    assert len(losses) == 12
-    _, before = run(tmp_path / "parts", stop=8)
-    resumed, after = run(tmp_path / "parts", ckpt=tmp_path / "parts" / "last.ckpt")
-    assert before == losses[:8]
-    assert after == losses[-len(after) :]
-    assert len(after) == (6 if every == "epoch" else 4)
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_the_teacher_learns_a_gaussian(tmp_path):
     flow_map = GaussianPreconditioned(MLP((2,), width=16, blocks=1), f2.GaussianBaseline((2,)))
     module = f2.FlowMatchingModule(flow_map, shape=(2,), warmup=2)
     data = Pair()
-    trainer(tmp_path).fit(module, datamodule=data)
+    fit(tmp_path, module, data=data, max_epochs=2)
     # the baseline was fitted to the data that it saw
     train = data.dataset("train").values
     assert torch.allclose(module.flow_map.baseline.mean, train.mean(0), atol=1e-5)
@@ -113,8 +40,7 @@ def test_what_is_trained(tmp_path, frozen):
     noise = torch.randn(5, 2)
     samples = f2.sample(flow_map.eval(), noise, 2).state
     flow_map.train()
-    fit = trainer(tmp_path)
-    fit.fit(module, datamodule=Pair())
+    fit(tmp_path, module, max_epochs=2)
     same = [torch.equal(a, before[name]) for name, a in module.joint.flow_map.state_dict().items()]
     assert all(same) if frozen else not any(same[1:3])
     assert float(module.joint.head.out.weight.abs().sum()) > 0
@@ -130,7 +56,7 @@ def test_warm_start_scale_and_baseline(tmp_path):
     with torch.no_grad():
         of.average.outlet.weight.normal_()
     module = student(of)
-    trainer(tmp_path, limit_train_batches=1, max_epochs=1).fit(module, datamodule=Pair())
+    fit(tmp_path, module, limit_train_batches=1)
     x = torch.randn(4, 2)
     start = student(of)
     start.trainer = trainer(tmp_path)
@@ -148,7 +74,7 @@ def test_a_student_with_a_second_time_starts_as_its_one_time_teacher(tmp_path):
     of = f2.FlowMatchingModule(backbone(False), shape=(2,), warmup=2)
     randomize(of.average)
     module = student(of, flow_map=backbone(True), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    trainer(tmp_path, limit_train_batches=1, max_epochs=1).fit(module, datamodule=Pair())
+    fit(tmp_path, module, limit_train_batches=1)
     x, s, t = torch.randn(4, 2), torch.rand(4), torch.rand(4)
     for trained in (module.joint.flow_map, module.average.flow_map):
         torch.testing.assert_close(trained(x, s, s), of.average(x, s, s), rtol=0, atol=1e-6)
@@ -181,9 +107,7 @@ def test_the_teacher_is_not_in_the_checkpoint(tmp_path):
     of = teacher()
     weights = copy.deepcopy(of.state_dict())
     module = student(of)
-    fit = trainer(tmp_path, max_epochs=1)
-    fit.fit(module, datamodule=Pair())
-    fit.save_checkpoint(tmp_path / "student.ckpt")
+    fit(tmp_path, module).save_checkpoint(tmp_path / "student.ckpt")
     names = torch.load(tmp_path / "student.ckpt", weights_only=True)["state_dict"]
     assert {name.split(".")[0] for name in names} == {"joint", "average"}
     assert all(torch.equal(a, weights[name]) for name, a in of.state_dict().items())
@@ -195,76 +119,54 @@ def test_the_teacher_is_not_in_the_checkpoint(tmp_path):
         assert torch.equal(loaded.log_prob(x, steps).value, module.log_prob(x, steps).value)
 
 
-@pytest.mark.parametrize("teacher_kind", ["module", "function", "none"])
-def test_logged_metrics_are_those_of_the_answers(tmp_path, teacher_kind):
-    of = teacher()
-    if teacher_kind == "module":
-        module = student(of)
-    else:
-        given = (
-            None
-            if teacher_kind == "none"
-            else f2.flows.MixtureFlow(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
-        )
-        objective = f2.objectives.Semigroup() if teacher_kind == "none" else f2.objectives.Eulerian()
-        module = f2.F2D2Module(
-            MLP((2,), width=16, blocks=1), (2,), given, objective=objective, reference=f2.Reference(steps=8, probes=0)
-        )
-    fit = trainer(tmp_path, max_epochs=1)
-    data = Pair()
-    fit.fit(module, datamodule=data)
-    x = data.dataset("val").values
+def own_student(of, objective, **kwargs):
+    """Of something that is no teacher of this package."""
+    settings = {"objective": objective, "reference": f2.Reference(steps=8, probes=0)}
+    return f2.F2D2Module(MLP((2,), width=16, blocks=1), (2,), of, **settings, **kwargs)
+
+
+KINDS = {
+    "module": student,
+    "function": lambda: own_student(
+        f2.flows.MixtureFlow(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None]), f2.objectives.Eulerian()
+    ),
+    "none": lambda: own_student(None, f2.objectives.Semigroup()),
+}
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_logged_metrics_are_those_of_the_answers(tmp_path, of):
+    """Of the last evaluation: without a teacher the reference follows the student."""
+    module = KINDS[of]()
+    logged = fit(tmp_path, module, max_epochs=2).callback_metrics
+    x = Pair().dataset("val").values
     with torch.no_grad():
         reference = f2.reference_log_prob(module.teacher_velocity(), x, steps=8).value
+        assert float(logged["val/reference_nll"]) == pytest.approx(-float(reference.mean()), rel=1e-5)
         for steps in (1, 2, 4, 8):
             value = module.log_prob(x, steps).value
-            logged = fit.callback_metrics
             assert float(logged[f"val/nll_{steps}"]) == pytest.approx(-float(value.mean()), rel=1e-4)
             assert float(logged[f"val/gap_{steps}"]) == pytest.approx(float((reference - value).mean()), abs=1e-4)
             r = float(torch.corrcoef(torch.stack((reference, value)))[0, 1])
             assert float(logged[f"val/correlation_{steps}"]) == pytest.approx(r, abs=1e-3)
-    assert {"train/velocity_mse", "train/divergence_mse", "train/loss"} <= set(fit.callback_metrics)
+    assert {"train/velocity_mse", "train/divergence_mse", "train/loss"} <= set(logged)
 
 
-def test_the_reference_is_computed_once(tmp_path):
-    module = student()
-    calls = []
+@pytest.mark.parametrize(("count", "calls"), [(None, [40, 10]), (5, [5])])
+def test_the_reference_is_computed_once_of_a_fixed_subset(tmp_path, count, calls):
+    """Two validation batches, in two epochs."""
+    module, found = student(reference_samples=count), []
     original = module.reference
-    module.reference = lambda *args: calls.append(1) or original(*args)
-    trainer(tmp_path, max_epochs=3).fit(module, datamodule=Pair())
-    assert len(calls) == 2  # two validation batches, three epochs
-
-
-def test_without_a_teacher_the_reference_follows_the_student(tmp_path):
-    module = f2.F2D2Module(
-        MLP((2,), width=16, blocks=1),
-        (2,),
-        objective=f2.objectives.Semigroup(),
-        reference=f2.Reference(steps=8, probes=0),
-    )
-    fit = trainer(tmp_path, max_epochs=2)
-    fit.fit(module, datamodule=Pair())
-    x = Pair().dataset("val").values
-    with torch.no_grad():
-        last = -float(f2.reference_log_prob(module.average.velocity, x, steps=8).value.mean())
-    assert float(fit.callback_metrics["val/reference_nll"]) == pytest.approx(last, rel=1e-5)
-
-
-def test_a_fixed_subset_is_compared(tmp_path):
-    module = student(reference_samples=5)
-    calls = []
-    original = module.reference
-    module.reference = lambda velocity, x, cond: calls.append(len(x)) or original(velocity, x, cond)
-    fit = trainer(tmp_path, max_epochs=2)
-    fit.fit(module, datamodule=Pair())
-    assert calls == [5]
+    module.reference = lambda velocity, x, cond: found.append(len(x)) or original(velocity, x, cond)
+    logged = fit(tmp_path, module, max_epochs=2).callback_metrics
+    assert found == calls
     x = Pair().dataset("val").values
     with torch.no_grad():
         value = module.log_prob(x, 2).value
-        reference = original(module.teacher_velocity(), x[:5], None).value
-    assert float(fit.callback_metrics["val/nll_2"]) == pytest.approx(-float(value.mean()), rel=1e-4)
-    assert float(fit.callback_metrics["val/gap_2"]) == pytest.approx(float((reference - value[:5]).mean()), abs=1e-4)
-    assert len(module.agreement_values()[1]) == 5
+        reference = original(module.teacher_velocity(), x[:count], None).value
+    assert float(logged["val/nll_2"]) == pytest.approx(-float(value.mean()), rel=1e-4)
+    assert float(logged["val/gap_2"]) == pytest.approx(float((reference - value[:count]).mean()), abs=1e-4)
+    assert len(module.agreement_values()[1]) == len(reference)
 
 
 def test_average_follows_and_shares():
@@ -311,16 +213,12 @@ class Wrong(Pair):
         ),
         (lambda p: f2.F2D2Module(), "flow_map and shape are needed"),
         (lambda p: student(ema_decay=1.0), r"ema_decay=1.0 lies in \[0, 1\)"),
-        (lambda p: trainer(p).fit(student(), datamodule=Wrong()), r"shape=\(2,\), but Wrong has shape=\(3,\)"),
-        (lambda p: trainer(p).fit(student(levels=17), datamodule=f2.data.Digits()), "make them agree"),
-        (
-            lambda p: trainer(p).fit(f2.F2D2Module(MLP((2,)), (2,), str(p / "none.ckpt")), datamodule=Pair()),
-            "there is no checkpoint at",
-        ),
-        (
-            lambda p: trainer(p).fit(student(flow_map=MLP((2,), width=8)), datamodule=Pair()),
-            "cannot start from the teacher's weights",
-        ),
+        (lambda p: fit(p, student(), data=Wrong()), r"shape=\(2,\), but Wrong has shape=\(3,\)"),
+        (lambda p: fit(p, student(levels=17), data=f2.data.Digits()), "make them agree"),
+        (lambda p: fit(p, f2.F2D2Module(MLP((2,)), (2,), str(p / "none.ckpt"))), "there is no checkpoint at"),
+        (lambda p: fit(p, student(flow_map=MLP((2,), width=8))), "cannot start from the teacher's weights"),
+        (lambda p: f2.F2D2Module(MLP((2,)), (2,), 3), "the teacher is a int"),
+        (lambda p: f2.F2D2Module(MLP((2,)).requires_grad_(False), (2,), lambda x, t, cond: -x), "requires gradients"),
         (lambda p: student().data_to_state(torch.zeros(2, 5)), r"shape \(2, 5\), but the module was made for \(B, 2\)"),
         (lambda p: student().sample(0), "at least one"),
     ],
@@ -331,9 +229,7 @@ def test_errors(tmp_path, make_it, message):
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
-    fit = trainer(tmp_path, max_epochs=1)
-    fit.fit(teacher(), datamodule=Pair())
-    fit.save_checkpoint(tmp_path / "teacher.ckpt")
+    fit(tmp_path, teacher()).save_checkpoint(tmp_path / "teacher.ckpt")
     other = f2.FlowMatchingModule(MLP((2,), width=8, blocks=1), shape=(2,))
     with pytest.raises(ValueError, match="checkpoint is of another model"):
-        trainer(tmp_path).fit(other, datamodule=Pair(), ckpt_path=tmp_path / "teacher.ckpt")
+        fit(tmp_path, other, ckpt_path=tmp_path / "teacher.ckpt")

@@ -10,7 +10,8 @@ import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.callbacks import LastCheckpoint
 from f2d2_lightning.cli._resuming import is_finished
-from lightning_parts import Pair, trainer
+from lightning_parts import Pair, same, student
+from lightning_parts import fit as train
 
 
 class Batches(L.Callback):
@@ -39,13 +40,6 @@ class Save(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(folder, module, data, callbacks, ckpt=None, **kwargs):
-    folder.mkdir(exist_ok=True)
-    run = trainer(folder, callbacks=callbacks, **{"max_epochs": 3, **kwargs})
-    run.fit(module, datamodule=data, ckpt_path=ckpt)
-    return run
-
-
 class Images(f2.data.Digits):
     """A few digits that are mirrored, read lazily."""
 
@@ -63,14 +57,28 @@ def small_teacher(data):
     return f2.FlowMatchingModule(network, shape=data.shape, levels=data().levels, warmup=2)
 
 
+def fit(folder, module, *callbacks, **kwargs):
+    folder.mkdir(exist_ok=True)
+    return train(folder, module, *callbacks, **({"max_epochs": 3} | kwargs))
+
+
 def check_the_rest(whole, parts, seen, rest, step):
     """Whether the batches of the second part are those that the first part had not seen, and the weights the same."""
     expected = seen.seen[step:]
     assert len(rest.seen) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(rest.seen, expected, strict=True))
     assert rest.places == seen.places[step:]
-    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert same(whole, parts)
+
+
+def check_resumed(folder, make, data, save, *more, again=(), **settings):
+    """A run from a checkpoint beside the one that was not interrupted."""
+    whole, parts, seen, rest = make(), make(), Batches(), Batches()
+    fit(folder, whole, seen, save, *more, data=data(), **settings)
+    assert save.saved
+    run = fit(folder, parts, rest, *again, data=data(), ckpt_path=save.path, **settings)
+    assert run.global_step == len(seen.seen)
+    check_the_rest(whole, parts, seen, rest, save.step)
 
 
 CASES = [
@@ -96,13 +104,17 @@ CASES = [
 
 @pytest.mark.parametrize(("workers", "hook", "step", "settings"), CASES)
 def test_the_batches_after_a_resume_are_the_next_ones(tmp_path, workers, hook, step, settings):
-    whole, seen, save = small_teacher(Pair), Batches(), Save(tmp_path, hook, step)
-    fit(tmp_path, whole, Pair(num_workers=workers), [seen, save], **settings)
-    assert save.saved
-    parts, rest = small_teacher(Pair), Batches()
-    run = fit(tmp_path, parts, Pair(num_workers=workers), [rest], save.path, **settings)
-    assert run.global_step == len(seen.seen)
-    check_the_rest(whole, parts, seen, rest, step)
+    data = lambda: Pair(num_workers=workers)  # noqa: E731
+    check_resumed(tmp_path, lambda: small_teacher(Pair), data, Save(tmp_path, hook, step), **settings)
+
+
+@pytest.mark.parametrize(("hook", "step"), [("on_train_batch_end", 5), ("on_train_epoch_end", 6)])
+@pytest.mark.parametrize("objective", ["trajectory", "semigroup", "lagrangian"])
+def test_a_students_objective_goes_on_too(tmp_path, objective, hook, step):
+    """Pools of trajectories, random intervals and the head's average, which are in no batch."""
+    own = {"semigroup": f2.objectives.Semigroup, "lagrangian": f2.objectives.Lagrangian}
+    make = lambda: student(**({} if objective == "trajectory" else {"objective": own[objective]()}))  # noqa: E731
+    check_resumed(tmp_path, make, Pair, Save(tmp_path, hook, step))
 
 
 class Validations(L.Callback):
@@ -120,8 +132,7 @@ class Validations(L.Callback):
 )
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_validation_that_was_cut_off_is_run_again(tmp_path, step, settings, after):
-    whole, seen, validated = small_teacher(Pair), Batches(), Validations()
-    save, passed = Save(tmp_path, "on_validation_batch_end", step), []
+    save, passed, validated, again = Save(tmp_path, "on_validation_batch_end", step), [], Validations(), Validations()
 
     def at_a_batch(trainer, *args, original=save._save, **kwargs):
         if trainer.global_step == step:
@@ -130,12 +141,9 @@ def test_a_validation_that_was_cut_off_is_run_again(tmp_path, step, settings, af
                 original(trainer)
 
     save.on_validation_batch_end = at_a_batch
-    settings = settings | {"max_epochs": 4}
-    fit(tmp_path, whole, Pair(), [seen, save, validated], **settings)
-    parts, rest, again = small_teacher(Pair), Batches(), Validations()
-    fit(tmp_path, parts, Pair(), [rest, again], save.path, **settings)
+    make = lambda: small_teacher(Pair)  # noqa: E731
+    check_resumed(tmp_path, make, Pair, save, validated, again=[again], **(settings | {"max_epochs": 4}))
     assert again.found == [found for found in validated.found if found[0] >= step]
-    check_the_rest(whole, parts, seen, rest, step)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +151,8 @@ def test_a_validation_that_was_cut_off_is_run_again(tmp_path, step, settings, af
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_mirrored_lazy_images_go_on_too(tmp_path, workers, hook, step):
-    whole, seen, save = small_teacher(Images), Batches(), Save(tmp_path, hook, step)
-    fit(tmp_path, whole, Images(num_workers=workers), [seen, save])
-    parts, rest = small_teacher(Images), Batches()
-    fit(tmp_path, parts, Images(num_workers=workers), [rest], save.path)
-    check_the_rest(whole, parts, seen, rest, step)
+    data = lambda: Images(num_workers=workers)  # noqa: E731
+    check_resumed(tmp_path, lambda: small_teacher(Images), data, Save(tmp_path, hook, step))
 
 
 @pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_steps": 4}, {"max_steps": 6}, {"max_steps": 2}])
@@ -156,14 +161,14 @@ def test_a_finished_run_can_be_trained_on(tmp_path, end):
     make = lambda: f2.FlowMatchingModule(f2.nn.MLP((2,), width=4, blocks=1), (2,), warmup=0, **schedule)  # noqa: E731
     torch.manual_seed(0)
     whole, seen = make(), Batches()
-    fit(tmp_path / "whole", whole, Pair(), [seen], enable_checkpointing=True)
+    fit(tmp_path / "whole", whole, seen, enable_checkpointing=True)
     torch.manual_seed(0)
     first, parts, rest = make(), make(), Batches()
     end = {"max_epochs": -1, "enable_checkpointing": True} | end
-    run = fit(tmp_path / "parts", first, Pair(), [LastCheckpoint()], **end)
+    run = fit(tmp_path / "parts", first, LastCheckpoint(), **end)
     last = tmp_path / "parts/checkpoints/last.ckpt"
     assert is_finished(last)
-    fit(tmp_path / "parts", parts, Pair(), [rest], last)
+    fit(tmp_path / "parts", parts, rest, ckpt_path=last)
     # after max_steps Lightning is one ahead in the steps that loggers see
     rest.places = [(*place[:3], seen.places[place[2]][3]) for place in rest.places]
     check_the_rest(whole, parts, seen, rest, run.global_step)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
-from f2d2_lightning.adapters import Adapter, ConventionError, check_convention, check_differentiable
+from f2d2_lightning.adapters import Adapter, ConventionError, check_convention
 from f2d2_lightning.divergence import DerivativeError
 from f2d2_lightning.divergence.estimators import SampleProbes
 from f2d2_lightning.flows import Point
@@ -26,10 +26,30 @@ from f2d2_lightning.metrics.likelihood import doubt
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.utils.seeding import row_keys
 from foreign import MeanFlowModule, callback
-from lightning_parts import Pair, student, teacher, trainer
+from lightning_parts import Pair, fit, student, teacher, trainer
 
 MODES = ("forward", "reverse", "finite")
 pytestmark = pytest.mark.usefixtures("single_precision")
+
+
+def small():
+    return MLP((2,), width=16, blocks=1)
+
+
+def moving():
+    """A network that answers something: a fresh one answers zero."""
+    torch.manual_seed(0)
+    network = small()
+    for p in network.parameters():
+        p.data.normal_(0, 0.3)
+    return network
+
+
+def distilled(network, of, **kwargs):
+    """A student of any teacher, cheap to train."""
+    settings = {"reference": f2.Reference(steps=8, probes=0), "steps": (1,)}
+    settings["objective"] = f2.TrajectoryRegression(nodes=4, capacity=64, refresh=8.0, chunk=16)
+    return f2.F2D2Module(network, (2,), of, **(settings | kwargs))
 
 
 # --- derivatives of other people's networks ---
@@ -205,17 +225,13 @@ def test_differences_along_time_are_the_derivative(name, interval):
 @pytest.mark.parametrize("mode", ["reverse", "finite"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_other_modes_work_from_the_first_step_to_the_report(tmp_path, mode, frozen):
-    module = MeanFlowModule()
     added = callback(estimator=f2.Hutchinson(mode=mode), reference=None, frozen=frozen)
-    made = trainer(tmp_path, callbacks=[added], max_epochs=1)
-    made.fit(module, datamodule=Pair())
+    made = fit(tmp_path, MeanFlowModule(), added)
     assert added.reference.mode == mode
     assert math.isfinite(float(made.callback_metrics["val/f2d2_gap_2"]))
-    distilled = student(estimator=f2.Hutchinson(mode=mode), reference=None)
-    distilled.reference = f2.Reference(steps=8, mode=distilled.reference.mode)
-    made = trainer(tmp_path, max_epochs=1)
-    made.fit(distilled, datamodule=Pair())
-    assert math.isfinite(float(made.callback_metrics["val/gap_2"]))
+    own = student(estimator=f2.Hutchinson(mode=mode), reference=None)
+    own.reference = f2.Reference(steps=8, mode=own.reference.mode)
+    assert math.isfinite(float(fit(tmp_path, own).callback_metrics["val/gap_2"]))
 
 
 def test_threads_wait_for_each_other():
@@ -363,25 +379,44 @@ def test_states_that_are_right_pass():
     LEVELS.check_states(LEVELS.dequantize(torch.full_like(k, 16)))
     # a model's own samples lie a little outside
     LEVELS.check_states(LEVELS.dequantize(k) + 0.1 * torch.randn(k.shape))
-    dark = f2.Quantization(65536)  # a level has some hundred floats
-    dark.check_states(dark.dequantize(torch.zeros(64, 256, dtype=torch.long)))
-    for levels, low, high in ((2, 0.0, 1.0), (256, 0.0, 256.0), (256, -3.0, 3.0), (65536, 0.0, 1.0)):
+    table = [(2, 0.0, 1.0, 0, 2), (256, 0.0, 256.0, 0, 256), (256, -3.0, 3.0, 0, 256), (65536, 0.0, 1.0, 0, 65536)]
+    # few bright or pale pictures, and dark ones of levels with some hundred floats
+    table += [(256, -1.0, 1.0, 128, 256), (256, -1.0, 1.0, 64, 192), (2, -1.0, 1.0, 1, 2), (65536, -1.0, 1.0, 0, 1)]
+    for levels, low, high, first, last in (*table, (256, 0.0, 256.0, 0, 1)):
         other = f2.Quantization(levels, low, high)
-        other.check_states(other.dequantize(torch.randint(0, levels, (200, 6))))
+        other.check_states(other.dequantize(torch.randint(first, last, (4, 1, 28, 28))))
+
+
+def test_sixteen_bits_that_were_never_dequantized_are_refused():
+    k = torch.randint(0, 65536, (64, 256))
+    for low, span in ((-1.0, 2.0), (0.0, 1.0)):
+        with pytest.raises(ValueError, match="never dequantized"):
+            f2.Quantization(65536, low, low + span).check_states(low + span * k / 65535)
+
+
+def test_point_masses_are_said():
+    x = f2.Quantization(256).dequantize(torch.randint(0, 256, (64, 1, 28, 28)))
+    for wrong in (nn.functional.pad(x, (2,) * 4, value=-1.0), torch.cat([x] * 3 + [torch.ones_like(x)], 1)):
+        with pytest.warns(UserWarning, match="one and the same number"):
+            f2.Quantization(256).check_states(wrong)
+    table = torch.randn(500, 4)
+    for column in (table[:, :1].round(), table[:, :1].relu(), torch.ones(500, 1)):
+        with pytest.warns(UserWarning, match="columns 4 of the states"):
+            warn_of_discrete(torch.cat((table, column), 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_discrete(table)
+        f2.Quantization(256).check_states(x)
 
 
 class Levels(Pair):
-    """Integers of 17 levels in the plane, given as they are told to."""
+    """Integers of 17 levels in the plane."""
 
-    def __init__(self, low=-1.0, high=1.0, give=None):
+    def __init__(self, low=-1.0, high=1.0):
         super().__init__(quantization=f2.Quantization(17, low, high))
-        self.give = give
 
     def splits(self):
-        generator = torch.Generator().manual_seed(0)
-        values = torch.randint(0, 17, (400, 2), generator=generator)
-        if self.give is not None:
-            self.quantization, values = None, self.give(values)
+        values = torch.randint(0, 17, (400, 2), generator=torch.Generator().manual_seed(0))
         return {"train": (values, None), "val": (values[:50], None), "test": (values[:51], None)}
 
 
@@ -417,8 +452,7 @@ def test_ranges_are_compared_with_the_data_in_every_stage(tmp_path, stage):
 
 def test_a_callback_takes_levels_and_range_of_the_data(tmp_path):
     added = callback()
-    run = trainer(tmp_path, callbacks=[added], max_epochs=1)
-    run.fit(MeanFlowModule(), datamodule=Levels(0.0, 2.0))
+    run = fit(tmp_path, MeanFlowModule(), added, data=Levels(0.0, 2.0))
     assert added.quantization == added.objective.quantization == f2.Quantization(17, 0.0, 2.0)
     x = torch.stack(list(Levels(0.0, 2.0).dataset("val")))
     bits = f2.bits_per_dim(added.log_prob(x, 1).value, 2, 17, 0.0, 2.0).mean()
@@ -431,10 +465,8 @@ def test_an_empty_range_is_refused():
             make(levels=17, low=1.0, high=1.0)
 
 
-@pytest.mark.parametrize("give", [lambda k: -1 + (k + 0.5) * 2 / 17, lambda k: k.float(), lambda k: k / 17 + 1e-3])
-def test_the_first_batch_of_every_stage_is_looked_at(tmp_path, give):
-    data = Levels(give=give)
-    loader = DataLoader(data.splits()["train"][0], batch_size=200)
+def test_the_first_batch_of_every_stage_is_looked_at(tmp_path):
+    loader = DataLoader(torch.randint(0, 17, (400, 2)) / 17 + 1e-3, batch_size=200)
     for stage in ("fit", "validate", "test"):
         for module in (teacher(levels=17), student(teacher(levels=17))):
             with pytest.raises(ValueError, match="dequantize"):
@@ -517,10 +549,9 @@ class Labelled(Pair):
 def test_a_flow_map_by_the_contract_gets_its_conditioning(tmp_path):
     of = f2.FlowMatchingModule(ByContract(), (2,))
     assert of.conditional is None
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(of, datamodule=Labelled())
+    fit(tmp_path, of, data=Labelled())
     made = student(of, steps=(1,))
-    trainer(tmp_path, max_epochs=1).fit(made, datamodule=Labelled())
+    fit(tmp_path, made, data=Labelled())
     x = torch.randn(4, 2)
     one, other = (made.log_prob(x, 1, torch.full((4,), k)).value for k in (0, 1))
     assert float((one - other).abs().min()) > 1e-4
@@ -549,73 +580,134 @@ def test_conditioning_of_another_form_is_refused(cond):
 # --- teachers ---
 
 
-def test_a_teacher_that_is_the_students_own_network_stays_as_it_is(tmp_path):
-    network = MLP((2,), width=16, blocks=1)
-    before = [p.clone() for p in network.parameters()]
-    made = f2.F2D2Module(
-        network,
-        (2,),
-        network,
-        objective=f2.TrajectoryRegression(nodes=4, capacity=64, refresh=8.0, chunk=16),
-        reference=f2.Reference(steps=4, probes=0),
-        optimizer=lambda p: torch.optim.SGD(p, 0.1),
-    )
-    trainer(tmp_path, max_steps=3).fit(made, datamodule=Pair())
+@pytest.mark.parametrize("how", ["module", "method", "held"])
+def test_a_teacher_that_is_the_students_own_network_stays_as_it_is(tmp_path, how):
+    """However it holds the network; a function that does has no copy, and is refused."""
+    network = moving()
+
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = [network]
+
+        def forward(self, x, t, cond=None):
+            return self.kept[0].velocity(x, t)
+
+    x, t = torch.randn(4, 2), torch.full((4,), 0.5)
+    before = network.velocity(x, t).detach()
+    given = {"module": network, "method": network.velocity, "held": Held()}[how]
+    made = distilled(network, given, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    fit(tmp_path, made, max_epochs=-1, max_steps=3)
+    kept = made.teacher_velocity()
+    assert torch.equal(getattr(kept, "velocity", kept)(x, t), before)
+    assert not torch.equal(network.velocity(x, t), before)
     assert all(p.requires_grad for p in network.parameters())
-    assert any(not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
-    assert all(torch.equal(p, q) for p, q in zip(made.teacher.parameters(), before, strict=True))
-    module = MeanFlowModule()
-    wrapped = f2.adapters.MeanFlow(directions="both")(module.net)
-    added = callback(teacher=wrapped)
-    trainer(tmp_path, callbacks=[added], max_steps=3).fit(module, datamodule=Pair())
+    with pytest.raises(ValueError, match=r"a function of a copy, copy\.deepcopy"):
+        distilled(network, lambda x, t, c: network.velocity(x, t))
+
+
+@pytest.mark.parametrize("how", ["module", "method"])
+def test_a_callbacks_teacher_that_is_the_network_itself_stays_as_it_is(tmp_path, how):
+    module, x, t = MeanFlowModule(), torch.randn(4, 2), torch.full((4,), 0.5)
+    own = f2.adapters.MeanFlow(directions="both")(module.net)
+    before = own.velocity(x, t).detach()
+    added = callback(teacher=own if how == "module" else own.velocity)
+    fit(tmp_path, module, added, max_epochs=-1, max_steps=3)
+    kept = added.teacher.velocity if how == "module" else added.teacher
+    assert torch.equal(kept(x, t), before)
     assert all(p.requires_grad for p in module.net.parameters())
 
 
 def test_a_separate_teacher_keeps_its_gradients(tmp_path):
-    network = MLP((2,), width=16, blocks=1)
-    made = f2.F2D2Module(
-        MLP((2,), width=16, blocks=1),
-        (2,),
-        network,
-        objective=f2.TrajectoryRegression(nodes=4, capacity=64),
-        reference=f2.Reference(steps=4),
-    )
-    trainer(tmp_path, max_steps=2).fit(made, datamodule=Pair())
+    network = small()
+    fit(tmp_path, distilled(small(), network), max_epochs=-1, max_steps=2)
     assert all(p.requires_grad and p.grad is None for p in network.parameters())
 
 
-def test_the_average_of_a_teacher_as_backbone_is_copied_and_trained(tmp_path):
+@pytest.mark.parametrize("part", ["average", "flow_map"])
+def test_a_part_of_a_teacher_as_backbone_is_copied_and_trained(tmp_path, part):
     of = teacher()
-    for part in (of.average, of.flow_map):
-        made = f2.F2D2Module(part, (2,), of, objective=f2.TrajectoryRegression(nodes=4, capacity=64))
-        assert made.joint.flow_map is not part
-        assert all(p.requires_grad for p in made.joint.flow_map.parameters())
-        kept = [p.clone() for p in of.average.parameters()]
-        trainer(tmp_path, max_steps=2).fit(made, datamodule=Pair())
-        assert all(torch.equal(p, q) for p, q in zip(of.average.parameters(), kept, strict=True))
-        assert any(not torch.equal(p, q) for p, q in zip(made.average.flow_map.parameters(), kept, strict=True))
-    with pytest.raises(ValueError, match="requires gradients, so it would not be trained"):
-        f2.F2D2Module(MLP((2,), width=16).requires_grad_(False), (2,), lambda x, t, cond: -x)
+    made = distilled(getattr(of, part), of)
+    assert made.joint.flow_map is not getattr(of, part)
+    assert all(p.requires_grad for p in made.joint.flow_map.parameters())
+    kept = [p.clone() for p in of.average.parameters()]
+    fit(tmp_path, made, max_epochs=-1, max_steps=2)
+    assert all(torch.equal(p, q) for p, q in zip(of.average.parameters(), kept, strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(made.average.flow_map.parameters(), kept, strict=True))
 
 
 def test_a_function_can_be_a_teacher(tmp_path):
     mean, covariance = torch.tensor([0.5, -1.0]), torch.tensor([[1.0, 0.8], [0.8, 0.73]])
     flow = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(mean, covariance))
-    made = f2.F2D2Module(
-        MLP((2,), width=16, blocks=1),
-        (2,),
-        lambda x, t, cond: flow.velocity(x, t),
-        objective=f2.TrajectoryRegression(nodes=4, capacity=64),
-        reference=f2.Reference(steps=100, probes=0),
-        steps=(1,),
-    )
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(made, datamodule=Pair())
-    x = Pair().dataset("val").values
-    right = -torch.distributions.MultivariateNormal(mean, covariance).log_prob(x).mean()
-    assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), abs=1e-3)
-    with pytest.raises(ValueError, match="the teacher is a int"):
-        f2.F2D2Module(MLP((2,)), (2,), 3)
+    reference = f2.Reference(steps=100, probes=0)
+    made = distilled(small(), lambda x, t, cond: flow.velocity(x, t), reference=reference)
+    logged = fit(tmp_path, made).callback_metrics
+    right = -torch.distributions.MultivariateNormal(mean, covariance).log_prob(Pair().dataset("val").values).mean()
+    assert float(logged["val/reference_nll"]) == pytest.approx(float(right), abs=1e-3)
+
+
+@pytest.mark.parametrize("how", ["module", "method", "function"])
+def test_a_teacher_that_was_changed_has_another_reference(tmp_path, how):
+    network = moving()
+    given = {"module": network, "method": network.velocity, "function": lambda x, t, c: network.velocity(x, t)}[how]
+    made = distilled(small(), given)
+    for _ in range(2):
+        run = trainer(tmp_path)
+        run.validate(made, datamodule=Pair(), verbose=False)
+        right = -made.reference(made.teacher_velocity(), Pair().dataset("val").values).value.mean()
+        assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), abs=1e-4)
+        for p in network.parameters():
+            p.data.mul_(1.5)
+
+
+def test_references_of_functions_are_not_mixed_up():
+    made, x = student(), torch.randn(5, 2)
+    for k in (1.0, 2.0, 3.0):
+        velocity = functools.partial(lambda k, x, t, c: -k * x, k)
+        assert torch.equal(made.evaluation.reference(velocity, x, None)[0], made.reference(velocity, x).value)
+        del velocity
+
+
+def test_a_reference_that_is_nan_is_said_and_not_compared(tmp_path):
+    made = distilled(small(), lambda x, t, c: torch.where(x[:, :1] > 1.0, torch.nan, -x))
+    run = trainer(tmp_path)
+    with pytest.warns(UserWarning, match=r"the reference is NaN or infinite for \d+ samples"):
+        run.validate(made, datamodule=Pair(), verbose=False)
+    assert math.isfinite(float(run.callback_metrics["val/gap_1"]))
+
+
+class HalfDetached(f2.FlowMap):
+    """``-2 x``, half of it behind a detach: forward mode says -1 for each dimension."""
+
+    features = 2
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, s, t, cond=None):
+        return self.scale * (-x - x.detach())
+
+
+def test_a_teacher_that_loses_a_part_of_its_derivative_is_refused_before_the_first_step(tmp_path):
+    of = HalfDetached().velocity
+    with pytest.raises(ConventionError, match=r"HalfDetached answers, but not with its derivative.*mode='finite'"):
+        fit(tmp_path, distilled(small(), HalfDetached()), max_steps=1)
+    with pytest.raises(ConventionError, match="not with its derivative"):
+        fit(tmp_path, MeanFlowModule(), callback(teacher=of))
+    # in validation alone as well, and before a teacher's own likelihood
+    for own in (distilled(small(), of), f2.FlowMatchingModule(HalfDetached(), (2,), validate_nll=True)):
+        with pytest.raises(ConventionError, match="not with its derivative"):
+            trainer(tmp_path).validate(own, datamodule=Pair(), verbose=False)
+    # differences see all of it; the flow of -2 x shrinks noise by exp(-2)
+    made = distilled(small(), of, estimator=f2.Hutchinson(mode="finite"), reference=None, reference_samples=5)
+    right = -torch.distributions.Normal(0.0, math.exp(-2.0)).log_prob(Pair().dataset("val").values[:5]).sum(1).mean()
+    assert float(fit(tmp_path, made).callback_metrics["val/reference_nll"]) == pytest.approx(float(right), rel=1e-3)
+
+
+def test_a_teacher_of_another_path_is_refused():
+    with pytest.raises(ValueError, match=r"teacher was trained on TrigonometricPath, the objective is on LinearPath"):
+        student(teacher(path=f2.flows.TrigonometricPath()))
 
 
 def test_an_untrained_student_is_said(tmp_path):
@@ -652,14 +744,13 @@ def test_half_precision_of_weights_is_refused_at_the_start(tmp_path, precision):
 def test_double_precision_works_everywhere(tmp_path):
     x = torch.randn(3, 2, dtype=torch.float64)
     made = student()
-    run = trainer(tmp_path, precision="64-true", max_epochs=1)
-    run.fit(made, datamodule=Pair())
+    run = fit(tmp_path, made, precision="64-true")
     assert math.isfinite(float(run.callback_metrics["val/gap_1"]))
     value = made.log_prob(x).value
     assert value.dtype == torch.float64
     assert torch.allclose(made.float().log_prob(x).value.double(), value, atol=1e-4)
-    added, module = callback(), MeanFlowModule()
-    trainer(tmp_path, precision="64-true", callbacks=[added], max_epochs=1).fit(module, datamodule=Pair())
+    added = callback()
+    fit(tmp_path, MeanFlowModule(), added, precision="64-true")
     assert added.log_prob(x).value.dtype == torch.float64
     # double states of somebody's data in a single-precision run
     loader = DataLoader(torch.randn(64, 2, dtype=torch.float64), batch_size=32)
@@ -730,12 +821,10 @@ def test_figures_do_not_depend_on_batches_and_workers(tmp_path, who):
         data.eval_batch_size = size
         if who == "callback":
             added = callback(reference=f2.Reference(steps=8), reference_samples=13)
-            made = trainer(tmp_path, callbacks=[added], max_epochs=1)
-            made.fit(MeanFlowModule(), datamodule=data)
+            made = fit(tmp_path, MeanFlowModule(), added, data=data)
             return {name: value for name, value in made.callback_metrics.items() if "f2d2" in name}
-        settings = {"reference": f2.Reference(steps=8)}
-        module = teacher(validate_nll=True, **settings) if who == "teacher" else None
-        module = module or student(reference_samples=13, **settings)
+        make, own = (teacher, {"validate_nll": True}) if who == "teacher" else (student, {"reference_samples": 13})
+        module = make(reference=f2.Reference(steps=8), **own)
         made = trainer(tmp_path)
         made.validate(module, datamodule=data, verbose=False)
         return dict(made.callback_metrics)
@@ -746,130 +835,6 @@ def test_figures_do_not_depend_on_batches_and_workers(tmp_path, who):
         assert float(other[name]) == pytest.approx(float(value), abs=2e-5), name
 
 
-class HalfDetached(nn.Module):
-    """``-2 x``, half of it behind a detach: forward mode says -1 for each dimension."""
-
-    def forward(self, x, t, cond=None):
-        return -x - x.detach()
-
-
-def test_a_teacher_that_loses_a_part_of_its_derivative_is_refused_before_the_first_step(tmp_path):
-    def made(**kwargs):
-        objective = f2.TrajectoryRegression(nodes=4, capacity=64)
-        return f2.F2D2Module(MLP((2,), width=16, blocks=1), (2,), HalfDetached(), objective=objective, **kwargs)
-
-    with pytest.raises(ConventionError, match=r"HalfDetached answers, but not with its derivative.*mode='finite'"):
-        trainer(tmp_path, max_steps=1).fit(made(), datamodule=Pair())
-    with pytest.raises(ConventionError, match="not with its derivative"):
-        trainer(tmp_path, callbacks=[callback(teacher=HalfDetached())]).fit(MeanFlowModule(), datamodule=Pair())
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(made(estimator=f2.Hutchinson(mode="finite"), reference_samples=5), datamodule=Pair())
-    x = Pair().dataset("val").values[:5]
-    variance = math.exp(4.0)  # the flow of -2 x shrinks noise by exp(-2)
-    right = -torch.distributions.Normal(0.0, 1 / variance**0.5).log_prob(x).sum(1).mean()
-    assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), rel=1e-3)
-    # in validation alone as well
-    with pytest.raises(ConventionError, match="not with its derivative"):
-        trainer(tmp_path).validate(made(), datamodule=Pair(), verbose=False)
-
-
-# --- what a second look found ---
-
-
-def distilled(network, of, **kwargs):
-    objective = f2.TrajectoryRegression(nodes=4, capacity=64)
-    settings = {"reference": f2.Reference(steps=8, probes=0), "steps": (1,), "objective": objective} | kwargs
-    return f2.F2D2Module(network, (2,), of, **settings)
-
-
-def moving():
-    torch.manual_seed(0)
-    network = MLP((2,), width=16, blocks=1)
-    for p in network.parameters():
-        p.data.normal_(0, 0.3)
-    return network
-
-
-@pytest.mark.parametrize("how", ["module", "method", "function"])
-def test_a_teacher_that_was_changed_has_another_reference(tmp_path, how):
-    network = moving()
-    made = distilled(
-        MLP((2,), width=16, blocks=1),
-        {"module": network, "method": network.velocity, "function": lambda x, t, c: network.velocity(x, t)}[how],
-    )
-    for _ in range(2):
-        run = trainer(tmp_path)
-        run.validate(made, datamodule=Pair(), verbose=False)
-        right = -made.reference(made.teacher_velocity(), Pair().dataset("val").values).value.mean()
-        assert float(run.callback_metrics["val/reference_nll"]) == pytest.approx(float(right), abs=1e-4)
-        for p in network.parameters():
-            p.data.mul_(1.5)
-
-
-def test_references_of_functions_are_not_mixed_up():
-    made, x = student(), torch.randn(5, 2)
-    for k in (1.0, 2.0, 3.0):
-        velocity = functools.partial(lambda k, x, t, c: -k * x, k)
-        assert torch.equal(made.evaluation.reference(velocity, x, None)[0], made.reference(velocity, x).value)
-        del velocity
-
-
-def test_teachers_behind_methods_and_functions_stay_as_they_are(tmp_path):
-    network = moving()
-    x, t = torch.randn(4, 2), torch.full((4,), 0.5)
-    before = network.velocity(x, t).detach()
-    made = distilled(network, network.velocity, optimizer=lambda p: torch.optim.SGD(p, 0.1))
-    trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(made, datamodule=Pair())
-    assert torch.equal(made.teacher_velocity()(x, t), before)
-    assert not torch.equal(network.velocity(x, t), before)
-
-    class Held(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.kept = [network]
-
-        def forward(self, x, t, cond=None):
-            return self.kept[0].velocity(x, t)
-
-    with pytest.raises(ValueError, match=r"a function of a copy, copy\.deepcopy"):
-        distilled(network, lambda x, t, c: network.velocity(x, t))
-    held = distilled(network, Held(), optimizer=lambda p: torch.optim.SGD(p, 0.1))
-    trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(held, datamodule=Pair())
-    module = MeanFlowModule()
-    own = f2.adapters.MeanFlow(directions="both")(module.net)
-    added = callback(teacher=own.velocity)
-    before = own.velocity(x, t).detach()
-    trainer(tmp_path, callbacks=[added], max_steps=3).fit(module, datamodule=Pair())
-    assert torch.equal(added.teacher(x, t, None), before)
-
-
-class DetachedNorm(nn.Module):
-    def forward(self, x, t, cond=None):
-        return x / (x.detach().norm(dim=1, keepdim=True) + 0.01)
-
-
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
-@pytest.mark.parametrize("network", [DetachedNorm(), HalfDetached()])
-def test_parts_of_a_derivative_that_are_lost_are_seen_in_both_modes(mode, network):
-    with pytest.raises(ConventionError, match="not with its derivative"):
-        check_differentiable(network, torch.randn(64, 6), mode=mode)
-
-
-def test_a_teacher_is_looked_at_before_its_own_likelihood(tmp_path):
-    class Own(f2.FlowMap):
-        features = 2
-
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, x, s, t, cond=None):
-            return self.scale * (-x - x.detach())
-
-    with pytest.raises(ConventionError, match="not with its derivative"):
-        trainer(tmp_path).test(f2.FlowMatchingModule(Own(), (2,)), datamodule=Pair(), verbose=False)
-
-
 @pytest.mark.parametrize("other", [{"levels": 256, "low": 0.0, "high": 2.0}, {"levels": 17, "low": 0.0, "high": 4.0}])
 def test_a_checkpoint_of_other_levels_is_refused(tmp_path, other):
     run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
@@ -878,47 +843,6 @@ def test_a_checkpoint_of_other_levels_is_refused(tmp_path, other):
     loader = DataLoader(torch.stack(list(Levels(0.0, 2.0).dataset("train"))), batch_size=40)
     with pytest.raises(ValueError, match="the checkpoint is of a model with"):
         trainer(tmp_path).test(teacher(**other), loader, ckpt_path=tmp_path / "t.ckpt", verbose=False)
-
-
-def test_sixteen_bits_that_were_never_dequantized_are_refused():
-    k = torch.randint(0, 65536, (64, 256))
-    for low, span in ((-1.0, 2.0), (0.0, 1.0)):
-        with pytest.raises(ValueError, match="never dequantized"):
-            f2.Quantization(65536, low, low + span).check_states(low + span * k / 65535)
-
-
-def test_point_masses_are_said():
-    x = f2.Quantization(256).dequantize(torch.randint(0, 256, (64, 1, 28, 28)))
-    for wrong in (nn.functional.pad(x, (2,) * 4, value=-1.0), torch.cat([x] * 3 + [torch.ones_like(x)], 1)):
-        with pytest.warns(UserWarning, match="one and the same number"):
-            f2.Quantization(256).check_states(wrong)
-    table = torch.randn(500, 4)
-    for column in (table[:, :1].round(), table[:, :1].relu(), torch.ones(500, 1)):
-        with pytest.warns(UserWarning, match="columns 4 of the states"):
-            warn_of_discrete(torch.cat((table, column), 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_discrete(table)
-        f2.Quantization(256).check_states(x)
-
-
-def test_few_bright_or_pale_pictures_pass():
-    for levels, low, high, first, last in (
-        (256, -1.0, 1.0, 128, 256),
-        (256, -1.0, 1.0, 64, 192),
-        (2, -1.0, 1.0, 1, 2),
-        (256, 0.0, 256.0, 0, 1),
-    ):
-        quantization = f2.Quantization(levels, low, high)
-        quantization.check_states(quantization.dequantize(torch.randint(first, last, (4, 1, 28, 28))))
-
-
-def test_a_reference_that_is_nan_is_said_and_not_compared(tmp_path):
-    made = distilled(MLP((2,), width=16, blocks=1), lambda x, t, c: torch.where(x[:, :1] > 1.0, torch.nan, -x))
-    run = trainer(tmp_path)
-    with pytest.warns(UserWarning, match=r"the reference is NaN or infinite for \d+ samples"):
-        run.validate(made, datamodule=Pair(), verbose=False)
-    assert math.isfinite(float(run.callback_metrics["val/gap_1"]))
 
 
 def test_the_check_of_a_convention_holds_at_any_scale_of_the_data():
@@ -944,9 +868,9 @@ def test_the_check_of_a_convention_holds_at_any_scale_of_the_data():
 
 
 def test_a_heads_network_answers_one_number():
-    head = f2.DivergenceHead(network=MLP((2,), width=16, blocks=1))
+    head = f2.DivergenceHead(network=small())
     with pytest.raises(ValueError, match="one number a state"):
-        f2.log_prob(f2.JointFlowMap(MLP((2,), width=16, blocks=1), head), torch.randn(3, 2), 1)
+        f2.log_prob(f2.JointFlowMap(small(), head), torch.randn(3, 2), 1)
 
 
 def test_reverse_mode_says_what_it_cannot_do():
@@ -961,8 +885,3 @@ def test_reverse_mode_says_what_it_cannot_do():
             lambda x, t, c: x * t[:, None], Point(torch.randn(3, 2), 0.5)
         ).divergence
     assert torch.equal(found, torch.ones(3))
-
-
-def test_a_teacher_of_another_path_is_refused():
-    with pytest.raises(ValueError, match=r"teacher was trained on TrigonometricPath, the objective is on LinearPath"):
-        student(teacher(path=f2.flows.TrigonometricPath()))

@@ -48,6 +48,25 @@ def trainer(folder: Path, **kwargs: Any) -> L.Trainer:
     return L.Trainer(**(settings | kwargs))
 
 
+def fit(folder: Path, module: L.LightningModule, *callbacks: L.Callback, data: Any = None, **kwargs: Any) -> L.Trainer:
+    """Train as long as ``kwargs`` of the trainer say, one epoch by default; returns the trainer."""
+    ckpt_path = kwargs.pop("ckpt_path", None)
+    run = trainer(folder, callbacks=list(callbacks), **({"max_epochs": 1} | kwargs))
+    run.fit(module, datamodule=Pair() if data is None else data, ckpt_path=ckpt_path)
+    return run
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of its weights and buffers."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two modules, or copies of their weights, are equal bit for bit."""
+    one, other = (value if isinstance(value, dict) else value.state_dict() for value in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def teacher(**kwargs: Any) -> f2.FlowMatchingModule:
     """An untrained teacher for :class:`Pair`."""
     torch.manual_seed(1)

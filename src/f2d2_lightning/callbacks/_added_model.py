@@ -68,11 +68,6 @@ class AddedModel(DistilledModel):
         return f"F2D2Callback({self.flow_map!r})"
 
     @property
-    def ready(self) -> bool:
-        # without a checkpoint there is no head yet; the callback itself says so
-        return self.has_head
-
-    @property
     def known_shape(self) -> tuple[int, ...] | None:
         return self.states.shape
 
@@ -88,10 +83,6 @@ class AddedModel(DistilledModel):
     @property
     def device(self) -> torch.device:
         return next(self._network.parameters()).device
-
-    @property
-    def joint_map(self) -> JointFlowMap:
-        return self.joint
 
     def attach(self, module: L.LightningModule) -> None:
         """Say whose network it is; a trainer does so by itself."""
@@ -115,6 +106,8 @@ class AddedModel(DistilledModel):
     def has_head(self) -> bool:
         """Whether there is a divergence head yet: training has started, or a checkpoint was restored."""
         return self._added is not None
+
+    ready = has_head
 
     @property
     def added(self) -> AddedWeights:
@@ -146,6 +139,8 @@ class AddedModel(DistilledModel):
         """The network with the average of the added weights: what validates and answers."""
         return JointFlowMap(self._mapped("average"), self._head("average"))
 
+    joint_map = joint
+
     def export(self, path: str | Path) -> None:
         """Write network, head and conventions to a folder, for :func:`f2d2_lightning.from_pretrained`.
 
@@ -158,9 +153,7 @@ class AddedModel(DistilledModel):
 
     def _head(self, kind: str) -> Head:
         """The head in training (``"live"``) or its average (``"average"``)."""
-        head = getattr(self.added, kind)["head"]
-        assert isinstance(head, Head)
-        return head
+        return getattr(self.added, kind)["head"]
 
     def _mapped(self, kind: str) -> AdaptedFlowMap:
         """The network through its adapter, with the added interval, if any, in training or averaged."""
@@ -194,9 +187,7 @@ class AddedModel(DistilledModel):
     def _find(self, pl_module: L.LightningModule) -> None:
         network = find_submodule(pl_module, self.flow_map)
         # compiled code is left to the module's own training: features and derivatives come from the code behind it
-        original = getattr(network, "_orig_mod", network)
-        assert isinstance(original, nn.Module)
-        self._network = original
+        self._network = getattr(network, "_orig_mod", network)
 
     def reference_velocity(self) -> Callable[..., Tensor] | None:
         """``(x, t, cond) -> v`` that likelihoods are compared with: the teacher's, else the network's own diagonal.

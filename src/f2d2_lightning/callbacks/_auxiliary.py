@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import lightning as L
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from f2d2_lightning.modules.ema import copy_frozen, update_average, warmed_decay
 from f2d2_lightning.utils.processes import process_count
@@ -56,13 +55,16 @@ class AddedWeights:
         update_average(self.average, self.live, 0.0)
 
     @torch.no_grad()
-    def step(self, gradient_scale: float = 1.0, rate_factor: float = 1.0) -> None:
+    def step(self, gradient_scale: float = 1.0, followed: torch.optim.Optimizer | None = None) -> None:
         """Average gradients over processes, step, and move the average.
 
         Args:
             gradient_scale: What a gradient scaler multiplied the loss with. A step whose gradients are then not finite
                 is left out, as the scaler does with the model's own.
-            rate_factor: Factor of the optimiser's learning rates.
+            followed: An optimiser whose schedule the learning rates follow.
+
+        Raises:
+            FloatingPointError: If gradients are not finite, without a scaler.
         """
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
         if process_count() == 1 and all(p.grad is None for p in self.parameters):
@@ -73,35 +75,23 @@ class AddedWeights:
         flat = flat / gradient_scale
         norm = torch.linalg.vector_norm(flat)
         if not bool(norm.isfinite()):
-            self._refuse(gradient_scale)
+            self.optimizer.zero_grad(set_to_none=True)
+            if gradient_scale == 1.0:
+                raise FloatingPointError(
+                    "the gradient of the divergence head is NaN or infinite; look at the model's own loss and samples, "
+                    "lower the learning rate, or train in bf16-mixed or 32-bit precision"
+                )
             return
         if self.clip is not None:
             flat = flat * (self.clip / (norm + 1e-6)).clamp(max=1.0)
         for parameter, gradient in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * rate_factor
+            group["lr"] = rate * (1.0 if followed is None else _progress(followed))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         update_average(self.average, self.live, warmed_decay(self.decay, self.steps))
-
-    def step_with(self, trainer: L.Trainer, gradient_scale: float, follow: bool) -> None:
-        """:meth:`step`, at rates that ``follow`` those of the trainer's first optimiser."""
-        factor = 1.0
-        if follow and trainer.optimizers:
-            group = trainer.optimizers[0].param_groups[0]
-            peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
-            factor = float(group["lr"]) / float(peak) if peak else 1.0
-        self.step(gradient_scale, factor)
-
-    def _refuse(self, gradient_scale: float) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        if gradient_scale == 1.0:
-            raise FloatingPointError(
-                "the gradient of the divergence head is NaN or infinite; look at the model's own loss and samples, "
-                "lower the learning rate, or train in bf16-mixed or 32-bit precision"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, average, optimiser and step count."""
@@ -133,8 +123,13 @@ class AddedWeights:
         """Move everything to a device."""
         self.live.to(device)
         self.average.to(device)
-        for values in self.optimizer.state.values():
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.ndim > 0:
-                    values[name] = value.to(device)
+        # which brings its state to where its parameters are
+        self.optimizer.load_state_dict(self.optimizer.state_dict())
         return self
+
+
+def _progress(optimizer: torch.optim.Optimizer) -> float:
+    """Share of its largest learning rate that an optimiser has now."""
+    group = optimizer.param_groups[0]
+    peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+    return float(group["lr"]) / float(peak) if peak else 1.0

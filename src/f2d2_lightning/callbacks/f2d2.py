@@ -154,7 +154,7 @@ class F2D2Callback(AddedModel, L.Callback):
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
         self.follow_schedule, self.gradient_clip, self.ema_decay = follow_schedule, gradient_clip, ema_decay
-        self.states = BatchStates(data_to_state, conditional=self.adapter.conditional)
+        self.states = BatchStates(data_to_state, self.adapter.conditional)
         self.steps = tuple(steps)
         self.inversion = inversion or Inversion()
         # what the network can be differentiated by is the same for its targets and its likelihood
@@ -190,13 +190,11 @@ class F2D2Callback(AddedModel, L.Callback):
             self._wrapped.wrap("manual_backward", self._riding.backward)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the module its own methods back."""
         self._student = None
         if self._wrapped is not None:
             self._wrapped.restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """As teardown, which does not come then."""
         self.teardown(trainer, pl_module, "")
 
     # --- making the head ---
@@ -211,7 +209,6 @@ class F2D2Callback(AddedModel, L.Callback):
                 )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put Lightning's counts right."""
         mend_progress(checkpoint)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -272,7 +269,7 @@ class F2D2Callback(AddedModel, L.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._gradient_scale = 1.0 if scaler is None else float(scaler.get_scale())
         if pl_module.automatic_optimization:
-            self.added.step_with(trainer, self._gradient_scale, self.follow_schedule)
+            self._step_head(trainer)
         else:
             self._riding.stepped = True
 
@@ -282,7 +279,11 @@ class F2D2Callback(AddedModel, L.Callback):
         """In manual optimisation the head steps once in a batch in which an optimiser of the module did."""
         if self._riding.stepped:
             self._riding.stepped = False
-            self.added.step_with(trainer, self._gradient_scale, self.follow_schedule)
+            self._step_head(trainer)
+
+    def _step_head(self, trainer: L.Trainer) -> None:
+        followed = trainer.optimizers[0] if self.follow_schedule and trainer.optimizers else None
+        self.added.step(self._gradient_scale, followed)
 
     # --- evaluation ---
 
@@ -318,14 +319,12 @@ class F2D2Callback(AddedModel, L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Few-step likelihoods of the batch."""
         if self._evaluates:
             self.evaluation.add(*self.state(batch), dataloader_idx)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what was gathered."""
         if self._evaluates:
             self.evaluation.log(pl_module.log, "test/f2d2_" if trainer.testing else "val/f2d2_")
 
@@ -334,5 +333,4 @@ class F2D2Callback(AddedModel, L.Callback):
     # --- checkpoints ---
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """What :func:`f2d2_lightning.load_joint` needs, beside the state that a resumed run needs."""
         self._describe(checkpoint)
