@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
 import f2d2_lightning as f2
+from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.callbacks import JointSummary
 from f2d2_lightning.callbacks.summary import Part, model_parts
-from f2d2_lightning.cli import main
 from f2d2_lightning.nn import MLP
 from foreign import MeanFlowModule, callback
-from lightning_parts import CONFIGS, Pair, student, teacher, trainer
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    torch.set_default_dtype(torch.float32)
+from lightning_parts import CONFIGS, fit, student, teacher
 
 
 def count(*modules, trained=None):
@@ -88,8 +82,7 @@ def test_somebody_elses_module(tmp_path, capsys):
     module, added = Larger(), callback(teacher=MLP((2,), width=8, blocks=1))
     # before training there is no head
     assert list(by_name(model_parts(module, [added]))) == ["teacher", "backbone", "rest"]
-    run = trainer(tmp_path, callbacks=[JointSummary(), added], max_steps=1, limit_val_batches=0)
-    run.fit(module, datamodule=Pair())
+    run = fit(tmp_path, module, JointSummary(), added, max_steps=1, limit_val_batches=0)
     parts = by_name(model_parts(module, run.callbacks))
     assert list(parts) == ["teacher", "backbone", "head", "average", "rest"]
     assert parts["backbone"].kind == "MeanNet through MeanFlow"
@@ -114,8 +107,7 @@ def test_two_networks_of_one_module(tmp_path):
             self.other = MeanFlowModule().net
 
     both = [callback(), callback(flow_map="other", frozen=True)]
-    run = trainer(tmp_path, callbacks=both, max_steps=1, limit_val_batches=0)
-    run.fit(Two(), datamodule=Pair())
+    run = fit(tmp_path, Two(), *both, max_steps=1, limit_val_batches=0)
     parts = by_name(model_parts(run.lightning_module, run.callbacks))
     assert list(parts) == [f"{part} of {name}" for name in ("net", "other") for part in ("backbone", "head", "average")]
     assert "both losses" in parts["backbone of net"].note
@@ -123,9 +115,8 @@ def test_two_networks_of_one_module(tmp_path):
 
 
 def test_it_is_printed_once_and_instead_of_lightnings(tmp_path, capsys):
-    run = trainer(tmp_path, callbacks=[JointSummary()], max_epochs=2, enable_model_summary=True)
     module = student(steps=(1,), objective=f2.objectives.Semigroup())
-    run.fit(module, datamodule=Pair())
+    fit(tmp_path, module, JointSummary(), max_epochs=2, enable_model_summary=True)
     out = capsys.readouterr().out
     assert out.count("F2D2Module") == 1
     assert all(name in out for name in ("teacher", "backbone", "head", "average", "not saved"))
@@ -135,11 +126,10 @@ def test_it_is_printed_once_and_instead_of_lightnings(tmp_path, capsys):
 
 def test_it_can_be_named_in_a_configuration(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["f2d2"])
-    main(["fit", "--config", str(CONFIGS / "mixture_teacher.yaml"), "--trainer.fast_dev_run=1",
-          "--trainer.accelerator=cpu", "--data.init_args.count=600",
-          "--model.init_args.flow_map.init_args.width=16", "--trainer.enable_progress_bar=false",
-          "--trainer.callbacks=[]", "--trainer.callbacks+=f2d2_lightning.callbacks.JointSummary"])  # fmt: skip
+    f2d2("fit", "--config", CONFIGS / "mixture_teacher.yaml", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu",
+         "--data.init_args.count=600", "--model.init_args.flow_map.init_args.width=16",
+         "--trainer.enable_progress_bar=false", "--trainer.callbacks=[]",
+         "--trainer.callbacks+=f2d2_lightning.callbacks.JointSummary")  # fmt: skip
     out = capsys.readouterr().out
     assert "FlowMatchingModule" in out
     assert "PreconditionedMLP" in out

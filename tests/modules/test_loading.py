@@ -11,7 +11,7 @@ from torch import nn
 import f2d2_lightning as f2
 from f2d2_lightning.cli import nll_command, sample_command
 from foreign import MeanFlowModule, callback
-from lightning_parts import Pair, student, trainer
+from lightning_parts import fit, student
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     module, added = MeanFlowModule(), callback()
-    run = trainer(folder, callbacks=[added], max_epochs=1)
-    run.fit(module, datamodule=Pair())
+    run = fit(folder, module, added)
     run.save_checkpoint(folder / "run.ckpt")
     added.export(folder / "export")
     return module, added, folder
@@ -79,9 +78,7 @@ def test_without_its_network_it_says_what_is_needed(trained, capsys, tmp_path, a
 def test_a_module_and_a_folder(tmp_path):
     module = student()
     nn.init.normal_(module.average.head.out.weight, std=0.1)
-    run = trainer(tmp_path, max_steps=1)
-    run.fit(module, datamodule=Pair())
-    run.save_checkpoint(tmp_path / "student.ckpt")
+    fit(tmp_path, module, max_steps=1).save_checkpoint(tmp_path / "student.ckpt")
     with pytest.raises(ValueError, match=r"pass the missing objects|flow_map and shape are needed"):
         # its network is an object of this script
         f2.load(tmp_path / "student.ckpt")

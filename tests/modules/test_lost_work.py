@@ -274,8 +274,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("where", "number"),
-    [("training", signal.SIGTERM), ("training", signal.SIGINT), ("validation", signal.SIGTERM)],
+    ("where", "number"), [("training", signal.SIGTERM), ("training", signal.SIGINT), ("validation", signal.SIGTERM)]
 )
 def test_a_signal_saves_and_is_told_by_the_exit_code(tmp_path, uninterrupted, where, number):
     process = start(tmp_path, where, 1.0)

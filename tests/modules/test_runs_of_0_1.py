@@ -6,20 +6,16 @@ import torch
 import f2d2_lightning as f2
 from f2d2_lightning import _moved
 from foreign import MeanFlowModule, callback
-from lightning_parts import Pair, student, teacher, trainer
+from lightning_parts import Pair, fit, student, teacher
 
 
 def test_a_callback_goes_on_with_the_head_that_its_run_began_with(tmp_path):
     module = MeanFlowModule()
     width = module.net.outlet.in_features
     head = f2.DivergenceHead(width, per_axis=True, baseline=f2.GaussianBaseline((2,), "diagonal"))
-    run = trainer(tmp_path, callbacks=[callback(head=head)], max_epochs=1)
-    run.fit(module, datamodule=Pair())
-    run.save_checkpoint(tmp_path / "a.ckpt")
+    fit(tmp_path, module, callback(head=head)).save_checkpoint(tmp_path / "a.ckpt")
     again = callback()
-    trainer(tmp_path, callbacks=[again], max_epochs=2).fit(
-        MeanFlowModule(), datamodule=Pair(), ckpt_path=tmp_path / "a.ckpt"
-    )
+    fit(tmp_path, MeanFlowModule(), again, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     went_on = again.added.live["head"]
     assert went_on.per_axis
     assert went_on.baseline.covariance == "diagonal"
@@ -44,12 +40,10 @@ def test_runs_of_0_1_keep_the_objective_that_was_the_default_then(tmp_path, old)
     assert began.objective.refresh == 0
     if old:
         began.objective = type(began.objective)(capacity=2048, refresh=8.0, chunk=256, intervals=f2.Intervals("both"))
-    run = trainer(tmp_path, callbacks=[began], max_epochs=1)
-    run.fit(MeanFlowModule(), datamodule=Pair())
-    run.save_checkpoint(tmp_path / "a.ckpt")
+    fit(tmp_path, MeanFlowModule(), began).save_checkpoint(tmp_path / "a.ckpt")
     path = of_0_1(tmp_path / "a.ckpt", tmp_path / "b.ckpt") if old else tmp_path / "a.ckpt"
     again = callback(objective=None, teacher=velocity)
-    trainer(tmp_path, callbacks=[again], max_epochs=2).fit(MeanFlowModule(), datamodule=Pair(), ckpt_path=path)
+    fit(tmp_path, MeanFlowModule(), again, max_epochs=2, ckpt_path=path)
     assert again.objective.refresh == (8.0 if old else 0.0)
     assert again.objective.capacity == (2048 if old else 12_000)
 
@@ -82,8 +76,8 @@ def test_what_a_module_is_made_of_may_be_set_afterwards():
     made.objective = f2.objectives.Semigroup()
     made.estimator = f2.divergence.Exact()
     made.reference_samples = 3
-    assert isinstance(made.distillation.objective, f2.objectives.Semigroup)
-    assert isinstance(made.distillation.estimator, f2.divergence.Exact)
+    assert isinstance(made.objective, f2.objectives.Semigroup)
+    assert isinstance(made.estimator, f2.divergence.Exact)
     with pytest.raises(ValueError, match="directions of both alike"):
         made.objective = f2.objectives.Semigroup(intervals=f2.Intervals("to_data"))
     with pytest.raises(ValueError, match="validate or test first"):
@@ -93,4 +87,4 @@ def test_what_a_module_is_made_of_may_be_set_afterwards():
 def test_the_state_of_another_objective_is_refused():
     made = student()
     with pytest.raises(ValueError, match="another class than TrajectoryRegression"):
-        made.distillation.load_objective_state([{"kept": 1}], None)
+        made.load_objective_state([{"kept": 1}], None)

@@ -186,7 +186,7 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["preconditioned", "unet"])
+@pytest.mark.parametrize("name", ["preconditioned", "resnet"])
 def test_compiled_network_answers_and_is_named_as_before(name):
     network, x, s, t = make(name)
     keys = list(network.state_dict())

@@ -10,12 +10,4 @@ from f2d2_lightning.callbacks.report import TestReport
 from f2d2_lightning.callbacks.sample_quality import SampleQuality
 from f2d2_lightning.callbacks.summary import JointSummary
 
-__all__ = [
-    "F2D2Callback",
-    "JointSummary",
-    "LastCheckpoint",
-    "Pictures",
-    "RunLogger",
-    "SampleQuality",
-    "TestReport",
-]
+__all__ = ["F2D2Callback", "JointSummary", "LastCheckpoint", "Pictures", "RunLogger", "SampleQuality", "TestReport"]

@@ -25,10 +25,7 @@ from f2d2_lightning.modules.distillation import DistilledModel, default_head
 from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.training.batches import HALF, BatchStates, FirstLook, compare_ranges, training_batches
-from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.sharding import whole_state
-
-__all__ = ["AddedModel"]
 
 
 class AddedModel(DistilledModel):
@@ -38,14 +35,12 @@ class AddedModel(DistilledModel):
     adapter: Adapter
     features: str | None
     interval: str | None
-    teacher: Callable[..., Tensor] | None
     head: Head | None
     frozen: bool
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     gradient_clip: float | None
     ema_decay: float
     states: BatchStates
-    run_seed: RunSeed
     fit_samples: int
 
     def __init__(self) -> None:
@@ -59,7 +54,7 @@ class AddedModel(DistilledModel):
 
     def _quantize(self, levels: int | None, low: float, high: float) -> None:
         self.levels, self.low, self.high = levels, low, high
-        self.distillation.take_range(self.quantization, self.teacher)
+        self.take_range(self.teacher)
 
     # --- as a model with likelihoods ---
 
@@ -244,7 +239,7 @@ class AddedModel(DistilledModel):
         states = [self.state(batch) for batch in training_batches(trainer, self.fit_samples)]
         if head.baseline is not None and not bool(head.baseline.fitted):
             head.baseline.fit(x for x, _ in states)
-        self.distillation.fit_scale(head, self._source, states)
+        self.fit_scale(head, self._source, states)
         # every process saw the same samples; broadcast all the same, for data that differ between machines
         self.added.broadcast()
 
@@ -270,7 +265,7 @@ class AddedModel(DistilledModel):
             "range": [self.levels, self.low, self.high],
             "head": describe_head(self._head("live")),
             "added": self._added.state_dict(),
-            "objective": self.distillation.objective_state(),
+            "objective": self.objective_state(),
             "version": 2,
         }
 
@@ -301,4 +296,4 @@ class AddedModel(DistilledModel):
             )
         self.run_seed.value = state["seed"]
         self.added.load_state_dict(state["added"])
-        self.distillation.load_objective_state(state["objective"], None if "version" in state else True)
+        self.load_objective_state(state["objective"], None if "version" in state else True)

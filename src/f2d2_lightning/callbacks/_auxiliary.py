@@ -12,8 +12,6 @@ from torch import nn
 from f2d2_lightning.modules.ema import copy_frozen, update_average, warmed_decay
 from f2d2_lightning.utils.processes import process_count
 
-__all__ = ["AddedWeights"]
-
 
 class AddedWeights:
     """Modules with an optimiser and a weight average of their own, kept alike on all processes.

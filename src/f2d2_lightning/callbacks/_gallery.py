@@ -26,8 +26,6 @@ from f2d2_lightning.plots import (
 from f2d2_lightning.plots._figure import limits, plural, settle
 from f2d2_lightning.plots.samples import is_image, is_plane
 
-__all__ = ["Gallery", "GalleryCallback", "Measured", "Points"]
-
 CHUNK = 512
 
 
@@ -215,8 +213,8 @@ class Gallery:
             compared = {k: value[:count] for k, value in values.items()}
             figures["calibration"] = calibration_figure(compared, reference[:count], unit, name)
         if values:
-            curve = _from_rows(measured.rows) if measured.rows else _from_values(values, reference)
-            figures["nll_steps"] = nll_steps_figure(unit=unit, reference_name=name, **curve)
+            if measured.rows:
+                figures["nll_steps"] = nll_steps_figure(unit=unit, reference_name=name, **_curve(measured.rows))
             shown = self.ranked_by()
             if is_image(model.shape) and measured.x is not None and not bool(values[shown].isnan().all()):
                 figures["ranked"] = ranked_figure(
@@ -296,7 +294,7 @@ def _around(x: Tensor) -> tuple[float, float, float, float]:
     return a - (b - a) / 6, b + (b - a) / 6, c - (d - c) / 6, d + (d - c) / 6
 
 
-def _from_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _curve(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Points of the curve from the evaluation's table: all samples of all processes."""
     few = {row["steps"]: row for row in rows if row["steps"] is not None}
     reference = next(row for row in rows if row["steps"] is None)
@@ -311,20 +309,3 @@ def _from_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "reference": reference["nll"],
         "reference_error": reference["nll_standard_error"],
     }
-
-
-def _from_values(values: dict[int, Tensor], reference: Tensor | None) -> dict[str, Any]:
-    """Points of the curve from the data that were measured."""
-    # a sample without a value is missing from the mean, but does not move it against the line
-    line, band = (0.0, math.nan) if reference is None else _mean(reference)
-    found = {k: _mean(value if reference is None else value - reference) for k, value in values.items()}
-    curve: dict[str, Any] = {"values": {k: line + mean for k, (mean, _) in found.items()}}
-    curve["errors"] = {k: error for k, (_, error) in found.items()}
-    return curve if reference is None else curve | {"error_of": "gap", "reference": line, "reference_error": band}
-
-
-def _mean(value: Tensor) -> tuple[float, float]:
-    """Mean over the finite values and its standard error; NaN if there are none, or one."""
-    value = value[value.isfinite()].double()
-    error = float(value.std()) / math.sqrt(len(value)) if len(value) > 1 else math.nan
-    return (float(value.mean()) if len(value) else math.nan), error

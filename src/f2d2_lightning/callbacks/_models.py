@@ -11,11 +11,8 @@ from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import FIXED
 from f2d2_lightning.modules import FlowMatchingModule
 
-__all__ = ["find_models", "find_sampler"]
-
 
 def _models(trainer: L.Trainer, module: L.LightningModule) -> tuple[list[LikelihoodModel], list[F2D2Callback]]:
-    """The module itself, if it is one of this package's, and what each F2D2Callback of the trainer added."""
     own: list[LikelihoodModel] = [module] if isinstance(module, LikelihoodModel) else []
     added = [c for c in trainer.callbacks if isinstance(c, F2D2Callback)]  # type: ignore[attr-defined]
     for callback in added:
@@ -45,14 +42,10 @@ def find_sampler(
 ) -> LikelihoodModel:
     """The one model that samples are drawn from: the module itself, else what a callback added.
 
-    Args:
-        trainer: The Trainer, for its callbacks.
-        module: Its module.
-        flow_map: Which ``F2D2Callback``, by the name of its network, where there are several.
-        method: Solver of a teacher's flow, one with fixed steps.
+    Where there are several callbacks, the one on the network ``flow_map``; ``method`` is a teacher's solver.
 
     Raises:
-        ValueError: If nothing here draws samples, or several do.
+        ValueError: If nothing here draws samples, several do, or the method has no fixed steps.
     """
     own, added = _models(trainer, module)
     chosen = own if own and flow_map is None else [c for c in added if flow_map in (None, c.flow_map)]

@@ -19,8 +19,6 @@ from lightning.pytorch.loggers import Logger
 
 from f2d2_lightning.plots import Figure, pixels
 
-__all__ = ["log_figure", "takes_figures"]
-
 Send = Callable[[str, Figure, int], object]
 
 
@@ -29,23 +27,20 @@ def takes_figures(logger: Logger) -> bool:
     return _sender(logger) is not None
 
 
-def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> bool:
-    """Give a figure to a logger. To be called on the first process only, as the logger's own methods are.
+def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
+    """Give a figure to a logger, if it takes figures; the CSV logger, for one, is left alone.
+
+    To be called on the first process only, as the logger's own methods are.
 
     Args:
         logger: Any Lightning logger.
         name: What it is called there, such as ``"val/samples"``.
         figure: The figure.
         step: The optimiser's step that it belongs to.
-
-    Returns:
-        Whether the logger takes figures; one that does not, as the CSV logger, is left alone.
     """
     send = _sender(logger)
-    if send is None:
-        return False
-    send(name, figure, step)
-    return True
+    if send is not None:
+        send(name, figure, step)
 
 
 def _sender(logger: Logger) -> Send | None:

@@ -18,8 +18,6 @@ from f2d2_lightning.likelihood.quantization import state_images
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["RealImages", "find_loader"]
-
 SPLITS = ("train", "val", "test")
 STAGES = {"train": "fit", "val": "validate", "test": "test"}
 
@@ -93,8 +91,7 @@ class RealImages:
     def settle(self, digests: list[list[str]]) -> bool:
         """Whether what is iterated over has changed, as all processes have the same stream: it would count often.
 
-        Args:
-            digests: Those of each process (:meth:`digests`).
+        To be told the :meth:`digests` of each process.
         """
         if not self.streams or self.world == 1 or self.copies:
             return False
@@ -155,7 +152,8 @@ class RealImages:
         return torch.cat(parts)
 
     def _batches(self, rows: list[int] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """States and conditioning of rows of the data set, or of the whole stream."""
+        """States and conditioning of rows of the data set, or of the whole stream; random numbers begin anew."""
+        _seed_all(0)
         for batch in self.loader if rows is None else self._loader(rows):
             x, cond = self.model.state(self.trainer.strategy.batch_to_device(batch))
             yield x.detach(), cond
@@ -171,6 +169,13 @@ class RealImages:
         )
 
 
+def _seed_all(seed: int) -> None:
+    """For augmentations that are random by whichever generator: they are then the same in every run."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 class _Seeded(Subset):
     """Rows of a data set; what is random in an image depends on its row alone, not on those that came before."""
 
@@ -180,10 +185,7 @@ class _Seeded(Subset):
         self.whole = callable(getattr(dataset, "__getitems__", None)) and not isinstance(dataset, Subset)
 
     def __getitem__(self, index: Any) -> Any:
-        seed = mix_seed("real image", self.indices[index])
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        _seed_all(mix_seed("real image", self.indices[index]))
         return super().__getitem__(index)
 
     def __getitems__(self, indices: list[int]) -> Any:

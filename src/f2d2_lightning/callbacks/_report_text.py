@@ -18,8 +18,6 @@ from typing import Any
 from f2d2_lightning.callbacks.summary import Part
 from f2d2_lightning.plots._figure import number
 
-__all__ = ["Report", "likelihood_table", "other_metrics", "read_curves", "to_json", "without_machine_paths"]
-
 PACKAGES = ("f2d2-lightning", "torch", "lightning", "torchmetrics", "numpy", "matplotlib")
 Cell = Callable[[Mapping[str, Any]], str]
 """What stands in a column, for a row."""
@@ -57,6 +55,7 @@ class Report:
 
     def markdown(self) -> str:
         """The report; its figures are referred to by their names, beside it."""
+        parts = [[p.name, f"`{p.kind}`", f"{p.trainable:,}", f"{p.frozen:,}", p.note] for p in self.parts]
         sections = [
             f"# {self.title}",
             self._origin(),
@@ -64,7 +63,7 @@ class Report:
             self._likelihoods(),
             *self._others(),
             "## Model",
-            self._model(),
+            _table(["part", "class", "trainable parameters", "frozen parameters", ""], parts),
             *(["## Figures"] if self.figures else []),
         ]
         for name in self.figures:
@@ -75,7 +74,8 @@ class Report:
         command = shlex.join([Path(self.command[0]).name, *self.command[1:]]) if self.command else ""
         checkpoint = "none: the weights in memory"
         if self.checkpoint is not None:
-            checkpoint = f"`{_relative(Path(self.checkpoint), self.run)}`, relative to the run's folder"
+            path = _short(Path(self.checkpoint).resolve(), self.run.resolve(), Path.cwd())
+            checkpoint = f"`{path}`, relative to the run's folder"
         versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
         about = {
             "date": f"{self.date:%Y-%m-%d %H:%M} {self.date.tzname() or ''}".strip(),
@@ -143,12 +143,6 @@ class Report:
             parts.append(_table(["", ""], plain))
         return ["## Other metrics of the test", *parts] if parts else []
 
-    def _model(self) -> str:
-        lines = [
-            [part.name, f"`{part.kind}`", f"{part.trainable:,}", f"{part.frozen:,}", part.note] for part in self.parts
-        ]
-        return _table(["part", "class", "trainable parameters", "frozen parameters", ""], lines)
-
     def _caption(self, name: str) -> str:
         reference, unit = self.reference_name, self.unit
         captions = {
@@ -212,13 +206,10 @@ def _version(package: str) -> str:
         return "(not installed)"
 
 
-def _relative(path: Path, folder: Path) -> str:
-    """``path`` from ``folder`` where it is in there, else from the working folder, else its name alone."""
-    whole = path.resolve()
-    for base in (folder.resolve(), Path.cwd()):
-        if whole.is_relative_to(base):
-            return whole.relative_to(base).as_posix()
-    return whole.name
+def _short(path: Path, *folders: Path) -> str:
+    """``path`` from the first of the folders that it is in, else its name alone."""
+    inside = [path.relative_to(folder).as_posix() for folder in folders if path.is_relative_to(folder)]
+    return inside[0] if inside else path.name
 
 
 def without_machine_paths(text: str, folder: Path) -> str:
@@ -228,12 +219,8 @@ def without_machine_paths(text: str, folder: Path) -> str:
     >>> without_machine_paths(f"f2d2 test --config={here}/work/a.yaml --ckpt {here.parent}/b.ckpt s3://c/d", here)
     'f2d2 test --config=work/a.yaml --ckpt b.ckpt s3://c/d'
     """
-
-    def shorten(found: re.Match[str]) -> str:
-        path = Path(found[0])
-        return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
-
-    return re.sub(r"(?<![\w.~/-])(?:[A-Za-z]:[\\/]|/(?!/))[^\s\"',=:;\]}]+", shorten, text)
+    absolute = r"(?<![\w.~/-])(?:[A-Za-z]:[\\/]|/(?!/))[^\s\"',=:;\]}]+"
+    return re.sub(absolute, lambda found: _short(Path(found[0]), folder), text)
 
 
 def other_metrics(metrics: Mapping[str, Any], steps: Sequence[int]) -> dict[str, float]:

@@ -10,15 +10,9 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-__all__ = ["AddedLoss", "Wrapped"]
-
 
 class Wrapped:
-    """Methods of a module that something is done around, until :meth:`restore` gives it its own back.
-
-    Args:
-        module: The module.
-    """
+    """Methods of a module that something is done around, until :meth:`restore` gives it its own back."""
 
     def __init__(self, module: L.LightningModule) -> None:
         self.module = module
@@ -36,10 +30,9 @@ class Wrapped:
         setattr(self.module, name, wrapped)
 
     def restore(self) -> None:
-        """Give the module its own methods back."""
         for name, before in self._own.items():
             if before is None:
-                vars(self.module).pop(name, None)
+                delattr(self.module, name)
             else:
                 setattr(self.module, name, before)
         self._own = {}

@@ -29,7 +29,6 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.metrics.evaluation import check_draws
-from f2d2_lightning.modules.distillation import Distillation
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import Head
 from f2d2_lightning.objectives.base import Objective
@@ -37,8 +36,6 @@ from f2d2_lightning.training.batches import BatchStates, FirstLook, training_bat
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.seeding import mix_seed
-
-__all__ = ["F2D2Callback"]
 
 
 class F2D2Callback(AddedModel, L.Callback):
@@ -149,7 +146,7 @@ class F2D2Callback(AddedModel, L.Callback):
                 "F2D2Module(teacher=...), or give interval= to train it into a flow map here"
             )
         self.run_seed = RunSeed()
-        self.distillation = Distillation(objective, estimator, directions, self.run_seed, teacher is None)
+        self.distil(objective, estimator, directions, teacher is None)
         self._quantize(levels, low, high)
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
@@ -228,7 +225,7 @@ class F2D2Callback(AddedModel, L.Callback):
             x, cond = self.state(next(training_batches(trainer, self.fit_samples)))
             flow_map = self.adapter(self._network, features=self.features, interval=self.interval).to(pl_module.device)
             if self.check:
-                self.distillation.check(flow_map, self.teacher, x, cond)
+                self.check_networks(flow_map, self.teacher, x, cond)
             if self._added is None:
                 kept = None if self._pending is None or self.head is not None else make_head(self._pending["head"])
                 self._assemble(kept or self._make_head(flow_map, x, cond), flow_map.interval, pl_module.device)
@@ -257,7 +254,7 @@ class F2D2Callback(AddedModel, L.Callback):
         x, cond = self.state(batch)
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
             self.run_seed.begin_step(trainer, batch_index)
-            terms = self.distillation.loss(trainer, batch_index, self._student, x, cond, self._source)
+            terms = self.objective_loss(trainer, batch_index, self._student, x, cond, self._source)
         named = {f"train/f2d2_{name}": value.detach() for name, value in terms._asdict().items()}
         module.log_dict(named, batch_size=len(x))
         return self.weight / x[0].numel() * terms.loss

@@ -21,8 +21,6 @@ from f2d2_lightning.training.folders import run_folder
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.utils.files import sync
 
-__all__ = ["FOLDER", "NAMES", "LastCheckpoint"]
-
 FOLDER, NAMES = "checkpoints", ("last.ckpt", "previous.ckpt")
 """Of the run's folder, and in it."""
 
@@ -69,7 +67,6 @@ class LastCheckpoint(Checkpoint):
         return {"finished": self._finished}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put Lightning's counts right."""
         mend_progress(checkpoint)
 
     # --- when ---
@@ -92,14 +89,12 @@ class LastCheckpoint(Checkpoint):
             self._signal = number
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
         while self._handlers:
             number, handler = self._handlers.popitem()
             # a handler that is not Python's own cannot be put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """As teardown, which does not come then."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +106,6 @@ class LastCheckpoint(Checkpoint):
             self._save_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save."""
         self._stop_if_told(trainer)
         self._save_if_due(trainer)
 
@@ -122,7 +116,6 @@ class LastCheckpoint(Checkpoint):
             self._stop_if_told(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end, also where it falls between two saves."""
         self._finished = True
         if not self._save(trainer):
             raise OSError(f"the trained model could not be saved in {self.folder(trainer)}; see the warning above")

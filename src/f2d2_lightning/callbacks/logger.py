@@ -12,8 +12,6 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = ["RunLogger"]
-
 
 class _SessionWriter(ExperimentWriter):
     """Writes ``metrics.csv``, or the first of ``metrics-1.csv``, ``metrics-2.csv``, ... that is not there yet."""

@@ -17,8 +17,6 @@ from f2d2_lightning.callbacks._picture_loggers import log_figure, takes_figures
 from f2d2_lightning.plots import Figure, save_figure
 from f2d2_lightning.training.folders import run_folder, unused
 
-__all__ = ["Pictures"]
-
 FOLDER = "pictures"
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.table import Table
 
-from f2d2_lightning.callbacks._gallery import Gallery, GalleryCallback
+from f2d2_lightning.callbacks._gallery import GalleryCallback
 from f2d2_lightning.callbacks._models import find_models
 from f2d2_lightning.callbacks._report_text import Report, likelihood_table, other_metrics, read_curves, to_json
 from f2d2_lightning.callbacks.summary import model_parts
@@ -23,8 +23,6 @@ from f2d2_lightning.plots import Figure, save_figure, training_figure
 from f2d2_lightning.plots._figure import settle
 from f2d2_lightning.training.folders import run_folder, unused
 from f2d2_lightning.utils.files import whole_file
-
-__all__ = ["TestReport", "print_table"]
 
 
 class TestReport(GalleryCallback):
@@ -101,41 +99,29 @@ class TestReport(GalleryCallback):
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger) and (curves := read_curves(Path(logger.log_dir))):
                     figures["training"] = settle(training_figure(curves))
-            report = self._report(trainer, pl_module, gallery, rows, tuple(figures), run, int(count))
+            data = getattr(trainer, "datamodule", None)
+            report = Report(
+                title=f"Test of {model.title}" + ("" if data is None else f" on {type(data).__name__}"),
+                run=run,
+                checkpoint=trainer.ckpt_path,
+                samples=int(count),
+                device=str(pl_module.device),
+                unit=model.unit,
+                reference_name=model.reference_name,
+                parts=model_parts(pl_module, trainer.callbacks),  # type: ignore[attr-defined]
+                rows=rows,
+                metrics=other_metrics(trainer.callback_metrics, model.steps),
+                figures=tuple(figures),
+                ranked_by=gallery.ranked_by(),
+            )
             self._write(report, figures, (run if self.folder is None else Path(self.folder)) / model.name)
-
-    @staticmethod
-    def _report(
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        gallery: Gallery,
-        rows: list[dict[str, Any]],
-        figures: tuple[str, ...],
-        run: Path,
-        samples: int,
-    ) -> Report:
-        model, data = gallery.model, getattr(trainer, "datamodule", None)
-        return Report(
-            title=f"Test of {model.title}" + ("" if data is None else f" on {type(data).__name__}"),
-            run=run,
-            checkpoint=trainer.ckpt_path,
-            samples=samples,
-            device=str(module.device),
-            unit=model.unit,
-            reference_name=model.reference_name,
-            parts=model_parts(module, trainer.callbacks),  # type: ignore[attr-defined]
-            rows=rows,
-            metrics=other_metrics(trainer.callback_metrics, model.steps),
-            figures=figures,
-            ranked_by=gallery.ranked_by(),
-        )
 
     def _write(self, report: Report, figures: dict[str, Figure], folder: Path) -> None:
         numbers = {"unit": report.unit, "rows": report.rows, "metrics": report.metrics}
         texts = {"test_report.json": to_json(numbers), "report.md": report.markdown()}
         pictures = {f"{name}.png": figure for name, figure in figures.items()}
         if not self.overwrite and any((folder / name).exists() for name in (*texts, *pictures)):
-            folder = unused(folder / "test", first=2)
+            folder = unused(folder / "test", number=2)
         written = [save_figure(figure, folder / name) for name, figure in pictures.items()]
         for name, text in texts.items():
             with whole_file(folder / name) as partial:

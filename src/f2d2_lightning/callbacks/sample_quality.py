@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -25,8 +23,6 @@ from f2d2_lightning.metrics.networks import check_network, extract_features, loa
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import gather_states
 from f2d2_lightning.utils.seeding import mix_seed
-
-__all__ = ["SampleQuality"]
 
 
 class SampleQuality(L.Callback):
@@ -90,11 +86,11 @@ class SampleQuality(L.Callback):
         cache: str | None = None,
     ) -> None:
         self.steps = tuple(steps)
-        least = 4 if precision_recall else 2
-        if samples < least or (real_samples is not None and real_samples < least):
+        self._least = 4 if precision_recall else 2
+        if samples < self._least or (real_samples is not None and real_samples < self._least):
             raise ValueError(
-                f"samples={samples} and real_samples={real_samples} are at least {least}: a covariance needs 2, and "
-                "precision and recall the third neighbour of a sample; thousands make figures that mean something"
+                f"samples={samples} and real_samples={real_samples} are at least {self._least}: a covariance needs 2, "
+                "and precision and recall the third neighbour of a sample; thousands make figures that mean something"
             )
         if not self.steps or min(self.steps) < 1 or every_n_epochs < 1 or batch_size < 1:
             raise ValueError(
@@ -134,19 +130,6 @@ class SampleQuality(L.Callback):
         if self._network is None:
             self._network = load_network(self.features, self.weights)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Statistics of the real images, before the first step."""
-        self._prepare(trainer, pl_module)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same where validation is all there is."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._prepare(trainer, pl_module)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same for a test."""
-        self._prepare(trainer, pl_module)
-
     def model(self, trainer: L.Trainer, pl_module: L.LightningModule) -> LikelihoodModel:
         """What samples are drawn from; override it for a sampler of another kind."""
         return find_sampler(trainer, pl_module, self.flow_map, self.method)
@@ -163,7 +146,8 @@ class SampleQuality(L.Callback):
         return self._network
 
     @torch.no_grad()
-    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Statistics of the real images, before the first step."""
         device = pl_module.device
         with torch.inference_mode(False):
             self.network.to(device)
@@ -171,18 +155,14 @@ class SampleQuality(L.Callback):
             model = self.model(trainer, pl_module)
             loader = find_loader(trainer, pl_module, self.data)
             real = RealImages(trainer, model, loader, self.real_samples, self.batch_size)
-            self._seed()
             x, cond = real.first()
             images = real.images(x)
             num_features = check_network(self.network, images)
             self._shape, self._dtype = tuple(x.shape[1:]), x.dtype
-            self._seed()
             start, end = self._share(trainer)
             self._cond = None if cond is None else real.conditions(start, max(end, start + 1))
-            self._seed()
             parts = gather_states(real.digests())
             if real.settle(parts):
-                self._seed()
                 parts = gather_states(real.digests())
             digests = sorted(digest for part in parts for digest in part)
             kept = self.samples if self.kid or self.precision_recall else 0
@@ -190,13 +170,22 @@ class SampleQuality(L.Callback):
             if self.real is None or key != self._key:
                 self.real = self._statistics(trainer, real, key, extract_features(self.network, images))
                 self._key = key
-        self._check_counts(num_features)
+        count = int(self.real[2])
+        if count < self._least:
+            raise ValueError(f"there are {count} real images ({self.data} data); at least {self._least} are needed")
+        if min(self.samples, count) <= num_features and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{self.samples} samples and {count} real images for {num_features} features: a covariance "
+                f"of so few has deficient rank, and the FID is biased upwards; take more than {num_features}, or a "
+                "feature network with fewer features"
+            )
 
-    def _seed(self) -> None:
-        """Augmentations that are random are then the same in every pass over the data, and in every run."""
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
+    on_test_start = on_train_start
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_train_start(trainer, pl_module)
 
     def _statistics(self, trainer: L.Trainer, real: RealImages, key: str, probe: Tensor) -> Statistics:
         # machines may have caches of their own, so the first process decides for all
@@ -207,7 +196,6 @@ class SampleQuality(L.Callback):
         metric = self._metric(probe)
         metric.update(probe[:0], real=True)
         kept = real.part(self.samples) if real.streams else self.samples
-        self._seed()
         for place, images in real:
             metric.update(extract_features(self.network, images, probe.shape[1]), True, max(0, kept - place))
         with metric.sync_context():
@@ -221,33 +209,17 @@ class SampleQuality(L.Callback):
         device = "cpu" if probe.device.type == "mps" else probe.device
         return ImageDistance(probe.shape[1], self.kid, self.precision_recall).to(device)
 
-    def _check_counts(self, num_features: int) -> None:
-        assert self.real is not None
-        least, count = 4 if self.precision_recall else 2, int(self.real[2])
-        if count < least:
-            raise ValueError(f"there are {count} real images ({self.data} data); at least {least} are needed")
-        if min(self.samples, count) <= num_features and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"{self.samples} samples and {count} real images for {num_features} features: a covariance "
-                f"of so few has deficient rank, and the FID is biased upwards; take more than {num_features}, or a "
-                "feature network with fewer features"
-            )
-
     # --- evaluation ---
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate and log."""
         if not trainer.sanity_checking and (trainer.state.fn == TrainerFn.VALIDATING or self._due(trainer)):
             self._evaluate(trainer, pl_module, "val")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate and log, where there is no validation."""
         if not trainer.enable_validation and self._due(trainer):
             self._evaluate(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate and log."""
         self._evaluate(trainer, pl_module, "test")
 
     def _due(self, trainer: L.Trainer) -> bool:
@@ -278,12 +250,11 @@ class SampleQuality(L.Callback):
         model, size, device = self.model(trainer, pl_module), len(self.real[0]), pl_module.device
         none = torch.zeros(0, size, device=device)
         metrics = {k: self._metric(none) for k in self.steps}
-        if trainer.is_global_zero:
+        for metric in metrics.values():
             # sums are over processes
-            for metric in metrics.values():
+            if trainer.is_global_zero:
                 metric.real = self.real
-        else:
-            for metric in metrics.values():
+            else:
                 metric.update(none, real=True)
         lost = dict.fromkeys(self.steps, 0)
         begin, end = self._share(trainer)

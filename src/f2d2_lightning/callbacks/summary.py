@@ -18,8 +18,6 @@ from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.callbacks.f2d2 import F2D2Callback
 from f2d2_lightning.modules import F2D2Module, FlowMatchingModule
 
-__all__ = ["JointSummary", "Part", "model_parts", "summary_table"]
-
 
 @dataclass(frozen=True)
 class Part:
@@ -48,15 +46,12 @@ class _Counter:
     def __init__(self) -> None:
         self.seen: set[int] = set()
 
-    def part(self, name: str, kind: str, module: Any, note: str = "", saved: bool = True) -> Part:
-        trainable = frozen = 0
-        for parameter in module.parameters() if isinstance(module, nn.Module) else ():
-            if id(parameter) in self.seen or is_lazy(parameter):
-                continue
-            self.seen.add(id(parameter))
-            trainable += parameter.numel() if parameter.requires_grad else 0
-            frozen += 0 if parameter.requires_grad else parameter.numel()
-        return Part(name, kind, trainable, frozen, note, saved)
+    def part(self, name: str, module: Any, note: str = "", kind: str = "", saved: bool = True) -> Part:
+        found = module.parameters() if isinstance(module, nn.Module) else ()
+        new = [p for p in found if id(p) not in self.seen and not is_lazy(p)]
+        self.seen |= {id(p) for p in new}
+        trainable = sum(p.numel() for p in new if p.requires_grad)
+        return Part(name, kind or _kind(module), trainable, sum(p.numel() for p in new) - trainable, note, saved)
 
 
 def model_parts(module: L.LightningModule, callbacks: Iterable[Any] = ()) -> list[Part]:
@@ -76,12 +71,12 @@ def model_parts(module: L.LightningModule, callbacks: Iterable[Any] = ()) -> lis
         parts = _student_parts(module, counter)
     elif isinstance(module, FlowMatchingModule):
         parts = [
-            counter.part("backbone", _kind(module.flow_map), module.flow_map),
-            counter.part("average", _kind(module.average), module.average, "of the weights; samples and answers"),
+            counter.part("backbone", module.flow_map),
+            counter.part("average", module.average, "of the weights; samples and answers"),
         ]
     for callback in added:
         parts += _added_parts(callback, module, counter, f" of {callback.flow_map}" if len(added) > 1 else "")
-    rest = counter.part("rest" if parts else "module", type(module).__name__, module)
+    rest = counter.part("rest" if parts else "module", module)
     return parts if parts and rest.parameters == 0 else [*parts, rest]
 
 
@@ -90,33 +85,32 @@ def _student_parts(module: F2D2Module, counter: _Counter) -> list[Part]:
     parts = []
     if teacher is not None:
         network = teacher.average if isinstance(teacher, FlowMatchingModule) else teacher
-        parts.append(counter.part("teacher", _kind(network), network, "not saved with the student", saved=False))
-    joint, average = module.joint, module.average
+        parts.append(counter.part("teacher", network, "not saved with the student", saved=False))
+    joint = module.joint
     backbone = "frozen: only the head is trained" if joint.frozen else ""
-    parts.append(counter.part("backbone", _kind(joint.flow_map), joint.flow_map, backbone))
-    parts.append(counter.part("head", type(joint.head).__name__, joint.head))
+    parts.append(counter.part("backbone", joint.flow_map, backbone))
+    parts.append(counter.part("head", joint.head))
     of = "of the head's weights" if joint.frozen else "of backbone and head"
-    parts.append(counter.part("average", type(average).__name__, average, f"{of}; samples and answers"))
+    parts.append(counter.part("average", module.average, f"{of}; samples and answers"))
     return parts
 
 
 def _added_parts(callback: F2D2Callback, module: L.LightningModule, counter: _Counter, of: str) -> list[Part]:
     parts = []
     if isinstance(callback.teacher, nn.Module):
-        parts.append(counter.part(f"teacher{of}", _kind(callback.teacher), callback.teacher, "not saved", saved=False))
+        parts.append(counter.part(f"teacher{of}", callback.teacher, "not saved", saved=False))
     network = find_submodule(module, callback.flow_map, "network")
     kind = f"{type(getattr(network, '_orig_mod', network)).__name__} through {type(callback.adapter).__name__}"
-    left = f"{callback.flow_map}; " + (
-        "the added loss leaves it alone" if callback.frozen else "trained by both losses"
-    )
-    parts.append(counter.part(f"backbone{of}", kind, network, left))
+    trained = "the added loss leaves it alone" if callback.frozen else "trained by both losses"
+    left = f"{callback.flow_map}; {trained}"
+    parts.append(counter.part(f"backbone{of}", network, left, kind))
     if not callback.has_head:
         return parts
     live, average = callback.added.live, callback.added.average
-    parts.append(counter.part(f"head{of}", _kind(live["head"]), live["head"], "in the callback"))
+    parts.append(counter.part(f"head{of}", live["head"], "in the callback"))
     if "interval" in live:
-        parts.append(counter.part(f"interval{of}", _kind(live["interval"]), live["interval"], "added time embedding"))
-    parts.append(counter.part(f"average{of}", _kind(average["head"]), average, "of what was added; answers"))
+        parts.append(counter.part(f"interval{of}", live["interval"], "added time embedding"))
+    parts.append(counter.part(f"average{of}", average, "of what was added; answers", _kind(average["head"])))
     return parts
 
 
@@ -156,7 +150,6 @@ class JointSummary(ModelSummary):
         self._due = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print, if all parts are there."""
         self._due = any(isinstance(c, F2D2Callback) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if not self._due:
             self._print(trainer, pl_module)

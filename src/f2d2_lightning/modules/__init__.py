@@ -7,9 +7,4 @@ from f2d2_lightning.modules.loading import load
 from f2d2_lightning.modules.student import F2D2Module
 from f2d2_lightning.modules.teacher import FlowMatchingModule
 
-__all__ = [
-    "F2D2Module",
-    "FlowMatchingModule",
-    "FlowModule",
-    "load",
-]
+__all__ = ["F2D2Module", "FlowMatchingModule", "FlowModule", "load"]

@@ -13,8 +13,6 @@ from f2d2_lightning.utils.sharding import all_finite
 if TYPE_CHECKING:
     from f2d2_lightning.modules.base import FlowModule
 
-__all__ = ["check_finite", "check_same_model", "not_finite"]
-
 
 def check_same_model(module: FlowModule, checkpoint: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another model.

@@ -13,8 +13,6 @@ from f2d2_lightning.flows.maps import FlowMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn._attention import has_tangent
 
-__all__ = ["CompiledCall", "compile_network"]
-
 MODES = ("default", "max-autotune-no-cudagraphs")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune", "cudagraphs")
 

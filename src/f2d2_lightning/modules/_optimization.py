@@ -11,8 +11,6 @@ import torch
 if TYPE_CHECKING:
     from f2d2_lightning.modules.base import FlowModule
 
-__all__ = ["make_optimizers", "warmup_cosine"]
-
 
 def make_optimizers(module: FlowModule) -> dict[str, Any]:
     """Optimiser over the trainable parameters, schedule per step."""
@@ -34,14 +32,10 @@ def make_optimizers(module: FlowModule) -> dict[str, Any]:
 
 
 def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:
-    """Factor of the learning rate at a step: linear rise, then a cosine to zero.
+    """Factor of the learning rate at a step: linear rise over ``warmup`` steps, then a cosine to zero at ``total()``.
 
     The number of steps is asked for only once training runs. Asking earlier makes Lightning set up the training data
     before a checkpoint's loop state is restored, and a resumed epoch then starts from its beginning.
-
-    Args:
-        warmup: Steps of linear rise.
-        total: Gives the number of optimiser steps of the whole run.
     """
 
     def factor(step: int) -> float:

@@ -16,15 +16,11 @@ from f2d2_lightning.training.loading import load_module
 if TYPE_CHECKING:
     from f2d2_lightning.modules.student import F2D2Module
 
-__all__ = ["KeptTeacher", "check_teacher"]
-
 
 class KeptTeacher:
     """A teacher that is neither saved nor trained with the student.
 
-    Args:
-        given: Module, flow map or velocity, the path of a checkpoint, or ``None``.
-        trust: Packages whose classes the checkpoint may name.
+    It is ``given`` as module, flow map or velocity, as the path of a checkpoint whose classes ``trust`` allows, or not.
 
     Raises:
         ValueError: If it is none of these.
@@ -54,11 +50,7 @@ class KeptTeacher:
 
 
 def check_teacher(teacher: FlowMatchingModule, student: F2D2Module) -> None:
-    """Refuse a teacher of other data, another path, or with conditioning that the student does not take.
-
-    Raises:
-        ValueError: Says what differs.
-    """
+    """Raise a ValueError for a teacher of other data, another path, or with ``cond`` that the student does not take."""
     if teacher.shape != student.shape:
         raise ValueError(
             f"the teacher was trained on states of shape {teacher.shape}, the student is for {student.shape}; "

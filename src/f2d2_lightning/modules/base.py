@@ -34,26 +34,14 @@ from f2d2_lightning.utils.sharding import is_sharded, shard, whole, whole_weight
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FlowModule", "object_names"]
-
 
 class FlowModule(L.LightningModule, LikelihoodModel):
     """What teacher and student share: optimisation, weight average, reproducible steps, data, likelihood metrics.
 
     Each training step seeds the random state from (seed, epoch, batch, process), so that a resumed run draws what the
-    uninterrupted one would have drawn.
+    uninterrupted one would have drawn. Arguments that are not here are described at teacher and student.
 
     Args:
-        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
-        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
-        low: Lower edge of the range that the levels fill.
-        high: Upper edge.
-        optimizer: Makes the optimiser from the trainable parameters; AdamW at 1e-3 by default.
-        lr_scheduler: Makes a schedule stepped every optimiser step; by default ``warmup`` steps of linear rise, then a
-            cosine to zero at the end of training.
-        warmup: Steps of linear rise of the default schedule.
-        ema_decay: Decay of the weight average that validates, samples and answers; 0 for none.
-        reference: Solver of reference likelihoods.
         channels_last: Keep the weights of convolutions with channels as the last axis in memory, which their kernels
             like, on GPUs with half precision above all.
         compile: Compile the backbone, in training and averaged, with ``torch.compile``: ``True``, or the name of a mode
@@ -138,7 +126,6 @@ class FlowModule(L.LightningModule, LikelihoodModel):
 
     @property
     def joint_map(self) -> Any:
-        """The weight average."""
         return self.average
 
     @property
@@ -281,20 +268,18 @@ class FlowModule(L.LightningModule, LikelihoodModel):
         """Anything else that is set from data or teacher once, before the first step."""
 
     def train(self, mode: bool = True) -> FlowModule:
-        """Training mode; the average always evaluates."""
+        # the average always evaluates
         super().train(mode)
         if "average" in self._modules:
             self.average.eval()
         return self
 
     def configure_optimizers(self) -> Any:
-        """Optimiser over the trainable parameters, schedule per step."""
         return make_optimizers(self)
 
     # --- training ---
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the step."""
         self.run_seed.begin_step(self.trainer, batch_idx)
         self._batch, self._batch_index = batch, batch_idx
 
@@ -327,7 +312,6 @@ class FlowModule(L.LightningModule, LikelihoodModel):
         checkpoint["f2d2"] = state | {"version": 2}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Inverse of :meth:`on_save_checkpoint`."""
         mend_progress(checkpoint)
         state = checkpoint.get("f2d2", {})
         self.run_seed.value = state.get("seed", self.run_seed.value)

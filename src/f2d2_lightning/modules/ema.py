@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from f2d2_lightning.utils.sharding import reshard
-
-__all__ = ["copy_frozen", "kept_apart", "share_weights", "update_average", "warmed_decay"]
 
 
 def copy_frozen(module: Any, shared: dict[int, Any] | None = None) -> Any:
@@ -82,26 +80,15 @@ def update_average(average: nn.Module, live: nn.Module, decay: float) -> None:
     """Move the average towards the live weights: ``average = decay * average + (1 - decay) * live``.
 
     Parameters that are not trained and buffers are copied. Modules that both share are left alone.
-
-    Args:
-        average: The copy that is kept.
-        live: The model in training, of the same structure.
-        decay: Share of the old average, in [0, 1).
     """
     for module in (average, live):
         reshard(module)
-    moved: list[Tensor] = []
-    towards: list[Tensor] = []
-    for mine, theirs in zip(average.parameters(), live.parameters(), strict=True):
-        if mine is theirs:
-            continue
-        if theirs.requires_grad:
-            moved.append(mine)
-            towards.append(theirs)
-        else:
-            mine.copy_(theirs)
-    if moved:
+    parameters = list(zip(average.parameters(), live.parameters(), strict=True))
+    trained = [(mine, theirs) for mine, theirs in parameters if theirs.requires_grad and mine is not theirs]
+    if trained:
+        moved, towards = zip(*trained, strict=True)
         get_ema_multi_avg_fn(decay)(moved, towards, torch.tensor(0))
-    for own, other in zip(average.buffers(), live.buffers(), strict=True):
-        if own is not other:
-            own.copy_(other)
+    fixed = [(mine, theirs) for mine, theirs in parameters if not theirs.requires_grad]
+    for mine, theirs in (*fixed, *zip(average.buffers(), live.buffers(), strict=True)):
+        if mine is not theirs:
+            mine.copy_(theirs)

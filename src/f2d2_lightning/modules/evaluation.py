@@ -21,8 +21,6 @@ from f2d2_lightning.utils.sharding import is_sharded
 if TYPE_CHECKING:
     from f2d2_lightning.modules.distillation import DistilledModel
 
-__all__ = ["Evaluation"]
-
 
 class Evaluation:
     """What a module and a callback do in validation and test.
@@ -35,7 +33,7 @@ class Evaluation:
     def __init__(self, model: DistilledModel, check: bool = True) -> None:
         self.model, self.check = model, check
         self.likelihoods: LikelihoodEvaluation | None = None
-        self._references: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._references: dict[str | None, tuple[Tensor, Tensor | None]] = {}
         self._identity: tuple[Any, str | None] = None, None
         # whose derivative was compared with differences
         self._checked: Any = None
@@ -53,33 +51,22 @@ class Evaluation:
 
     @torch.no_grad()
     def add(self, x: Tensor, cond: Tensor | None, loader: int = 0) -> None:
-        """Likelihoods of a batch.
-
-        Args:
-            x: States at ``t = 1``, ``(B, ...)``.
-            cond: Conditioning.
-            loader: Which of the trainer's loaders it is from.
-        """
+        """Likelihoods of a batch of states ``(B, ...)`` at ``t = 1``, of one of the trainer's loaders."""
         assert self.likelihoods is not None
         model = self.model
         place, counted = self._places.take(len(x), loader)
         most = model.reference_samples
         compared = int((counted if most is None else counted & (place < most)).sum())
-        velocity = model.reference_velocity()  # places ascend
+        velocity = model.reference_velocity()
         reference = error = None
         if compared > 0 and velocity is not None:
-            some = None if cond is None else cond[:compared]
-            reference, error = model.reference_and_error(x[:compared], some, velocity)
+            # places ascend
+            reference, error = self.reference(velocity, x[:compared], None if cond is None else cond[:compared])
         sample = model.sample if Direction.TO_DATA in model.directions else None
         self.likelihoods.evaluate(model.log_prob, sample, x, cond, reference, error, counted)
 
     def log(self, log: Callable[[str, Tensor], None], prefix: str) -> None:
-        """Log what was gathered, and say what is doubtful.
-
-        Args:
-            log: Takes names and values.
-            prefix: Of the names, ``"val/"``.
-        """
+        """Log what was gathered, under names that begin with ``prefix``, and say what is doubtful."""
         if self.likelihoods is None:
             return
         results = self.likelihoods.results()
@@ -88,7 +75,7 @@ class Evaluation:
             results = {name: v for name, v in results.items() if not name.startswith("unconverged") or bool(v > 0)}
         # the reference's samples are the same for every step count
         references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
-        for name, value in (results | ({"reference_nll": references[-1]} if references else {})).items():
+        for name, value in [*results.items(), *(("reference_nll", value) for value in references[-1:])]:
             log(f"{prefix}{name}", value)
         if doubts := self.likelihoods.doubts():
             rank_zero_warn(doubts)
@@ -103,14 +90,15 @@ class Evaluation:
         Computed once per batch of points, and kept while what answers stays the same.
         """
         owner = getattr(velocity, "__self__", velocity)
-        if (identity := self._identity_of(owner)) is None:
-            return self._integrated(velocity, owner, x, cond)
-        key = fingerprint(str(self.model.reference), identity, str(x.device), x, cond)
-        if key not in self._references:
-            value, error = self._integrated(velocity, owner, x, cond)
+        identity = self._identity_of(owner)
+        key = identity and fingerprint(str(self.model.reference), identity, str(x.device), x, cond)
+        if key in self._references:
+            value, error = self._references[key]
+            return value.to(x.device), None if error is None else error.to(x.device)
+        value, error = self._integrated(velocity, owner, x, cond)
+        if key is not None:
             self._references[key] = value.cpu(), None if error is None else error.cpu()
-        value, error = self._references[key]
-        return value.to(x.device), None if error is None else error.to(x.device)
+        return value, error
 
     def _integrated(
         self, velocity: Callable[..., Tensor], owner: Any, x: Tensor, cond: Tensor | None
@@ -152,12 +140,20 @@ class Evaluation:
             return []
         rows: list[dict[str, Any]] = list(self.likelihoods.rows())
         seconds, evaluations = self._cost
-        same = {name: rows[-1][of] for name, of in (("nll", "reference_nll"), ("reference_nll", "reference_nll"))}
-        same |= {"reference_error": rows[-1]["reference_error"], "steps": None, "doubt": ""}
         reference = self.compared_values()[1]
-        error = float(reference.std()) / math.sqrt(len(reference)) if len(reference) > 1 else math.nan
-        spent = 1e3 * seconds / max(1, len(reference))
-        rows.append(same | {"nll_standard_error": error, "evaluations": evaluations, "milliseconds": spent})
+        count = len(reference)
+        rows.append(
+            {
+                "steps": None,
+                "nll": rows[-1]["reference_nll"],
+                "nll_standard_error": float(reference.std()) / math.sqrt(count) if count > 1 else math.nan,
+                "reference_nll": rows[-1]["reference_nll"],
+                "reference_error": rows[-1]["reference_error"],
+                "evaluations": evaluations,
+                "milliseconds": 1e3 * seconds / max(1, count),
+                "doubt": "",
+            }
+        )
         return rows
 
     def known_reference(self, values: Mapping[int, Tensor]) -> Tensor | None:

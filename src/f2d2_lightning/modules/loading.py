@@ -19,15 +19,9 @@ from f2d2_lightning.modules.student import F2D2Module
 from f2d2_lightning.modules.teacher import FlowMatchingModule
 from f2d2_lightning.training.loading import described, load_module, read_checkpoint
 
-__all__ = ["load"]
-
 
 def load(
-    path: str | Path,
-    network: nn.Module | None = None,
-    *,
-    name: str | None = None,
-    trust: Sequence[str] = (),
+    path: str | Path, network: nn.Module | None = None, *, name: str | None = None, trust: Sequence[str] = ()
 ) -> LikelihoodModel:
     """A model with ``log_prob`` and ``sample`` from whatever holds one.
 

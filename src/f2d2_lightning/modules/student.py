@@ -20,7 +20,7 @@ from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.metrics.evaluation import check_draws
 from f2d2_lightning.modules._teaching import KeptTeacher, check_teacher
 from f2d2_lightning.modules.base import FlowModule, object_names
-from f2d2_lightning.modules.distillation import Distillation, DistilledModel, default_head
+from f2d2_lightning.modules.distillation import DistilledModel, default_head
 from f2d2_lightning.modules.ema import copy_frozen, share_weights
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.modules.teacher import FlowMatchingModule
@@ -29,8 +29,6 @@ from f2d2_lightning.nn.second_time import one_time_state
 from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.objectives.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
 from f2d2_lightning.utils.sharding import load_whole
-
-__all__ = ["F2D2Module"]
 
 
 class F2D2Module(FlowModule, DistilledModel):
@@ -120,7 +118,7 @@ class F2D2Module(FlowModule, DistilledModel):
             low, high = teacher.low if low is None else low, teacher.high if high is None else high
             if flow_map is None or share_weights(teacher, flow_map):
                 # training must not change the teacher
-                flow_map = _trainable_copy(flow_map or teacher.average)
+                flow_map = copy.deepcopy(flow_map or teacher.average).requires_grad_(True).train()
         if flow_map is None or shape is None:
             raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
         parameters = list(flow_map.parameters())
@@ -140,7 +138,7 @@ class F2D2Module(FlowModule, DistilledModel):
         )
         objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
         self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
-        self.distillation = Distillation(objective, estimator, flow_map.directions, self.run_seed, teacher is None)
+        self.distil(objective, estimator, flow_map.directions, teacher is None)
         if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
             raise ValueError(
                 f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
@@ -148,8 +146,7 @@ class F2D2Module(FlowModule, DistilledModel):
             )
         self._given = given  # edges of the range that were said, and not taken from the teacher
         self.draws = draws
-        if head is None:
-            head = default_head(_feature_channels(flow_map), self.shape, flow_map)
+        head = head or default_head(_feature_channels(flow_map), self.shape, flow_map)
         self.joint = JointFlowMap(flow_map, head, frozen)
         self._inherit(teacher)
         shared = {id(flow_map): flow_map} if frozen else {}
@@ -185,15 +182,15 @@ class F2D2Module(FlowModule, DistilledModel):
         """The teacher, loaded on first use and moved to this module's device; ``None`` in self-distillation."""
         return self.kept_teacher.get(self.device, self.dtype)
 
-    def reference_velocity(self) -> Any:
-        return self.teacher_velocity()
-
     def teacher_velocity(self) -> Any:
         """``(x, t, cond) -> v`` that likelihoods are compared with; the student's own diagonal without a teacher."""
         teacher = self.teacher
         if teacher is None:
             return self.average.velocity
         return teacher.average.velocity if isinstance(teacher, FlowMatchingModule) else teacher
+
+    def reference_velocity(self) -> Any:
+        return self.teacher_velocity()
 
     def make_source(self) -> tuple[VelocitySource, VelocitySource]:
         """Where targets come from: ``(source, anchor)``, see :class:`~f2d2_lightning.objectives.Batch`."""
@@ -248,14 +245,14 @@ class F2D2Module(FlowModule, DistilledModel):
             check_draws(self.draws, self.quantization)
         # what a checkpoint says of the data is then whole
         self.hparams.update({name: getattr(self, name) for name in ("levels", "low", "high")})
-        self.distillation.take_range(self.quantization, teacher)
+        self.take_range(teacher)
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Check a foreign backbone's convention, start from the teacher, and set the head's scale from the data."""
         x, cond = next(self._states())
         teacher = self.teacher
-        self.distillation.check(self.joint.flow_map, None if teacher is None else self.teacher_velocity(), x, cond)
+        self.check_networks(self.joint.flow_map, None if teacher is None else self.teacher_velocity(), x, cond)
         if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
             try:
                 state = one_time_state(self.joint.flow_map, teacher.average.state_dict())
@@ -266,7 +263,7 @@ class F2D2Module(FlowModule, DistilledModel):
                     f"use the same flow_map for both, or warm_start=False ({error})"
                 ) from error
         anchor = self._targets()[1]
-        self.distillation.fit_scale(self.joint.head, anchor, self._states(), self.sum_over_processes)
+        self.fit_scale(self.joint.head, anchor, self._states(), self.sum_over_processes)
 
     def _states(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in self.training_batches():
@@ -286,25 +283,24 @@ class F2D2Module(FlowModule, DistilledModel):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The objective's loss; its parts are logged beside it."""
         x, cond = self.state(batch)
-        terms = self.distillation.loss(self.trainer, batch_idx, self.joint, x, cond, *self._targets())
+        terms = self.objective_loss(self.trainer, batch_idx, self.joint, x, cond, *self._targets())
         self.log("train/loss", terms.loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in terms._asdict().items() if name != "loss"})
         return terms.loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["f2d2"]["objective"] = self.distillation.objective_state()
+        checkpoint["f2d2"]["objective"] = self.objective_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._follow_teacher()
         state = checkpoint.get("f2d2", {})
-        self.distillation.load_objective_state(state.get("objective"), None if "version" in state else False)
+        self.load_objective_state(state.get("objective"), None if "version" in state else False)
 
     # --- evaluation ---
 
     def on_validation_epoch_start(self) -> None:
-        """Start afresh."""
         self.evaluation.start(self.trainer)
 
     on_test_epoch_start = on_validation_epoch_start
@@ -316,7 +312,6 @@ class F2D2Module(FlowModule, DistilledModel):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was gathered."""
         prefix = "test/" if self.trainer.testing else "val/"
         shown = f"{prefix}nll_{self.steps[-1]}"
         self.evaluation.log(lambda name, value: self.log(name, value, prog_bar=name == shown), prefix)
@@ -331,10 +326,6 @@ class F2D2Module(FlowModule, DistilledModel):
         """Log-likelihood of a batch at each of ``steps``, nats."""
         x, cond = self.state(batch)
         return {k: self.log_prob(x, k, cond).value for k in self.steps}
-
-
-def _trainable_copy(module: Any) -> Any:
-    return copy.deepcopy(module).requires_grad_(True).train()
 
 
 def _feature_channels(flow_map: FlowMap) -> int:

@@ -25,8 +25,6 @@ from f2d2_lightning.modules.ema import copy_frozen
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.seeding import counter_normal, counter_uniform, mix_seed, row_keys
 
-__all__ = ["FlowMatchingModule"]
-
 CLOSEST = 1 / 512  # to the data; finer than a level of 8-bit data
 
 
@@ -101,7 +99,6 @@ class FlowMatchingModule(FlowModule):
 
     @property
     def live(self) -> FlowMap:
-        """The flow map in training."""
         return self.flow_map
 
     # --- as a model with likelihoods: its steps are a solver's ---
@@ -188,36 +185,33 @@ class FlowMatchingModule(FlowModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start afresh."""
         self._places = Places(self.trainer)
         self._nll = MeanLikelihood(self.dim, self.quantization).to(self.device)
         self._mean_loss = MeanMetric().to(self.device)
 
-    def on_test_epoch_start(self) -> None:
-        """As validation."""
-        self.on_validation_epoch_start()
+    on_test_epoch_start = on_validation_epoch_start
 
-    def _evaluate(self, batch: Any, nll: bool) -> None:
+    @property
+    def _wants_nll(self) -> bool:
+        return self.validate_nll or self.trainer.testing
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The same loss with fixed noise, and the likelihood in test, or if asked for."""
         x, cond = self.state(batch)
         counted = self._places.take(len(x))[1].to(x.device)
         for draw in range(4):
             self._mean_loss.update(self._error(self.average, x, cond, draw)[counted].square())
-        if nll:
+        if self._wants_nll:
             if not bool(self._nll.count > 0):
                 check_differentiable(self.average.velocity, x, cond, getattr(self.reference, "mode", "forward"))
             self._nll.update(self.reference(self.average.velocity, x, cond).value[counted])
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The same loss with fixed noise, and the likelihood if asked for."""
-        self._evaluate(batch, self.validate_nll)
+    test_step = validation_step
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and likelihood."""
-        self._evaluate(batch, True)
-
-    def _log_results(self, stage: str, nll: bool) -> None:
+    def on_validation_epoch_end(self) -> None:
+        stage = "test" if self.trainer.testing else "val"
         self.log(f"{stage}/loss", self._mean_loss.compute(), prog_bar=True)
-        if not nll:
+        if not self._wants_nll:
             return
         mean, error, _ = self._nll.compute()
         if said := doubt({"nll": float(mean)}, self.levels is not None):
@@ -225,10 +219,4 @@ class FlowMatchingModule(FlowModule):
         self.log(f"{stage}/nll", mean.float(), prog_bar=True)
         self.log(f"{stage}/nll_standard_error", error.float())
 
-    def on_validation_epoch_end(self) -> None:
-        """Log loss and likelihood."""
-        self._log_results("val", self.validate_nll)
-
-    def on_test_epoch_end(self) -> None:
-        """Log loss and likelihood."""
-        self._log_results("test", True)
+    on_test_epoch_end = on_validation_epoch_end

@@ -15,21 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 from f2d2_lightning.likelihood.quantization import Quantization, warn_of_discrete
 from f2d2_lightning.likelihood.sampling import check_cond, check_state
 
-__all__ = [
-    "HALF",
-    "BatchStates",
-    "FirstLook",
-    "all_training_batches",
-    "check_precision",
-    "check_values",
-    "compare_ranges",
-    "training_batches",
-]
-
 FIT_SAMPLES = 2**17
 """Samples that are looked at of training data without an end."""
-
-
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 """Precisions of a Trainer in which weights and states are of half precision."""
 
@@ -52,15 +39,11 @@ def compare_ranges(
 ) -> None:
     """Refuse data that say other levels, another range or another shape than the model's.
 
-    Args:
-        who: The model, for errors.
-        quantization: Its levels and range.
-        data: A data module with ``quantization``, or with some of ``levels``, ``low``, ``high`` and ``shape``; or
-            anything else, which says nothing.
-        shape: Of one of the model's states, if it is known.
+    ``data`` is a data module with ``quantization``, or with some of ``levels``, ``low``, ``high`` and ``shape``; or
+    anything else, which says nothing.
 
     Raises:
-        ValueError: Says what differs.
+        ValueError: Says of ``who`` and of the data what differs.
     """
     theirs = getattr(data, "quantization", None)
     for name in ("levels", "low", "high", "shape"):
@@ -105,12 +88,10 @@ class FirstLook:
 
 
 class BatchStates:
-    """States and conditioning of a batch.
+    """States of a batch, and its conditioning if it is ``conditional``.
 
-    Args:
-        convert: ``batch -> (x, cond)``, or the name of a method of the module that does so; by default a tensor, or
-            the first two items of a sequence.
-        conditional: Whether conditioning is wanted.
+    ``convert`` is ``batch -> (x, cond)``, or the name of a method of the module that does so; by default a batch is a
+    tensor, or a sequence of which the first two items are taken.
     """
 
     def __init__(

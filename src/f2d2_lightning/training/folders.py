@@ -6,22 +6,17 @@ from pathlib import Path
 
 import lightning as L
 
-__all__ = ["run_folder", "unused"]
-
 
 def run_folder(trainer: L.Trainer) -> Path:
     """The first logger's folder, else the trainer's. All processes must ask: the first one's answer is broadcast."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def unused(folder: Path, first: int = 0) -> Path:
+def unused(folder: Path, number: int = 0) -> Path:
     """``folder``, or the first of ``folder-1``, ``folder-2``, ... that is not there yet, or is empty.
 
-    Args:
-        folder: The folder wanted.
-        first: Number to begin with; 0 is ``folder`` itself.
+    The first number that is tried is ``number``; 0 is ``folder`` itself.
     """
-    number = first
     while True:
         free = folder.with_name(f"{folder.name}-{number}") if number else folder
         if not free.exists() or (free.is_dir() and not any(free.iterdir())):

@@ -25,8 +25,6 @@ from f2d2_lightning.checkpoints.trust import (
 )
 from f2d2_lightning.utils.arrays import check_stored_archive
 
-__all__ = ["check_checkpoint", "described", "load_module", "read_checkpoint", "restore_module"]
-
 Module = TypeVar("Module", bound=L.LightningModule)
 Described = TypeVar("Described", bound=L.LightningModule | L.LightningDataModule)
 
@@ -147,12 +145,10 @@ def restore_module(
     """A module from the contents of a checkpoint, as :func:`load_module`; in training mode."""
     cls, arguments, trust = described(checkpoint, path, kind, trust)
     tensors, numbers = stored_in(checkpoint["state_dict"], str(path))
-
-    def made() -> Module:
-        return make(cls, build_arguments(cls, arguments, trust, given))
-
     try:
-        module = within_size(made, tensors, numbers, str(path))
+        module = within_size(
+            lambda: make(cls, build_arguments(cls, arguments, trust, given)), tensors, numbers, str(path)
+        )
         _check_shape(module, numbers, path)
         module.configure_model()
         module.on_load_checkpoint(checkpoint)

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import lightning as L
 
-__all__ = ["Place", "begin_epoch", "mend_progress", "place_of"]
-
 
 class Place(NamedTuple):
     """The next batch to be trained on."""

@@ -9,8 +9,6 @@ import torch
 
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["RunSeed"]
-
 
 class RunSeed:
     """Seeds of steps from (seed, epoch, batch, process): a resumed run draws what the uninterrupted one would have."""
