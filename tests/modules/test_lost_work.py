@@ -300,7 +300,7 @@ class Accumulated(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("batch", range(1, 6))
+@pytest.mark.parametrize("batch", [1, 2, 5])
 def test_a_signal_waits_for_all_batches_of_a_step(tmp_path, batch):
     settings = {"max_epochs": 3, "accumulate_grad_batches": 2, "enable_checkpointing": True}
     whole, parts, rest = teacher(), teacher(), teacher()

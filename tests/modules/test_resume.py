@@ -81,9 +81,11 @@ def check_resumed(folder, make, data, save, *more, again=(), **settings):
     check_the_rest(whole, parts, seen, rest, save.step)
 
 
+PLACES = (1, 3, 4, 6, 8)
+"""Within an epoch of three steps and at its end, in the first, the next and the last one."""
 CASES = [
-    *[(0, "on_train_batch_end", step, {}) for step in range(1, 9)],
-    *[(0, "on_train_batch_end", step, {"limit_train_batches": 2}) for step in range(1, 6)],
+    *[(0, "on_train_batch_end", step, {}) for step in PLACES],
+    *[(0, "on_train_batch_end", step, {"limit_train_batches": 2}) for step in (1, 2, 3, 4)],
     *[(2, "on_train_batch_end", step, {}) for step in (2, 3, 6)],
     *[(w, hook, step, {}) for w in (0, 2) for hook in ("on_train_epoch_end", "on_validation_end") for step in (3, 6)],
     *[(0, "on_validation_batch_end", step, {}) for step in (3, 6)],
@@ -91,13 +93,13 @@ CASES = [
     (0, "on_train_end", 9, {}),
     *[(w, "on_train_batch_end", step, {"check_val_every_n_epoch": 2}) for w in (0, 2) for step in (3, 4, 6)],
     *[(w, "on_train_epoch_end", step, {"check_val_every_n_epoch": 2}) for w in (0, 2) for step in (3, 6)],
-    *[(0, "on_train_batch_end", step, {"limit_val_batches": 0}) for step in range(1, 9)],
+    *[(0, "on_train_batch_end", step, {"limit_val_batches": 0}) for step in PLACES],
     *[(w, "on_train_epoch_end", step, {"limit_val_batches": 0}) for w in (0, 2) for step in (3, 6)],
-    *[(0, "on_train_batch_end", step, {"val_check_interval": 1}) for step in range(1, 9)],
-    *[(0, "on_validation_end", step, {"val_check_interval": 1}) for step in range(1, 9)],
-    *[(0, "on_train_batch_end", s, {"val_check_interval": 2, "check_val_every_n_epoch": None}) for s in range(1, 9)],
+    *[(0, "on_train_batch_end", step, {"val_check_interval": 1}) for step in PLACES],
+    *[(0, "on_validation_end", step, {"val_check_interval": 1}) for step in PLACES],
+    *[(0, "on_train_batch_end", s, {"val_check_interval": 2, "check_val_every_n_epoch": None}) for s in range(1, 7)],
     *[(0, "on_train_epoch_end", s, {"val_check_interval": 2, "check_val_every_n_epoch": None}) for s in (3, 6)],
-    *[(0, "on_train_batch_start", step, {}) for step in range(9)],
+    *[(0, "on_train_batch_start", step, {}) for step in (0, *PLACES)],
     *[(0, "on_train_epoch_start", step, {}) for step in (3, 6)],
 ]
 
