@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from f2d2_lightning.modules.ema import copy_frozen, update_average, warmed_decay
 from f2d2_lightning.utils.processes import process_count
@@ -121,8 +121,9 @@ class AddedWeights:
         """Move everything to a device."""
         self.live.to(device)
         self.average.to(device)
-        # which brings its state to where its parameters are
-        self.optimizer.load_state_dict(self.optimizer.state_dict())
+        for values in self.optimizer.state.values():
+            moved = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor) and v.ndim > 0}
+            values.update(moved)
         return self
 
 
