@@ -146,7 +146,7 @@ class F2D2Callback(AddedModel, L.Callback):
                 "F2D2Module(teacher=...), or give interval= to train it into a flow map here"
             )
         self.run_seed = RunSeed()
-        self.distil(objective, estimator, directions, teacher is None)
+        self.distill(objective, estimator, directions, teacher is None)
         self._quantize(levels, low, high)
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))

@@ -68,7 +68,7 @@ class DistilledModel(LikelihoodModel):
     reference_samples: int | None
     """Samples per evaluation that are compared with the reference, the first ones of the data; ``None`` for all."""
 
-    def distil(
+    def distill(
         self, objective: Objective | None, estimator: DivergenceEstimator | None, directions: Direction, moving: bool
     ) -> None:
         """Say what is minimised. To be called by ``__init__``.

@@ -138,7 +138,7 @@ class F2D2Module(FlowModule, DistilledModel):
         )
         objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
         self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
-        self.distil(objective, estimator, flow_map.directions, teacher is None)
+        self.distill(objective, estimator, flow_map.directions, teacher is None)
         if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
             raise ValueError(
                 f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
