@@ -30,11 +30,7 @@ CHUNK = 512
 
 
 class Points:
-    """The first samples of a data set, and their conditioning, on the CPU.
-
-    Args:
-        most: Samples kept.
-    """
+    """The first samples of a data set, at ``most`` so many, and their conditioning, on the CPU."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -239,11 +235,8 @@ class Gallery:
 class GalleryCallback(L.Callback):
     """Keeps the first samples of the data in a gallery of each model that a trainer has.
 
-    Args:
-        sizes: Arguments of :class:`Gallery` that are numbers.
-
     Raises:
-        ValueError: If one is below 1.
+        ValueError: If one of the galleries' ``sizes`` (:class:`Gallery`) is below 1.
     """
 
     counts = False
