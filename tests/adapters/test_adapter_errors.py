@@ -80,9 +80,9 @@ ARGUMENTS = [
     (Adapter, {"call": "net(x, s)", "answer": "state"}, "no end time t"),
     (Shortcut, {"second_time": "size"}, "'index'"),
     (VarianceExploding, {"precondition": "vp"}, "'edm'"),
-    (VarianceExploding, {"answer": "velocity"}, "'clean' or 'state'"),
+    (VarianceExploding, {"answer": "velocity"}, "'clean', 'state'"),
     (VarianceExploding, {"sigma_min": 2.0, "sigma_max": 1.0}, "in this order"),
-    (VarianceExploding, {"answer": "state"}, "no end t"),
+    (VarianceExploding, {"answer": "state"}, "no end time t"),
     (Denoiser, {"noise_time": 1.0}, "Denoiser has no noise_time"),
     (Consistency, {"prior_std": 0.5}, "take Adapter"),
 ]

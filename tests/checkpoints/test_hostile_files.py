@@ -91,7 +91,7 @@ def trapped(tmp_path, monkeypatch):
         "from pathlib import Path\nfrom f2d2_lightning.nn import MLP\n"
         f"Path({str(tmp_path / 'ran')!r}).touch()\nclass Net(MLP): pass\ndef run(*a, **k): raise RuntimeError('ran')\n"
     )
-    (tmp_path / "trap.yaml").write_text(yaml.safe_dump(adapted("subprocess.call", shell(tmp_path))))
+    (tmp_path / "trap.yaml").write_text(yaml.safe_dump(adapted("subprocess.call", SHELL)))
     monkeypatch.syspath_prepend(tmp_path)
     yield
     for name in TRAPS:
@@ -125,11 +125,8 @@ def adapted(network, call, **more):
                 adapter=part("f2d2_lightning.adapters.Adapter", call=call, **more))  # fmt: skip
 
 
-def shell(folder):
-    """A call that is a forward pass to the grammar, and a command to ``subprocess.call``."""
-    return f"net('echo > {folder / 'ran'}', shell=True, close_fds=(x, s, t))"
-
-
+# a forward pass to the grammar, and a command to ``subprocess.call``
+SHELL = "net('echo > ran', shell=True, close_fds=(x, s, t))"
 MAP = part("f2d2_lightning.nn.MLP", shape=[2], width=8, blocks=1)
 HEAD = part("f2d2_lightning.DivergenceHead", features=8, hidden=8, layers=1)
 OWN_HEAD = part("f2d2_lightning.DivergenceHead", network=part("torch.nn.Identity"))
@@ -193,173 +190,121 @@ def headed(network):
     return {"head": part("f2d2_lightning.DivergenceHead", network=network)}
 
 
-def mapped(name, **arguments):
-    return {"flow_map": part(f"f2d2_lightning.nn.{name}", shape=[2], **arguments)}
+def mapped(name="MLP", **arguments):
+    return {"flow_map": part(f"f2d2_lightning.nn.{name}", **{"shape": [2], **arguments})}
+
+
+def called(call, network=IDENTITY, **more):
+    return {"flow_map": adapted(network, call, **more), "head": OWN_HEAD}
 
 
 def network_of(class_path, **arguments):
-    return {"flow_map": adapted(part(class_path, **arguments), "net(x, t)"), "head": OWN_HEAD}
+    return called("net(x, t)", part(class_path, **arguments))
 
 
 def named(name):
     return {"flow_map": part(name)}
 
 
-def called(call):
-    return {"flow_map": adapted(IDENTITY, call), "head": OWN_HEAD}
+def scheduled(class_path, **arguments):
+    return {"lr_scheduler": part(class_path, **arguments)}
 
 
 def each(says, make, *values):
     """Files that are refused in the same words, by what differs in them."""
-    return {f"{says:.20}: {value!r:.60}": lambda f, value=value: (make(value), says) for value in values}
+    return {f"{says:.20}: {value!r:.60}": (make(value), says) for value in values}
 
 
+STUDENT = "f2d2_lightning.F2D2Module"
 HOSTILE = {
     # the report: a function of the standard library as a network, a command as its call
-    "a function and a command": lambda f: (
-        {"flow_map": adapted("subprocess.call", shell(f)), "head": OWN_HEAD}, TEXT, "subprocess.call"),
-    "a function by its class path": lambda f: (network_of("subprocess.call"), UNTRUSTED, "subprocess.call"),
-    "a class that starts a process": lambda f: (
-        network_of("subprocess.Popen", args=["touch", str(f / "ran")]), UNTRUSTED, "trust=['subprocess']"),
-    "the system": lambda f: (network_of("os.system", command=f"touch {f / 'ran'}"), UNTRUSTED, "os.system"),
-    "eval": lambda f: (network_of("builtins.eval"), UNTRUSTED, "builtins.eval"),
-    "eval as text": lambda f: ({"flow_map": adapted("eval", "net(x, t)")}, TEXT, "'eval'"),
-    "a module that runs when imported": lambda f: (named("trapmodule.Net"), UNTRUSTED, "trapmodule.Net"),
-    "a backbone in it": lambda f: (network_of("trapmodule.Net", shape=[2]), UNTRUSTED, "--trust trapmodule"),
-    "a poem as the class": lambda f: ({"_class_path": "this.s"}, UNTRUSTED, "this.s"),
-    "a comic as the class": lambda f: ({"_class_path": "antigravity.Module"}, UNTRUSTED, "antigravity.Module"),
-    "no text as the class": lambda f: ({"_class_path": ["os"]}, CLASS),
-    "the command line as the class": lambda f: (
-        {"_class_path": "f2d2_lightning.cli.F2D2CLI"}, "but a F2D2Module is needed here"),
-    "the teacher's class": lambda f: (
-        {"_class_path": "f2d2_lightning.FlowMatchingModule"}, "but a F2D2Module is needed here"),
-    "a function as the class": lambda f: ({"_class_path": "f2d2_lightning.cli.main"}, "is no class"),
-    # walks to what an allowed module has imported
-    "a walk to a class elsewhere": lambda f: (named("torch.nn.modules.module.OrderedDict"), UNTRUSTED, "OrderedDict"),
-    "a class elsewhere": lambda f: (named("f2d2_lightning.training.loading.Path"), UNTRUSTED, "pathlib"),
-    "torch's own loader": lambda f: (named("torch.load"), UNTRUSTED, "torch.load"),
-    "torch.hub": lambda f: (network_of("torch.hub.load"), UNTRUSTED),
-    "torch.jit": lambda f: (network_of("torch.jit.ScriptModule"), UNTRUSTED),
-    # names of classes, by what is said of them
-    **each("FlowMap is needed there", named, "f2d2_lightning.cli.F2D2CLI", "torch.optim.SGD"),
-    **each("is no class", named,
-           "f2d2_lightning.training.loading.torch", "f2d2_lightning.checkpoints.trust.importlib",
-           "torch.nn.functional.relu", "torch.nn.__builtins__"),
+    "a function and a command": (called(SHELL, "subprocess.call"), TEXT, "subprocess.call"),
+    "a class that starts a process": (
+        network_of("subprocess.Popen", args=["touch", "ran"]), UNTRUSTED, "trust=['subprocess']"),
+    "a module that runs when imported": (named("trapmodule.Net"), UNTRUSTED, "trapmodule.Net"),
+    "a backbone in it": (network_of("trapmodule.Net", shape=[2]), UNTRUSTED, "--trust trapmodule"),
+    **each(UNTRUSTED, network_of, "subprocess.call", "builtins.eval", "torch.hub.load"),
+    **each(UNTRUSTED, lambda name: {"_class_path": name}, "this.s", "antigravity.Module"),
+    **each(CLASS, lambda name: {"_class_path": name}, ["os"], "f2d2_lightning.cli.main"),
+    **each("but a F2D2Module is needed here", lambda name: {"_class_path": name},
+           "f2d2_lightning.cli.F2D2CLI", "f2d2_lightning.FlowMatchingModule"),
+    # names of classes, by what is said of them; some walk to what an allowed module has imported
+    **each("FlowMap is needed there", named, "f2d2_lightning.cli.F2D2CLI", "torch.optim.SGD", "torch.nn.Identity"),
+    **each("is no class", named, "f2d2_lightning.checkpoints.trust.importlib", "torch.nn.functional.relu"),
     **each("cannot be imported", named,
-           "f2d2_lightning.training.loading.torch.hub", "torch.nn.Module.apply", "torch.nn.Linear.__init__",
-           "torch.nn.L\u0456near"),
-    **each(CLASS, named, "torch.nn.modules.module.sys", "torch.nn.__loader__"),
+           "f2d2_lightning.training.loading.torch.hub", "torch.nn.Linear.__init__", "torch.nn.L\u0456near"),
     **each(UNTRUSTED, named,
-           "torch.nnx.Linear", "f2d2_lightning_extra.Net", "__main__.Net", "f2d2_lightning.__main__.Net",
-           "torch.nn.__class__", "t\u043erch.nn.Linear"),
-    **each("a dotted path", named,
-           "..os.system", "../trapmodule", "Linear", "torch.nn.", " torch.nn.Linear", "torch.nn.Linear\n",
-           "torch.nn.Linear(2, 2)", "torch.nn:Linear", "\uff54orch.nn.Linear", "torch.nn.\x1b[2J", None,
-           "torch.nn." + "a" * 10**6),
+           "torch.nn.modules.module.OrderedDict", "f2d2_lightning.training.loading.Path", "torch.load",
+           "torch.nnx.Linear", "__main__.Net", "f2d2_lightning.__main__.Net", "torch.nn.__class__"),
+    **each("a dotted path", named, "..os.system", "Linear", "torch.nn.Linear\n", "torch.nn:Linear",
+           "\uff54orch.nn.Linear", "torch.nn.\x1b[2J", None, "torch.nn." + "a" * 10**6),
     # classes that are allowed, in places that they are not for
-    "a layer as a map": lambda f: (named("torch.nn.Identity"), "FlowMap is needed there", "Identity"),
-    "an optimiser as a network": lambda f: (network_of("torch.optim.SGD", lr=0.1), "Module is needed there"),
-    "a cache as a network": lambda f: (
+    **each("Module is needed there", network_of, "torch.optim.SGD", "torch.nn.Parameter"),
+    "a cache as a network": (
         network_of("f2d2_lightning.objectives.trajectory_cache.TrajectoryCache", folder="trap"),
         "Module is needed there"),
-    "data as a network": lambda f: (
-        network_of("f2d2_lightning.data.ImageFolder", folder="trap"), "Module is needed there"),
-    "a parameter as a network": lambda f: (network_of("torch.nn.Parameter", data=[1.0]), "Module is needed there"),
-    "a student as a network": lambda f: (
-        network_of("f2d2_lightning.F2D2Module", shape=[2], flow_map=MAP, head=HEAD), "a whole and no part"),
-    "a student as a head": lambda f: (
-        headed(part("f2d2_lightning.F2D2Module", shape=[2], flow_map=MAP)),
-        "a whole and no part"),
-    "a map as a teacher": lambda f: ({"teacher": MAP}, "FlowMatchingModule is needed there"),
-    "a layer as the optimiser": lambda f: ({"optimizer": part("torch.nn.Identity")}, "Optimizer is needed there"),
-    "a schedule as the optimiser": lambda f: (
-        {"optimizer": part("torch.optim.lr_scheduler.StepLR", step_size=1)}, "Optimizer is needed there"),
-    "a process as the optimiser": lambda f: (
-        {"optimizer": part("subprocess.Popen", args=["touch", str(f / "ran")])}, UNTRUSTED, "subprocess.Popen"),
-    "text as the optimiser": lambda f: ({"optimizer": "os.system"}, TEXT, "os.system"),
-    "text as a schedule's factor": lambda f: (
-        {"lr_scheduler": part("torch.optim.lr_scheduler.LambdaLR", lr_lambda="os.system")}, TEXT, "os.system"),
-    "texts as a schedule's factors": lambda f: (
-        {"lr_scheduler": part("torch.optim.lr_scheduler.LambdaLR", lr_lambda=["os.system"])}, TEXT, "os.system"),
-    "a process as a schedule": lambda f: ({"lr_scheduler": part("subprocess.Popen", args=["ls"])}, UNTRUSTED),
+    "data as a network": (network_of("f2d2_lightning.data.ImageFolder", folder="trap"), "Module is needed there"),
+    "a student as a network": (network_of(STUDENT, shape=[2], flow_map=MAP, head=HEAD), "a whole and no part"),
+    "a student as a head": (headed(part(STUDENT, shape=[2], flow_map=MAP)), "a whole and no part"),
+    "a map as a teacher": ({"teacher": MAP}, "FlowMatchingModule is needed there"),
+    **each("Optimizer is needed there", lambda value: {"optimizer": value},
+           IDENTITY, part("torch.optim.lr_scheduler.StepLR", step_size=1)),
+    "a process as the optimiser": ({"optimizer": part("subprocess.Popen", args=["touch", "ran"])}, UNTRUSTED),
+    "a process as a schedule": (scheduled("subprocess.Popen", args=["ls"]), UNTRUSTED),
+    **each(TEXT, lambda value: scheduled("torch.optim.lr_scheduler.LambdaLR", lr_lambda=value),
+           "os.system", ["os.system"]),
     # text where objects are needed: jsonargparse reads a file of that name, or imports it
-    **each(TEXT, lambda name: {name: "trap.yaml"},
-           "flow_map", "head", "objective", "estimator", "reference", "inversion"),
-    "a class as the map": lambda f: ({"flow_map": "trapmodule.Net"}, TEXT, "trapmodule.Net"),
-    "a description as text": lambda f: ({"flow_map": json.dumps(MAP)}, TEXT),
-    "a file as a path": lambda f: (
-        {"objective": part("f2d2_lightning.TrajectoryRegression", path="trap.yaml")}, TEXT),
-    "a file as an embedding": lambda f: (mapped("MLP", embedding="trap.yaml"), TEXT),
-    "a file in a list": lambda f: ({"shape": ["trap.yaml"]}, TEXT),
-    "text as a flag": lambda f: ({"frozen": "trap.yaml"}, TEXT),
-    "other keywords": lambda f: (
-        {"flow_map": part("f2d2_lightning.nn.MLP", shape=[2]) | {"dict_kwargs": {"embedding": part("os.system")}}},
-        UNTRUSTED, "os.system"),
-    "keywords that are none": lambda f: (
-        {"flow_map": part("f2d2_lightning.nn.MLP", shape=[2]) | {"dict_kwargs": "trap.yaml"}}, "is no description"),
-    "more than a description": lambda f: (
-        {"flow_map": MAP | {"\x1b[2J__reduce__": 1}}, "under names that are no printable text"),
-    "a stranger in a description": lambda f: ({"flow_map": MAP | {"__reduce__": ["os.system"]}}, "is no description"),
-    "an argument of its own": lambda f: ({"payload": part("os.system")}, "has no argument 'payload'"),
+    **each(TEXT, lambda name: {name: "trap.yaml"}, "flow_map", "head", "objective", "estimator", "optimizer"),
+    "a class as the map": ({"flow_map": "trapmodule.Net"}, TEXT, "trapmodule.Net"),
+    "a file as a path": ({"objective": part("f2d2_lightning.TrajectoryRegression", path="trap.yaml")}, TEXT),
+    "a file as an embedding": (mapped(embedding="trap.yaml"), TEXT),
+    "a file in a list": ({"shape": ["trap.yaml"]}, TEXT),
+    "text as a flag": ({"frozen": "trap.yaml"}, TEXT),
+    "other keywords": (
+        {"flow_map": MAP | {"dict_kwargs": {"embedding": part("os.system")}}}, UNTRUSTED, "os.system"),
+    "keywords that are none": ({"flow_map": MAP | {"dict_kwargs": "trap.yaml"}}, "is no description"),
+    "more than a description": ({"flow_map": MAP | {"\x1b[2J__reduce__": 1}}, "under names that are no printable text"),
+    "a stranger in a description": ({"flow_map": MAP | {"__reduce__": ["os.system"]}}, "is no description"),
+    "an argument of its own": ({"payload": part("os.system")}, "has no argument 'payload'"),
     # calls
-    **{
-        f"the method {method}": lambda f, method=method: (
-            called(f"net.{method}(x, t)"), f"defines no method '{method}'")
-        for method in ("load_state_dict", "__class__", "__init__", "apply", "register_forward_hook", "_apply",
-                       "training", "nothing")
-    },
-    **each("does not call net", called, "net.forward.__globals__(x, t)", "net.a.b(x, t)", "net['a'](x, t)",
-           "net(x)(t)", "__import__('os').system('x')"),
-    **each("not understood", called, "net(x, t, __import__('os'))", "net(x, t, x.__class__)",
-           "net(x, t, [y for y in x])", "net(x, t, lambda: x)", "net(x, t, f'{x!r}')", "net(x, t, (y := x))",
-           "net(x, t, *x)", "net(x, t, x ** 9)", "net(x, t, eval('1'))"),
-    **each("** argument", called, "net(x, t, **{'a': x})"),
-    **each("no keyword", called, "net(x, t, exp(x=x))"),
-    **each("calculates with", called, "net(x, t, [0] * 3000000000)", "net(x, t, 3000000000 * 'a')",
-           "net(x, t, 1 * (1000000000 * (0,)))", "net(x, t, b'a' * 3000000000)"),
+    **each("defines no method", lambda method: called(f"net.{method}(x, t)"),
+           "load_state_dict", "__init__", "_apply", "training", "nothing"),
+    **each("does not call net", called, "net.forward.__globals__(x, t)", "__import__('os').system('x')"),
+    **each("not understood", called, "net(x, t, x.__class__)", "net(x, t, lambda: x)", "net(x, t, eval('1'))"),
+    **each("calculates with", called, "net(x, t, [0] * 3000000000)", "net(x, t, 3000000000 * 'a')"),
     **each("cannot be", called, "net(x, t) # \x00"),
     **each("the call", called, "net(x, t, " + 300 * "-(" + "x" + 300 * ")" + ")"),
     **each("nested too deeply", called, "net(x, t, " + 1500 * "-" + "x)"),
     **each("up to 2000 characters", called, "net(x, t, " + 10**6 * "-" + "x)"),
-    "a call that is no text": lambda f: ({"flow_map": adapted(IDENTITY, ["net(x, t)"])}, "Adapter"),
-    "a student's loader as the call": lambda f: (
-        {"flow_map": adapted(part("f2d2_lightning.F2D2Module", shape=[2], flow_map=MAP),
-                             f"net.load_from_checkpoint('{f / 'trap.ckpt'}', trust=['subprocess'], low=x, high=t)")},
-        "a whole and no part"),
-    "a student's teacher as the call": lambda f: (
-        {"flow_map": adapted(part("f2d2_lightning.F2D2Module", shape=[2], flow_map=MAP, trust=["subprocess"],
-                                  teacher=str(f / "trap.ckpt")), "net.teacher(x, t)")},
+    "a call that is no text": (called(["net(x, t)"]), "Adapter"),
+    "a student's loader as the call": (
+        called("net.load_from_checkpoint('trap.ckpt', trust=['subprocess'], low=x, high=t)",
+               part(STUDENT, shape=[2], flow_map=MAP)), "a whole and no part"),
+    "a student's teacher as the call": (
+        called("net.teacher(x, t)",
+               part(STUDENT, shape=[2], flow_map=MAP, trust=["subprocess"], teacher="trap.ckpt")),
         "a whole and no part"),
     # numbers that are none
-    "no shape": lambda f: ({"shape": None}, "shape"),
-    "a number as a shape": lambda f: ({"shape": 3}, "does not hold all"),
+    "no shape": ({"shape": None}, "shape"),
+    "a number as a shape": ({"shape": 3}, "does not hold all"),
     **each("is for states of shape (", lambda side: {"shape": [side]}, 2.5, -2, True, float("nan"), float("inf")),
-    **each("does not fit F2D2Module", lambda value: {"flow_map": value}, 5, torch.ones(3), {"a": 1}),
-    **each("does not fit F2D2Module", lambda value: {"head": value}, [1]),
-    "no rate": lambda f: ({"ema_decay": float("nan")}, "ema_decay=nan"),
-    "one step": lambda f: ({"steps": 1}, "does not hold all"),
-    **{
-        f"width {width!r:.20}": lambda f, width=width: (
-            {"flow_map": part("f2d2_lightning.nn.MLP", shape=[2], width=width)}, "cannot be made from the file: MLP")
-        for width in (-1, float("nan"), float("inf"), 1e300, [8], torch.ones(8))
-    },
-    **{
-        f"{blocks!r:.20} blocks": lambda f, blocks=blocks: (
-            {"flow_map": part("f2d2_lightning.nn.MLP", shape=[2], blocks=blocks)}, "cannot be made from the file: MLP")
-        for blocks in (float("nan"), 2.5, [1], {"a": 1})
-    },
-    "compiled by somebody": lambda f: ({"compile": "trapmodule"}, "compile is 'trapmodule'"),
-    "parallel": lambda f: (
+    **each("does not fit F2D2Module", lambda value: {"flow_map": value}, 5, {"a": 1}),
+    "no rate": ({"ema_decay": float("nan")}, "ema_decay=nan"),
+    "one step": ({"steps": 1}, "does not hold all"),
+    **each("cannot be made from the file: MLP", lambda width: mapped(width=width),
+           -1, float("nan"), float("inf"), [8], torch.ones(8)),
+    **each("cannot be made from the file: MLP", lambda blocks: mapped(blocks=blocks), float("nan"), {"a": 1}),
+    "compiled by somebody": ({"compile": "trapmodule"}, "compile is 'trapmodule'"),
+    "parallel": (
         network_of("torch.nn.parallel.DistributedDataParallel", module=IDENTITY), "cannot be made from the file"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(HOSTILE))
 def test_what_a_file_says_is_not_run(tmp_path, case, capsys):
-    changes, *says = HOSTILE[case](tmp_path)
+    changes, *says = HOSTILE[case]
     path = write(tmp_path / "a.ckpt", changes)
     trap(tmp_path)
-    says = [what if len(what) < 200 else what[:80] for what in says]
     with nothing_runs(tmp_path), little():
         for load in (lambda: load_module(path, f2.F2D2Module), lambda: f2.F2D2Module.load_from_checkpoint(path)):
             with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -400,7 +345,7 @@ def test_what_is_refused_would_run(tmp_path):
         "a backbone in it",
         "a class as the map",
     ):
-        path = write(tmp_path / "a.ckpt", {**HOSTILE[case](tmp_path)[0], "head": OWN_HEAD}, SCALES)
+        path = write(tmp_path / "a.ckpt", HOSTILE[case][0] | {"head": OWN_HEAD}, SCALES)
         assert not ran.exists()
         # one runs when the module is made, one when it is called; what comes after is an error
         with contextlib.suppress(Exception):
@@ -571,81 +516,30 @@ def stack(layers, layer=None):
 
 LARGE = "far more than"
 BOMBS = {
-    "a number beyond all": (mapped("MLP", width=10**40), LARGE),
-    "blocks": (mapped("MLP", blocks=100_000), LARGE),
-    "more blocks": (mapped("MLP", width=1, blocks=10**12), LARGE),
-    "width": (mapped("MLP", width=10**6), LARGE),
-    "classes": (mapped("MLP", width=8, classes=10**10), LARGE),
-    "a preconditioner": (
-        {"flow_map": part("f2d2_lightning.nn.PreconditionedMLP", shape=[4_000], covariance="full")},
-        LARGE,
-    ),
-    "depth": (
-        {"flow_map": part("f2d2_lightning.nn.DiT", shape=[1, 8, 8], patch=2, width=12, heads=2, depth=10**9)},
-        LARGE,
-    ),
-    "places": (
-        {"flow_map": part("f2d2_lightning.nn.DiT", shape=[1, 10**5, 10**5], patch=1, width=12, heads=2)},
-        LARGE,
-    ),
-    "multipliers": (
-        {"flow_map": part("f2d2_lightning.nn.UNet", shape=[1, 8, 8], width=8, multipliers=[10**6], blocks=10**9)},
-        LARGE,
-    ),
-    "resnet": ({"flow_map": part("f2d2_lightning.nn.ResNet", shape=[1, 8, 8], width=8, blocks=10**9)}, LARGE),
-    "a covariance": (
-        {
-            "head": part(
-                "f2d2_lightning.DivergenceHead",
-                features=8,
-                baseline=part("f2d2_lightning.GaussianBaseline", shape=[4_000], covariance="full"),
-            )
-        },
-        LARGE,
-    ),
-    "a default head": (
-        {"shape": [10**9], "head": None, "flow_map": part("f2d2_lightning.nn.MLP", shape=[2], width=8)},
-        LARGE,
-    ),
-    "a hidden layer": ({"head": part("f2d2_lightning.DivergenceHead", features=8, hidden=10**6)}, LARGE),
-    "layers of a head": ({"head": part("f2d2_lightning.DivergenceHead", features=8, hidden=1, layers=10**9)}, LARGE),
-    "an embedding": (
-        mapped("MLP", embedding=part("f2d2_lightning.nn.IntervalEmbedding", features=8, frequencies=10**10)),
-        LARGE,
-    ),
-    "a linear layer": (headed(part("torch.nn.Linear", in_features=10**5, out_features=10**5)), LARGE),
+    # numbers, arrays and modules that are counted, each in its own way, and what is known before anything is made
+    "a number beyond all": (mapped(width=10**40), LARGE),
+    "blocks": (mapped(blocks=100_000), LARGE),
+    "width": (mapped(width=10**6), LARGE),
+    "a preconditioner": (mapped("PreconditionedMLP", shape=[4_000], covariance="full"), LARGE),
+    "places": (mapped("DiT", shape=[1, 10**5, 10**5], patch=1, width=12, heads=2), LARGE),
+    "multipliers": (mapped("UNet", shape=[1, 8, 8], width=8, multipliers=[10**6], blocks=10**9), LARGE),
+    "a default head": ({"shape": [10**9], "head": None, "flow_map": MAP}, LARGE),
     "a linear layer on a device": (
-        headed(part("torch.nn.Linear", in_features=10**5, out_features=10**5, device="cpu")),
-        LARGE,
-    ),
+        headed(part("torch.nn.Linear", in_features=10**5, out_features=10**5, device="cpu")), LARGE),
     "an embedding of torch": (headed(part("torch.nn.Embedding", num_embeddings=10**6, embedding_dim=10**4)), LARGE),
     "recurrence": (headed(part("torch.nn.LSTM", input_size=1, hidden_size=1, num_layers=10**9)), LARGE),
     "a stack": (headed(stack(10**9)), LARGE),
-    "a stack of stacks": (headed(stack(1000, stack(1000, stack(1000)))), "TransformerEncoderLayer is needed there"),
     "a transformer": (headed(part("torch.nn.Transformer", d_model=2, nhead=1, num_encoder_layers=10**8)), LARGE),
+    "a stack of stacks": (headed(stack(1000, stack(1000, stack(1000)))), "TransformerEncoderLayer is needed there"),
     "a list of modules": (headed(part("torch.nn.ModuleList", modules=[stack(500)] * 1000)), LARGE),
     "modules in modules": ({"flow_map": nest(200)}, "without end"),
     "lists in lists": ({"steps": laughs(12)}, "without end"),
-    "lists in an argument": (mapped("MLP", width=laughs(12)), "without end"),
     "a list in itself": ({"steps": endless()}, "without end"),
-    "a long list": ({"steps": [1] * 200_000}, "without end"),
-    "a large state": (
-        {"shape": [500_000_000], "flow_map": adapted(IDENTITY, "net(x, t)"), "head": OWN_HEAD},
-        "is for states of shape (500000000,)",
-    ),
-    "a state beyond all": (
-        {"shape": [10**20, 10**20], "flow_map": adapted(IDENTITY, "net(x, t)"), "head": OWN_HEAD},
-        "is for states of shape",
-    ),
-    "axes of time": (
-        {"flow_map": adapted(IDENTITY, "net(x, t)", time_axes=10**9), "head": OWN_HEAD},
-        "time_axes=1,000,000,000",
-    ),
-    "classes of an adapter": (
-        {"flow_map": adapted(IDENTITY, "net(x, t, cond)", classes=10**9), "head": OWN_HEAD},
-        "classes=1000000000",
-    ),
-}
+    "a large state": (called("net(x, t)") | {"shape": [500_000_000]}, "is for states of shape (500000000,)"),
+    "a state beyond all": (called("net(x, t)") | {"shape": [10**20, 10**20]}, "is for states of shape"),
+    "axes of time": (called("net(x, t)", time_axes=10**9), "time_axes=1,000,000,000"),
+    "classes of an adapter": (called("net(x, t, cond)", classes=10**9), "classes=1000000000"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(BOMBS))
@@ -663,9 +557,6 @@ def test_what_a_file_describes_is_no_larger_than_the_file(tmp_path, case, capsys
 LIES = {
     "a tensor of no device": lambda: torch.empty(10**14, device="meta"),
     "a sparse tensor": lambda: torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), (10**14,)),
-    "a number": lambda: 3,
-    "text": lambda: "weights",
-    "a list": lambda: [torch.ones(2)],
     "nothing": lambda: None,
 }
 
@@ -823,19 +714,17 @@ def a_head(**changes):
 
 
 EXPORTS = {
-    "adapter": [None, 3, [], {}, {"class": "os.system"}, {"class": "Adapter", "call": 3}, {"class": ["Adapter"]},
-                {"class": "Adapter", "call": "net.load_state_dict(x, t)"}, {"class": "adapter_from_config"},
-                {"class": "AdaptedFlowMap", "network": "os.system"}, {"class": "Adapter", "network": "os.system"},
-                {"class": "Adapter", "call": "net(x, t)", "time_axes": 10**10}, {"class": "Adapter", "prior_std": "a"}],
-    "head": [None, [], {}, {"features": 8}, a_head(hidden=10**6, layers=5), a_head(layers=10**9),
+    "adapter": [None, {}, {"class": "os.system"}, {"class": "Adapter", "call": "net.load_state_dict(x, t)"},
+                {"class": "adapter_from_config"}, {"class": "AdaptedFlowMap", "network": "os.system"},
+                {"class": "Adapter", "call": "net(x, t)", "time_axes": 10**10}],
+    "head": [None, {"features": 8}, a_head(hidden=10**6, layers=5), a_head(layers=10**9),
              a_head(baseline={"shape": [100_000], "covariance": "full", "path": "LinearPath"}),
-             a_head(baseline={"shape": [2], "covariance": "full", "path": "os.system"}),
-             a_head(network="os.system"), a_head(features=10**20), a_head(hidden="8")],
-    "head_state": [None, 3, [], {"scale": 3}, {"scale": torch.empty(10**14, device="meta")}, {3: torch.ones(())}],
-    "network_state": [None, 3, [1], {"a": torch.ones(1)}, {"a": "b"}],
-    "directions": [None, 3, "sideways"],
-    "features": [3, "nowhere", [1]],
-    "interval": [3, "nowhere", "norm"],
+             a_head(baseline={"shape": [2], "covariance": "full", "path": "os.system"}), a_head(network="os.system")],
+    "head_state": [None, {"scale": 3}, {"scale": torch.empty(10**14, device="meta")}, {3: torch.ones(())}],
+    "network_state": [3, {"a": torch.ones(1)}, {"a": "b"}],
+    "directions": [3, "sideways"],
+    "features": [3, "nowhere"],
+    "interval": ["nowhere", "norm"],
 }  # fmt: skip
 
 
@@ -891,32 +780,24 @@ FOLDERS = {
     "a number beyond all": (set_in(*A_MAP, "arguments", "width", 10**40), LARGE),
     "blocks": (set_in(*A_MAP, "arguments", "blocks", 100_000), LARGE),
     "width": (set_in(*A_MAP, "arguments", "width", 10**6), LARGE),
-    "blocks without end": (set_in(*A_MAP, "arguments", "blocks", 10**15), LARGE),
-    "classes": (set_in(*A_MAP, "arguments", "classes", 10**9), LARGE),
     "a covariance": (set_in("model", "arguments", "head", "arguments", "baseline", {
         "class": "f2d2_lightning.flows.GaussianBaseline", "number": 9,
         "arguments": {"shape": [4_000], "covariance": "full"}}), LARGE),
-    "layers": (set_in("model", "arguments", "head", "arguments", "layers", 10**9), LARGE),
     "a part in place": (set_in("replaced", {"head": {
         "class": "f2d2_lightning.nn.DivergenceHead", "number": "x",
         "arguments": {"features": 8, "hidden": 10**6, "layers": 9}}}), LARGE),
-    "NaN": (set_in(*A_MAP, "arguments", "blocks", float("nan")), "do not fit MLP"),
     "infinity": (set_in(*A_MAP, "arguments", "width", float("inf")), "do not fit MLP"),
-    "minus one": (set_in(*A_MAP, "arguments", "width", -1), "do not fit MLP"),
-    "text": (set_in(*A_MAP, "arguments", "width", "8"), "do not fit MLP"),
     "a class of torch": (set_in(*A_MAP, "class", "torch.nn.Linear"), "names the class 'torch.nn.Linear'"),
     "a function": (set_in(*A_MAP, "class", "f2d2_lightning.checkpoints.trust.importlib"), "is no class"),
     "the command line": (set_in(*A_MAP, "class", "f2d2_lightning.cli.F2D2CLI"), "names the class"),
     "a module that runs": (set_in(*A_MAP, "class", "trapmodule.Net"), "names the class 'trapmodule.Net'"),
     "a number of an object that is a list": (set_in(*A_MAP, "number", [1]), "no model that can be read"),
-    "the same as a list": (set_in("model", "arguments", "flow_map", {"same_as": [1]}), "refers to object [1]"),
-    "the same as nothing": (set_in("model", "arguments", "flow_map", {"same_as": 77}), "refers to object 77"),
+    "the same as a list": (set_in(*A_MAP, {"same_as": [1]}), "refers to object [1]"),
     "arguments that are none": (set_in(*A_MAP, "arguments", "blocks", {"class": 3}), "object's class and arguments"),
     "a network that is not given": (set_in(*A_MAP, {"given": "network", "class": "a.B"}), "give it: network="),
     "given by a list": (set_in(*A_MAP, {"given": [1], "class": [2]}), "give it: [1]="),
     "a call that runs": (set_in(*A_MAP, {"class": "f2d2_lightning.adapters.Adapter", "number": 9,
         "arguments": {"call": "__import__('os').system('touch ran')"}}), "do not fit Adapter"),
-    "a model that is none": (set_in("model", None), "object's class and arguments"),
     "depth": (lambda content: content.update(model=deep(200)), "without end"),
     "a long list": (set_in(*A_MAP, "arguments", "blocks", [0] * 200_000), "without end"),
     "an edge beyond all": (set_in("low", 10**400), "describes data of shape"),

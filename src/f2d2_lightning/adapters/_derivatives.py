@@ -8,6 +8,8 @@ are right then, and its divergence is a wrong number.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,20 +27,12 @@ from f2d2_lightning.utils.sharding import is_sharded
 
 __all__ = ["check_derivative"]
 
-ROWS = 10
-"""States, each with a direction of its own; half of them must be clearly wrong."""
-
-WIDEST, RATIO, MOST_STEPS = 0.3, 4.0, 12
-"""Half-widths of the finite differences: the widest in units of the noise, and the rest each a quarter of the last."""
-
-FIRST = 2
-"""Which of them is tried first: where it agrees, as it does for most networks, no other is."""
-
-CLOSE = 0.1
-"""Relative difference from which a derivative is another one, and up to which two finite differences are one."""
-
-CLEAR = 4.0
-"""How far outside of the difference of two finite differences a derivative must lie."""
+ROWS = 10  # states, each with a direction of its own; half of them must be clearly wrong
+# half-widths of the finite differences: the widest in units of the noise, and the rest each a quarter of the last; the
+# first that is tried is that of index FIRST, and where it agrees, as it does for most networks, no other is
+WIDEST, RATIO, MOST_STEPS, FIRST = 0.3, 4.0, 12, 2
+CLOSE = 0.1  # relative difference up to which two derivatives are one
+CLEAR = 4.0  # how far outside of the difference of two finite differences a derivative must lie
 
 
 def check_derivative(
@@ -49,13 +43,9 @@ def check_derivative(
     A right derivative agrees with the finite difference of some step: large where the network rounds, small where it
     bends. A wrong one disagrees with all, also with two steps that agree with each other.
 
-    Args:
-        velocity: ``(x, t, cond) -> v``, of a network in evaluation mode.
-        x: Data, ``(B, ...)``.
-        noise: Noise, shape of ``x``.
-        cond: Conditioning, first axis ``B``.
-        mode: As of :class:`~f2d2_lightning.Hutchinson`; with ``"finite"`` there is nothing to check.
-        network: The network behind it, whose submodules are named; by default the velocity itself.
+    ``velocity`` is ``(x, t, cond) -> v`` of a network in evaluation mode; ``network``, by default the velocity itself,
+    is what stands behind it, whose submodules are named. ``mode`` is that of :class:`~f2d2_lightning.Hutchinson`; with
+    ``"finite"`` there is nothing to check.
 
     Raises:
         ConventionError: If the network cannot be differentiated in this mode, or its derivative is clearly another
@@ -193,19 +183,14 @@ def _lost(network: Any, velocity: Callable[[Tensor], Tensor], states: Tensor, di
         tensors = (v for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point())
         return any(forward_ad.unpack_dual(v).tangent is not None for v in tensors)
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
-            # within inference mode all are without, and whoever entered it is to blame
-            inside = torch.is_inference_mode_enabled()
-            if not inside and has_tangent((arguments, keywords)) and not has_tangent(output):
-                found.append(name)
+    def note(name: str, module: nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> None:
+        # within inference mode all are without, and whoever entered it is to blame
+        inside = torch.is_inference_mode_enabled()
+        if not inside and has_tangent((arguments, keywords)) and not has_tangent(output):
+            found.append(name)
 
-        return hook
-
-    handles = [m.register_forward_hook(note(n), with_kwargs=True) for n, m in network.named_modules()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(note, name), with_kwargs=True))
         jacobian_product(velocity, states, directions, checked=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return named(network, found[0]) if found else None

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,61 +28,34 @@ from f2d2_lightning.utils.sharding import is_sharded
 
 __all__ = ["FEWEST_SAMPLES", "check_velocity"]
 
-FEWEST_SAMPLES = 8
-"""Below this nothing is judged."""
+FEWEST_SAMPLES = 8  # below this nothing is judged
+MOST_DRAWS = 8  # noises that are drawn per data point
+FEW = 16  # samples of large states on which unlikely ways are tried; the other direction of time is tried on all
 
-MOST_DRAWS = 8
-"""Noises that are drawn per data point."""
-
-FEW = 16
-"""Samples of large states on which unlikely ways are tried; those of the other direction of time are tried on all."""
-
-CLEARLY_BETTER = 0.8
-"""Share of the declared convention's squared error that another one must stay below."""
-
-BETTER_BY_A_FACTOR = 0.95
-"""The same for a constant factor, which is judged by being one at every time too."""
-
+# shares of the declared convention's squared error that another one must stay below; a constant factor is judged by
+# being one at every time too
+CLEARLY_BETTER, BETTER_BY_A_FACTOR = 0.8, 0.95
+# share of the error of the best multiple of the state that a network asked in an unlikely way must stay below: one that
+# is half-trained may do better with its time held fixed, and is no better than that multiple
 LEARNED = 0.97
-"""Share of the error of the best multiple of the state that a network asked in an unlikely way must stay below. One
-that is half-trained may do better with its time held fixed, and is no better than that multiple."""
+SAYS_SOMETHING = 0.95  # share of the error of their mean as the answer everywhere, for answers read as noise or data
+CERTAIN = 4.0  # standard errors that the difference must be away from zero
 
-SAYS_SOMETHING = 0.95
-"""Share of the error of their mean, as the answer everywhere, that one read as noise or data must stay below."""
+SCALES = (1000.0, 0.001)  # units of time that networks are written for, in each other
+FACTORS = (2.0, 10.0, 100.0, 1000.0)  # by which an answer may be too small; others mean that not all is learned yet
+NEAR = 0.1  # how near to one of them, relatively, a factor must be
+TOO_LARGE = 0.7  # factors below this are of answers that are too large
+ALIKE = 1.3  # by how much, as a factor, a factor may differ between times
 
-CERTAIN = 4.0
-"""Standard errors that the difference must be away from zero."""
-
-SCALES = (1000.0, 0.001)
-"""Units of time that networks are written for, in each other."""
-
-FACTORS = (2.0, 10.0, 100.0, 1000.0)
-"""Factors by which an answer may be too small. Others are those of a network that has not learned all yet."""
-
-NEAR = 0.1
-"""How near to one of them, relatively, a factor must be."""
-
-TOO_LARGE = 0.7
-"""Factors below this are of answers that are too large."""
-
-ALIKE = 1.3
-"""By how much, as a factor, a factor may differ between times."""
-
+# forms and orders of both times, before which scales stand
 INDEX = f"clamp(-log2(clamp(abs(t - s), {2.0**-20}, 1.0)), 0.0, 7.0)"
 FORMS = (("s", "t"), ("t", "s"), ("s", "t - s"), ("s", "s - t"), ("t - s", "s"), ("s - t", "s"), ("s", INDEX))
-"""Forms and orders of both times; scales stand before them."""
+LABELS = ("s", "log(s) / 4", "250 * log(s)")  # what networks of noise levels are told of them
 
-LABELS = ("s", "log(s) / 4", "250 * log(s)")
-"""What networks of noise levels are told of them."""
-
+# intervals that jumps are compared on; those that are aligned are what shortcut models are trained for
 PAIRS = ((0.0, 1.0), (0.0, 0.5), (0.25, 0.5), (0.5, 0.75), (0.5, 1.0))
-"""Intervals that jumps are compared on; those that are aligned are what shortcut models are trained for."""
-
-STEPS = 6
-"""Midpoint steps of the network's own velocity that a jump is compared with."""
-
-JUMPS_BETTER = 0.6
-"""Share of the squared error of the declared jumps that those of another form must stay below, at each interval."""
+STEPS = 6  # midpoint steps of the network's own velocity that a jump is compared with
+JUMPS_BETTER = 0.6  # share of the declared jumps' squared error that another form must stay below, at each interval
 
 
 class _Way(NamedTuple):
@@ -110,52 +84,44 @@ class _Noised:
 
     states: Tensor
     cond: Tensor | None
-    target: Tensor
-    """Data - noise, ``(1, B, d)``."""
-    draws: int
-    """Noises per data point, which follow each other."""
-    times: Tensor = field(init=False)
-    linear: Tensor = field(init=False)
-    """Mean squared error of the best multiple of the state, per time: what a network has learned that has learned
-    hardly anything."""
+    target: Tensor  # data - noise, (1, B, d)
+    draws: int  # noises per data point, which follow each other
 
-    def __post_init__(self) -> None:
-        self.times = self.states.new_tensor(TIMES)[:, None].expand(self.states.shape[:2])
+    @classmethod
+    def of(cls, x: Tensor, noise: Tensor, cond: Tensor | None) -> _Noised:
+        # of small states several noises each, which cost little there, and of which the mean says more
+        draws = max(1, min(MOST_DRAWS, 128 // x[0].numel()))
+        generator = torch.Generator().manual_seed(2)
+        more = [torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) for _ in range(draws - 1)]
+        noise = torch.stack([noise, *more], 1).flatten(0, 1)
+        x, cond = x.repeat_interleave(draws, 0), None if cond is None else cond.repeat_interleave(draws, 0)
+        states = torch.stack([LinearPath().sample(x, noise, x.new_full((len(x),), t)) for t in TIMES])
+        return cls(states, cond, (x - noise).flatten(1)[None], draws)
+
+    @cached_property
+    def times(self) -> Tensor:
+        return self.states.new_tensor(TIMES)[:, None].expand(self.states.shape[:2])
+
+    @cached_property
+    def linear(self) -> Tensor:
+        """Error of the best multiple of the state per time: what a network knows that has learned hardly anything."""
         flat = self.states.flatten(2)
         factor = (flat * self.target).sum((1, 2)) / flat.square().sum((1, 2))
-        self.linear = (factor[:, None, None] * flat - self.target).square().mean((1, 2))
-
-
-def _noised(x: Tensor, noise: Tensor, cond: Tensor | None) -> _Noised:
-    # of small states several noises each, which cost little there, and of which the mean says more
-    draws = max(1, min(MOST_DRAWS, 128 // x[0].numel()))
-    generator = torch.Generator().manual_seed(2)
-    more = [torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) for _ in range(draws - 1)]
-    noise = torch.stack([noise, *more], 1).flatten(0, 1)
-    x, cond = x.repeat_interleave(draws, 0), None if cond is None else cond.repeat_interleave(draws, 0)
-    states = torch.stack([LinearPath().sample(x, noise, x.new_full((len(x),), t)) for t in TIMES])
-    return _Noised(states, cond, (x - noise).flatten(1)[None], draws)
+        return (factor[:, None, None] * flat - self.target).square().mean((1, 2))
 
 
 def check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Tensor | None) -> None:
-    """Compare the declared convention with others, on noised data.
-
-    Args:
-        flow_map: An adapted network, in evaluation mode.
-        x: Data, ``(B, ...)``.
-        noise: Noise, shape of ``x``.
-        cond: Conditioning, first axis ``B``.
+    """Refuse a network, in evaluation mode, of which another convention is clearly and certainly right on noised data.
 
     Raises:
-        ConventionError: If another one is clearly and certainly right. Says which argument of the adapter mends it.
+        ConventionError: Says which argument of the adapter mends it.
     """
     if len(x) < FEWEST_SAMPLES:
         return
-    ask, noised = _Asker(flow_map, x.device), _noised(x, noise, cond)
+    ask, noised = _Asker(flow_map, x.device), _Noised.of(x, noise, cond)
     # a map's endpoint is a draw, not a mean, so it is less close to this one's target than a velocity
     leeway = 2.5 if flow_map.endpoint_only else 1.25
-    base, found = x.new_zeros(()), []
-    plausible: set[str] = set()
+    base, found, plausible = x.new_zeros(()), [], set()
     for way in _ways(flow_map, x.ndim > 3):
         answers = _answers(ask, way, noised)
         if answers is None:

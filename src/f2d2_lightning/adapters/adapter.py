@@ -21,14 +21,13 @@ from f2d2_lightning.adapters.interval import AddedInterval
 from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.flows.maps import Direction, FlowMap, check_interval
 from f2d2_lightning.flows.paths import expand_time, like
+from f2d2_lightning.utils.checks import one_of
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["AdaptedFlowMap", "Adapter", "adapter_from_config"]
 
-ANSWERS = ("velocity", "state")
-
+# times and labels become tensors of so many axes and columns, whoever says the number
 MOST_AXES, MOST_CLASSES = 64, 10**6
-"""What an adapter may ask for: times and labels become tensors of so many axes and columns, whoever says the number."""
 
 
 class Adapter(Configured):
@@ -93,8 +92,7 @@ class Adapter(Configured):
     ) -> None:
         if noise_time == data_time:
             raise ValueError(f"noise_time and data_time are both {noise_time}; time must run between them")
-        if answer not in ANSWERS:
-            raise ValueError(f"answer is {answer!r}; it is one of {', '.join(map(repr, ANSWERS))}")
+        one_of("answer", answer, ("velocity", "state"))
         if time_axes < 1 or not prior_std > 0 or not 0 < shortest < 1:
             raise ValueError(
                 f"time_axes={time_axes} is at least 1, prior_std={prior_std} positive, shortest={shortest} in (0, 1)"
@@ -102,10 +100,9 @@ class Adapter(Configured):
         self.call = Call(call)
         self.directions = Direction.parse(directions)
         self.sees_end = "t" in self.call.names
-        if answer == "state" and not self.sees_end:
-            raise ValueError(f"{call!r} passes no end time t, so the network cannot answer a state at the end")
         self.noise_time, self.data_time = noise_time, data_time
         self.answer = answer
+        self._check_end()
         self.velocity_scale = data_time - noise_time if velocity_scale is None else velocity_scale
         self.output = output
         self.channels_last = channels_last
@@ -113,6 +110,12 @@ class Adapter(Configured):
         self.time_axes = time_axes
         self.prior_std = prior_std
         self.shortest = shortest
+        self.leaves_data = True
+
+    def _check_end(self) -> None:
+        """Refuse a network that is to answer the state at an end that it is not told."""
+        if self.answer == "state" and not self.sees_end:
+            raise ValueError(f"{self.call.text!r} passes no end time t, so there is no end to answer the state at")
 
     def __call__(
         self,
@@ -134,18 +137,7 @@ class Adapter(Configured):
     def average_velocity(
         self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None
     ) -> Tensor:
-        """``u(x, s, t)`` in this package's convention.
-
-        Args:
-            network: Whatever :attr:`call` calls.
-            x: State at time ``s``, ``(B, ...)``.
-            s: Start, ``(B,)``, in our time.
-            t: End, ``(B,)``, in our time.
-            cond: Conditioning.
-
-        Returns:
-            ``u``, shape of ``x``.
-        """
+        """``u(x, s, t)``, shape of ``x``, in this package's convention and times, ``(B,)``."""
         if self.answer == "velocity":
             return self.velocity_scale / self.prior_std * self.ask(network, self.prior_std * x, s, t, cond)
         # a state that had no time to move says nothing about the velocity: the shortest interval is taken there, and
@@ -258,7 +250,8 @@ class AdaptedFlowMap(FlowMap, Configured):
             ``interval``.
 
     Raises:
-        ValueError: If a named submodule or method does not exist.
+        ValueError: If a named submodule or method does not exist, or a way from data is to be added to a
+            preconditioning that leaves the data as they are.
     """
 
     def __init__(
@@ -285,6 +278,11 @@ class AdaptedFlowMap(FlowMap, Configured):
         self.interval_name = interval
         self.interval: AddedInterval | None = None
         self._compiled = False
+        if interval is not None and not self.adapter.leaves_data:
+            raise ValueError(
+                "precondition='consistency' multiplies the network's answer with zero at sigma_min, so it cannot learn "
+                "to leave the data; fine-tune with precondition='edm', which differs near sigma_min only"
+            )
         if isinstance(network, nn.Module):
             self.adapter.call.check(network)
             self._compiled = _is_compiled(network)
@@ -338,14 +336,9 @@ class AdaptedFlowMap(FlowMap, Configured):
         return self._features
 
     def probe(self, x: Tensor, cond: Tensor | None = None) -> int:
-        """Call the network once, without training mode or gradients, and find the features' channels.
+        """Channels ``F`` for ``DivergenceHead(features=F)``, found by one call on states ``(B, ...)``.
 
-        Args:
-            x: States, ``(B, ...)``.
-            cond: Conditioning.
-
-        Returns:
-            Channels ``F`` for ``DivergenceHead(features=F)``.
+        The call is without training mode and gradients.
         """
         with evaluating(self), torch.no_grad():
             low, high = (0.25, 0.75) if self.directions != Direction.TO_NOISE else (0.75, 0.25)
@@ -440,11 +433,7 @@ def _is_compiled(network: nn.Module) -> bool:
 
 
 def check_conditioning(cond: Any) -> None:
-    """Refuse conditioning that is no tensor.
-
-    Raises:
-        ValueError: Says what came.
-    """
+    """Refuse conditioning that is no tensor: a ``ValueError`` says what came."""
     if cond is not None and not isinstance(cond, Tensor):
         raise ValueError(
             f"cond is {_kind(cond)}, and conditioning is one tensor (B, ...), such as labels (B,) or embeddings "

@@ -9,6 +9,7 @@ from typing import Any
 
 from f2d2_lightning.adapters.adapter import Adapter
 from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.utils.checks import one_of
 
 __all__ = ["FlowMatching", "MeanFlow", "Shortcut", "TorchCFM", "TwoTime"]
 
@@ -49,8 +50,8 @@ class Shortcut(Adapter):
             "length": f"net(x, s, clamp(abs(t - s), {shortest_length}, 1.0), cond)",
             "index": f"net(x, s, clamp(-log2(clamp(abs(t - s), {2.0**-20}, 1.0)), 0.0, {float(largest_index)}), cond)",
         }
-        if call is None and second_time not in calls:
-            raise ValueError(f"second_time is {second_time!r}; it is one of {', '.join(map(repr, calls))}")
+        if call is None:
+            one_of("second_time", second_time, calls)
         super().__init__(call or calls[second_time], directions=directions, **kwargs)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,14 +119,11 @@ class FeatureTap:
 
         A network with several outputs runs a layer of each, and the one that runs last may be of another output than
         the velocity (the scalar head of the official F2D2 network). The graph of one call tells them apart; where it
-        shows nothing, the layer that runs last stays the choice.
-
-        Args:
-            function: Calls the network once on few states.
+        shows nothing, the layer that runs last stays the choice. ``function`` calls the network once on few states.
         """
         nodes: dict[str, Any] = {}
 
-        def mark(name: str, output: Any) -> Any:
+        def mark(name: str, module: nn.Module, arguments: Any, output: Any) -> Any:
             if not isinstance(output, Tensor) or not output.is_floating_point() or not torch.is_grad_enabled():
                 return output
             # adds nothing, and gives the output a place in the graph also where all weights are frozen
@@ -134,15 +132,11 @@ class FeatureTap:
             nodes[name] = output.grad_fn
             return output
 
-        network = self._network[0]
-        layers = [(name, module) for name, module in network.named_modules() if name and _weighted(module)]
-        handles = [m.register_forward_hook(lambda _, __, output, n=n: mark(n, output)) for n, m in layers]
-        try:
-            with torch.inference_mode(False), torch.enable_grad():
-                waiting = [function().grad_fn]
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as hooks:
+            for name, module in self._network[0].named_modules():
+                if name and _weighted(module):
+                    hooks.enter_context(module.register_forward_hook(partial(mark, name)))
+            waiting = [function().grad_fn]
         behind: set[Any] = set()
         while waiting:
             node = waiting.pop()
@@ -154,34 +148,28 @@ class FeatureTap:
     @contextmanager
     def _listening(self, seen: dict[str, Any]) -> Iterator[None]:
         """Note what flows through the layer, or through every layer with weights until the last one is known."""
-
         network, layer = self._network[0], self.layer
         names = [layer] if layer is not None else [n for n, m in network.named_modules() if n and _weighted(m)]
-        handles = []
-        try:
+
+        def note(name: str, value: Any) -> None:
+            seen.pop(name, None)  # what runs again is entered anew, so the last entry ran last
+            seen[name] = value
+
+        def before(name: str, module: nn.Module, arguments: Any, keywords: Any) -> None:
+            note(name, next((a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)), None))
+
+        def after(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
+            note(name, output[0] if isinstance(output, (tuple, list)) and output else output)
+
+        with ExitStack() as hooks:
             for name in names:
-
-                def note(value: Any, name: str = name) -> None:
-                    seen.pop(name, None)  # what runs again is entered anew, so the last entry ran last
-                    seen[name] = value
-
-                def before(
-                    module: nn.Module, arguments: Any, keywords: Any, note: Callable[[Any], None] = note
-                ) -> None:
-                    note(next((a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)), None))
-
-                def after(module: nn.Module, arguments: Any, output: Any, note: Callable[[Any], None] = note) -> None:
-                    note(output[0] if isinstance(output, (tuple, list)) and output else output)
-
                 module = find_submodule(network, name)
                 if self.name is None:
-                    handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                    hook = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
                 else:
-                    handles.append(module.register_forward_hook(after))
+                    hook = module.register_forward_hook(partial(after, name))
+                hooks.enter_context(hook)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _arranged(self, features: Any, count: int) -> Tensor:
         if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != count:

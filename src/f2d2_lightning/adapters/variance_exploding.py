@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter
+from f2d2_lightning.adapters.adapter import Adapter
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import like
+from f2d2_lightning.utils.checks import one_of
 
 __all__ = ["CTM", "Consistency", "Denoiser", "VarianceExploding"]
 
@@ -66,10 +67,8 @@ class VarianceExploding(Adapter):
         sigma_data: float = 0.5,
         **kwargs: Any,
     ) -> None:
-        if precondition not in PRECONDITIONINGS:
-            raise ValueError(f"precondition is {precondition!r}; it is one of {', '.join(map(repr, PRECONDITIONINGS))}")
-        if answer not in ("clean", "state"):
-            raise ValueError(f"answer is {answer!r}; it is 'clean' or 'state'")
+        one_of("precondition", precondition, PRECONDITIONINGS)
+        one_of("answer", answer, ("clean", "state"))
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min={sigma_min} and sigma_max={sigma_max}; they are positive and in this order")
         unfit = kwargs.keys() - {"output", "channels_last", "null_label", "classes", "time_axes", "shortest"}
@@ -79,30 +78,11 @@ class VarianceExploding(Adapter):
                 "their largest; for a network with times of its own take Adapter"
             )
         super().__init__(call, directions=directions, **kwargs)
-        if answer == "state" and not self.sees_end:
-            raise ValueError(f"{call!r} passes no end t, so the network cannot answer a state there")
         self.answer = answer
+        self._check_end()
         self.precondition = precondition
+        self.leaves_data = precondition != "consistency"
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
-
-    def __call__(
-        self,
-        network: Callable[..., Any],
-        features: str | None = None,
-        interval: str | None = None,
-        directions: Direction | str | None = None,
-    ) -> AdaptedFlowMap:
-        """As :meth:`Adapter.__call__`.
-
-        Raises:
-            ValueError: If a way from data is to be added to a preconditioning that leaves the data as they are.
-        """
-        if interval is not None and self.precondition == "consistency":
-            raise ValueError(
-                "precondition='consistency' multiplies the network's answer with zero at sigma_min, so it cannot learn "
-                "to leave the data; fine-tune with precondition='edm', which differs near sigma_min only"
-            )
-        return super().__call__(network, features, interval, directions)
 
     def foreign_time(self, t: Tensor) -> Tensor:
         """Noise level of our time, within what the network knows, ``(B,)``."""
