@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["Call", "ConventionError"]
 
@@ -31,13 +31,9 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 }
 
 
-def _clamp(value: Tensor, low: float, high: float) -> Tensor:
-    return value.clamp(low, high)
-
-
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": torch.abs,
-    "clamp": _clamp,
+    "clamp": lambda value, low, high: value.clamp(low, high),
     "exp": torch.exp,
     "full": lambda value, like: torch.full_like(like, value),
     "log": torch.log,

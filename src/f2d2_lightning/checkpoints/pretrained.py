@@ -26,6 +26,7 @@ from f2d2_lightning.checkpoints.descriptions import describe_model, given_places
 from f2d2_lightning.checkpoints.trust import check_extent, said, within_size
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.nn.head import Head, JointFlowMap
+from f2d2_lightning.utils.checks import listed
 from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["CONFIG", "WEIGHTS", "DataDescription", "from_pretrained", "read_description", "save_pretrained"]
@@ -186,14 +187,10 @@ def _shape(model: nn.Module) -> Sequence[int]:
 class Stored(NamedTuple):
     """Weights of a file."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    """By name."""
-    shared: Mapping[str, str]
-    """Other names of the same tensors."""
-    read: Callable[[str], Tensor]
-    """A tensor by its name."""
-    double: bool = False
-    """Whether some are in double precision, so that the model was made in it."""
+    shapes: Mapping[str, tuple[int, ...]]  # by name
+    shared: Mapping[str, str]  # other names of the same tensors
+    read: Callable[[str], Tensor]  # a tensor by its name
+    double: bool = False  # whether some are in double precision, so that the model was made in it
 
 
 def plain_name(name: str) -> str:
@@ -204,11 +201,7 @@ def plain_name(name: str) -> str:
 
 
 def whole_state(model: nn.Module, network_state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Weights and buffers of a model by name, those of an adapted network under their plain names.
-
-    Raises:
-        ValueError: If a network keeps more than tensors.
-    """
+    """Weights and buffers of a model by name, those of an adapted network, which keeps only tensors, by plain names."""
     state = own_state(model)
     for place in given_places(model):
         network = model.get_submodule(place.removesuffix(".")) if network_state is None else None
@@ -240,13 +233,7 @@ def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def fill(content: Mapping[str, Any], given: Mapping[str, Any], stored: Stored, what: str) -> Any:
-    """A described model with its weights, in evaluation mode.
-
-    Args:
-        content: Description (:func:`f2d2_lightning.checkpoints.descriptions.make_model`).
-        given: Objects of the reader's own.
-        stored: Weights.
-        what: The file, for errors.
+    """A described model with its weights of a file called ``what``, in evaluation mode; ``given`` are the reader's own.
 
     Raises:
         ValueError: If the two do not fit, or the model would be far larger than its weights.
@@ -257,19 +244,16 @@ def fill(content: Mapping[str, Any], given: Mapping[str, Any], stored: Stored, w
         model = within_size(lambda: make_model(content, given), len(names), numbers, what)
     theirs = given_places(model)
     mine = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
-    problems = [f"{name} is missing" for name in mine if names.get(name) not in stored.shapes]
-    problems += [f"{name} has no place" for name in names if name not in mine]
-    for name, value in mine.items():
-        came = stored.shapes.get(names.get(name, name), tuple(value.shape))
-        if came != tuple(value.shape):
-            problems.append(f"{name} has shape {came}, and the model {tuple(value.shape)}")
+    shapes = {name: tuple(value.shape) for name, value in mine.items()}
+    came = {name: stored.shapes[source] for name, source in names.items() if source in stored.shapes}
+    problems = [f"{name} is missing" for name in shapes if name not in came]
+    problems += [f"{name} has no place" for name in names if name not in shapes]
+    wrong = [name for name in shapes if came.get(name, shapes[name]) != shapes[name]]
+    problems += [f"{name} has shape {came[name]}, and the model {shapes[name]}" for name in wrong]
     if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        remedy = ""
-        if theirs:
-            network = type(given["network"]).__name__
-            remedy = f"; it does not fit this {network}: make the network with the arguments of training"
-        raise ValueError(f"{what} does not fit {CONFIG}: {'; '.join(problems[:10])}{more}{remedy}")
+        network = type(given["network"]).__name__
+        remedy = f"; it does not fit this {network}: make the network with the arguments of training" if theirs else ""
+        raise ValueError(f"{what} does not fit {CONFIG}: {listed(problems)}{remedy}")
     with torch.no_grad():
         for name, value in mine.items():
             loaded = stored.read(names[name])

@@ -40,11 +40,10 @@ __all__ = [
     *("check_sizes", "make", "said", "takes", "within_size"),
 ]
 
+# where classes that a file names may be, besides the packages that the user trusts
 ALLOWED = ("f2d2_lightning", "torch.nn", "torch.optim")
-"""Where classes that a file names may be, besides the packages that the user trusts."""
-
+# most values of a description, and most levels of them inside one another; those that are made here have hundreds
 PARTS, DEPTH = 100_000, 60
-"""Most values of a description, and most levels of them inside one another; those that are made here have hundreds."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _LONGEST = 300  # characters of a name that is looked for
@@ -59,11 +58,7 @@ def packages_of(*classes: type) -> tuple[str, ...]:
 
 
 def find_class(name: Any, trust: Sequence[str] = ()) -> type:
-    """The class that a file names, if it may.
-
-    Args:
-        name: Dotted path.
-        trust: Packages or modules that the user trusts, besides :data:`ALLOWED`.
+    """The class at a dotted path that a file names, which is in :data:`ALLOWED` or in packages that the user trusts.
 
     Raises:
         ValueError: If it is elsewhere, not there, or no class. Nothing outside of the allowed packages is imported.
@@ -110,13 +105,9 @@ def _untrusted(name: str, home: str) -> ValueError:
 
 
 def check_extent(description: Any, what: str) -> None:
-    """Refuse a description of more parts, or deeper ones, than any model has.
+    """Refuse a description, plain values in a file called ``what``, of more parts, or deeper ones, than any model has.
 
     A few bytes can describe a list of lists of the same list, which are too many to be looked at one by one.
-
-    Args:
-        description: Plain values.
-        what: The file, for the message.
 
     Raises:
         ValueError: If there are too many, or a name is none that can be printed.
@@ -142,14 +133,11 @@ def check_extent(description: Any, what: str) -> None:
 
 
 class Takes(NamedTuple):
-    """Arguments of a class."""
+    """Arguments of a class: type hints, ``Any`` where there is none, and defaults by name; are other names taken?"""
 
     hints: dict[str, Any]
-    """Type hints by name, ``Any`` where there is none."""
     defaults: dict[str, Any]
-    """Defaults by name."""
     others: bool
-    """Whether other names are taken."""
 
 
 def takes(cls: type) -> Takes:
@@ -176,11 +164,8 @@ def build_arguments(
 ) -> dict[str, Any]:
     """Arguments of a class from their descriptions.
 
-    Args:
-        cls: The class, trusted already: its type hints say what may stand where.
-        description: Plain values and descriptions by name.
-        trust: Packages that the user trusts.
-        given: Objects that take the place of what the description says.
+    The class is trusted already: its type hints say what may stand where. Objects that are ``given`` take the place of
+    what the description says.
 
     Raises:
         ValueError: If a value is none that a file may bring. Says which.
@@ -196,13 +181,12 @@ def build_arguments(
         raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r:.80}; the file is of another version or class")
     made = {}
     for name, value in description.items():
-        default = accepted.defaults.get(name)
         if name in given:
             continue
-        if _names(value, default):
-            made[name] = default
-        else:
-            made[name] = build(value, accepted.hints.get(name, Any), trust, f"{name!s:.80} of {cls.__name__}")
+        default = accepted.defaults.get(name)
+        named = _names(value, default)
+        place = f"{name!s:.80} of {cls.__name__}"
+        made[name] = default if named else build(value, accepted.hints.get(name, Any), trust, place)
     return made | given
 
 
@@ -215,16 +199,10 @@ def _names(value: Any, default: Any) -> bool:
 
 
 def build(value: Any, hint: Any = Any, trust: Sequence[str] = (), place: str = "the description") -> Any:
-    """A value of a file as the object that it describes.
+    """A value of a file, plain, listed or ``{"class_path": ..., "init_args": {...}}``, as the object that it describes.
 
-    Where a function is needed that makes an object of some class, such as the optimiser of given parameters, a
-    description of the class becomes that function.
-
-    Args:
-        value: Plain value, list, mapping, or ``{"class_path": ..., "init_args": {...}}``.
-        hint: Type hint of where it goes; ``Any`` if there is none.
-        trust: Packages that the user trusts, besides :data:`ALLOWED`.
-        place: Name of where it goes, for messages.
+    Where its place, a type hint and a name for messages, needs a function that makes an object of some class, such as
+    the optimiser of given parameters, a description of the class becomes that function.
 
     Raises:
         ValueError: If it names a class that it may not, or is text where an object is needed.
@@ -395,11 +373,7 @@ class _TooLargeError(ValueError):
 
 
 def stored_in(state: Mapping[Any, Any], what: str) -> tuple[int, int]:
-    """How many tensors a file's ``state_dict`` has, and how many numbers those hold, each counted once.
-
-    Args:
-        state: Names and values.
-        what: The file, for the message.
+    """How many tensors the ``state_dict`` of a file called ``what`` has, and how many numbers, each counted once.
 
     Raises:
         ValueError: If a value is no plain tensor on the CPU, or a name none that can be printed.
@@ -433,16 +407,10 @@ def make(cls: type[Made], arguments: Mapping[str, Any]) -> Made:
 
 
 def within_size(make: Callable[[], Made], tensors: int, numbers: int, what: str) -> Made:
-    """What ``make`` makes, unless it has far more parameters than the file it comes from: it then stops on the way.
+    """What ``make`` makes of a file's description, unless that has far more parameters than the file holds.
 
-    Random numbers drawn on the way are not missing afterwards.
-    Classes of packages that the user trusts make what they want (:func:`make`), with what they are given.
-
-    Args:
-        make: Makes modules from a file's description.
-        tensors: Tensors that the file holds.
-        numbers: Numbers that it holds.
-        what: The file, for the message.
+    It then stops on the way. Random numbers drawn on the way are not missing afterwards. Classes of packages that the
+    user trusts make what they want (:func:`make`), with what they are given.
 
     Raises:
         ValueError: If there are more.
@@ -491,29 +459,23 @@ def _counted(limits: _Limits) -> Iterator[None]:
         if _limits.get() is limits:
             limits.count("modules", 1)
 
-    handles = (
-        registration.register_module_parameter_registration_hook(tensor),
-        registration.register_module_buffer_registration_hook(tensor),
-        registration.register_module_module_registration_hook(part),
-    )
     before = _limits.set(limits)
     try:
-        yield
+        with (
+            registration.register_module_parameter_registration_hook(tensor),
+            registration.register_module_buffer_registration_hook(tensor),
+            registration.register_module_module_registration_hook(part),
+        ):
+            yield
     finally:
         _limits.reset(before)
-        for handle in handles:
-            handle.remove()
 
 
 def check_sizes(cls: type, arguments: Mapping[str, Any]) -> None:
     """Refuse a number of layers that a class would list, or copy, before it registers the first.
 
-    Args:
-        cls: Class that is made next.
-        arguments: Its arguments.
-
     Raises:
-        ValueError: If they are more than :func:`within_size`, around this, allows.
+        ValueError: If its arguments ask for more than :func:`within_size`, around this, allows.
     """
     limits = _limits.get()
     if limits is None or not issubclass(cls, nn.Module) or not _inside(f"{cls.__module__}.", ALLOWED):

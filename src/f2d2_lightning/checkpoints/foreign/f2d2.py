@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters.features import FeatureTap
 from f2d2_lightning.checkpoints.foreign.embeddings import LogTimeEmbedding
 from f2d2_lightning.checkpoints.foreign.files import read_checkpoint
-from f2d2_lightning.checkpoints.foreign.song_unet import SongLayout, fill_layers, song_unet
-from f2d2_lightning.checkpoints.foreign.weights import Weights, fill, record_weights
+from f2d2_lightning.checkpoints.foreign.song_unet import SongLayout, song_unet
+from f2d2_lightning.checkpoints.foreign.weights import Weights, record_weights
 from f2d2_lightning.flows.maps import FlowMap
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.nn.head import Head, JointFlowMap
@@ -33,7 +32,7 @@ __all__ = ["FlattenedHead", "OfficialFlowMap", "load_official", "load_official_j
 _PLACE = "training.experimental.networks."
 _TEACHER, _STUDENT = "FM_Net", "ShortCut_Net"
 _ENCODERS = {_TEACHER: "SongUNet", _STUDENT: "SongUNet_ctm_scalar"}
-_HEAD_SCALE = 20000.0
+_HEAD, _HEAD_SCALE = "scalar_head.", 20000.0
 
 
 class OfficialFlowMap(FlowMap):
@@ -121,9 +120,7 @@ def load_official(path: str | Path, dropout: float = 0.0) -> OfficialFlowMap:
         ValueError: If the file is none, asks for code to be run, or is of another network.
     """
     flow_map, weights, _ = _load(path, dropout)
-    for name in weights.names():
-        if name.startswith("scalar_head."):
-            weights.take(name)
+    weights.drop(lambda name: name.startswith(_HEAD))
     weights.finish()
     return flow_map
 
@@ -150,13 +147,10 @@ def load_official_joint(path: str | Path, dropout: float = 0.0) -> JointFlowMap:
             f"{path} was trained with {loss}, which does not train the head for the divergence; load the map alone "
             "(load_official), and train a head for it (F2D2Module(frozen=True))"
         )
-    if not any(name.startswith("scalar_head.") for name in weights.names()):
+    if not any(name.startswith(_HEAD) for name in weights.names()):
         raise ValueError(f"{path} has no head for the divergence; load_official gives the map alone")
     head = FlattenedHead((flow_map.features, *flow_map.shape[1:]))
-    for index in range(len(head.layers)):
-        for kind in ("weight", "bias"):
-            theirs = f"scalar_head.{2 * index + 1}.{kind}"
-            fill(head, f"layers.{index}.{kind}", weights.take(theirs), weights, theirs)
+    weights.fill_layers(head, {f"layers.{index}": f"{_HEAD}{2 * index + 1}" for index in range(len(head.layers))})
     weights.finish()
     # its dtype is that of the features it reads
     head.scale = head.scale.to(next(head.layers.parameters()).dtype)
@@ -168,29 +162,22 @@ def _load(path: str | Path, dropout: float) -> tuple[OfficialFlowMap, Weights, s
     network = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(network, Record):
         raise ValueError(f"{path} is no snapshot of the official code: it holds no network 'ema'")
-    kind, encoder = network.kind.rpartition(".")[2], _part(network, "encoder")
-    if kind not in _ENCODERS or not isinstance(encoder, Record) or encoder.kind != _ENCODERS[kind]:
-        inner = f" of a {encoder.kind}" if isinstance(encoder, Record) else ""
-        raise ValueError(
-            f"{path} holds a {kind}{inner}; read are " + ", ".join(f"{k} of a {v}" for k, v in _ENCODERS.items())
-        )
+    modules = network.state.get("_modules")
+    encoder = modules.get("encoder") if isinstance(modules, dict) else None
+    kind, inner = network.kind.rpartition(".")[2], encoder.kind if isinstance(encoder, Record) else None
+    if kind not in _ENCODERS or inner != _ENCODERS[kind]:
+        came = f"{kind} of a {inner}" if inner else kind
+        known = ", ".join(f"{k} of a {v}" for k, v in _ENCODERS.items())
+        raise ValueError(f"{path} holds a {came}; read are {known}")
     labels, deviation = network.state.get("label_dim"), network.state.get("sigma_data")
     if type(labels) is not int or labels != 0 or not isinstance(deviation, (int, float)):
         raise ValueError(
             f"{path} is of {labels} classes and sigma_data {deviation}; only networks without classes are read"
         )
     loss = content.get("loss_fn")
+    trained = loss.kind.rpartition(".")[2] if isinstance(loss, Record) else None
     weights = Weights(record_weights(encoder), str(path))
-    return (
-        _flow_map(weights, kind == _STUDENT, float(deviation), dropout),
-        weights,
-        loss.kind.rpartition(".")[2] if isinstance(loss, Record) else None,
-    )
-
-
-def _part(network: Record, name: str) -> Any:
-    modules = network.state.get("_modules")
-    return modules.get(name) if isinstance(modules, dict) else None
+    return _flow_map(weights, kind == _STUDENT, float(deviation), dropout), weights, trained
 
 
 def _flow_map(weights: Weights, student: bool, deviation: float, dropout: float) -> OfficialFlowMap:
@@ -200,7 +187,7 @@ def _flow_map(weights: Weights, student: bool, deviation: float, dropout: float)
     names = {"time.start": "map_layer0", "time.project": "map_layer1"}
     if student:
         names |= {"interval.start": "map_layer0_s", "interval.project": "map_layer1_s"}
-    fill_layers(weights, embedding, names)
+    weights.fill_layers(embedding, names)
     unet = song_unet(
         *(weights, embedding, layout),
         directions="to_data" if student else "none",

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import io
 import mmap
-import struct
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -24,20 +22,6 @@ from f2d2_lightning.utils.pickles import Allowance, RefusedPickleError, StorageT
 __all__ = ["read_checkpoint"]
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_DAMAGE = (
-    *(
-        ArithmeticError,
-        AttributeError,
-        BufferError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-        TypeError,
-    ),
-    *(UnpicklingError, ValueError, struct.error, zipfile.BadZipFile),
-)
 
 
 def read_checkpoint(path: str | Path, classes: Collection[str] = ()) -> Any:
@@ -72,7 +56,7 @@ def read_checkpoint(path: str | Path, classes: Collection[str] = ()) -> Any:
                 return reader.stream(stream)
     except (RefusedPickleError, PermissionError):
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # what is damaged fails anywhere
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is damaged, cut short, or no checkpoint ({what:.300}); download it again") from error
 
@@ -88,8 +72,10 @@ class _Reader:
 
     def pickle(self, stream: Any, storage: Any = None) -> Any:
         """One pickle, from where the stream is to the pickle's end."""
-        kwargs: dict[str, Any] = {"classes": self.classes, "storage": storage, "from_bytes": self.from_bytes}
-        return Unpickler(stream, self.file, self.allowance, **kwargs).load()
+        unpickler = Unpickler(
+            *(stream, self.file, self.allowance), classes=self.classes, storage=storage, from_bytes=self.from_bytes
+        )
+        return unpickler.load()
 
     def announced(self, identity: Any, length: int) -> str:
         """Key of the storage that ``("storage", type, key, location, elements)`` speaks of; room is made for it."""

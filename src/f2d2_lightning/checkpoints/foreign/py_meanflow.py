@@ -13,8 +13,8 @@ import torch
 
 from f2d2_lightning.checkpoints.foreign.embeddings import MeanFlowEmbedding
 from f2d2_lightning.checkpoints.foreign.files import read_checkpoint
-from f2d2_lightning.checkpoints.foreign.song_unet import SongLayout, fill_layers, song_unet
-from f2d2_lightning.checkpoints.foreign.weights import Weights, tensors_of
+from f2d2_lightning.checkpoints.foreign.song_unet import SongLayout, song_unet
+from f2d2_lightning.checkpoints.foreign.weights import Weights
 from f2d2_lightning.nn.unet import UNet
 
 __all__ = ["load_py_meanflow"]
@@ -38,9 +38,11 @@ def load_py_meanflow(path: str | Path, ema: str = "net_ema", dropout: float = 0.
     """
     content = read_checkpoint(path, ["argparse.Namespace"])
     model = content.get("model") if isinstance(content, dict) else None
-    stored = tensors_of(model, f"{ema}.")
+    named = {str(name): value for name, value in model.items()} if isinstance(model, dict) else {}
+    mine = {name: value for name, value in named.items() if name.startswith(f"{ema}.")}
+    stored = {name[len(ema) + 1 :]: value for name, value in mine.items() if isinstance(value, torch.Tensor)}
     if not stored:
-        names = sorted({str(name).split(".", 1)[0] for name in model if "." in str(name)}) if model else []
+        names = sorted({name.partition(".")[0] for name in named if "." in name})
         raise ValueError(
             f"{path} has no network {ema!r}; "
             + (f"it has {', '.join(map(repr, names[:12]))}" if names else "it is no checkpoint of py-meanflow")
@@ -51,7 +53,7 @@ def load_py_meanflow(path: str | Path, ema: str = "net_ema", dropout: float = 0.
     if channels % 2:
         raise ValueError(f"{weights.source} embeds {channels} numbers, which are not two times")
     embedding = MeanFlowEmbedding(channels // 2, width)
-    fill_layers(weights, embedding, {"layers.start": "map_layer0", "layers.project": "map_layer1"})
+    weights.fill_layers(embedding, {"layers.start": "map_layer0", "layers.project": "map_layer1"})
     unet = song_unet(weights, embedding, layout, directions="to_data", dropout=dropout)
     weights.finish()
     with torch.no_grad():

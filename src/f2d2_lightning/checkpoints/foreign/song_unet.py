@@ -14,44 +14,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.checkpoints.foreign.weights import Weights, fill
+from f2d2_lightning.checkpoints.foreign.weights import Weights
 from f2d2_lightning.nn.unet import UNet
 
-__all__ = ["SongLayout", "fill_layers", "song_unet"]
+__all__ = ["SongLayout", "song_unet"]
 
-_PARTS = {
-    "norm_in": "norm0",
-    "conv_in": "conv0",
-    "affine": "affine",
-    "norm_out": "norm1",
-    "conv_out": "conv1",
-    "skip": "skip",
-    "norm_attention": "norm2",
-    "qkv": "qkv",
-    "mix": "proj",
-}
+# our names of a block's parts, and theirs
+_PARTS = {"norm_in": "norm0", "conv_in": "conv0", "affine": "affine", "norm_out": "norm1", "conv_out": "conv1",
+          "skip": "skip", "norm_attention": "norm2", "qkv": "qkv", "mix": "proj"}  # fmt: skip
+
+_FILTER = ".resample_filter"
 
 
 @dataclass(frozen=True)
 class SongLayout:
     """Sizes of the network, as names and shapes of its weights tell them."""
 
-    shape: tuple[int, int, int]
-    """Of one image, ``(C, H, W)``."""
+    shape: tuple[int, int, int]  # of one image, (C, H, W)
     width: int
     multipliers: tuple[int, ...]
     blocks: int
-    attention: tuple[int, ...]
-    """Heights at which blocks attend."""
+    attention: tuple[int, ...]  # heights at which blocks attend
     taps: tuple[int, ...]
 
     @classmethod
     def read(cls, weights: Weights) -> SongLayout:
-        """The layout of weights.
-
-        Raises:
-            ValueError: If they are of no such network.
-        """
+        """The layout of weights; a ``ValueError`` if they are of no such network."""
         names = weights.names()
         inlets = [match for name in names if (match := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))]
         if len(inlets) != 1:
@@ -64,17 +52,20 @@ class SongLayout:
         known, blocks = set(names), 0
         multipliers: list[int] = []
         attention: list[int] = []
-        while f"enc.{_at(size, len(multipliers))}_block0.conv0.weight" in known:
-            place = _at(size, len(multipliers))
-            multipliers.append(max(1, weights.shape(f"enc.{place}_block0.conv0.weight")[0] // width))
-            if f"enc.{place}_block0.qkv.weight" in known:
-                attention.append(size >> (len(multipliers) - 1))
+        level = 0
+        while (first := f"enc.{_at(size, level)}_block0.conv0.weight") in known:
+            multipliers.append(max(1, weights.shape(first)[0] // width))
+            if f"enc.{_at(size, level)}_block0.qkv.weight" in known:
+                attention.append(size >> level)
+            level += 1
         while f"enc.{_at(size, 0)}_block{blocks}.conv0.weight" in known:
             blocks += 1
         if not multipliers:
             raise ValueError(f"{weights.source} has no residual blocks, enc.{_at(size, 0)}_block0")
+        lengths = {weights.shape(name)[-1] for name in names if name.endswith(_FILTER)}
+        taps = (1, 3, 3, 1) if lengths == {4} else (1, 1)
         shape = (channels, size, size)
-        return cls(shape, width, tuple(multipliers), blocks, tuple(attention), _taps(weights))
+        return cls(shape, width, tuple(multipliers), blocks, tuple(attention), taps)
 
     def places(self) -> Iterator[tuple[str, str]]:
         """Names of all blocks: ours and theirs."""
@@ -94,16 +85,6 @@ class SongLayout:
 
 def _at(size: int, level: int) -> str:
     return f"{size >> level}x{size >> level}"
-
-
-def _filter(taps: tuple[int, ...]) -> Tensor:
-    line = torch.tensor(taps, dtype=torch.float32)
-    return (torch.outer(line, line) / line.sum() ** 2)[None, None]
-
-
-def _taps(weights: Weights) -> tuple[int, ...]:
-    lengths = {weights.shape(name)[-1] for name in weights.names() if name.endswith(".resample_filter")}
-    return (1, 3, 3, 1) if lengths == {4} else (1, 1)
 
 
 def song_unet(
@@ -127,9 +108,8 @@ def song_unet(
         interleaved: Whether queries, keys and values alternate from channel to channel, or come one after the other.
         dropout: Probability of dropping a hidden unit, for training on; weights do not say it.
     """
-    shape, width, multipliers, blocks = layout.shape, layout.width, layout.multipliers, layout.blocks
     unet = UNet(
-        *(shape, width, multipliers, blocks, layout.attention),
+        *(layout.shape, layout.width, layout.multipliers, layout.blocks, layout.attention),
         dropout=dropout,
         directions=directions,
         embedding=embedding,
@@ -144,35 +124,23 @@ def song_unet(
         owner, _, kind = name.rpartition(".")
         block, _, part = owner.rpartition(".")
         theirs = ends[owner] if owner in ends else f"{places[block]}.{_PARTS[part]}"
-        value = weights.take(f"{theirs}.{kind}")
-        if part == "affine" and second_affine:
-            value = _joined(value, weights.take(f"{theirs}_s.{kind}"), kind)
-        if part == "qkv" and interleaved and value is not None:
-            value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        fill(unet, name, value, weights, f"{theirs}.{kind}")
-    _take_filters(weights, layout.taps)
-    # augmentation is told to the network in training alone; without it this layer, which has no bias, adds nothing
-    weights.drop("map_augment.weight")
-    return unet
 
+        def changed(value: Tensor, theirs: str = theirs, kind: str = kind, part: str = part) -> Tensor:
+            if part == "qkv" and interleaved:
+                return value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+            second = weights.take(f"{theirs}_s.{kind}") if part == "affine" and second_affine else None
+            if second is None or second.shape != value.shape:
+                return value
+            # a linear layer of both embeddings together, in place of one for each
+            return torch.cat((value, second), 1) if kind == "weight" else value + second
 
-def _joined(first: Tensor | None, second: Tensor | None, kind: str) -> Tensor | None:
-    if first is None or second is None or first.shape != second.shape:
-        return None if second is None else first
-    # a linear layer of both embeddings together, in place of one for each
-    return torch.cat((first, second), 1) if kind == "weight" else first + second
-
-
-def _take_filters(weights: Weights, taps: tuple[int, ...]) -> None:
-    expected = _filter(taps)
-    for name in [n for n in weights.names() if n.endswith(".resample_filter")]:
+        weights.fill(unet, name, f"{theirs}.{kind}", changed)
+    line = torch.tensor(layout.taps, dtype=torch.float32)
+    expected = (torch.outer(line, line) / line.sum() ** 2)[None, None]
+    for name in [name for name in weights.names() if name.endswith(_FILTER)]:
         value = weights.take(name)
         if value is None or value.shape != expected.shape or not torch.allclose(value.float(), expected):
-            weights.complain(f"{name} is another filter than {taps}")
-
-
-def fill_layers(weights: Weights, embedding: nn.Module, names: dict[str, str]) -> None:
-    """Fill linear layers of an embedding, ``{ours: theirs}``."""
-    for ours, theirs in names.items():
-        for kind in ("weight", "bias"):
-            fill(embedding, f"{ours}.{kind}", weights.take(f"{theirs}.{kind}"), weights, f"{theirs}.{kind}")
+            weights.complain(f"{name} is another filter than {layout.taps}")
+    # augmentation is told to the network in training alone; without it this layer, which has no bias, adds nothing
+    weights.drop(lambda name: name.endswith("map_augment.weight"))
+    return unet
