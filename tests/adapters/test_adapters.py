@@ -5,7 +5,7 @@ import inspect
 import math
 import pickle
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -270,17 +270,17 @@ class Family:
     labels: bool = True
     images: bool = False
     tolerance: float = 1e-9
-    times: tuple = field(default=((0.0, 1.0), (0.25, 0.5), (0.5, 1.0), (0.625, 0.75)))
-    first: float = 0.0
-    last: float = 1.0
 
-    def truth(self):
-        return Truth((2, 2, 2) if self.images else (3,))
+    def made(self, count=4):
+        """The closed form, and labels for so many states."""
+        truth = Truth((2, 2, 2) if self.images else (3,))
+        return truth, torch.arange(count) % CLASSES if self.labels else None
 
     def flow_map(self, truth, adapter=None):
         return (adapter or self.adapter)(self.network(truth))
 
 
+TIMES = ((0.0, 1.0), (0.25, 0.5), (0.5, 1.0), (0.625, 0.75))
 FAMILIES = {
     "official-f2d2": Family(OfficialF2D2, Shortcut(output=0, classes=CLASSES)),
     "shortcut-index": Family(ShortcutJax, Shortcut("index", channels_last=True, null_label=CLASSES), images=True),
@@ -365,11 +365,8 @@ def assert_exact(family, flow_map, truth, labels):
             divergence = Exact()(flow_map.velocity, Point(x, t, labels)).divergence
             # states of 1e8 at t = 0 of the exploding process cost digits in the derivative of nothing else
             close(divergence, truth.divergence(x, t, t, labels), 100 * tolerance)
-    pairs = []
-    if Direction.TO_DATA in directions:
-        pairs += list(family.times)
-    if Direction.TO_NOISE in directions:
-        pairs += [(t, s) for s, t in family.times]
+    pairs = [*TIMES] if Direction.TO_DATA in directions else []
+    pairs += [(t, s) for s, t in TIMES] if Direction.TO_NOISE in directions else []
     for start, end in pairs:
         if flow_map.endpoint_only:
             end = 1.0
@@ -388,15 +385,11 @@ def assert_exact(family, flow_map, truth, labels):
         close(reference_sample(flow_map, noise, labels, method="rk4", steps=40).state, expected, 1e-2)
 
 
-def labels_of(family):
-    return torch.tensor([0, 1, 2, 1]) if family.labels else None
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_family_is_exact(name):
     family = FAMILIES[name]
-    truth = family.truth()
-    assert_exact(family, family.flow_map(truth), truth, labels_of(family))
+    truth, labels = family.made()
+    assert_exact(family, family.flow_map(truth), truth, labels)
     if family.labels:
         assert_exact(family, family.flow_map(truth), truth, None)  # no class is a class of its own
 
@@ -443,10 +436,10 @@ MUTANTS = [
 @pytest.mark.parametrize(("name", "what"), MUTANTS)
 def test_wrong_adapters_are_not_exact(name, what):
     family = FAMILIES[name]
-    truth = family.truth()
+    truth, labels = family.made()
     mutant = dict(mutants(family.adapter))[what]
     with pytest.raises((AssertionError, ValueError)):
-        assert_exact(family, family.flow_map(truth, mutant), truth, labels_of(family))
+        assert_exact(family, family.flow_map(truth, mutant), truth, labels)
 
 
 class ExactDivergence(nn.Module):
@@ -461,7 +454,7 @@ class ExactDivergence(nn.Module):
 @pytest.mark.parametrize("name", MAPS + ENDPOINT)
 def test_likelihood_of_data(name):
     family = FAMILIES[name]
-    truth, labels = family.truth(), labels_of(family)
+    truth, labels = family.made()
     flow_map = family.flow_map(truth)
     joint = JointFlowMap(flow_map, DivergenceHead(network=ExactDivergence(truth)))
     x = truth.states(torch.ones(4), labels)
@@ -479,7 +472,7 @@ def test_likelihood_of_data(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if FAMILIES[name].adapter.directions == Direction.NONE])
 def test_teachers_have_the_reference_likelihood(name):
     family = FAMILIES[name]
-    truth, labels = family.truth(), labels_of(family)
+    truth, labels = family.made()
     x = truth.states(torch.ones(4), labels)
     value = reference_log_prob(family.flow_map(truth), x, labels, method="rk4", steps=25).value
     close(value, truth.log_prob(x, labels), 2e-3)
@@ -490,7 +483,7 @@ def test_teachers_have_the_reference_likelihood(name):
 @pytest.mark.parametrize("name", ENDPOINT)
 def test_a_consistency_model_has_no_velocity(name):
     family = FAMILIES[name]
-    truth, labels = family.truth(), labels_of(family)
+    truth, labels = family.made()
     flow_map = family.flow_map(truth)
     x = truth.states(torch.full((4,), 0.5), labels)
     for ask in (
@@ -510,7 +503,7 @@ def test_a_consistency_model_has_no_velocity(name):
 def test_the_ends_of_the_exploding_process(name):
     # usual noise levels: at our noise the network sees sigma_max x, and its clean image is where the jump lands
     family = FAMILIES[name]
-    truth, labels = family.truth(), labels_of(family)
+    truth, labels = family.made()
     adapter = rebuilt(family.adapter, sigma_min=0.002, sigma_max=80.0)
     network = family.network(truth)
     flow_map = adapter(network)
@@ -538,7 +531,7 @@ def test_config_roundtrip(name):
     family = FAMILIES[name]
     config = family.adapter.config()
     assert all(isinstance(value, (str, int, float, bool, type(None), tuple)) for value in config.values())
-    truth, labels = family.truth(), labels_of(family)
+    truth, labels = family.made()
     again = adapter_from_config(config)
     assert type(again) is type(family.adapter)
     assert again.config() == config
@@ -563,18 +556,13 @@ def test_config_names_every_argument():
 # --- the check before training ---
 
 
-def batch(family, truth, count=32):
-    labels = torch.arange(count) % CLASSES if family.labels else None
-    return truth.states(torch.ones(count), labels), labels
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(2))
 def test_right_adapters_pass_the_check(name, seed):
     torch.manual_seed(seed)
     family = FAMILIES[name]
-    truth = family.truth()
-    check_convention(family.flow_map(truth), *batch(family, truth))
+    truth, labels = family.made(32)
+    check_convention(family.flow_map(truth), truth.states(torch.ones(32), labels), labels)
 
 
 def test_an_answer_that_is_no_clean_image_is_found():
@@ -791,7 +779,7 @@ def test_times_in_single_precision_stay_in_range():
 @pytest.mark.parametrize("name", NAMES)
 def test_times_of_another_precision_than_the_state(name):
     family = FAMILIES[name]
-    truth, labels = family.truth(), labels_of(family)
+    truth, labels = family.made()
     flow_map = family.flow_map(truth)
     s, t = (0.25, 0.25) if not flow_map.directions else (0.25, 1.0)
     s, t = (t, s) if flow_map.directions == Direction.TO_NOISE else (s, t)

@@ -91,23 +91,15 @@ def patched(path, name, field, value):
 
 LIES = {
     "23 TiB": (head((23 * 2**40,)), "which is 25,288,767,438,848 bytes, and 50 follow"),
-    "one byte more": (head((51,)), "51 bytes, and 50 follow"),
-    "fewer": (head((49,)), "49 bytes, and 50 follow"),
-    "a product beyond 64 bits": (head((2**32, 2**32)), "18,446,744,073,709,551,616 bytes"),
     "a product that wraps to the size": (head((2**33, 2**31, 1, 50)), "bytes, and 50 follow"),
     "an axis beyond 64 bits": (head((10**30,)), "bytes, and 50 follow"),
     "a negative axis": (head((-1,)), "bytes, and 50 follow"),
-    "two negative axes": (head((-1, -50)), "its head says uint8 (-1, -50)"),
     "wide numbers": (head((50,), "<f8"), "400 bytes, and 50 follow"),
     "strings without length": (head((2**40,), "|S0"), "it holds |S0; integers"),
-    "nothing, often": (head((2**40,), "|V0"), "it holds |V0; integers"),
-    "objects": (head((2**40,), "|O"), "it holds object; integers"),
     "records": (head((5,), [("a", "<i8"), ("b", "<i2")]), "integers or floating numbers are needed"),
-    "arrays of arrays": (head((2**40,), "(50,)u1"), "integers or floating numbers are needed"),
     "no version": (b"\x93NUMPY\x09\x00" + head((50,))[8:], "its version is (9, 0)"),
     "a long head": (b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + b" " * 100, "EOF"),
     "a deep head": (b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000, "cannot be read as a NumPy file"),
-    "no head": (b"\x93NUMPY", "cannot be read as a NumPy file"),
 }
 
 
@@ -197,22 +189,16 @@ def test_other_compressions_are_not_unpacked(tmp_path, method):
     refused(lambda: read_numbers(path), f"x.npy is compressed by method {method}, which numpy never writes")
 
 
-BAD_ARCHIVES = {
-    "empty": (b"", "File is not a zip file"),
-    "text": (b"no array" * 20, "File is not a zip file"),
-    "nothing in it": (b"PK\5\6" + bytes(18), "it holds nothing; an array 'x' is expected"),
-}
-
-
-@pytest.mark.parametrize("case", list(BAD_ARCHIVES))
-def test_bad_archives(tmp_path, case):
-    content, message = BAD_ARCHIVES[case]
-    (tmp_path / "a.npz").write_bytes(content)
-    refused(lambda: read_numbers(tmp_path / "a.npz", ("x",)), "a.npz cannot be read as a NumPy file", message)
-
-
-def test_what_is_missing_or_encrypted(tmp_path):
+def test_bad_archives(tmp_path):
     path = tmp_path / "a.npz"
+    nothing = b"PK\5\6" + bytes(18)
+    for content, message in (
+        (b"", "not a zip file"),
+        (b"no array" * 20, "not a zip file"),
+        (nothing, "it holds nothing"),
+    ):
+        path.write_bytes(content)
+        refused(lambda: read_numbers(path, ("x",)), f"{path} cannot be read as a NumPy file", message)
     np.savez(path, y=np.ones(3), z=np.ones(2))
     refused(lambda: read_numbers(path, ("x", "y")), "it holds y, z; an array 'x' is expected")
     content = bytearray(path.read_bytes())
@@ -228,19 +214,13 @@ def test_what_is_missing_or_encrypted(tmp_path):
 
 GENERATOR = np.random.default_rng(0)
 ORDINARY = {
-    "floats": GENERATOR.standard_normal((20, 3)),
     "pictures": GENERATOR.integers(0, 256, (5, 3, 8, 8), np.uint8),
     "zeros": np.zeros((1000, 1000)),
     "one number": np.array(3.5),
-    "one integer": np.array(7),
     "of columns": np.asfortranarray(GENERATOR.standard_normal((4, 6, 2))),
     "big-endian": GENERATOR.standard_normal((3, 4)).astype(">f8"),
-    "big-endian integers": np.arange(12).reshape(3, 4).astype(">i4"),
-    "half": GENERATOR.standard_normal(9).astype(np.float16),
     "truth": GENERATOR.random((3, 5)) < 0.5,
-    "complex": GENERATOR.standard_normal(4) * 1j,
     "none": np.zeros((0, 5), np.float32),
-    "none of none": np.zeros((0, 0)),
     "not in one piece": GENERATOR.standard_normal((6, 6))[::2, ::3],
 }
 
@@ -279,6 +259,7 @@ def test_only_what_is_asked_for_is_read(tmp_path):
 
 
 def test_growth():
+    assert (arrays.GROWTH, arrays.HARMLESS) == (100, 64 * MIB)
     check_growth(0, 64 * MIB)
     check_growth(MIB, 100 * MIB)
     for packed, size in ((0, 64 * MIB + 1), (MIB, 100 * MIB + 1)):
@@ -316,6 +297,14 @@ def idx_of(shape, content):
     return b"\0\0\x08" + bytes([len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + content
 
 
+def packed_idx(path, shape):
+    """A head, and 256 MiB of zeros after it, packed."""
+    with gzip.open(path, "wb") as stream:
+        stream.write(idx_of(shape, b""))
+        for _ in range(LARGE // MIB):
+            stream.write(bytes(MIB))
+
+
 def test_idx_files_that_lie_or_grow(tmp_path):
     path = tmp_path / "a"
     for shape in ((2**32 - 1,), (60_000, 28, 28), (2**32 - 1,) * 60):
@@ -326,12 +315,7 @@ def test_idx_files_that_lie_or_grow(tmp_path):
         path.write_bytes(idx_of(shape, content))
         refused(lambda: read_idx(path), f"{path} says that its shape is (", "it is corrupt, get it again")
     # no more is unpacked than the head says
-    packed = io.BytesIO()
-    with gzip.open(packed, "wb") as stream:
-        stream.write(idx_of((2, 3, 4), b""))
-        for _ in range(LARGE // MIB):
-            stream.write(bytes(MIB))
-    path.write_bytes(packed.getvalue())
+    packed_idx(path, (2, 3, 4))
     refused(lambda: read_idx(path), "2 x 3 x 4 bytes, and holds more;", most=MIB)
 
 
@@ -415,20 +399,10 @@ for call, name in zip([read_numbers, read_numbers, StoredValues, read_idx, lambd
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the system for the size of a process")
 def test_no_memory_is_asked_for(tmp_path, grown):
     (tmp_path / "a.npy").write_bytes(head((23 * 2**40,)) + b"x" * 50)
-    packed = io.BytesIO()
-    with gzip.open(packed, "wb") as stream:
-        stream.write(idx_of((24,), b""))
-        for _ in range(LARGE // MIB):
-            stream.write(bytes(MIB))
-    (tmp_path / "a.gz").write_bytes(packed.getvalue())
+    packed_idx(tmp_path / "a.gz", (24,))
     names = [tmp_path / "a.npy", grown, tmp_path / "a.npy", tmp_path / "a.gz", grown]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *map(str, names)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(names)
-
-
-def test_limits():
-    assert arrays.GROWTH == 100
-    assert arrays.HARMLESS == 64 * MIB

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -94,20 +95,14 @@ def _drawn(data: Tensor, cond: Tensor | None, device: torch.device) -> tuple[Ten
     return x, noise, None if cond is None else cond[:LARGEST_BATCH].to(device)
 
 
-def _pairs(directions: Direction) -> list[tuple[float, float]]:
-    """Times that the map can be asked for, ends of the interval included."""
-    pairs = [(0.5, 0.5), (0.0, 0.0), (1.0, 1.0)]
-    if Direction.TO_DATA in directions:
-        pairs += [(0.0, 1.0), (0.5, 0.75)]
-    if Direction.TO_NOISE in directions:
-        pairs += [(1.0, 0.0), (0.75, 0.5)]
-    return pairs
-
-
 def _check_answers(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Tensor | None) -> None:
-    for s, t in _pairs(flow_map.answerable):
+    # times that the map can be asked for, ends of the interval included
+    pairs = [(0.5, 0.5), (0.0, 0.0), (1.0, 1.0)]
+    pairs += [(0.0, 1.0), (0.5, 0.75)] if Direction.TO_DATA in flow_map.answerable else []
+    pairs += [(1.0, 0.0), (0.75, 0.5)] if Direction.TO_NOISE in flow_map.answerable else []
+    for s, t in pairs:
         state = LinearPath().sample(x, noise, expand_time(s, x))
-        u = called(flow_map, lambda state=state, s=s, t=t: flow_map(state, s, t, cond), x.device)  # type: ignore[misc]
+        u = called(flow_map, partial(flow_map, state, s, t, cond), x.device)
         if not bool(u.isfinite().all()):
             bad = int((~u.isfinite()).reshape(len(u), -1).any(-1).sum())
             raise ConventionError(
@@ -136,14 +131,17 @@ def _check_second_time(flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None)
         with flow_map.eager():
             return adapter.ask(flow_map.network, adapter.prior_std * x, expand_time(s, x), expand_time(t, x), cond)
 
+    def answers(s: float, times: Iterable[Tensor | float]) -> list[Tensor]:
+        return [called(flow_map, partial(answer, s, t), device) for t in times]
+
     def changes() -> bool:
-        for s, times in ends:
-            first, *others = (called(flow_map, lambda s=s, t=t: answer(s, t), device) for t in times)  # type: ignore[misc]
+        for end in ends:
+            first, *others = answers(*end)
             if any(not torch.equal(first, other) for other in others):
                 return True
         return False
 
-    if changes() or _connected(lambda t: called(flow_map, lambda: answer(ends[0][0], t), device), ends[0][1][-1], x):
+    if changes() or _connected(lambda t: answers(ends[0][0], [t])[0], ends[0][1][-1], x):
         return
     with _without_zeros(flow_map.network):
         if changes():

@@ -51,11 +51,6 @@ class VarianceExploding(Adapter):
         ValueError: If an argument is none of the above.
     """
 
-    _arguments = (
-        *("call", "directions", "precondition", "answer", "sigma_min", "sigma_max", "sigma_data", "output"),
-        *("channels_last", "null_label", "classes", "time_axes", "shortest"),
-    )
-
     def __init__(
         self,
         call: str = "net(x, s, cond)",

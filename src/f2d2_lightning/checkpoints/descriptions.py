@@ -20,9 +20,13 @@ from f2d2_lightning.utils.configured import Configured, as_plain, public_name
 __all__ = ["describe", "describe_model", "given_places", "make_model", "make_part", "own_state"]
 
 _PACKAGE = "f2d2_lightning"
-_GIVEN: dict[tuple[type, str], str] = {(AdaptedFlowMap, "network"): "network", (AdaptedFlowMap, "adapter"): "adapter",
-          (DivergenceHead, "network"): "head_network", (JointFlowMap, "head"): "head"}  # fmt: skip
-"""Arguments that somebody else's object may stand in, and the name that it is given under."""
+# arguments that somebody else's object may stand in, and the name that it is given under
+_GIVEN: dict[tuple[type, str], str] = {
+    (AdaptedFlowMap, "network"): "network",
+    (AdaptedFlowMap, "adapter"): "adapter",
+    (DivergenceHead, "network"): "head_network",
+    (JointFlowMap, "head"): "head",
+}
 
 
 def describe_model(model: FlowMap | JointMap) -> dict[str, Any]:
@@ -33,11 +37,8 @@ def describe_model(model: FlowMap | JointMap) -> dict[str, Any]:
     """
     numbers: dict[int, int] = {}
     content = {"model": describe(model, "the model", numbers)}
-    given: dict[str, Any] = {}
-    for part in model.modules():
-        for (cls, argument), name in _GIVEN.items():
-            if isinstance(part, cls):
-                given[name] = getattr(part, argument)
+    places = [(part, *place) for part in model.modules() for place in _GIVEN.items()]
+    given = {name: getattr(part, argument) for part, (cls, argument), name in places if isinstance(part, cls)}
     # initial weights are no reason to draw other numbers afterwards
     with torch.random.fork_rng(devices=[]):
         again = make_model(content, given)
@@ -47,12 +48,9 @@ def describe_model(model: FlowMap | JointMap) -> dict[str, Any]:
 
 
 def describe(value: Any, place: str, numbers: dict[int, int] | None = None) -> dict[str, Any]:
-    """Class and arguments of an object; a second mention of the same object refers to the first.
+    """Class and arguments of an object, which errors call ``place``.
 
-    Args:
-        value: The object.
-        place: What it is, for errors.
-        numbers: Number of each object described so far, by its ``id``.
+    A second mention of one object refers to the first; ``numbers`` holds the number of each so far, by its ``id``.
 
     Raises:
         ValueError: If it, or one of its arguments, is none of this package's.
@@ -89,11 +87,7 @@ def _ours(value: Any) -> bool:
 
 
 def make_model(content: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """Inverse of :func:`describe_model`, with fresh weights.
-
-    Args:
-        content: The description.
-        given: Objects of the reader's own, by name.
+    """Inverse of :func:`describe_model`, with fresh weights; ``given`` are objects of the reader's own, by name.
 
     Raises:
         ValueError: If it describes no flow map or joint map, or what it needs is not given.
@@ -107,11 +101,11 @@ def make_model(content: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     for name, description in replaced.items():
         part = make_part(description, given, made)
         try:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            owner.get_submodule(name.rpartition(".")[2])
+            model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"the configuration replaces {name!r:.80}, and the model has no such part") from error
-        setattr(owner, name.rpartition(".")[2], part)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, part)
     return model
 
 

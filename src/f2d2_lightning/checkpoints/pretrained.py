@@ -330,8 +330,7 @@ def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription, File
 
 
 def _about(content: Mapping[str, Any], path: FilePath) -> DataDescription:
-    shape, levels, unit = content.get("shape"), content.get("levels"), content.get("unit")
-    low, high = content.get("low"), content.get("high")
+    shape, levels, low, high, unit = (content.get(name) for name in ("shape", "levels", "low", "high", "unit"))
     # an integer may have more digits than a float, and a float be none
     edges = [edge for edge in (low, high) if isinstance(edge, (int, float)) and not isinstance(edge, bool)]
     numbers = len(edges) == 2 and all(abs(edge) < 1e300 for edge in edges)
