@@ -288,59 +288,33 @@ FAMILIES = {
     "py-meanflow": Family(PyMeanFlow, MeanFlow(), labels=False),
     "haidog": Family(Haidog, MeanFlow("net(x, s, t, cond, return_v=True)", output=0, null_label=CLASSES)),
     "zhuyu": Family(Zhuyu, MeanFlow("net(x, t, s, cond)", null_label=CLASSES), images=True),
-    "imeanflow": Family(
-        IMeanFlow,
-        MeanFlow("net(x, s, s - t, full(1.0, s), full(0.0, s), full(1.0, s), cond)", output=0, null_label=CLASSES),
-    ),
-    "alphaflow": Family(
-        AlphaFlow,
-        MeanFlow("net(x, sigma_next=t, sigma=s, cond={'label': cond})", null_label=CLASSES, time_axes=2),
-    ),
-    "fastgen": Family(
-        FastGen,
-        MeanFlow("net(x, s, cond, r=t, fwd_pred_type='flow')", output="flow", classes=CLASSES, directions="both"),
-    ),
-    "flow-maps": Family(
-        FlowMaps,
-        TwoTime("net(s, t, x, cond)", "both", answer="state", prior_std=0.5, classes=CLASSES, shortest=1e-6),
-        images=True,
-        tolerance=1e-4,
-    ),
+    "imeanflow": Family(IMeanFlow, MeanFlow(
+        "net(x, s, s - t, full(1.0, s), full(0.0, s), full(1.0, s), cond)", output=0, null_label=CLASSES)),
+    "alphaflow": Family(AlphaFlow, MeanFlow(
+        "net(x, sigma_next=t, sigma=s, cond={'label': cond})", null_label=CLASSES, time_axes=2)),
+    "fastgen": Family(FastGen, MeanFlow(
+        "net(x, s, cond, r=t, fwd_pred_type='flow')", output="flow", classes=CLASSES, directions="both")),
+    "flow-maps": Family(FlowMaps, TwoTime(
+        "net(s, t, x, cond)", "both", answer="state", prior_std=0.5, classes=CLASSES, shortest=1e-6),
+        images=True, tolerance=1e-4),
     "two-time": Family(OurOwn, Adapter()),
     "to-noise": Family(OurOwn, Adapter(directions="to_noise")),
     "steep-time": Family(SteepTime, Adapter(noise_time=5.0, data_time=0.0)),
     "flow-matching": Family(FlowMatchingNet, FlowMatching("net(x, s, extra={'label': cond})")),
     "torchcfm": Family(TorchCFMNet, TorchCFM(), images=True),
     "edm": Family(EDM, Denoiser(classes=CLASSES, **EXPLODING), tolerance=1e-5),
-    "edm-inner": Family(
-        lambda truth: Inner(truth, "edm"),
-        Denoiser("net(x, log(s) / 4, cond)", precondition="edm", **EXPLODING),
-        images=True,
-        tolerance=1e-5,
-    ),
+    "edm-inner": Family(lambda truth: Inner(truth, "edm"), Denoiser(
+        "net(x, log(s) / 4, cond)", precondition="edm", **EXPLODING), images=True, tolerance=1e-5),
     "ect": Family(ECT, Consistency(classes=CLASSES, **EXPLODING), tolerance=1e-5),
-    "consistency": Family(
-        lambda truth: Inner(truth, "consistency"),
-        Consistency("net(x, 250 * log(s), cond)", precondition="consistency", sigma_min=SHIFTED_MIN, sigma_max=1e8),
-        tolerance=1e-5,
-    ),
-    "ctm": Family(
-        lambda truth: CTMNet(truth, False),
-        CTM("net(x, 250 * log(s), cond, s=250 * log(t))", "both", **EXPLODING),
-        tolerance=1e-5,
-    ),
-    "ctm-state": Family(
-        lambda truth: CTMNet(truth, True),
-        CTM(
-            "net(x, 250 * log(s), cond, s=250 * log(t))",
-            answer="state",
-            shortest=1e-4,
-            sigma_min=SIGMA_MIN,
-            sigma_max=1e5,
-        ),
-        tolerance=1e-3,
-    ),
-}
+    "consistency": Family(lambda truth: Inner(truth, "consistency"), Consistency(
+        "net(x, 250 * log(s), cond)", precondition="consistency", sigma_min=SHIFTED_MIN, sigma_max=1e8),
+        tolerance=1e-5),
+    "ctm": Family(lambda truth: CTMNet(truth, False), CTM(
+        "net(x, 250 * log(s), cond, s=250 * log(t))", "both", **EXPLODING), tolerance=1e-5),
+    "ctm-state": Family(lambda truth: CTMNet(truth, True), CTM(
+        "net(x, 250 * log(s), cond, s=250 * log(t))", answer="state", shortest=1e-4, sigma_min=SIGMA_MIN,
+        sigma_max=1e5), tolerance=1e-3),
+}  # fmt: skip
 NAMES = list(FAMILIES)
 MAPS = [name for name in NAMES if FAMILIES[name].adapter.directions and not FAMILIES[name].adapter.endpoint_only]
 ENDPOINT = [name for name in NAMES if FAMILIES[name].adapter.endpoint_only]

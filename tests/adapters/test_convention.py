@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from f2d2_lightning.adapters import (
     FlowMatching,
     MeanFlow,
     Shortcut,
-    adapter_from_config,
     check_convention,
 )
 from f2d2_lightning.adapters._velocities import _Asker
@@ -150,10 +148,9 @@ def test_modes():
         check_convention(Adapter()(Untouched()), x, mode=mode)  # its derivative is zero, and rightly so
     # a forward pass without gradients has tangents, and no graph
     check_convention(Adapter()(Undifferentiated()), x)
-    with pytest.raises(ConventionError, match="in reverse mode, and"):
-        check_convention(Adapter()(Undifferentiated()), x, mode="reverse")
-    with pytest.raises(ConventionError, match="in reverse mode"):
-        check_convention(Adapter()(DetachedInside()), x, mode="reverse")
+    for network in (Undifferentiated(), DetachedInside()):
+        with pytest.raises(ConventionError, match="in reverse mode, and"):
+            check_convention(Adapter()(network), x, mode="reverse")
     with pytest.raises(ValueError, match="'backward'; it is 'forward', 'reverse' or 'finite'"):
         check_convention(Adapter()(Body()), x, mode="backward")
 
@@ -280,18 +277,16 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_derivatives_are_never_refused(name, dtype):
     make, shape = RIGHT[name]
-    for seed in range(2):
-        for gain in (0.0, 0.1, 1.0, 4.0, 20.0):
-            torch.manual_seed(seed)
-            network = make().to(dtype)
-            with torch.no_grad():
-                for p in network.parameters():
-                    if p.ndim > 1:
-                        p.mul_(gain)
-            x = torch.randn(12, *shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-            flow_map = Adapter("net(x, s, s)", directions="none")(network)
-            for mode in ("forward", "reverse") if gain == 1 else ("forward",):
-                check_convention(flow_map, x, mode=mode)
+    for gain in (0.0, 0.1, 1.0, 4.0, 20.0):
+        network = make().to(dtype)
+        with torch.no_grad():
+            for p in network.parameters():
+                if p.ndim > 1:
+                    p.mul_(gain)
+        x = torch.randn(12, *shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        flow_map = Adapter("net(x, s, s)", directions="none")(network)
+        for mode in ("forward", "reverse") if gain == 1 else ("forward",):
+            check_convention(flow_map, x, mode=mode)
 
 
 # --- velocities of trained networks, here closed forms ---
@@ -332,84 +327,64 @@ def exploding(u, x, sigma):
 
 
 WRONG = {
+    # what the network is, how it is declared, what the message says, and an adapter of that
     "multiplies by a thousand itself": (
-        lambda u, x, s, r: -u(x, 1 - s, 1 - r),
-        MeanFlow("net(x, 1000 * s, 1000 * t)"),
-        ["call='net(x, s, t)'"],
-    ),
+        lambda u, x, s, r: -u(x, 1 - s, 1 - r), MeanFlow("net(x, 1000 * s, 1000 * t)"),
+        "call='net(x, s, t)'", MeanFlow("net(x, s, t)")),
     "times up to a thousand": (
-        lambda u, x, s, t: u(x, s / 1000, t / 1000),
-        Adapter("net(x, s, t)", directions="to_data"),
-        ["call='net(x, 1000 * s, 1000 * t)'"],
-    ),
+        lambda u, x, s, t: u(x, s / 1000, t / 1000), Adapter("net(x, s, t)", directions="to_data"),
+        "call='net(x, 1000 * s, 1000 * t)'", Adapter("net(x, 1000 * s, 1000 * t)", directions="to_data")),
     "interval up to a thousand": (
-        lambda u, x, s, h: u(x, s / 1000, (s + h) / 1000),
-        Shortcut(call="net(x, s, t - s)"),
-        ["call='net(x, 1000 * s, 1000 * (t - s))'"],
-    ),
+        lambda u, x, s, h: u(x, s / 1000, (s + h) / 1000), Shortcut(call="net(x, s, t - s)"),
+        "call='net(x, 1000 * s, 1000 * (t - s))'", Shortcut(call="net(x, 1000 * s, 1000 * (t - s))")),
     "a thousand, and down": (
-        lambda u, x, s: -u(x, 1 - s / 1000, 1 - s / 1000),
-        FlowMatching("net(x, s)"),
-        ["call='net(x, 1000 * s)'", "noise_time=1.0, data_time=0.0"],
-    ),
-    "opposite": (lambda u, x, s: -u(x, s, s), FlowMatching("net(x, s)"), ["velocity_scale=-1.0"]),
-    "too small": (lambda u, x, s: u(x, s, s) / 1000, FlowMatching("net(x, s)"), ["velocity_scale=1000.0"]),
-    "too large": (lambda u, x, s: 3 * u(x, s, s), FlowMatching("net(x, s)"), ["velocity_scale=0.3"]),
-    "half": (lambda u, x, s: u(x, s, s) / 2, FlowMatching("net(x, s)"), ["velocity_scale=2.0"]),
-    "noise": (lambda u, x, s: x - s[:, None] * u(x, s, s), FlowMatching("net(x, s)"), ["(x - answer) / t"]),
-    "data": (lambda u, x, s: x + (1 - s)[:, None] * u(x, s, s), FlowMatching("net(x, s)"), ["(answer - x) / (1 - t)"]),
+        lambda u, x, s: -u(x, 1 - s / 1000, 1 - s / 1000), FlowMatching("net(x, s)"),
+        "call='net(x, 1000 * s)', noise_time=1.0, data_time=0.0",
+        FlowMatching("net(x, 1000 * s)", noise_time=1.0, data_time=0.0)),
+    "opposite": (
+        lambda u, x, s: -u(x, s, s), FlowMatching(), "velocity_scale=-1.0", FlowMatching(velocity_scale=-1.0)),
+    "too small": (
+        lambda u, x, s: u(x, s, s) / 1000, FlowMatching(), "velocity_scale=1000.0", FlowMatching(velocity_scale=1e3)),
+    "too large": (
+        lambda u, x, s: 3 * u(x, s, s), FlowMatching(), "velocity_scale=0.3", FlowMatching(velocity_scale=1 / 3)),
+    "half": (
+        lambda u, x, s: u(x, s, s) / 2, FlowMatching(), "velocity_scale=2.0", FlowMatching(velocity_scale=2.0)),
+    "noise": (lambda u, x, s: x - s[:, None] * u(x, s, s), FlowMatching(), "(x - answer) / t", None),
+    "data": (lambda u, x, s: x + (1 - s)[:, None] * u(x, s, s), FlowMatching(), "(answer - x) / (1 - t)", None),
     "end for interval": (
-        lambda u, x, s, h: u(x, s, s + h),
-        Adapter("net(x, s, t)", directions="to_data"),
-        ["call='net(x, s, t - s)'"],
-    ),
-    "interval for end": (lambda u, x, s, t: u(x, s, t), Shortcut(call="net(x, s, t - s)"), ["call='net(x, s, t)'"]),
+        lambda u, x, s, h: u(x, s, s + h), Adapter("net(x, s, t)", directions="to_data"),
+        "call='net(x, s, t - s)'", Shortcut(call="net(x, s, t - s)")),
+    "interval for end": (
+        lambda u, x, s, t: u(x, s, t), Shortcut(call="net(x, s, t - s)"),
+        "call='net(x, s, t)'", Adapter("net(x, s, t)", directions="to_data")),
     "sign of the interval": (
-        lambda u, x, times: -u(x, 1 - times[0], 1 - times[0] + times[1]),
-        MeanFlow("net(x, (s, t - s))"),
-        ["call='net(x, (s, s - t))'"],
-    ),
+        lambda u, x, times: -u(x, 1 - times[0], 1 - times[0] + times[1]), MeanFlow("net(x, (s, t - s))"),
+        "call='net(x, (s, s - t))'", MeanFlow("net(x, (s, s - t))")),
     "end first": (
-        lambda u, x, r, s: -u(x, 1 - s, 1 - r),
-        MeanFlow("net(x, s, t)"),
-        ["call='net(x, t, s)'"],
-    ),
+        lambda u, x, r, s: -u(x, 1 - s, 1 - r), MeanFlow("net(x, s, t)"),
+        "call='net(x, t, s)'", MeanFlow("net(x, t, s)")),
     "end first, to noise": (
-        lambda u, x, t, s: u(x, s, t),
-        Adapter("net(x, s, t)", directions="to_noise"),
-        ["call='net(x, t, s)'"],
-    ),
-    "noise level": (exploding, Denoiser("net(x, log(s) / 4)"), ["call='net(x, s)'"]),
-    "denoiser": (exploding, FlowMatching("net(x, s)"), ["take Denoiser('net(x, s)')"]),
-    "velocity": (lambda u, x, s: u(x, s, s), Denoiser("net(x, s)"), ["take Adapter('net(x, s)')"]),
-}
+        lambda u, x, t, s: u(x, s, t), Adapter("net(x, s, t)", directions="to_noise"),
+        "call='net(x, t, s)'", Adapter("net(x, t, s)", directions="to_noise")),
+    "noise level": (exploding, Denoiser("net(x, log(s) / 4)"), "call='net(x, s)'", Denoiser("net(x, s)")),
+    "denoiser": (exploding, FlowMatching("net(x, s)"), "take Denoiser('net(x, s)')", Denoiser("net(x, s)")),
+    "velocity": (lambda u, x, s: u(x, s, s), Denoiser("net(x, s)"), "take Adapter('net(x, s)')", FlowMatching()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_conventions_of_trained_networks(name):
-    body, adapter, remedies = WRONG[name]
+    body, adapter, remedy, mended = WRONG[name]
     network = Foreign(body)
     x = network.truth.data()
     flow_map = adapter(network)
     with pytest.raises(ConventionError, match=r"points the wrong way|jumps to another place") as caught:
         check_convention(flow_map, x)
-    text = str(caught.value)
-    assert all(remedy in text for remedy in remedies), text
+    assert remedy in str(caught.value)
     assert flow_map.adapter is adapter
     check_convention(flow_map, x[:7])  # too few to judge
-    # what the message says mends it
-    given = text.partition("give the adapter ")[2].partition(" (it has")[0]
-    changes = {key: float(value) for key, value in re.findall(r"(\w+)=(-?[\d.e+-]+)", re.sub(r"call='.*?'", "", given))}
-    if name in ("noise", "data"):
+    if mended is None:
         return
-    if "take" in remedies[0]:
-        mended = (Denoiser if name == "denoiser" else Adapter)("net(x, s)", directions="none")
-    else:
-        if (call := re.search(r"call='([^']*)'", remedies[0])) is not None:
-            changes["call"] = call[1]
-        if "data_time" in changes and "velocity_scale" not in changes:
-            changes["velocity_scale"] = None
-        mended = adapter_from_config(adapter.config() | changes)
     mended = mended(network)
     check_convention(mended, x)
     at = torch.full((len(x),), 0.5)

@@ -71,11 +71,8 @@ def check_differentiable(
 ) -> None:
     """Refuse a velocity whose derivative is not that of its answers: its divergence would be wrong without a word.
 
-    Args:
-        velocity: ``(x, t, cond) -> v``: a module, a method of one, or a function.
-        data: Data at ``t = 1``, ``(B, ...)``.
-        cond: Conditioning, first axis ``B``.
-        mode: How divergences will be found, as of :class:`~f2d2_lightning.Hutchinson`.
+    ``velocity`` is a module, a method of one, or a function ``(x, t, cond) -> v``; the rest as
+    :func:`check_convention`.
 
     Raises:
         ConventionError: Says what the derivative is, what it should be, and which argument mends it.

@@ -19,8 +19,8 @@ from f2d2_lightning.utils.configured import public_name
 
 __all__ = ["CHECKPOINT_KEY", "describe_head", "describe_joint", "load_joint", "make_head", "save_joint"]
 
+# where a Lightning checkpoint holds the joint maps that callbacks added to it, by name of the network
 CHECKPOINT_KEY = "f2d2_joint"
-"""Where a Lightning checkpoint holds the joint maps that callbacks added to it, by name of the network."""
 
 
 def describe_joint(joint: JointFlowMap, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -39,10 +39,7 @@ def describe_joint(joint: JointFlowMap, shape: tuple[int, ...]) -> dict[str, Any
 
 
 def save_joint(
-    joint: JointFlowMap,
-    path: str | Path,
-    shape: tuple[int, ...],
-    network_state: Mapping[str, Tensor] | None = None,
+    joint: JointFlowMap, path: str | Path, shape: tuple[int, ...], network_state: Mapping[str, Tensor] | None = None
 ) -> None:
     """:func:`f2d2_lightning.save_pretrained` of a joint map, as version 0.1 called it."""
     save_pretrained(joint, path, shape=shape, network_state=network_state)
@@ -114,9 +111,8 @@ def describe_head(head: Head) -> dict[str, Any]:
 
 def make_head(description: Mapping[str, Any]) -> Head:
     """A head, with fresh weights, from what a checkpoint of a callback says of it, today's or of version 0.1."""
-    return make_part(
-        description if "arguments" in description or "given" in description else _head_of_0_1(description), {}
-    )
+    of_today = "arguments" in description or "given" in description
+    return make_part(description if of_today else _head_of_0_1(description), {})
 
 
 # --- version 0.1 ---
@@ -130,11 +126,10 @@ def _of_0_1(content: Mapping[str, Any], adapter: Adapter | None) -> dict[str, An
         state |= {f"flow_map.interval.{key}": value for key, value in added.items()}
     arguments = dict(content["adapter"])
     family = arguments.pop("class", None)
+    theirs = {"given": "adapter", "class": str(family)}
     backbone = {
         "network": {"given": "network", "class": "network"},
-        "adapter": {"given": "adapter", "class": str(family)}
-        if adapter is not None
-        else _object(f"adapters.{family}", arguments),
+        "adapter": _object(f"adapters.{family}", arguments) if adapter is None else theirs,
         "features": content["features"],
         "interval": content["interval"],
         "directions": content["directions"].lower(),

@@ -20,7 +20,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -342,17 +342,12 @@ def _open(options: Sequence[Any]) -> bool:
 
 
 def _hints(function: Any) -> Mapping[str, Any]:
-    try:
-        return typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # names that only a type checker imports
-        pass
+    """Type hints that can be resolved: some names only a type checker imports."""
     names = {**vars(typing), **vars(collections.abc), **function.__globals__}
     found: dict[str, Any] = {}
     for name, hint in function.__annotations__.items():
-        try:
+        with suppress(NameError, TypeError, AttributeError, SyntaxError):
             found |= typing.get_type_hints(types.SimpleNamespace(__annotations__={name: hint}), names)
-        except (NameError, TypeError, AttributeError, SyntaxError):
-            continue
     return found
 
 

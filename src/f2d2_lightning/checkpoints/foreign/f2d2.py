@@ -49,22 +49,12 @@ class OfficialFlowMap(FlowMap):
         super().__init__()
         self.network = network
         self.data_deviation = data_deviation
-        self.directions = network.directions
+        self.directions, self.shape, self.features = network.directions, network.shape, network.features
         self._tap = FeatureTap(network, f"up.{len(network.up) - 1}")
 
     @property
     def conditional(self) -> bool | None:
         return self.network.conditional
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one image."""
-        return self.network.shape
-
-    @property
-    def features(self) -> int:
-        """Feature channels."""
-        return self.network.features
 
     def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
         s = expand_time(s, x)
@@ -128,18 +118,11 @@ def load_official(path: str | Path, dropout: float = 0.0) -> OfficialFlowMap:
 def load_official_joint(path: str | Path, dropout: float = 0.0) -> JointFlowMap:
     """A jointly distilled snapshot with its head, for samples and log-likelihoods.
 
-    It was trained to data only: likelihoods of data come by inversion, or by training on in both directions.
-
-    Args:
-        path: Snapshot of training with the likelihood loss.
-        dropout: Probability of dropping a hidden unit, for training on.
-
-    Returns:
-        The map in evaluation mode, on the CPU; at the resolution that it was trained at.
+    It was trained to data only, and at one resolution: likelihoods of data come by inversion, or by training on in both
+    directions. All else is as :func:`load_official` says.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: As :func:`load_official`, and if the head is missing or was never trained.
+        ValueError: Also if the head is missing or was never trained.
     """
     flow_map, weights, loss = _load(path, dropout)
     if loss is not None and loss != "LikelihoodLoss":
