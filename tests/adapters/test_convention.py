@@ -17,7 +17,7 @@ from f2d2_lightning.adapters import (
     Shortcut,
     check_convention,
 )
-from f2d2_lightning.adapters._velocities import _Asker
+from f2d2_lightning.adapters._velocities import _Asker, _UnfitError
 
 
 class Body(nn.Module):
@@ -447,7 +447,8 @@ def test_times_that_a_network_does_not_bear_are_tried_on_a_copy():
     x, t = torch.randn(10, 3), torch.rand(10)
     ask = _Asker(flow_map, torch.device("cuda"))
     scaled = Adapter("net(x, 1000 * s)", directions="none")
-    assert ask(scaled, x, t, t, None) is None
+    with pytest.raises(_UnfitError):
+        ask(scaled, x, t, t, None)
     assert not seen
     assert torch.equal(ask(Adapter("net(x, s / 2)", directions="none"), x, t, t, None), flow_map(x, t / 2, t / 2))
     assert flow_map.adapter.call.text == "net(x, s)"

@@ -213,17 +213,10 @@ def module_of(tree, name, **attributes):
     """Weights as a module like theirs; the trees ``enc`` and ``dec`` are plain containers of torch."""
     if name in ("enc", "dec"):
         return torch.nn.ModuleDict({part: module_of(value, "UNetBlock") for part, value in tree.items()})
-    if name == "scalar_head":
-        layers = [torch.nn.Flatten()]
-        for index in ("1", "3", "5"):
-            rows, columns = tree[index]["weight"].shape
-            layers += [torch.nn.Linear(columns, rows), torch.nn.SiLU()]
-            layers[-2].load_state_dict(tree[index])
-        return torch.nn.Sequential(*layers[:-1])
     made = Persistent(name, _init_args=(), _init_kwargs={"init_weight": np.sqrt(0.2)}, **attributes)
     for part, value in tree.items():
         if isinstance(value, dict):
-            made.add_module(part, module_of(value, part if part in ("enc", "dec", "scalar_head") else "Linear"))
+            made.add_module(part, module_of(value, part if part in ("enc", "dec") else "Linear"))
         elif part == "resample_filter":
             made.register_buffer(part, value)
         else:

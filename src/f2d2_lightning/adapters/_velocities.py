@@ -123,8 +123,9 @@ def check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Ten
     leeway = 2.5 if flow_map.endpoint_only else 1.25
     base, found, plausible = x.new_zeros(()), [], set()
     for way in _ways(flow_map, x.ndim > 3):
-        answers = _answers(ask, way, noised)
-        if answers is None:
+        try:
+            answers = _answers(ask, way, noised)
+        except _UnfitError:
             continue
         if not way.what:
             base = _errors(answers, AS_IS, noised, flow_map.adapter)
@@ -263,6 +264,10 @@ def _on_diagonal(spans: list[str]) -> tuple[float, ...]:
     return tuple(round(_value(span, 0.4, 0.4), 6) for span in spans)
 
 
+class _UnfitError(Exception):
+    """A network does not take such times, shapes or labels: they are not what it was trained for."""
+
+
 class _Asker:
     """Asks a network in ways that it may not bear: an index of time that is too large stops a GPU for good.
 
@@ -279,23 +284,22 @@ class _Asker:
             except Exception:  # not every network has a copy
                 self.bears = False
 
-    def __call__(self, adapter: Adapter, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor | None:
-        """The velocity, or nothing if the network does not take such times."""
+    def __call__(self, adapter: Adapter, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        """The velocity, or :class:`_UnfitError` from any other adapter than the declared one."""
         if adapter is self.flow_map.adapter:
             return called(self.flow_map, lambda: self.flow_map(x, s, t, cond), x.device)
         if not self.bears:
-            return None
+            raise _UnfitError
         if self.copy is not None:
             few = slice(0, None, max(1, len(x) // len(TIMES)))  # every time, once
-            parts = [None if value is None else value[few].cpu() for value in (x, s, t, cond)]
-            if self._tried(self.copy, adapter, *parts) is None:  # type: ignore[arg-type]
-                return None
+            labels = None if cond is None else cond[few].cpu()
+            self._tried(self.copy, adapter, x[few].cpu(), s[few].cpu(), t[few].cpu(), labels)
         return self._tried(self.flow_map, adapter, x, s, t, cond)
 
     @staticmethod
     def _tried(
         flow_map: AdaptedFlowMap, adapter: Adapter, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None
-    ) -> Tensor | None:
+    ) -> Tensor:
         seed(x.device)
         other = copy.copy(flow_map)  # the same network
         other.adapter = adapter
@@ -303,11 +307,11 @@ class _Asker:
             return other(x, s, t, cond)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # times, shapes, labels that it does not take: not what it was trained for
-            return None
+        except Exception as error:  # whatever a network says of what it does not take
+            raise _UnfitError from error
 
 
-def _answers(ask: _Asker, way: _Way, noised: _Noised) -> Tensor | None:
+def _answers(ask: _Asker, way: _Way, noised: _Noised) -> Tensor:
     """The velocity as asked in a way, ``(times, B, d)``; a declared adapter's on all samples, another's on few."""
     # small states cost little, and of few of them little is certain
     few = max(FEW, min(64, 1024 // noised.states[0, 0].numel()))
@@ -317,15 +321,10 @@ def _answers(ask: _Asker, way: _Way, noised: _Noised) -> Tensor | None:
     at = 1 - at if way.mirrored else at
     to = torch.ones_like(at) if ask.flow_map.endpoint_only else at
     if way.adapter is ask.flow_map.adapter:
-        rows = [ask(way.adapter, x, s, t, cond) for x, s, t in zip(states, at, to, strict=True)]
-        answers = torch.stack([row for row in rows if row is not None])
-    else:
-        labels = None if cond is None else cond.repeat(len(TIMES), *(1 for _ in cond.shape[1:]))
-        answer = ask(way.adapter, states.flatten(0, 1), at.flatten(), to.flatten(), labels)
-        if answer is None:
-            return None
-        answers = answer.reshape(states.shape)
-    return answers.flatten(2)
+        return torch.stack([ask(way.adapter, *row, cond) for row in zip(states, at, to, strict=True)]).flatten(2)
+    labels = None if cond is None else cond.repeat(len(TIMES), *(1 for _ in cond.shape[1:]))
+    answer = ask(way.adapter, states.flatten(0, 1), at.flatten(), to.flatten(), labels)
+    return answer.reshape(states.shape).flatten(2)
 
 
 # --- reading in other ways ---
@@ -441,20 +440,16 @@ def _check_jumps(ask: _Asker, x: Tensor, noise: Tensor, cond: Tensor | None, pla
     s, t = (column.repeat_interleave(count) for column in pairs.unbind(1))
     states, labels = LinearPath().sample(x[few], noise[few], s), None if cond is None else cond[few]
 
-    def many_steps(called_as: Adapter) -> tuple[Tensor, Tensor] | None:
+    def many_steps(called_as: Adapter) -> tuple[Tensor, Tensor]:
         """Average velocity along the instantaneous one, and that at the start."""
-        moved, at, step, first = states, s, (t - s) / STEPS, None
+        moved, at, step = states, s, (t - s) / STEPS
+        slopes = []
         for _ in range(STEPS):
-            slope = ask(called_as, moved, at, at, labels)
-            if slope is None:
-                return None
-            first, middle = slope if first is None else first, at + step / 2
-            slope = ask(called_as, moved + like(step / 2, moved) * slope, middle, middle, labels)
-            if slope is None:
-                return None
+            slopes.append(ask(called_as, moved, at, at, labels))
+            middle = at + step / 2
+            slope = ask(called_as, moved + like(step / 2, moved) * slopes[-1], middle, middle, labels)
             moved, at = moved + like(step, moved) * slope, at + step
-        assert first is not None
-        return (moved - states) / like(t - s, states), first
+        return (moved - states) / like(t - s, states), slopes[0]
 
     def errors(u: Tensor, average: Tensor) -> Tensor:
         """Mean squared error of each sample relative to the mean square of the way, ``(pairs, B)``."""
@@ -462,8 +457,6 @@ def _check_jumps(ask: _Asker, x: Tensor, noise: Tensor, cond: Tensor | None, pla
         return error / way.mean(1, keepdim=True)
 
     followed, jumped = many_steps(adapter), ask(adapter, states, s, t, labels)
-    assert followed is not None
-    assert jumped is not None
     declared, told, best = errors(jumped, followed[0]), _told(spans, pairs, adapter), (math.inf, 0.0, "")
     for form in forms:
         other = _changed(adapter, call=adapter.call.with_times(form))
@@ -472,8 +465,11 @@ def _check_jumps(ask: _Asker, x: Tensor, noise: Tensor, cond: Tensor | None, pla
             continue
         # pairs at which both forms are the same numbers tell nothing
         differ = [i for i, values in enumerate(_told(form, pairs, adapter)) if not same or values != told[i]]
-        own, u = followed if same else many_steps(other), ask(other, states, s, t, labels)
-        if own is None or u is None or len(differ) < 2:
+        try:
+            own, u = followed if same else many_steps(other), ask(other, states, s, t, labels)
+        except _UnfitError:
+            continue
+        if len(differ) < 2:
             continue
         error, one_step, before = errors(u, own[0])[differ], errors(own[1], own[0])[differ], declared[differ]
         gain = (before - error).mean(0)

@@ -125,9 +125,6 @@ class Denoiser(VarianceExploding):
     Labels are one-hot there: give ``classes``. ``precondition="edm"`` for the inner network.
     """
 
-    def __init__(self, call: str = "net(x, s, cond)", **kwargs: Any) -> None:
-        super().__init__(call, **kwargs)
-
 
 class Consistency(VarianceExploding):
     """A consistency model: from any noise level to data, no end time.

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
@@ -443,23 +444,18 @@ _limits: ContextVar[_Limits | None] = ContextVar("_limits", default=None)
 
 @contextmanager
 def _counted(limits: _Limits) -> Iterator[None]:
-    def tensor(module: nn.Module, name: str, value: Tensor | None) -> None:
+    def registered(kind: str, module: nn.Module, name: str, value: Tensor | nn.Module | None) -> None:
         # what other threads make in the meantime is their own
         if _limits.get() is limits:
-            known = value is not None and not isinstance(value, nn.UninitializedParameter)
-            limits.count("tensors", 1)
-            limits.count("numbers", value.numel() if known and value is not None else 0)
-
-    def part(module: nn.Module, name: str, value: nn.Module | None) -> None:
-        if _limits.get() is limits:
-            limits.count("modules", 1)
+            limits.count(kind, 1)
+            limits.count("numbers", value.numel() if isinstance(value, Tensor) and not is_lazy(value) else 0)
 
     before = _limits.set(limits)
     try:
         with (
-            registration.register_module_parameter_registration_hook(tensor),
-            registration.register_module_buffer_registration_hook(tensor),
-            registration.register_module_module_registration_hook(part),
+            registration.register_module_parameter_registration_hook(functools.partial(registered, "tensors")),
+            registration.register_module_buffer_registration_hook(functools.partial(registered, "tensors")),
+            registration.register_module_module_registration_hook(functools.partial(registered, "modules")),
         ):
             yield
     finally:
