@@ -300,17 +300,6 @@ def test_a_second_answer_of_the_same_shape_is_told_apart():
         assert flow_map.tap.layer == layer
 
 
-def test_the_official_network_learns_both_directions():
-    network = Official()
-    flow_map = Shortcut("length", output=0)(network, interval="map_layer1")
-    assert flow_map.directions == Direction.BOTH
-    assert flow_map.interval.width == 6
-    x = torch.randn(3, 2, 4, 4)
-    assert torch.equal(flow_map(x, 0.5, 0.75), flow_map(x, 0.5, 0.25))
-    randomize(flow_map.interval)
-    assert not torch.allclose(flow_map(x, 0.5, 0.75), flow_map(x, 0.5, 0.25))
-
-
 def test_the_width_of_other_layers():
     x = torch.randn(3, 2, 4, 4)
     flow_map = Shortcut("length", output=0)(Official(transposed=True), interval="map_layer1")
@@ -319,6 +308,7 @@ def test_the_width_of_other_layers():
     flow_map = Shortcut("length", output=0)(Official(transposed=True, said=True), interval="map_layer1")
     assert flow_map.interval.width == 6
     assert flow_map(x, 0.2, 0.6).shape == x.shape
+    assert Shortcut("length", output=0)(Official(), interval="map_layer1").interval.width == 6
     for layer, width in (
         (nn.ConvTranspose2d(3, 5, 2), 5),
         (nn.Conv2d(3, 7, 1), 7),

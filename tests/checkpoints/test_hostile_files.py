@@ -749,7 +749,7 @@ FOLDERS = {
     "a part in place": (set_in("replaced", {"head": {
         "class": "f2d2_lightning.nn.DivergenceHead", "number": "x",
         "arguments": {"features": 8, "hidden": 10**6, "layers": 9}}}), LARGE),
-    "infinity": (set_in(*A_MAP, "arguments", "width", float("inf")), "do not fit MLP"),
+    "infinity": (set_in(*A_MAP, "arguments", "width", float("inf")), "made from the file: MLP"),
     "a class of torch": (set_in(*A_MAP, "class", "torch.nn.Linear"), "names the class 'torch.nn.Linear'"),
     "a function": (set_in(*A_MAP, "class", "f2d2_lightning.checkpoints.trust.importlib"), "is no class"),
     "the command line": (set_in(*A_MAP, "class", "f2d2_lightning.cli.F2D2CLI"), "names the class"),
@@ -760,7 +760,7 @@ FOLDERS = {
     "a network that is not given": (set_in(*A_MAP, {"given": "network", "class": "a.B"}), "give it: network="),
     "given by a list": (set_in(*A_MAP, {"given": [1], "class": [2]}), "give it: [1]="),
     "a call that runs": (set_in(*A_MAP, {"class": "f2d2_lightning.adapters.Adapter", "number": 9,
-        "arguments": {"call": "__import__('os').system('touch ran')"}}), "do not fit Adapter"),
+        "arguments": {"call": "__import__('os').system('touch ran')"}}), "made from the file: Adapter"),
     "depth": (lambda content: content.update(model=deep(200)), "without end"),
     "a long list": (set_in(*A_MAP, "arguments", "blocks", [0] * 200_000), "without end"),
     "an edge beyond all": (set_in("low", 10**400), "describes data of shape"),

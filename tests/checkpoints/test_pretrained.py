@@ -391,7 +391,7 @@ def about(**changes):
     [
         # only networks, heads, baselines, paths and adapters are made
         *(
-            (a_map(**{"class": name}), r"the configuration names|do not fit (FlowMap|Adapter)")
+            (a_map(**{"class": name}), r"the (configuration|file) names|from the file: (FlowMap|Adapter)")
             for name in (
                 *(
                     "os.system",
@@ -410,8 +410,8 @@ def about(**changes):
         (sized(width=16), r"inlet\.weight has shape \(12, 32\)"),
         (sized(blocks=2), r"blocks\.1\.\S+ is missing"),
         (sized(blocks=0), r"blocks\.0\.\S+ has no place"),
-        (sized(color=1), "do not fit MLP"),
-        (sized(width=-1), "do not fit MLP"),
+        (sized(color=1), "cannot be made from the file: MLP"),
+        (sized(width=-1), "cannot be made from the file: MLP"),
         (sized(directions="both"), "says directions='to_data'"),
         (lambda c: c["model"]["arguments"].update(flow_map=None), "describes no flow map"),
         (lambda c: c["model"]["arguments"].update(flow_map={"same_as": 99}), "refers to object 99"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap
-from f2d2_lightning.checkpoints.trust import check_sizes, find_class, said
+from f2d2_lightning.checkpoints.trust import called, find_class
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
 from f2d2_lightning.utils.configured import Configured, as_plain, public_name
@@ -137,20 +137,12 @@ def make_part(description: Any, given: Mapping[str, Any], made: dict[int, Any] |
         raise ValueError(f"the arguments of {cls.__name__} are a {type(arguments).__name__}")
     objects = [name for name, value in arguments.items() if isinstance(value, dict) and {"class", "same_as"} & {*value}]
     values = arguments | {name: make_part(arguments[name], given, made) for name in objects}
-    check_sizes(cls, values)
-    try:
-        value = cls(**values)
-    except Exception as error:  # whatever a constructor says of arguments that are not its own
-        raise ValueError(f"the configuration's arguments do not fit {cls.__name__}: {said(error)}") from error
-    made[description["number"]] = value
+    made[description["number"]] = value = called(cls, values, "the configuration")
     return value
 
 
 def _class(name: Any) -> type:
-    try:
-        cls = find_class(name) if str(name).startswith(f"{_PACKAGE}.") else None
-    except ValueError as error:
-        raise ValueError(f"the configuration names what is not here, or no class: {said(error)}") from error
+    cls = find_class(name) if str(name).startswith(f"{_PACKAGE}.") else None
     if cls is None or not issubclass(cls, Configured) or cls.__name__.startswith("_"):
         raise ValueError(
             f"the configuration names the class {name!r:.120}; only networks, heads, baselines, paths and adapters of "

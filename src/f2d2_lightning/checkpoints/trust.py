@@ -37,8 +37,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from f2d2_lightning import _moved
 
 __all__ = [
-    *("ALLOWED", "Takes", "build", "build_arguments", "check_extent", "find_class", "packages_of", "stored_in"),
-    *("check_sizes", "make", "said", "takes", "within_size"),
+    *("ALLOWED", "Takes", "build", "build_arguments", "called", "check_extent", "find_class", "make", "packages_of"),
+    *("said", "stored_in", "takes", "within_size"),
 ]
 
 # where classes that a file names may be, besides the packages that the user trusts
@@ -214,7 +214,7 @@ def build(value: Any, hint: Any = Any, trust: Sequence[str] = (), place: str = "
             return _instance(value, options, trust, place)
         fields = next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
         if fields is not None:
-            return _called(fields, build_arguments(fields, value, trust), place)
+            return called(fields, build_arguments(fields, value, trust), place)
         held = [typing.get_args(option) for option in options if _holds(option, Mapping)]
         inner = next((kinds[1] for kinds in held if len(kinds) == 2), Any)
         return {key: build(item, inner, trust, f"{key!r:.80} of {place}") for key, item in value.items()}
@@ -242,7 +242,7 @@ def _instance(value: Mapping[str, Any], options: Sequence[Any], trust: Sequence[
     made = build_arguments(cls, {**arguments[0], **arguments[1]}, trust)
     if issubclass(cls, (Optimizer, LRScheduler, *(answers or ()))):
         return functools.partial(cls, **made)
-    return _called(cls, made, place)
+    return called(cls, made, place)
 
 
 def _wanted(options: Sequence[Any]) -> tuple[tuple[type, ...], tuple[type, ...] | None]:
@@ -272,8 +272,9 @@ def _opens_files(cls: type) -> bool:
     return {"f2d2_lightning", "lightning"} <= packages and issubclass(cls, nn.Module)
 
 
-def _called(cls: type, arguments: Mapping[str, Any], place: str) -> Any:
-    check_sizes(cls, arguments)
+def called(cls: type, arguments: Mapping[str, Any], place: str) -> Any:
+    """An object of a class for a place; a ``ValueError`` if the arguments do not fit, or ask for too much."""
+    _check_sizes(cls, arguments)
     try:
         return make(cls, arguments)
     except _TooLargeError:
@@ -462,7 +463,7 @@ def _counted(limits: _Limits) -> Iterator[None]:
         _limits.reset(before)
 
 
-def check_sizes(cls: type, arguments: Mapping[str, Any]) -> None:
+def _check_sizes(cls: type, arguments: Mapping[str, Any]) -> None:
     """Refuse a number of layers that a class would list, or copy, before it registers the first.
 
     Raises:
