@@ -120,10 +120,8 @@ def make_head(description: Mapping[str, Any]) -> Head:
 
 def _of_0_1(content: Mapping[str, Any], adapter: Adapter | None) -> dict[str, Any]:
     """What version 0.1 wrote, as today's description and weights."""
-    added = content["interval_state"]
     state = {f"head.{key}": value for key, value in content["head_state"].items()}
-    if added is not None:
-        state |= {f"flow_map.interval.{key}": value for key, value in added.items()}
+    state |= {f"flow_map.interval.{key}": value for key, value in (content["interval_state"] or {}).items()}
     arguments = dict(content["adapter"])
     family = arguments.pop("class", None)
     theirs = {"given": "adapter", "class": str(family)}
@@ -182,6 +180,5 @@ def _read(path: Path, name: str | None) -> dict[str, Any]:
     if name not in joints:
         raise ValueError(f"{path} holds joint maps of {', '.join(map(repr, joints))}; name= is {name!r}")
     states = {plain_name(key): value for key, value in content["state_dict"].items()}
-    prefix = f"{name}."
-    mine = {key[len(prefix) :]: value for key, value in states.items() if key.startswith(prefix)}
+    mine = {key.removeprefix(f"{name}."): value for key, value in states.items() if key.startswith(f"{name}.")}
     return joints[name] | {"network_state": mine}

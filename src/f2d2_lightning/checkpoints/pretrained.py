@@ -32,6 +32,7 @@ from f2d2_lightning.utils.files import whole_file
 __all__ = ["CONFIG", "WEIGHTS", "DataDescription", "from_pretrained", "read_description", "save_pretrained"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_LAYOUT = f"a saved model is a folder with {CONFIG} and {WEIGHTS} (save_pretrained)"
 _FORMAT, _VERSION, _UNIT = "f2d2_lightning", 1, "nats per unit of time"
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -204,8 +205,8 @@ def whole_state(model: nn.Module, network_state: Mapping[str, Tensor] | None = N
     """Weights and buffers of a model by name, those of an adapted network, which keeps only tensors, by plain names."""
     state = own_state(model)
     for place in given_places(model):
-        network = model.get_submodule(place.removesuffix(".")) if network_state is None else None
-        theirs = network.state_dict() if network is not None else network_state or {}
+        own = model.get_submodule(place.removesuffix("."))
+        theirs = own.state_dict() if network_state is None else network_state
         for name, value in theirs.items():
             if not isinstance(value, Tensor):
                 raise ValueError(
@@ -218,18 +219,16 @@ def whole_state(model: nn.Module, network_state: Mapping[str, Tensor] | None = N
 
 def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors to write, and names of those that are the same tensor as another one's."""
-    tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, value in state.items():
         identity = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
         if value.numel() and identity in first:
             shared[name] = first[identity]
-            continue
-        first[identity] = name
-        # cloned: no two of them may overlap in a file
-        tensors[name] = value.detach().cpu().contiguous().clone()
-    return tensors, shared
+        else:
+            first[identity] = name
+    # cloned: no two of them may overlap in a file
+    return {n: v.detach().cpu().contiguous().clone() for n, v in state.items() if n not in shared}, shared
 
 
 def fill(content: Mapping[str, Any], given: Mapping[str, Any], stored: Stored, what: str) -> Any:
@@ -279,10 +278,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 # --- the configuration ---
 
 
-def _json(text: str, what: str) -> dict[str, Any]:
+def _json(text: str | bytes, what: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what} is a {type(content).__name__}, and an object with names is needed")
@@ -295,7 +294,7 @@ def _local(folder: str | FilePath) -> FilePath:
         return FilePath(folder)
     missing = f"there is no folder {folder}"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(folder)):
-        raise FileNotFoundError(f"{missing}; a saved model is a folder with {CONFIG} and {WEIGHTS} (save_pretrained)")
+        raise FileNotFoundError(f"{missing}; {_LAYOUT}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -312,14 +311,9 @@ def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription, File
     folder = _local(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}; a saved model is {CONFIG} and {WEIGHTS} (save_pretrained)"
-            )
+            raise FileNotFoundError(f"{folder} has no {name}; {_LAYOUT}")
     path = folder / CONFIG
-    try:
-        content = _json(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    content = _json(path.read_bytes(), str(path))
     check_extent(content, str(path))
     if content.get("format") != _FORMAT or content.get("version") != _VERSION:
         raise ValueError(

@@ -14,6 +14,7 @@ import enum
 import functools
 import importlib
 import inspect
+import itertools
 import pathlib
 import re
 import sys
@@ -294,17 +295,16 @@ def _holds(option: Any, *kinds: type) -> bool:
 
 
 def _sequence(value: Sequence[Any], options: Sequence[Any], trust: Sequence[str], place: str) -> Any:
-    fits = [option for option in options if _holds(option, Iterable) and not _holds(option, str, bytes, Mapping)]
+    fits = [o for o in options if _holds(o, Iterable) and not _holds(o, str, bytes, Mapping)] or [list]
+    kinds = [typing.get_origin(option) or option for option in fits]
     # of several the one that says what is in it
-    option = next((option for option in fits if typing.get_args(option)), fits[0] if fits else list)
-    arguments, kinds = typing.get_args(option), [typing.get_origin(option) or option for option in fits]
-    hints: list[Any] = [*arguments[:1]] * len(value)
-    if kinds and kinds[fits.index(option)] is tuple and arguments[-1:] != (...,):
-        hints = [*arguments]
-    hints += [Any] * (len(value) - len(hints))
-    items = [build(*item, trust, f"an item of {place}") for item in zip(value, hints, strict=False)]
+    option, kind = next((pair for pair in zip(fits, kinds) if typing.get_args(pair[0])), (fits[0], kinds[0]))
+    inner = typing.get_args(option)
+    one_by_one = kind is tuple and inner[-1:] != (...,)
+    hints = itertools.chain(inner, itertools.repeat(Any)) if one_by_one else itertools.repeat((*inner, Any)[0])
+    items = [build(item, hint, trust, f"an item of {place}") for item, hint in zip(value, hints)]
     # configurations have lists only; a class that asks for something else gets that
-    wanted = next((kind for kind in kinds if kind in (tuple, set, frozenset)), list) if list not in kinds else list
+    wanted = list if list in kinds else next((kind for kind in kinds if kind in (tuple, set, frozenset)), list)
     try:
         return tuple(items) if isinstance(value, tuple) else wanted(items)
     except TypeError as error:
