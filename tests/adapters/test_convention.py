@@ -18,6 +18,8 @@ from f2d2_lightning.adapters import (
     check_convention,
 )
 from f2d2_lightning.adapters._velocities import _Asker, _UnfitError
+from f2d2_lightning.nn import DiT
+from problems import randomize
 
 
 class Body(nn.Module):
@@ -247,19 +249,6 @@ class Convolutions(nn.Module):
         return self.outlet(self.activation(h))
 
 
-class Tokens(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inlet, self.outlet, self.norm = nn.Linear(2, 16), nn.Linear(16, 2), nn.LayerNorm(16)
-        self.mixed, self.times = nn.Linear(16, 48), nn.Linear(16, 16)
-
-    def forward(self, x, s, t, cond=None):
-        h = self.inlet(x.flatten(2).mT) + self.times(torch.cat((sinusoids(s), sinusoids(t)), 1))[:, None]
-        q, k, v = self.mixed(self.norm(h)).unflatten(-1, (3, 2, 8)).transpose(1, 3).unbind(2)
-        h = h + (torch.softmax(q @ k.mT / 8**0.5, -1) @ v).transpose(1, 2).flatten(2)
-        return self.outlet(self.norm(h)).mT.reshape(x.shape)
-
-
 RIGHT = {
     "kinks": (lambda: Dense(3, nn.ReLU, 2), (3,)),
     "many kinks": (lambda: Dense(3, nn.ReLU, 8), (3,)),
@@ -269,7 +258,7 @@ RIGHT = {
     "short waves of the state": (lambda: Dense(2, nn.SiLU, 3, 10_000.0), (2,)),
     "convolutions": (lambda: Convolutions(nn.SiLU, False), (2, 4, 4)),
     "pooled convolutions with kinks": (lambda: Convolutions(nn.ReLU, True), (2, 4, 4)),
-    "attention": (Tokens, (2, 4, 4)),
+    "attention": (lambda: randomize(DiT((2, 4, 4), patch=2, width=16, depth=1, heads=2)), (2, 4, 4)),
 }
 
 

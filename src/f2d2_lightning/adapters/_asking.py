@@ -54,12 +54,10 @@ def called(flow_map: AdaptedFlowMap, function: Callable[[], Tensor], device: tor
 
 def signature(flow_map: AdaptedFlowMap) -> str:
     """What the network takes, as its author wrote it."""
-    network, method = flow_map.network, flow_map.adapter.call.method
-    name = Adapter.describe(network)
+    network = flow_map.network
+    method = flow_map.adapter.call.method or ("forward" if isinstance(network, nn.Module) else None)
     function = network if method is None else getattr(network, method)
-    if method is None and isinstance(network, nn.Module):
-        function, method = network.forward, "forward"
     try:
-        return f"{name}{'.' + method if method else ''}{inspect.signature(function)}"
+        return f"{Adapter.describe(network)}{'.' + method if method else ''}{inspect.signature(function)}"
     except (TypeError, ValueError):
         return "arguments that cannot be inspected"

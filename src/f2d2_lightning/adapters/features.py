@@ -55,11 +55,8 @@ def last_width(module: nn.Module, name: str) -> tuple[int, str]:
         )
     inner, last = layers[-1]
     place = f"{name}.{inner}" if inner else name
-    for attribute in ("out_features", "out_channels"):
-        width = getattr(last, attribute, None)
-        if isinstance(width, int):
-            return width, place
-    return len(last.weight), place
+    said = (getattr(last, attribute, None) for attribute in ("out_features", "out_channels"))
+    return next((width for width in said if isinstance(width, int)), len(last.weight)), place
 
 
 class FeatureTap:
