@@ -642,6 +642,9 @@ def test_calls_that_do_not_fit_are_quoted():
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert adapter.call.text in str(caught.value)
         assert isinstance(caught.value.__cause__, Exception)
+    # what the adapter says of an answer stays as it says it
+    with pytest.raises(ConventionError, match=r"^the network answered a tuple of 2.*output=0"):
+        check_convention(Shortcut()(OfficialF2D2(truth)), x)
 
 
 def test_answers_that_are_not_finite_are_found():

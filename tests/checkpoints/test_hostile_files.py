@@ -529,7 +529,7 @@ def test_what_a_file_describes_is_no_larger_than_the_file(tmp_path, case, capsys
     changes, *says = BOMBS[case]
     # what a module holds in the end does not help: it is refused on the way
     path = write(tmp_path / "a.ckpt", changes)
-    with little(seconds=8), pytest.raises(ValueError) as error:  # noqa: PT011
+    with little(), pytest.raises(ValueError) as error:  # noqa: PT011
         load_module(path, f2.F2D2Module)
     assert all(what in str(error.value) for what in says), str(error.value)
     if case in ("blocks", "lists in lists"):
