@@ -69,6 +69,11 @@ class Adapter(Configured):
     endpoint_only: ClassVar[bool] = False
     """Whether such networks answer the jump to data and nothing else."""
 
+    _arguments: ClassVar[tuple[str, ...]] = (
+        *("call", "noise_time", "data_time", "directions", "answer", "velocity_scale", "output"),
+        *("channels_last", "null_label", "classes", "time_axes", "prior_std", "shortest"),
+    )
+
     def __init__(
         self,
         call: str = "net(x, s, t, cond)",
@@ -208,6 +213,11 @@ class Adapter(Configured):
         return answer
 
     # --- a description for checkpoints ---
+
+    def configuration(self) -> dict[str, Any]:
+        """Arguments of the constructor as the adapter is now, a family's defaults too: they may be others later."""
+        values = {name: getattr(self, name) for name in self._arguments}
+        return values | {"call": self.call.text, "directions": self.directions.label}
 
     def config(self) -> dict[str, Any]:
         """Class and arguments in plain values, from which :func:`adapter_from_config` makes an equal adapter.

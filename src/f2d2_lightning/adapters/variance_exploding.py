@@ -51,6 +51,11 @@ class VarianceExploding(Adapter):
         ValueError: If an argument is none of the above.
     """
 
+    _arguments = (
+        *("call", "directions", "precondition", "answer", "sigma_min", "sigma_max", "sigma_data", "output"),
+        *("channels_last", "null_label", "classes", "time_axes", "shortest"),
+    )
+
     def __init__(
         self,
         call: str = "net(x, s, cond)",
@@ -66,7 +71,7 @@ class VarianceExploding(Adapter):
         one_of("answer", answer, ("clean", "state"))
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min={sigma_min} and sigma_max={sigma_max}; they are positive and in this order")
-        unfit = kwargs.keys() - {"output", "channels_last", "null_label", "classes", "time_axes", "shortest"}
+        unfit = kwargs.keys() - {*self._arguments}
         if unfit:
             raise ValueError(
                 f"{type(self).__name__} has no {', '.join(sorted(unfit))}: its times are noise levels and its prior is "
