@@ -420,7 +420,7 @@ def test_a_bad_file_is_named_in_a_worker_too(tmp_path):
     [
         (lambda path: f2.data.EDMZip(path, 16), "is 8 x 8 .*16 x 16 is expected"),
         (lambda path: f2.data.EDMZip(path, 8, 1), "mode RGB, but the model is for mode L"),
-        (lambda path: f2.data.EDMZip(path, 8, 4).setup(), "channels=4; 1 .grey. or 3"),
+        (lambda path: f2.data.EDMZip(path, 8, 5).setup(), "channels=5; 1 .grey. or 3"),
         (lambda path: f2.data.EDMZip(path, 0), "at least 1 pixel"),
         (lambda path: f2.data.ImageFolder(path, 4), "holds 1 file of other types .dataset.json"),
         (lambda path: f2.data.ImageFolder(path, 8, crop=-3), "at least 1 pixel"),

@@ -21,7 +21,7 @@ import f2d2_lightning as f2
 from f2d2_lightning import GaussianBaseline, Inversion, Quantization, log_prob
 from f2d2_lightning.cli import main, nll_command, sample_command
 from f2d2_lightning.cli._common import check_labels, class_count
-from f2d2_lightning.data.images._files import read_images
+from f2d2_lightning.data.images._reader import read_images
 from f2d2_lightning.metrics.likelihood import said_of_bits
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.training.loading import load_module

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from f2d2_lightning.cli._common import class_count, warn
 from f2d2_lightning.data.dataset import DequantizedDataset
-from f2d2_lightning.data.images import _files as image_files
+from f2d2_lightning.data.images._reader import ImageFiles, read_images
+from f2d2_lightning.data.images._stores import SUFFIXES
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
@@ -145,7 +146,7 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
     """
     kind, _, split = name.partition(":")
     path = Path(name)
-    is_file = path.suffix.lower() in (*ARRAYS, *image_files.SUFFIXES) or path.exists()
+    is_file = path.suffix.lower() in (*ARRAYS, *SUFFIXES) or path.exists()
     if kind in DATA or (CLASS_PATH.fullmatch(kind) and not is_file):
         return _from_data_module(name, DATA.get(kind, kind), split or "test", arguments or {}, module)
     if not path.exists():
@@ -155,13 +156,13 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
         )
     if arguments:
         raise ValueError(f"{name} is a file or a folder, which takes no arguments ({', '.join(arguments)} given)")
-    if path.is_dir() or path.suffix.lower() in image_files.SUFFIXES:
+    if path.is_dir() or path.suffix.lower() in SUFFIXES:
         return _from_images(path, module, reading)
     if path.suffix.lower() in ARRAYS:
         return _from_array(path, module, reading)
     raise ValueError(
         f"--data is {name}; .npy and .npz files (an .npz holds its data as 'x', labels as 'y') and images "
-        f"({', '.join(image_files.SUFFIXES)}) can be read"
+        f"({', '.join(SUFFIXES)}) can be read"
     )
 
 
@@ -270,12 +271,12 @@ def _from_array(path: Path, module: LikelihoodModel, reading: Reading) -> Points
 
 
 def _from_images(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
-    images = image_files.read_images(path, module.shape, convert=reading.convert, resize=reading.resize)
+    images = read_images(path, module.shape, convert=reading.convert, resize=reading.resize)
     labels = _folder_labels(path, images, module) if module.conditional else None
     return _Held(str(path), _dequantized(path, images.values, labels, module, reading, eight_bit=True), images.names)
 
 
-def _folder_labels(path: Path, images: image_files.ImageFiles, module: LikelihoodModel) -> Tensor:
+def _folder_labels(path: Path, images: ImageFiles, module: LikelihoodModel) -> Tensor:
     """Labels of images by the names of their folders, ``(N,)``, ``int64``."""
     classes = images.classes()
     found = sorted({*classes})

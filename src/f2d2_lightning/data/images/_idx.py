@@ -29,12 +29,10 @@ def read_idx(path: str | Path) -> Tensor:
     path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as file:
-        if file.read(2) != b"\x1f\x8b":
-            file.seek(0)
-            return _read(file, path, size)
+        packed = file.read(2) == b"\x1f\x8b"
     try:
-        with gzip.open(path) as stream:
-            return _read(stream, path, DEFLATE * size)
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            return _read(stream, path, DEFLATE * size if packed else size)
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} is a truncated or corrupt gzip file ({error}); get it again") from error
 

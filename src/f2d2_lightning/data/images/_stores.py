@@ -21,7 +21,7 @@ import numpy as np
 
 from f2d2_lightning.utils.arrays import check_growth
 
-__all__ = ["FolderStore", "Store", "ZipStore", "image_rows", "open_store"]
+__all__ = ["SUFFIXES", "FolderStore", "Store", "ZipStore", "first_of", "image_rows", "open_store"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
 
@@ -58,15 +58,16 @@ class Store(ABC):
 
 
 class FolderStore(Store):
-    """A folder and the folders in it.
+    """A folder and the folders in it, or one file.
 
     Raises:
         ValueError: If there are links to folders, which are not followed.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.names = sorted(self._walk(self.path, ""))
+        path = Path(path)
+        self.path = path if path.is_dir() else path.parent
+        self.names = sorted(self._walk(path, "")) if path.is_dir() else [path.name]
 
     @classmethod
     def _walk(cls, folder: Path, prefix: str) -> Iterator[str]:
@@ -159,6 +160,11 @@ class ZipStore(Store):
 
 def _is_shown(name: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def first_of(folder: Path, *names: str) -> Path | None:
+    """The first of the names that is there."""
+    return next((path for name in names if (path := folder / name).exists()), None)
 
 
 def open_store(path: str | Path) -> Store:

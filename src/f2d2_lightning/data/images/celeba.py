@@ -14,11 +14,12 @@ from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
 from f2d2_lightning.data.images._stores import Store, open_store
-from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 
 __all__ = ["CelebA64"]
 
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+AGAIN = f"get it again from {HOME}"
 DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 SOURCES = {
     "img_align_celeba.zip": Source(DRIVE + "0B7EVK8r0v71pZjFTYXZWM3FlRnM", "00d2c5bc6d35e252742224ab0c1e8fcb"),
@@ -86,27 +87,21 @@ class CelebA64(ImageDataModule):
         self.folder, self.attribute, self.cache, self.download = Path(folder).expanduser(), attribute, cache, download
         self.framing = Framing(64, crop, resize, source=(178, 218))
         self.classes = None if attribute is None else [f"not {attribute}", attribute]
-        self.used = {"train": count, "val": val, "test": test}
+        self.count, self.val, self.test = count, val, test
 
     def splits(self) -> dict[str, LabeledImages]:
         """Read the lists; images are read later."""
-        store = open_store(self._images())
+        folder = self.folder / "img_align_celeba"
+        store = open_store(folder if folder.is_dir() else self._file("img_align_celeba.zip"))
         partition = self._partition(self._file("list_eval_partition.txt"))
         values = self._reader(store, list(partition))
         labels = None if self.attribute is None else self._labels(self._file("list_attr_celeba.txt"), list(partition))
         of = torch.tensor(list(partition.values()))
-        found: dict[str, LabeledImages] = {}
-        for number, name in enumerate(SPLITS):
-            rows, used = (of == number).nonzero()[:, 0], self.used[name]
-            if used is not None and not 1 <= used <= len(rows):
-                raise ValueError(f"{used} {name} images are asked for, and CelebA has {len(rows)}")
-            rows = rows[:used]
-            found[name] = (take(values, rows), None if labels is None else labels[rows])
-        return found
-
-    def _images(self) -> Path:
-        folder = self.folder / "img_align_celeba"
-        return folder if folder.is_dir() else self._file("img_align_celeba.zip")
+        parts = []
+        for number in range(len(SPLITS)):
+            rows = (of == number).nonzero()[:, 0]
+            parts.append((take(values, rows), None if labels is None else labels[rows]))
+        return divide(*parts, count=self.count, val=self.val, test=self.test)
 
     def _file(self, name: str) -> Path:
         path = self.folder / name
@@ -130,28 +125,20 @@ class CelebA64(ImageDataModule):
         for number, line in enumerate(_lines(path), 1):
             name, _, split = line.partition(" ")
             if split.strip() not in ("0", "1", "2"):
-                raise ValueError(
-                    f"line {number} of {path} is {line!r}; a file name and 0, 1 or 2 are expected: get it again "
-                    f"from {HOME}"
-                )
+                raise ValueError(f"line {number} of {path} is {line!r}; a name and 0, 1 or 2 are expected: {AGAIN}")
             found[name] = int(split)
         came = {name: list(found.values()).count(number) for number, name in enumerate(SPLITS)}
         if came != COUNTS:
+            listed = [", ".join(f"{count} {name}" for name, count in counts.items()) for counts in (came, COUNTS)]
             raise ValueError(
-                f"{path} lists {_listed(came)} images; {_listed(COUNTS)} are expected: it is truncated or another "
-                f"file; get it again from {HOME}"
+                f"{path} lists {listed[0]} images; {listed[1]} are expected: it is truncated or another file; {AGAIN}"
             )
         return found
 
     def _reader(self, store: Store, names: list[str]) -> Values:
         of = {name.rpartition("/")[2]: row for row, name in enumerate(store.names)}
-        if missing := [name for name in names if name not in of]:
-            raise ValueError(
-                f"{store.path} lacks {len(missing)} of {len(names)} images ({', '.join(missing[:3])}, ...); it is "
-                f"incomplete: get it again from {HOME}"
-            )
-        values = ImageReader(store, [of[name] for name in names], 3, self.framing)
-        return cached(values, self.cache, "celeba64")
+        rows = _all_of(of, names, store.path)
+        return cached(ImageReader(store, rows, 3, self.framing), self.cache, "celeba64")
 
     def _labels(self, path: Path, names: list[str]) -> Tensor:
         """1 where an image has the attribute, else 0, ``(N,)``, ``int64``."""
@@ -159,8 +146,7 @@ class CelebA64(ImageDataModule):
         attributes = lines[1].split() if len(lines) > 1 else []
         if self.attribute not in attributes:
             raise ValueError(
-                f"attribute={self.attribute!r}; {path} has {', '.join(attributes) or 'none'}: choose one of these, or "
-                f"get the file again from {HOME}"
+                f"attribute={self.attribute!r}; {path} has {', '.join(attributes) or 'none'}: choose one, or {AGAIN}"
             )
         column, found = attributes.index(self.attribute), {}
         for number, line in enumerate(lines[2:], 3):
@@ -168,23 +154,24 @@ class CelebA64(ImageDataModule):
             if len(values) != len(attributes) or values[column] not in ("-1", "1"):
                 raise ValueError(
                     f"line {number} of {path} has {len(values)} values, or others than -1 and 1; {len(attributes)} are "
-                    f"expected: get it again from {HOME}"
+                    f"expected: {AGAIN}"
                 )
             found[name] = int(values[column] == "1")
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(
-                f"{path} lacks {len(missing)} of {len(names)} images ({missing[0]}, ...); it is truncated: get it "
-                f"again from {HOME}"
-            )
-        return torch.tensor([found[name] for name in names])
+        return torch.tensor(_all_of(found, names, path))
+
+
+def _all_of(found: Mapping[str, int], names: list[str], path: Path) -> list[int]:
+    """The number of each image, in the order of ``names``; a missing one is an error."""
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of {len(names)} images ({missing[0]}, ...); it is truncated or incomplete: "
+            + AGAIN
+        )
+    return [found[name] for name in names]
 
 
 def _lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text ({error}); get it again from {HOME}") from error
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"{path} is no text ({error}); {AGAIN}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from f2d2_lightning.data.images._batches import checked_batch
 from f2d2_lightning.data.images._download import Source, fetch
+from f2d2_lightning.data.images._stores import first_of
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.pickles import read_arrays
 
@@ -72,23 +73,18 @@ class CIFAR10(ImageDataModule):
     def splits(self) -> dict[str, LabeledImages]:
         """Read the batches and split."""
         path = self._find()
-        content = _read_folder(path) if path.is_dir() else _read_archive(path)
-        parts = [_batch(content[name], f"{path}/{name}", name in BATCHES) for name in sorted(content)]
-        # names sort as data_batch_1, ..., data_batch_5, test_batch
-        images = torch.cat([image for image, _ in parts])
-        labels = torch.cat([label for _, label in parts])
-        rows = (len(BATCHES) - 1) * ROWS
-        train = (images[:rows], labels[:rows] if self.with_labels else None)
-        held_out = (images[rows:], labels[rows:] if self.with_labels else None)
+        content = _complete(dict(_folder(path) if path.is_dir() else _archive(path)), path)
+        *parts, test = (_batch(data, f"{path}/{name}") for name, data in content.items())
+        images, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+        train, held_out = ((x, y if self.with_labels else None) for x, y in ((images, labels), test))
         return divide(train, None, held_out, count=self.count, val=self.val, test=self.test)
 
     def _find(self) -> Path:
         names = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar-10-batches-bin", "cifar-10-binary.tar.gz")
         if self.folder.name in names and self.folder.exists():
             return self.folder
-        for name in names:
-            if (self.folder / name).exists():
-                return self.folder / name
+        if found := first_of(self.folder, *names):
+            return found
         if not self.download:
             raise FileNotFoundError(
                 f"{self.folder} has none of {', '.join(names)}; get {SOURCE.url} (MD5 {SOURCE.md5}, 170 MB) and put "
@@ -99,37 +95,31 @@ class CIFAR10(ImageDataModule):
         return self.folder / names[1]
 
 
-def _wanted(name: str) -> str | None:
-    """Name of a batch as it is here: the binary version's without its ending."""
-    stem = name.rpartition("/")[2]
-    return stem if stem.removesuffix(".bin") in BATCHES else None
+def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
+    for file in path.iterdir():
+        if file.name.removesuffix(".bin") in BATCHES:
+            yield file.name, file.read_bytes()
 
 
-def _read_folder(path: Path) -> dict[str, bytes]:
-    content = {file.name: file.read_bytes() for file in path.iterdir() if _wanted(file.name)}
-    return _complete(content, path)
-
-
-def _read_archive(path: Path) -> dict[str, bytes]:
+def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
     """Batches in a gzipped tar file, which is read to its end, where its checksum is."""
-    content = {}
     try:
         with gzip.open(path) as stream:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 for member in archive:
-                    name, file = _wanted(member.name), archive.extractfile(member) if member.isfile() else None
-                    if name and file is not None:
-                        content[name] = file.read()
+                    name, file = Path(member.name).name, archive.extractfile(member) if member.isfile() else None
+                    if name.removesuffix(".bin") in BATCHES and file is not None:
+                        yield name, file.read()
             while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(
             f"{path} is a truncated or corrupt archive ({error}); remove it, and get it again from {HOME}"
         ) from error
-    return _complete(content, path)
 
 
 def _complete(content: dict[str, bytes], path: Path) -> dict[str, bytes]:
+    """The six batches of one version, in the order of :data:`BATCHES`."""
     for names in (BATCHES, tuple(f"{name}.bin" for name in BATCHES)):
         if all(name in content for name in names):
             return {name: content[name] for name in names}
@@ -140,10 +130,10 @@ def _complete(content: dict[str, bytes], path: Path) -> dict[str, bytes]:
     )
 
 
-def _batch(content: bytes, name: str, pickled: bool) -> tuple[Tensor, Tensor]:
+def _batch(content: bytes, name: str) -> tuple[Tensor, Tensor]:
     """Images ``(ROWS, 3, 32, 32)``, ``uint8``, and labels ``(ROWS,)`` of one batch."""
     found: Mapping[str, Any]
-    if pickled:
+    if not name.endswith(".bin"):
         found = read_arrays(content, name, HOME)
     elif len(content) % (1 + DIM):
         raise ValueError(

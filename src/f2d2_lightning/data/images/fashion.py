@@ -10,13 +10,13 @@ from torch import Tensor
 
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._idx import read_idx
+from f2d2_lightning.data.images._stores import first_of
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 
 __all__ = ["FashionMNIST"]
 
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` puts the files."""
-FILES = {"train": "train", "test": "t10k"}
 SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 SOURCES = {
     name: Source(f"{SITE}{name}.gz", md5)
@@ -70,21 +70,21 @@ class FashionMNIST(ImageDataModule):
         self.count, self.val, self.test, self.download = count, val, test, download
 
     def _read(self, name: str) -> Tensor:
-        found = [path for suffix in ("", ".gz") if (path := self.folder / f"{name}{suffix}").is_file()]
-        if not found and self.download:
-            found = [self.folder / f"{name}.gz"]
-            fetch(SOURCES[name], found[0])
-        if not found:
+        path = first_of(self.folder, name, f"{name}.gz")
+        if path is None and self.download:
+            path = self.folder / f"{name}.gz"
+            fetch(SOURCES[name], path)
+        if path is None:
             raise FileNotFoundError(
                 f"{self.folder} has no {name} or {name}.gz; install Debian's package dataset-fashion-mnist, or get the "
                 "four files from https://github.com/zalandoresearch/fashion-mnist and say where they are "
                 "(FashionMNIST(folder=...), --data.init_args.folder, or the environment's FASHION_MNIST), or say "
                 "download=True (--data.init_args.download true) and where they go"
             )
-        return read_idx(found[0])
+        return read_idx(path)
 
     def _load(self, part: str) -> tuple[Tensor, Tensor]:
-        images, classes = self._read(f"{FILES[part]}-images-idx3-ubyte"), self._read(f"{FILES[part]}-labels-idx1-ubyte")
+        images, classes = (self._read(f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
         if tuple(images.shape[1:]) != self.shape[1:] or classes.shape != images.shape[:1]:
             raise ValueError(
                 f"{self.folder} has {part} images of shape {tuple(images.shape)} and labels {tuple(classes.shape)}; "
@@ -94,5 +94,5 @@ class FashionMNIST(ImageDataModule):
 
     def splits(self) -> dict[str, LabeledImages]:
         """Read the files and split."""
-        train, test = ((x, y if self.with_labels else None) for x, y in (self._load("train"), self._load("test")))
+        train, test = ((x, y if self.with_labels else None) for x, y in (self._load("train"), self._load("t10k")))
         return divide(train, None, test, count=self.count, val=self.val, test=self.test)

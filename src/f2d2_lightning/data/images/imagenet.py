@@ -14,7 +14,7 @@ from f2d2_lightning.data.dataset import StoredValues
 from f2d2_lightning.data.images._batches import checked_batch
 from f2d2_lightning.data.images._cache import cached, digest, sole_writer, write_array
 from f2d2_lightning.data.images._reader import Framing, ImageReader
-from f2d2_lightning.data.images._stores import image_rows, open_store
+from f2d2_lightning.data.images._stores import first_of, image_rows, open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.files import whole_file
@@ -115,14 +115,14 @@ class ImageNet64(ImageDataModule):
 
     def _pictures(self, part: str) -> LabeledImages:
         name = PICTURES[part]
-        found = [path for path in (self.folder / name, self.folder / f"{name}.zip") if path.exists()]
-        if not found:
+        path = first_of(self.folder, name, f"{name}.zip")
+        if path is None:
             raise self._missing(f"{name} and {name}.zip")
-        store = open_store(found[0])
+        store = open_store(path)
         rows = image_rows(store)
         if len(rows) != PICTURE_COUNTS[part]:
             raise ValueError(
-                f"{found[0]} holds {len(rows)} images; {PICTURE_COUNTS[part]} are expected: it is incomplete or "
+                f"{path} holds {len(rows)} images; {PICTURE_COUNTS[part]} are expected: it is incomplete or "
                 "another data set (for any folder of images there is ImageFolder)"
             )
         return cached(ImageReader(store, rows, 3, Framing(64)), self.cache, name), None
@@ -130,10 +130,10 @@ class ImageNet64(ImageDataModule):
     def _batches(self, part: str) -> LabeledImages:
         paths = []
         for name in BATCHES[part]:
-            found = [path for path in (self.folder / f"{name}.npz", self.folder / name) if path.is_file()]
-            if not found:
+            path = first_of(self.folder, f"{name}.npz", name)
+            if path is None:
                 raise self._missing(f"{name}.npz and {name}")
-            paths.append(found[0])
+            paths.append(path)
         status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         images = Path(self.cache or "").expanduser() / f"{part}-{digest(status)}.npy"
         labels = images.with_name(f"{images.stem}-labels.npy")
