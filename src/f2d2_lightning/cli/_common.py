@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap
@@ -18,7 +18,7 @@ from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.modules.loading import load
 
-__all__ = ["add_model", "check_labels", "class_count", "find_device", "load_model", "run", "warn"]
+__all__ = ["add_model", "check_labels", "class_count", "find_device", "load_model", "run", "say", "warn"]
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -29,12 +29,8 @@ def add_model(parser: ArgumentParser) -> None:
         required=True,
         help="checkpoint of an F2D2Module or of a module with an F2D2Callback, or a folder that export wrote",
     )
-    parser.add_argument(
-        "--network",
-        type=str,
-        default=None,
-        help="class path of the network that an F2D2Callback was on, if it is needed",
-    )
+    network = "class path of the network that an F2D2Callback was on, if it is needed"
+    parser.add_argument("--network", type=str, default=None, help=network)
     parser.add_argument("--network_args", type=dict, default=None, help="arguments of that network, as JSON")
     parser.add_argument("--flow_map", type=str, default=None, help="name of the network, where several were trained")
     parser.add_argument(
@@ -61,15 +57,7 @@ def load_model(options: Any) -> LikelihoodModel:
 
 
 def _network(class_path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """A network by the path of its class or of a function that makes it, which is imported.
-
-    Args:
-        class_path: ``package.module.Class``, named by the user and not by a file.
-        arguments: Of the class.
-
-    Raises:
-        ValueError: If it is not there, or makes no network.
-    """
+    """A network by the path of its class or of a function that makes it, named by the user and not by a file."""
     package, _, attribute = class_path.rpartition(".")
     try:
         made = getattr(importlib.import_module(package), attribute)(**(arguments or {}))
@@ -132,9 +120,14 @@ def check_labels(module: LikelihoodModel, cond: Tensor, source: str) -> None:
         raise ValueError(f"{source} has labels {low} to {high}, but {expected}")
 
 
+def say(message: str) -> None:
+    """A line of text, whose names of files may look like markup and are none."""
+    Console().print(Text(message), highlight=False, soft_wrap=True)
+
+
 def warn(message: str) -> None:
     """Something that the user should look at, where it does not end in a file of results."""
-    Console(stderr=True).print(f"[bold yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print("[bold yellow]warning:[/]", Text(message), highlight=False, soft_wrap=True)
 
 
 def run(command: Callable[[], None]) -> None:
@@ -142,6 +135,5 @@ def run(command: Callable[[], None]) -> None:
     try:
         command()
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        # names of files may look like markup
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)

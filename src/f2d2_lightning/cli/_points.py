@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,69 +63,43 @@ class Reading:
     requantize: bool = False
 
 
-class Points(ABC):
+@dataclass
+class Points:
     """Samples in order, in batches as the model's ``data_to_state`` takes them."""
 
     source: str
     """As the user named them."""
+    loader: DataLoader
+    """Of them; its own order and batch size hold only where its data set cannot be indexed."""
     names: Sequence[str] | None = None
     """Of the samples, where they have any."""
-    dequantized: bool = False
-    """Whether further draws of dequantization noise can be asked for."""
     no_labels: str = "it holds none"
     """What to do where a conditional model finds no labels."""
 
-    @abstractmethod
-    def batches(self, size: int, draw: int = 0) -> Iterator[Any]:
-        """All samples, ``size`` at a time, with the noise of one draw."""
+    @classmethod
+    def of(cls, path: Any, dataset: DequantizedDataset, **kwargs: Any) -> Points:
+        """Those of a data set of this package."""
+        return cls(str(path), DataLoader(dataset, collate_fn=lambda batch: batch), **kwargs)
 
     @property
-    @abstractmethod
+    def dequantized(self) -> bool:
+        """Whether further draws of dequantization noise can be asked for."""
+        return getattr(self.loader.dataset, "quantization", None) is not None
+
+    @property
     def count(self) -> int | None:
         """Number of samples, where it is known beforehand."""
-
-
-class _Held(Points):
-    """Samples in memory."""
-
-    def __init__(self, source: str, dataset: DequantizedDataset, names: Sequence[str] | None = None) -> None:
-        self.source, self.dataset, self.names = source, dataset, names
-        self.dequantized = dataset.quantization is not None
-
-    def batches(self, size: int, draw: int = 0) -> Iterator[Any]:
-        """A draw of noise is to the data set what an epoch is in training."""
-        for start in range(0, self.count, size):
-            rows = range(start, min(start + size, self.count))
-            yield self.dataset.__getitems__([draw * self.count + row for row in rows])
-
-    @property
-    def count(self) -> int:
-        return len(self.dataset)
-
-
-class _Loaded(Points):
-    """Samples of somebody's data loader, states already, in the order of its data set."""
-
-    def __init__(self, source: str, loader: DataLoader, module: LikelihoodModel) -> None:
-        self.source, self.loader, self.module = source, loader, module
-
-    def batches(self, size: int, draw: int = 0) -> Iterator[Any]:
-        """As its collation gives them; the loader's own order and batch size only where it cannot be indexed."""
-        loader = self.loader
-        if not isinstance(loader.dataset, IterableDataset):
-            loader = DataLoader(
-                loader.dataset, batch_size=size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
-            )
-        for index, batch in enumerate(loader):
-            x = self.module.data_to_state(batch)[0]
-            if index == 0 and torch.is_floating_point(x):
-                check_values(x, self.module.quantization)
-            yield batch
-
-    @property
-    def count(self) -> int | None:
         dataset = self.loader.dataset
         return None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
+
+    def batches(self, size: int, draw: int = 0) -> Iterator[Any]:
+        """All samples, ``size`` at a time; a draw of noise is to the data set what an epoch is in training."""
+        loader, count = self.loader, self.count
+        if count is not None:
+            rows = range(draw * count, (draw + 1) * count)
+            workers, collate = loader.num_workers, loader.collate_fn
+            loader = DataLoader(loader.dataset, size, sampler=rows, num_workers=workers, collate_fn=collate)
+        return iter(loader)
 
 
 def load_points(name: str, arguments: Mapping[str, Any] | None, module: LikelihoodModel, reading: Reading) -> Points:
@@ -192,27 +165,23 @@ def _from_data_module(
         raise ValueError(f"{cls.__name__} was not made ({error}); its arguments are --data_args '{{...}}'") from error
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; {cls.__name__} has {', '.join(SPLITS)}")
+    no_labels = f"let {cls.__name__} give pairs (states, labels)"
     if isinstance(data, FlowDataModule):
         _check_data_module(name, data, module)
         data.setup()
         _agree_on_classes(data, module)
-        points: Points = _Held(name, data.dataset(split))
-    else:
-        data.prepare_data()
-        data.setup({"train": "fit", "val": "validate", "test": "test"}[split])
-        _check_data_module(name, data, module)
-        _agree_on_classes(data, module)
-        try:
-            loader = getattr(data, f"{split}_dataloader")()
-        except (NotImplementedError, MisconfigurationException) as error:
-            raise ValueError(f"{cls.__name__} has no {split}_dataloader; choose another split") from error
-        if not isinstance(loader, DataLoader):
-            raise ValueError(
-                f"{cls.__name__}.{split}_dataloader gives {type(loader).__name__}; one DataLoader is needed"
-            )
-        points = _Loaded(name, loader, module)
-    points.no_labels = f"let {cls.__name__} give pairs (states, labels)"
-    return points
+        return Points.of(name, data.dataset(split), no_labels=no_labels)
+    data.prepare_data()
+    data.setup({"train": "fit", "val": "validate", "test": "test"}[split])
+    _check_data_module(name, data, module)
+    _agree_on_classes(data, module)
+    try:
+        loader = getattr(data, f"{split}_dataloader")()
+    except (NotImplementedError, MisconfigurationException) as error:
+        raise ValueError(f"{cls.__name__} has no {split}_dataloader; choose another split") from error
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"{cls.__name__}.{split}_dataloader gives {type(loader).__name__}; one DataLoader is needed")
+    return Points(name, loader, no_labels=no_labels)
 
 
 def _agree_on_classes(data: L.LightningDataModule, module: LikelihoodModel) -> None:
@@ -260,20 +229,20 @@ def _from_array(path: Path, module: LikelihoodModel, reading: Reading) -> Points
     if loaded.dtype.kind == "f":
         states = torch.from_numpy(loaded.astype(np.float32))
         check_values(states, module.quantization)
-        points = _Held(str(path), DequantizedDataset(states, classes))
+        dataset = DequantizedDataset(states, classes)
     elif loaded.dtype.kind in "iub":
         values = torch.from_numpy(loaded if loaded.dtype == np.uint8 else loaded.astype(np.int64))
-        points = _Held(str(path), _dequantized(path, values, classes, module, reading))
+        dataset = _dequantized(path, values, classes, module, reading)
     else:
         raise ValueError(f"{path} holds {loaded.dtype}; integers or floating numbers are needed")
-    points.no_labels = "give an .npz file with labels y of shape (N,), integers"
-    return points
+    return Points.of(path, dataset, no_labels="give an .npz file with labels y of shape (N,), integers")
 
 
 def _from_images(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     images = read_images(path, module.shape, convert=reading.convert, resize=reading.resize)
     labels = _folder_labels(path, images, module) if module.conditional else None
-    return _Held(str(path), _dequantized(path, images.values, labels, module, reading, eight_bit=True), images.names)
+    dataset = _dequantized(path, images.values, labels, module, reading, eight_bit=True)
+    return Points.of(path, dataset, names=images.names)
 
 
 def _folder_labels(path: Path, images: ImageFiles, module: LikelihoodModel) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
+from jsonargparse.typing import PositiveInt
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.cli._common import add_model, check_labels, load_model, run
+from f2d2_lightning.cli._common import add_model, check_labels, load_model, run, say
 from f2d2_lightning.cli._points import DATA, Points, Reading, load_points
 from f2d2_lightning.cli._tables import Column, check_table_path, write_table
 from f2d2_lightning.flows.maps import Direction
@@ -24,6 +24,7 @@ from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim, dequantization_bounds
 from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
 from f2d2_lightning.metrics.ranks import percentile_rank
+from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.class_names import as_names
 from f2d2_lightning.utils.seeding import mix_seed
 
@@ -54,7 +55,7 @@ def nll_command(arguments: list[str]) -> None:
     parser.add_argument("--out", type=str, default="nll.csv", help=".csv or .parquet, one row a sample")
     parser.add_argument(
         "--draws",
-        type=int,
+        type=PositiveInt,
         default=1,
         help="dequantization draws per sample: log_prob is their mean (the bound), log_prob_sd their standard "
         "deviation, log_prob_iw the logarithm of their mean density (the tighter, importance-weighted bound)",
@@ -80,7 +81,7 @@ def nll_command(arguments: list[str]) -> None:
         help="the likelihood of the model whose samples a fair coin mirrors left to right, for models trained with "
         "flips: another model, at twice the evaluations. Published figures are without",
     )
-    parser.add_argument("--batch_size", type=int, default=512, help="samples at a time")
+    parser.add_argument("--batch_size", type=PositiveInt, default=512, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the dequantization of files")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
     options = parser.parse_args(arguments)
@@ -89,21 +90,19 @@ def nll_command(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class _Likelihoods:
-    """Of every draw of every sample, ``(D, N)``, float64, nats."""
+    """Of samples: each draw of each, ``(D, N)``, or those of a batch, ``(B,)``; float64, nats."""
 
-    log_prob: Tensor
-    reference: Tensor | None
+    value: Tensor
     evaluations: int
-    reference_error: Tensor | None = None
-    """Standard errors of ``reference`` over its probes, where they are known."""
+    """Of the network, a sample."""
+    error: Tensor | None = None
+    """Standard errors of ``value`` over probes, where they are known."""
 
 
 @torch.no_grad()
 def _nll(options: Any) -> None:
     out = Path(options.out)
     check_table_path(out, options.overwrite)
-    if options.draws < 1 or options.batch_size < 1:
-        raise ValueError(f"--draws {options.draws} and --batch_size {options.batch_size} are at least 1")
     if options.compare is None and options.compare_args:
         raise ValueError("--compare_args are arguments of the data module that --compare names, and it names none")
     module = load_model(options)
@@ -112,11 +111,10 @@ def _nll(options: Any) -> None:
         if module.class_names and names != module.class_names:
             raise ValueError(f"--classes are {names}, and the checkpoint has {module.class_names}; leave --classes out")
         module.class_names = names
-    files = {"convert": options.convert, "resize": options.resize, "requantize": options.requantize}
-    points = load_points(options.data, options.data_args, module, Reading(options.seed, **files))
-    others = None
+    reading = Reading(options.seed, options.convert, options.resize, options.requantize)
+    points, others = load_points(options.data, options.data_args, module, reading), None
     if options.compare is not None:
-        reading = Reading(mix_seed(options.seed, "compare"), **files)
+        reading = replace(reading, seed=mix_seed(options.seed, "compare"))
         others = load_points(options.compare, options.compare_args, module, reading)
     for given in (points, others):
         if given is not None and options.draws > 1 and not given.dequantized:
@@ -125,17 +123,15 @@ def _nll(options: Any) -> None:
                 "integers, or leave --draws out"
             )
     # the one that is compared with first: what is wrong with it is then known before the longer wait
-    among = None if others is None else _evaluate(module, others, options, reference=False)
-    if among is not None and bool(among.log_prob.mean(0).isnan().all()):
+    among = None if others is None else _evaluate(module, others, options, reference=False)[0].value.mean(0)
+    if among is not None and bool(among.isnan().all()):
         raise ValueError(f"no sample of {options.compare} has a likelihood, no inversion converged; take more --steps")
     found = _evaluate(module, points, options, reference=options.reference)
     columns = _columns(module, points, found, among)
     metadata = {
         "checkpoint": options.ckpt,
         "data": options.data,
-        "steps": str(options.steps),
-        "draws": str(options.draws),
-        "mirrored": str(options.mirrored),
+        **{name: str(options[name]) for name in ("steps", "draws", "mirrored")},
         "levels": str(module.levels),
         "range": f"[{module.low}, {module.high}]",
         "unit": "log_prob: nats per sample; bits_per_dim: bits per dimension",
@@ -144,75 +140,54 @@ def _nll(options: Any) -> None:
     _summarize(columns, options, module)
     bound = " (an upper bound: uniform dequantization)" if module.levels is not None else ""
     draws = f", {options.draws} draws" if options.draws > 1 else ""
-    Console().print(
-        f"{found.log_prob.shape[1]} samples, {found.evaluations} evaluations each{draws}{bound}; wrote {out}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
+    say(
+        f"{found[0].value.shape[1]} samples, {found[0].evaluations} evaluations each{draws}{bound}; wrote {out}",
     )
 
 
-def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: bool) -> _Likelihoods:
-    values: list[Tensor] = []
-    references: list[Tensor] = []
-    errors: list[Tensor] = []
-    evaluations = 0
-
-    def batches() -> Iterator[Any]:
-        for draw in range(options.draws):
-            yield from points.batches(options.batch_size, draw)
-
-    few_step = _Likelihood(lambda x, cond: module.log_prob(x, options.steps, cond), options.mirrored)
-    exact = _Likelihood(lambda x, cond: module.reference(module.joint_map.velocity, x, cond), options.mirrored)
+def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: bool) -> list[_Likelihoods]:
+    """Few-step likelihoods of all samples, and with ``reference`` its own besides."""
+    few_step = lambda x, cond: module.log_prob(x, options.steps, cond)  # noqa: E731
+    exact = lambda x, cond: module.reference(module.joint_map.velocity, x, cond)  # noqa: E731
+    kinds = (few_step, exact) if reference else (few_step,)
+    found: list[list[_Likelihoods]] = [[] for _ in kinds]
+    batches = (batch for draw in range(options.draws) for batch in points.batches(options.batch_size, draw))
     total = None if points.count is None else options.draws * math.ceil(points.count / options.batch_size)
-    for batch in track(batches(), description=f"log-likelihood of {points.source}", total=total, transient=True):
+    for batch in track(batches, description=f"log-likelihood of {points.source}", total=total, transient=True):
         x, cond = module.data_to_state(batch)
+        if not points.dequantized and not found[0] and torch.is_floating_point(x):
+            check_values(x, module.quantization)
         _check_labels(module, points, cond)
         x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
-        value, count, _ = few_step(x, cond)
-        values.append(value)
-        evaluations = max(evaluations, count)
-        if reference:
-            value, _, error = exact(x, cond)
-            references.append(value)
-            errors += [] if error is None else [error]
-    if not values:
+        for parts, kind in zip(found, kinds, strict=True):
+            parts.append(_likelihoods(lambda state: kind(state, cond), x, options.mirrored))  # noqa: B023
+    if not found[0]:
         raise ValueError(f"{points.source} gives no samples")
-    by_draw = lambda parts: torch.cat(parts).reshape(options.draws, -1)  # noqa: E731
-    return _Likelihoods(
-        by_draw(values),
-        by_draw(references) if reference else None,
-        evaluations,
-        by_draw(errors) if errors and len(errors) == len(references) else None,
-    )
+    return [_joined(parts, options.draws) for parts in found]
 
 
-class _Likelihood:
-    """Log-likelihoods of a batch, ``(B,)``, float64, nats, the evaluations that they took a sample, and their errors.
+def _joined(parts: list[_Likelihoods], draws: int) -> _Likelihoods:
+    value = torch.cat([part.value for part in parts]).reshape(draws, -1)
+    errors = [part.error for part in parts if part.error is not None]
+    error = torch.cat(errors).reshape(draws, -1) if len(errors) == len(parts) else None
+    return _Likelihoods(value, max(part.evaluations for part in parts), error)
 
-    Standard errors over probes are ``None`` where there are none.
-    """
 
-    def __init__(self, log_prob: Callable[[Tensor, Tensor | None], LogProb], mirrored: bool) -> None:
-        self.log_prob, self.mirrored = log_prob, mirrored
+def _likelihoods(log_prob: Callable[[Tensor], LogProb], x: Tensor, mirrored: bool) -> _Likelihoods:
+    answers: list[LogProb] = []
 
-    def __call__(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
-        evaluations, values, errors = [], [], []
+    def once(state: Tensor) -> Tensor:
+        answers.append(log_prob(state))
+        return answers[-1].value.cpu().double()
 
-        def once(state: Tensor) -> Tensor:
-            answer = self.log_prob(state, cond)
-            evaluations.append(answer.evaluations)
-            values.append(answer.value.cpu().double())
-            if answer.standard_error is not None:
-                errors.append(answer.standard_error.cpu().double())
-            return values[-1]
-
-        value = mirrored_log_prob(once, x) if self.mirrored else once(x)
-        error = None
-        if errors and len(errors) == len(values):
-            # of both images the probes are the same, so that their errors may go together
-            error = (torch.stack(values).softmax(0) * torch.stack(errors)).sum(0)
-        return value, sum(evaluations), error
+    value = mirrored_log_prob(once, x) if mirrored else once(x)
+    errors = [answer.standard_error for answer in answers if answer.standard_error is not None]
+    error = None
+    if len(errors) == len(answers):
+        # of both images the probes are the same, so that their errors may go together
+        share = torch.stack([answer.value.cpu().double() for answer in answers]).softmax(0)
+        error = (share * torch.stack(errors).cpu().double()).sum(0)
+    return _Likelihoods(value, sum(answer.evaluations for answer in answers), error)
 
 
 def _check_labels(module: LikelihoodModel, points: Points, cond: Tensor | None) -> None:
@@ -223,34 +198,33 @@ def _check_labels(module: LikelihoodModel, points: Points, cond: Tensor | None) 
     check_labels(module, cond, points.source)
 
 
-def _columns(module: LikelihoodModel, points: Points, found: _Likelihoods, among: _Likelihoods | None) -> list[Column]:
+def _columns(module: LikelihoodModel, points: Points, found: list[_Likelihoods], among: Tensor | None) -> list[Column]:
     def both(name: str, value: Tensor) -> list[Column]:
         bits = bits_per_dim(value, module.dim, module.quantization)
         renamed = name.replace("log_prob", "bits_per_dim")
         return [Column(name, value.tolist(), "nats"), Column(renamed, bits.tolist(), "bits/dim")]
 
-    bounds = dequantization_bounds(found.log_prob)
+    few_step, *references = found
+    bounds = dequantization_bounds(few_step.value)
     columns = [Column("index", list(range(len(bounds.mean))))]
     if points.names is not None:
         columns.append(Column("name", points.names))
     columns += both("log_prob", bounds.mean)
-    if len(found.log_prob) > 1:
+    if len(few_step.value) > 1:
         columns.append(Column("log_prob_sd", bounds.deviation.tolist(), "nats"))
         columns += both("log_prob_iw", bounds.importance_weighted)
-    if found.reference is not None:
-        columns += both("reference_log_prob", found.reference.mean(0))
-    if found.reference_error is not None:
-        # as with mirror images, draws share the probes
-        columns.append(Column(REFERENCE_ERROR, found.reference_error.mean(0).tolist(), "nats"))
+    for reference in references:
+        columns += both("reference_log_prob", reference.value.mean(0))
+        if reference.error is not None:
+            # as with mirror images, draws share the probes
+            columns.append(Column(REFERENCE_ERROR, reference.error.mean(0).tolist(), "nats"))
     if among is not None:
-        rank = percentile_rank(bounds.mean, among.log_prob.mean(0))
-        columns.append(Column("percentile", rank.tolist(), "percent"))
+        columns.append(Column("percentile", percentile_rank(bounds.mean, among).tolist(), "percent"))
     return columns
 
 
 def _summarize(columns: list[Column], options: Any, module: LikelihoodModel) -> None:
     inverted = Direction.TO_NOISE not in module.directions
-    say = Console(highlight=False, markup=False, soft_wrap=True).print
     for name, values, unit in columns:
         if unit is None:
             continue
@@ -259,11 +233,12 @@ def _summarize(columns: list[Column], options: Any, module: LikelihoodModel) -> 
         if name == REFERENCE_ERROR:
             say(f"{name}: {float(value.square().mean().sqrt()):.4f} nats a sample, of the reference's probes")
             continue
-        if len(known) < len(value) and inverted and not name.startswith("reference"):
+        may_lack = inverted and not name.startswith("reference")
+        if len(known) < len(value) and may_lack:
             say(f"{name}: {len(value) - len(known)} of {len(value)} samples have none (an inversion did not converge)")
         flag = None
         if unit == "nats" and not name.endswith("_sd"):
-            flag = said_of_values(value, name, inverted and not name.startswith("reference"))
+            flag = said_of_values(value, name, may_lack)
         elif unit == "bits/dim":
             flag = said_of_bits(value, name, module.quantization)
         if flag is not None:
@@ -272,10 +247,8 @@ def _summarize(columns: list[Column], options: Any, module: LikelihoodModel) -> 
         if len(known) == 0:
             continue
         if name == "percentile":
-            low = int((known < 1).sum())
-            say(
-                f"percentile among {options.compare}: median {float(known.median()):.1f}; {low} of {len(known)} below 1"
-            )
-            continue
-        error = float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.nan
-        say(f"{name}: {float(known.mean()):.4f} ± {error:.4f} {unit}")
+            below = f"{int((known < 1).sum())} of {len(known)} below 1"
+            say(f"percentile among {options.compare}: median {float(known.median()):.1f}; {below}")
+        else:
+            error = float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+            say(f"{name}: {float(known.mean()):.4f} ± {error:.4f} {unit}")

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
+from jsonargparse.typing import PositiveInt
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.cli._common import add_model, check_labels, load_model, run
+from f2d2_lightning.cli._common import add_model, check_labels, load_model, run, say
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim
 from f2d2_lightning.likelihood.sampling import Samples
 from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
 from f2d2_lightning.plots import sample_figure, save_figure
+from f2d2_lightning.plots._figure import plural
 from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
 
 __all__ = ["sample_command"]
@@ -30,30 +31,18 @@ def sample_command(arguments: list[str]) -> None:
     parser = ArgumentParser(prog="f2d2 sample", description="Draw samples from a student's checkpoint.")
     add_model(parser)
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
-    parser.add_argument("--num", type=int, default=64, help="samples")
+    parser.add_argument("--num", type=PositiveInt, default=64, help="samples")
     parser.add_argument("--out", type=str, default="samples.png", help=".png: picture; .npz: arrays x, noise, log_prob")
-    guidance = "towards higher likelihood"
-    parser.add_argument(
-        "--guidance_scale",
-        "--guidance-scale",
-        type=float,
-        default=0.0,
-        help=f"step size of a gradient step {guidance}; 0 for no guidance",
-    )
-    parser.add_argument(
-        "--guidance_steps", "--guidance-steps", type=int, default=1, help=f"gradient steps {guidance}, 0 for none"
-    )
-    parser.add_argument(
-        "--guidance_keep_norm",
-        "--guidance-keep-norm",
-        type=bool,
-        default=False,
-        help="leave guided noise at its distance from the origin",
-    )
-    parser.add_argument(
-        "--label", type=str | None, default=None, help="class of the samples, for such models: its name, or its label"
-    )
-    parser.add_argument("--batch_size", type=int, default=256, help="samples at a time")
+    for name, default, meaning in (
+        ("scale", 0.0, "step size of a gradient step towards higher likelihood; 0 for no guidance"),
+        ("steps", 1, "gradient steps towards higher likelihood, 0 for none"),
+        ("keep_norm", False, "leave guided noise at its distance from the origin"),
+    ):
+        option = f"--guidance_{name}"
+        parser.add_argument(option, option.replace("_", "-"), type=type(default), default=default, help=meaning)
+    label = "class of the samples, for such models: its name, or its label"
+    parser.add_argument("--label", type=str | None, default=None, help=label)
+    parser.add_argument("--batch_size", type=PositiveInt, default=256, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
     options = parser.parse_args(arguments)
@@ -73,22 +62,15 @@ def _label(given: str, module: LikelihoodModel) -> int:
     return int(given)
 
 
-def _guidance(options: Any) -> SelfGuidance | None:
-    if options.guidance_scale == 0 or options.guidance_steps == 0:
-        return None
-    return SelfGuidance(
-        options.guidance_scale, options.guidance_steps, keep_norm=options.guidance_keep_norm, measure=True
-    )
-
-
 @torch.no_grad()
 def _sample(options: Any) -> None:
     out = Path(options.out)
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out is {out}; .png (a picture) and .npz (arrays) can be written")
-    if options.num < 1 or options.batch_size < 1:
-        raise ValueError(f"--num {options.num} and --batch_size {options.batch_size} are at least 1")
-    guidance = _guidance(options)
+    guidance = None
+    if options.guidance_scale != 0 and options.guidance_steps != 0:
+        keep_norm = options.guidance_keep_norm
+        guidance = SelfGuidance(options.guidance_scale, options.guidance_steps, keep_norm=keep_norm, measure=True)
     refuse_to_overwrite(out, options.overwrite)
     module = load_model(options)
     # drawn on the CPU, so that a seed gives the same samples on any device
@@ -109,34 +91,22 @@ def _sample(options: Any) -> None:
         with whole_file(out) as partial, partial.open("wb") as file:
             np.savez(file, x=state.numpy(), noise=_joined(made, "noise").numpy(), log_prob=log_prob.numpy())
     else:
-        title = f"{options.steps} step{'s' if options.steps > 1 else ''}"
         columns = math.ceil(math.sqrt(options.num))
-        save_figure(sample_figure({title: state}, module.low, module.high, columns), out)
-    console = Console()
+        save_figure(sample_figure({plural(options.steps, "step"): state}, module.low, module.high, columns), out)
     if guidance is not None:
         before, after = (float(_joined(made, f"log_prob_{when}").mean()) for when in ("before", "after"))
-        console.print(
-            f"guided in {guidance.steps} step{'s' if guidance.steps > 1 else ''} of scale {guidance.scale:g}: one-step "
-            f"log p {before:.3f} before, {after:.3f} nats after",
-            soft_wrap=True,
+        say(
+            f"guided in {plural(guidance.steps, 'step')} of scale {guidance.scale:g}: one-step log p {before:.3f} "
+            f"before, {after:.3f} nats after"
         )
     bits = bits_per_dim(log_prob.double(), module.dim, module.quantization)
-    for flag in (
-        said_of_values(log_prob, "log_prob"),
-        said_of_bits(bits, "bits_per_dim", module.quantization),
-    ):
+    for flag in (said_of_values(log_prob, "log_prob"), said_of_bits(bits, "bits_per_dim", module.quantization)):
         if flag is not None:
-            console.print(f"warning: {flag}", soft_wrap=True, markup=False)
-    console.print(
-        f"{options.num} samples, {_cost(made[0])}, mean log p {float(log_prob.mean()):.3f} nats; wrote {out}",
-        soft_wrap=True,
-    )
+            say(f"warning: {flag}")
+    backward = f" and {made[0].backward_evaluations} backward" if isinstance(made[0], GuidedSamples) else ""
+    cost = f"{made[0].evaluations} evaluations{backward} each"
+    say(f"{options.num} samples, {cost}, mean log p {float(log_prob.mean()):.3f} nats; wrote {out}")
 
 
 def _joined(made: list[Samples], name: str) -> Tensor:
     return torch.cat([getattr(part, name).cpu() for part in made])
-
-
-def _cost(made: Samples) -> str:
-    backward = f" and {made.backward_evaluations} backward" if isinstance(made, GuidedSamples) else ""
-    return f"{made.evaluations} evaluations{backward} each"
