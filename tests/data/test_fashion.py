@@ -17,17 +17,14 @@ from made_data import idx, make_fashion
 def test_images_labels_and_splits(tmp_path, zipped, labels):
     made = make_fashion(tmp_path, 30, 12, zipped)
     data = f2.data.FashionMNIST(str(tmp_path), labels=labels, val=10, test=5)
-    for split, (images, classes) in {
-        "train": tuple(v[:20] for v in made["train"]),
-        "val": tuple(v[20:] for v in made["train"]),
-        "test": tuple(v[:5] for v in made["t10k"]),
-    }.items():
+    parts = {"train": ("train", slice(20)), "val": ("train", slice(20, 30)), "test": ("t10k", slice(5))}
+    for split, (part, rows) in parts.items():
+        images, classes = (values[rows] for values in made[part])
         batch = data.dataset(split).__getitems__(list(range(len(images))))
-        states = batch[0] if labels else batch
+        states, numbers = batch if labels else (batch, classes)
         assert states.shape == (len(images), 1, 28, 28)
         assert torch.equal(data.quantization.quantize(states)[:, 0], images)
-        if labels:
-            assert torch.equal(batch[1], classes)
+        assert torch.equal(numbers, classes)
     assert (data.shape, data.levels) == ((1, 28, 28), 256)
     assert len(f2.data.FashionMNIST(str(tmp_path), val=10, count=7).dataset("train")) == 7
 
@@ -36,11 +33,6 @@ def test_the_environment_says_where(tmp_path, monkeypatch):
     make_fashion(tmp_path, 30, 12)
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
     assert len(f2.data.FashionMNIST(val=10).dataset("train")) == 20
-
-
-def test_missing_files_say_how_to_get_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
-        f2.data.FashionMNIST(str(tmp_path)).setup()
 
 
 @pytest.mark.parametrize("numbers", [{"val": 30}, {"val": 0}, {"val": 5, "count": 26}, {"val": 5, "test": 13}])
@@ -62,11 +54,9 @@ BAD = {
     "cut short": (GOOD[:-5], "truncated or corrupt"),
     "too long": (GOOD + b"x", "truncated or corrupt"),
     "head cut short": (GOOD[:7], "ends within its head"),
-    "empty": (b"", "does not begin as an IDX file"),
     "another format": (b"\x89PNG\r\n", "does not begin as an IDX file"),
     "floats": (b"\0\0\x0d" + GOOD[3:], "type 0x0d"),
     "gzip cut short": (gzip.compress(GOOD)[:-9], "gzip"),
-    "gzip damaged": (gzip.compress(GOOD)[:20] + b"\xff\xff" + gzip.compress(GOOD)[22:], "gzip"),
 }
 
 
@@ -78,9 +68,3 @@ def test_bad_files(tmp_path, case):
     with pytest.raises(ValueError, match=message) as error:
         read_idx(path)
     assert str(path) in str(error.value)
-
-
-def test_good_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(GOOD)
-    assert torch.equal(read_idx(path), torch.arange(24).reshape(2, 3, 4).to(torch.uint8))

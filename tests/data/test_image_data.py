@@ -15,11 +15,12 @@ from PIL import Image
 
 import f2d2_lightning as f2
 from f2d2_lightning.data.dataset import LazyValues
-from f2d2_lightning.data.images import celeba, cifar, imagenet
+from f2d2_lightning.data.images import celeba, cifar
 from f2d2_lightning.data.images._reader import Framing
 from f2d2_lightning.utils.pickles import read_arrays
 from made_data import (
     ATTRIBUTES,
+    COUNTS,
     edm_files,
     make_celeba,
     make_cifar,
@@ -147,15 +148,6 @@ def test_resizing_averages():
     marked[3:7, 1:5] = np.arange(16).reshape(4, 4)
     assert np.array_equal(np.array(Framing(4, crop=4)(Image.fromarray(marked))), np.arange(16).reshape(4, 4))
     assert Framing(7, crop="square")(Image.fromarray(marked)).size == (7, 7)
-
-
-@pytest.fixture
-def small_imagenet(monkeypatch):
-    monkeypatch.setattr(imagenet, "BATCH_COUNTS", {"train": 23, "valid": 6})
-    monkeypatch.setattr(imagenet, "PICTURE_COUNTS", {"train": 23, "valid": 6})
-
-
-COUNTS = (3, 2, 2, 2, 2, 2, 2, 2, 2, 4)
 
 
 def rows_of(values, among):

@@ -133,6 +133,11 @@ def write_files(path, files, zipped, method=zipfile.ZIP_STORED):
         (path / name).write_bytes(content)
 
 
+def listing(folder):
+    """Every file below a folder, hidden ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 ATTRIBUTES = ("5_o_Clock_Shadow", "Smiling", "Young")
 
 
@@ -171,6 +176,10 @@ def imagenet_batch(images, labels, kind):
     made = pickle.dumps({"data": flat, "labels": labels.tolist(), "mean": mean}, protocol)
     # numpy's name of the time
     return made.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n") if protocol < 4 else made
+
+
+COUNTS = (3, 2, 2, 2, 2, 2, 2, 2, 2, 4)
+"""Images of each training batch."""
 
 
 def make_imagenet_batches(folder, counts, valid, kind):
