@@ -16,6 +16,7 @@ from scipy.stats import percentileofscore
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
 from f2d2_lightning.cli import nll_command
 from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.likelihood import dequantization_bounds
@@ -25,14 +26,6 @@ from f2d2_lightning.training.loading import load_module
 from f2d2_lightning.utils.seeding import counter_uniform
 
 parquet_only = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs the extra parquet")
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    yield
-    torch.set_default_dtype(before)
 
 
 class Untrained(f2.F2D2Module):
@@ -84,11 +77,14 @@ def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def command(models, model, data, out, *options):
+    arguments = ["--ckpt", models[model][0], "--trust", __name__, "--data", data, "--out", out, "--device", "cpu"]
+    nll_command([*map(str, arguments), "--batch_size", "7", *map(str, options)])
+
+
 def nll(models, model, data, *options, out="nll.csv"):
     """Run the command; the table by columns."""
-    arguments = ["--ckpt", models[model][0], "--trust", __name__, "--data", data, "--out", out, "--device", "cpu"]
-    arguments += ["--batch_size", 7]
-    nll_command([*map(str, arguments), *map(str, options)])
+    command(models, model, data, out, *options)
     with open(out, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
@@ -135,17 +131,14 @@ def test_a_folder_gives_the_likelihoods_of_its_pictures_by_name(models, tmp_path
     assert np.allclose(table["bits_per_dim"], -table["log_prob"] / (dim * np.log(2)) + 7, atol=1e-6)
     # the same integers in an array are the same points
     np.savez("set.npz", x=values)
-    assert np.allclose(
-        nll(models, model, "set.npz", "--seed", 5, "--steps", 2, out="b.csv")["log_prob"], expected, atol=1e-3
-    )
-
-
-def test_one_picture(models, tmp_path):
-    values = images(1, 1) // 4  # a dark picture is a picture all the same
-    save_images(tmp_path, values, ["a.png"])
-    table = nll(models, "grey", "a.png")
+    again = nll(models, model, "set.npz", "--seed", 5, "--steps", 2, out="b.csv")
+    assert np.allclose(again["log_prob"], expected, atol=1e-3)
+    # and one picture is one sample; a dark one is a picture all the same
+    dark = images(1, models[model][1].shape[0]) // 4
+    save_images(tmp_path, dark, ["a.png"])
+    table = nll(models, model, "a.png", out="c.csv")
     assert table["name"] == ["a.png"]
-    assert np.allclose(table["log_prob"], truth(models, "grey", dequantized(values, 0)), atol=1e-3)
+    assert np.allclose(table["log_prob"], truth(models, model, dequantized(dark, 0)), atol=1e-3)
 
 
 def test_draws(models, tmp_path, capsys):
@@ -164,19 +157,11 @@ def test_draws(models, tmp_path, capsys):
     assert "9 samples, 4 evaluations each, 5 draws (an upper bound" in said
     mean, error = table["log_prob"].mean(), table["log_prob"].std(ddof=1) / 3
     assert f"log_prob: {mean:.4f} ± {error:.4f} nats" in said
-    assert {"reference_log_prob", "reference_bits_per_dim"} <= set(table)
-
-
-def test_reference_is_averaged_over_the_same_draws(models):
-    values = images(4, 1)
-    np.save("x.npy", values)
-    module = models["grey"][1]
-    each = [
-        module.reference(module.average.velocity, torch.from_numpy(dequantized(values, 0, draw))).value
-        for draw in range(2)
-    ]
-    table = nll(models, "grey", "x.npy", "--draws", 2, "--reference", "true")
+    # the reference's are averaged over the same draws
+    module, states = models["grey"][1], [torch.from_numpy(dequantized(values, 0, draw)) for draw in range(5)]
+    each = [module.reference(module.average.velocity, x).value for x in states]
     assert np.allclose(table["reference_log_prob"], torch.stack(each).mean(0).numpy(), atol=1e-3)
+    assert "reference_bits_per_dim" in table
 
 
 def test_bounds_rise_to_the_probability_of_a_bin():
@@ -313,21 +298,7 @@ def test_parquet_holds_the_same_numbers_with_units_and_settings(models, tmp_path
 
     save_images(tmp_path / "set", images(5, 1), [f"{i}.png" for i in range(5)])
     table = nll(models, "grey", "set", "--draws", 2)
-    arguments = [
-        "--trust",
-        __name__,
-        "--ckpt",
-        models["grey"][0],
-        "--data",
-        "set",
-        "--out",
-        "a/nll.parquet",
-        "--draws",
-        2,
-        "--device",
-        "cpu",
-    ]
-    nll_command([*map(str, arguments), "--batch_size", "7"])
+    command(models, "grey", "set", "a/nll.parquet", "--draws", 2)
     found = parquet.read_table("a/nll.parquet")
     assert found.column_names == list(table)
     assert found["name"].to_pylist() == table["name"]
@@ -371,28 +342,24 @@ class Lost(list):
         raise RuntimeError("lost")
 
 
-def refused(capsys, arguments):
+def refused(capsys, *arguments, ckpt="none.ckpt"):
     with pytest.raises(SystemExit) as stop:
-        nll_command([str(argument) for argument in arguments])
+        nll_command([*map(str, ("--ckpt", ckpt, "--trust", __name__, "--device", "cpu", *arguments))])
     assert stop.value.code == 2
     return capsys.readouterr().err
 
 
-def test_missing_pyarrow_is_said_before_anything_is_computed(monkeypatch, capsys):
+def test_tables_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    said = refused(capsys, ["--ckpt", "none.ckpt", "--data", "digits", "--out", "a.parquet"])
-    assert "pip install 'f2d2-lightning[parquet]'" in said
-
-
-def test_tables_of_other_kinds_and_existing_ones_are_refused_first(tmp_path, capsys):
-    said = refused(capsys, ["--ckpt", "none.ckpt", "--data", "digits", "--out", "a.json"])
-    assert "ends in .csv or .parquet" in said
     (tmp_path / "there.csv").write_text("mine")
-    said = refused(capsys, ["--ckpt", "none.ckpt", "--data", "digits", "--out", "there.csv"])
-    assert "is there already" in said
     (tmp_path / "folder.csv").mkdir()
-    said = refused(capsys, ["--ckpt", "none.ckpt", "--data", "digits", "--out", "folder.csv", "--overwrite", "true"])
-    assert "is a folder" in said
+    for name, message in {
+        "a.parquet": "pip install 'f2d2-lightning[parquet]'",
+        "a.json": "ends in .csv or .parquet",
+        "there.csv": "is there already",
+        "folder.csv": "is a folder",
+    }.items():
+        assert message in refused(capsys, "--data", "digits", "--out", name)
     assert (tmp_path / "there.csv").read_text() == "mine"
 
 
@@ -457,9 +424,7 @@ def bad_files(tmp_path):
 @pytest.mark.parametrize("case", list(BAD))
 def test_what_cannot_be_answered_is_refused(models, bad_files, tmp_path, case, capsys):
     model, arguments, message = BAD[case]
-    said = refused(
-        capsys, ["--trust", __name__, "--ckpt", models[model][0], "--out", "t/out.csv", "--device", "cpu", *arguments]
-    )
+    said = refused(capsys, "--out", "t/out.csv", *arguments, ckpt=models[model][0])
     assert re.search(message, said), said
     assert not (tmp_path / "t").exists()
 

@@ -12,7 +12,7 @@ import torch
 import f2d2_lightning as f2
 from f2d2_lightning.data.images import celeba, cifar, fashion
 from f2d2_lightning.data.images._download import Source, fetch
-from made_data import make_celeba, make_cifar, make_fashion
+from made_data import listing, make_celeba, make_cifar, make_fashion
 
 
 class Server:
@@ -57,10 +57,6 @@ def server(monkeypatch):
     made.http.server_close()
 
 
-def listing(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
 @pytest.fixture
 def remote_cifar(server, tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "ROWS", 6)
@@ -85,42 +81,39 @@ def test_cifar_is_fetched_when_asked_for_and_once(server, remote_cifar, tmp_path
     assert listing(folder) == ["cifar-10-python.tar.gz"]
 
 
-def test_a_wrong_file_is_not_kept(server, remote_cifar, tmp_path):
-    server.contents["/cifar-10-python.tar.gz"] = b"<html>quota exceeded</html>"
-    folder = tmp_path / "data"
-    with pytest.raises(ValueError, match=r"gave 27 bytes with MD5 .* is expected.*nothing was kept"):
+WRONG = {
+    "another file": (ValueError, r"gave 27 bytes with MD5 .* is expected.*nothing was kept"),
+    "half a file": ((ValueError, FileNotFoundError), "cifar-10-python.tar.gz"),
+    "none": (FileNotFoundError, r"404.*get it by other means, with MD5 .*put it there"),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_a_wrong_answer_says_what_to_do_and_is_not_kept(server, remote_cifar, tmp_path, case):
+    name, folder = "/cifar-10-python.tar.gz", tmp_path / "data"
+    content = server.contents.pop(name)
+    if case == "another file":
+        server.contents[name] = b"<html>quota exceeded</html>"
+    elif case == "half a file":
+        server.contents[name], server.claimed[name] = content[: len(content) // 2], len(content)
+    kind, message = WRONG[case]
+    with pytest.raises(kind, match=message) as error:
         f2.data.CIFAR10(str(folder), val=5, download=True).setup()
-    assert listing(folder) == []
-
-
-def test_a_broken_connection_leaves_nothing(server, remote_cifar, tmp_path):
-    content = server.contents["/cifar-10-python.tar.gz"]
-    server.claimed["/cifar-10-python.tar.gz"] = len(content)
-    server.contents["/cifar-10-python.tar.gz"] = content[: len(content) // 2]
-    folder = tmp_path / "data"
-    with pytest.raises((ValueError, FileNotFoundError), match=r"cifar-10-python.tar.gz"):
-        f2.data.CIFAR10(str(folder), val=5, download=True).setup()
-    assert listing(folder) == []
-
-
-def test_no_answer_says_what_to_do(server, remote_cifar, tmp_path):
-    del server.contents["/cifar-10-python.tar.gz"]
-    folder = tmp_path / "data"
-    with pytest.raises(FileNotFoundError, match=r"404.*get it by other means, with MD5 .*put it there") as error:
-        f2.data.CIFAR10(str(folder), val=5, download=True).setup()
-    assert str(folder / "cifar-10-python.tar.gz") in str(error.value)
+    assert str(folder) + name in str(error.value)
     assert server.address in str(error.value)
     assert listing(folder) == []
 
 
-def test_no_network_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def test_no_network_or_folder_says_what_to_do(server, tmp_path, monkeypatch):
     # a port that was free a moment ago
     made = Server()
     made.http.server_close()
-    with pytest.raises(FileNotFoundError, match="cannot be brought to"):
-        fetch(Source(made.address + "/a", "0"), tmp_path / "data" / "a")
-    assert listing(tmp_path) == []
+    (tmp_path / "file").write_text("x")
+    for source, folder in ((Source(made.address + "/a", "0"), "data"), (server.offer("/a", b"x"), "file")):
+        with pytest.raises(FileNotFoundError, match="cannot be brought to"):
+            fetch(source, tmp_path / folder / "a")
+    assert server.requests == []
+    assert listing(tmp_path) == ["file"]
 
 
 def test_an_interruption_leaves_nothing(server, tmp_path, monkeypatch):
@@ -148,13 +141,6 @@ def test_an_interruption_leaves_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     fetch(source, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"x" * 1000
-
-
-def test_a_folder_that_cannot_be_written(server, tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(FileNotFoundError, match="cannot be brought to"):
-        fetch(server.offer("/a", b"x"), tmp_path / "file" / "a")
-    assert server.requests == []
 
 
 def test_several_processes_fetch_once(server, tmp_path):
