@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 
 import lightning as L
@@ -32,10 +33,7 @@ def small(name, *, teacher=None):
         options += ["--model.init_args.head.init_args.features=16", f"--model.init_args.teacher={teacher}"]
         options += ["--model.init_args.reference=f2d2_lightning.Reference", "--model.init_args.reference.steps=4"]
     if name.endswith("student.yaml"):
-        options += [
-            "--model.init_args.objective.init_args.capacity=64",
-            "--model.init_args.objective.init_args.nodes=8",
-        ]
+        options += [f"--model.init_args.objective.init_args.{sizes}" for sizes in ("capacity=64", "nodes=8")]
     if "fashion" in name:
         options += ["--data.init_args.val=40", "--data.init_args.test=30"]
     elif "digits" not in name:
@@ -76,8 +74,9 @@ def test_every_student_configuration_runs(at_home, name):
     f2d2("fit", "--config", CONFIGS / name, *QUICK, *small(name, teacher=teacher), "--trainer.fast_dev_run=2")
 
 
-@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml", "fsdp1.yaml", "multi_node.yaml"])
+@pytest.mark.parametrize("name", ["fsdp1.yaml", "multi_node.yaml"])
 def test_every_strategy_configuration_is_understood(name, capsys):
+    """Of those that do not run in one process."""
     strategy = CONFIGS / "strategies" / name
     with pytest.raises(SystemExit) as stop:
         f2d2("fit", "--config", CONFIGS / "mixture_teacher.yaml", "--config", strategy, "--print_config")
@@ -147,9 +146,8 @@ def test_a_damaged_checkpoint_is_not_tested(at_home):
     content = bytearray((at_home / "runs/digits/teacher/checkpoints/last.ckpt").read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"damaged.ckpt cannot be read as a checkpoint: .*the checksum of .* is another"
-    ):
+    message = r"damaged.ckpt cannot be read as a checkpoint: .*the checksum of .* is another"
+    with pytest.raises(ValueError, match=message):
         f2d2("test", "--config", config, *QUICK, *small(config.name), "--ckpt_path", damaged)
 
 
@@ -187,15 +185,14 @@ def test_the_same_command_goes_on(at_home, monkeypatch, step):
         assert torch.equal(value, parts[key]), key
 
 
-@pytest.mark.parametrize("name", ["digits", "checkerboard", "mixture", "fashion"])
-def test_every_run_ends_with_what_it_trained(at_home, name):
+def test_every_run_ends_with_what_it_trained(at_home):
     """A step that no period of saving divides, far from any validation."""
-    run = f"{name}/teacher"
-    assert torch.load(at_home / f"runs/{run}/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    for name in ("digits", "checkerboard", "mixture", "fashion"):
+        last = torch.load(at_home / f"runs/{name}/teacher/checkpoints/last.ckpt", weights_only=True)
+        assert last["global_step"] == 2
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-@pytest.mark.parametrize("given", [(), ("--ckpt_path=",), ("--ckpt_path=null",)])
+@pytest.mark.parametrize(("command", "given"), [("validate", ()), ("test", ("--ckpt_path=",))])
 def test_a_model_that_was_not_trained_has_no_figures(at_home, command, given, capsys):
     config = CONFIGS / "digits_teacher.yaml"
     model = ("--config", config, *QUICK, *small(config.name))
@@ -208,35 +205,27 @@ def test_a_model_that_was_not_trained_has_no_figures(at_home, command, given, ca
 
 
 # what a file may hold that YAML reads as something else than its name
-CONTENTS = {"empty": b"", "nothing": b"null", "number": b"3.5", "text": b"runs/digits/teacher/checkpoints/last.ckpt",
-            "mapping": b"class_path: f2d2_lightning.FlowMatchingModule"}  # fmt: skip
-
-
-@pytest.mark.parametrize("content", list(CONTENTS))
-@pytest.mark.parametrize("where", ["option", "file"])
-def test_a_teacher_is_the_file_that_was_named(at_home, content, where):
+@pytest.mark.parametrize("content", [b"", b"class_path: f2d2_lightning.FlowMatchingModule"], ids=["empty", "mapping"])
+def test_a_teacher_is_the_file_that_was_named(at_home, content):
     """A file that is empty was no teacher at all, and the student trained without one."""
-    name, config = f"{content}.ckpt", CONFIGS / "digits_student.yaml"
-    (at_home / name).write_bytes(CONTENTS[content])
-    given = [f"--model.init_args.teacher={name}"]
-    if where == "file":
-        (at_home / "teacher.yaml").write_text(f"model: {{init_args: {{teacher: {name}}}}}")
-        given = ["--config", "teacher.yaml"]
-    with pytest.raises(ValueError, match=f"{name} cannot be read as a checkpoint"):
-        f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher="none"), *given, "--trainer.fast_dev_run=1")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint at none"):
-        f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher="none"), "--trainer.fast_dev_run=1")
+    config = CONFIGS / "digits_student.yaml"
+    (at_home / "named.ckpt").write_bytes(content)
+    (at_home / "teacher.yaml").write_text("model: {init_args: {teacher: named.ckpt}}")
+    run = ("fit", "--config", config, *QUICK, *small(config.name, teacher="none"), "--trainer.fast_dev_run=1")
+    for given in (["--model.init_args.teacher=named.ckpt"], ["--config", "teacher.yaml"]):
+        with pytest.raises(ValueError, match=r"named.ckpt cannot be read as a checkpoint"):
+            f2d2(*run, *given)
 
 
 def test_a_feature_network_is_the_file_that_was_named(at_home):
     config = CONFIGS / "digits_teacher.yaml"
     (at_home / "features.pt").write_bytes(b"inception")
-    options = [
+    quality = (
         "--trainer.callbacks+=f2d2_lightning.callbacks.SampleQuality",
         "--trainer.callbacks.features=features.pt",
-    ]
+    )
     with pytest.raises(ValueError, match=r"features\.pt"):
-        f2d2("fit", "--config", config, *QUICK, *small(config.name), *options, "--trainer.fast_dev_run=1")
+        f2d2("fit", "--config", config, *QUICK, *small(config.name), *quality, "--trainer.fast_dev_run=1")
 
 
 def test_options_of_a_test_hold_over_the_checkpoint(at_home):
@@ -260,9 +249,8 @@ def test_what_is_said_holds_over_the_checkpoint(at_home, capsys):
     assert content["hyper_parameters"]["ema_decay"] == 0.5
     config = CONFIGS / "digits_student.yaml"
     teacher = "runs/digits/teacher/checkpoints/last.ckpt"
-    with pytest.raises(
-        ValueError, match=r"the checkpoint is of f2d2_lightning.FlowMatchingModule: none of its weights"
-    ):
+    message = r"the checkpoint is of f2d2_lightning.FlowMatchingModule: none of its weights"
+    with pytest.raises(ValueError, match=message):
         f2d2("fit", "--config", config, *QUICK, *small(config.name, teacher=teacher), "--ckpt_path", teacher,
              "--trainer.logger.init_args.version=wrong")  # fmt: skip
 
@@ -270,11 +258,8 @@ def test_what_is_said_holds_over_the_checkpoint(at_home, capsys):
 def test_a_command_with_a_checkpoint_goes_on_from_its_own(at_home):
     """Given again after a kill, it must not go back to where it started from."""
     digits_run("first", "--trainer.max_steps=2")
-    start = (
-        "--trainer.max_steps=6",
-        "--ckpt_path=runs/digits/first/checkpoints/last.ckpt",
-        "--checkpoint.every_n_train_steps=1",
-    )
+    first = "--ckpt_path=runs/digits/first/checkpoints/last.ckpt"
+    start = ("--trainer.max_steps=6", "--checkpoint.every_n_train_steps=1", first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f2.FlowMatchingModule, "configure_callbacks", lambda module: [Killed(4)])
         with pytest.raises(KeyError, match="killed"):
@@ -346,22 +331,9 @@ def test_test_writes_its_report(at_home, capsys):
 
 
 def test_sample(at_home):
-    f2d2("sample", "--ckpt", STUDENT, "--steps", 2, "--num", 9, "--out", "made/grid.png", "--device", "cpu")
-    f2d2(
-        "sample",
-        "--ckpt",
-        STUDENT,
-        "--steps",
-        2,
-        "--num",
-        9,
-        "--out",
-        "made/x.npz",
-        "--device",
-        "cpu",
-        "--batch_size",
-        4,
-    )
+    options = ("--ckpt", STUDENT, "--steps", 2, "--num", 9, "--device", "cpu")
+    f2d2("sample", *options, "--out", "made/grid.png")
+    f2d2("sample", *options, "--out", "made/x.npz", "--batch_size", 4)
     assert (at_home / "made/grid.png").stat().st_size > 2000
     made = np.load(at_home / "made/x.npz")
     module = load_module(STUDENT, f2.F2D2Module)
@@ -370,7 +342,7 @@ def test_sample(at_home):
     assert torch.allclose(again.state, torch.from_numpy(made["x"]), atol=1e-5)
     assert torch.allclose(again.log_prob, torch.from_numpy(made["log_prob"]), atol=1e-3)
     with pytest.raises(SystemExit):
-        f2d2("sample", "--ckpt", STUDENT, "--out", "made/grid.png")
+        f2d2("sample", *options, "--out", "made/grid.png")
 
 
 @pytest.mark.parametrize("batch_size", [4, 256])
@@ -424,13 +396,9 @@ BAD = {
     "not a checkpoint": (["--ckpt", "bad.ckpt", "--data", "digits"], "cannot be read as a checkpoint"),
     "cut short": (["--ckpt", "short.ckpt", "--data", "digits"], "cannot be read as a checkpoint"),
     "no data": (["--ckpt", STUDENT, "--data", "nothing.npy"], "neither one of digits, .* nor a file that exists"),
-    "other data": (["--ckpt", STUDENT, "--data", "mixture"], "the checkpoint is of a model for shape"),
-    "other split": (["--ckpt", STUDENT, "--data", "digits:all"], "Digits has train, val, test"),
-    "other shape": (["--ckpt", STUDENT, "--data", "shape.npy"], r"has shape \(3, 5\)"),
     "too many levels": (["--ckpt", STUDENT, "--data", "levels.npy"], "the data hold the values 0 to 255"),
     "out of range": (["--ckpt", STUDENT, "--data", "range.npy"], r"states lie in \[0, 255\]"),
     "NaN": (["--ckpt", STUDENT, "--data", "nan.npy"], "holds NaN or infinity in 1 of 3"),
-    "pickled": (["--ckpt", STUDENT, "--data", "pickle.npy"], "cannot be read as a NumPy file of plain numbers"),
     "no steps": (["--ckpt", STUDENT, "--data", "digits", "--steps", "0"], "at least one step"),
     "device": (["--ckpt", STUDENT, "--data", "digits", "--device", "warp"], "device 'warp' cannot be used"),
 }  # fmt: skip
@@ -440,19 +408,15 @@ BAD = {
 def test_nll_refuses(at_home, case, capsys):
     (at_home / "bad.ckpt").write_bytes(b"nothing of the kind")
     (at_home / "short.ckpt").write_bytes((at_home / STUDENT).read_bytes()[:2000])
-    np.save(at_home / "shape.npy", np.zeros((3, 5), np.float32))
     np.save(at_home / "levels.npy", np.arange(256, dtype=np.uint8).reshape(4, 1, 8, 8))
     np.save(at_home / "range.npy", np.linspace(0, 255, 256, dtype=np.float32).reshape(4, 1, 8, 8))
     broken = np.zeros((3, 1, 8, 8), np.float32)
     broken[1, 0, 0, 0] = np.nan
     np.save(at_home / "nan.npy", broken)
-    np.save(at_home / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
     arguments, message = BAD[case]
     with pytest.raises(SystemExit) as stop:
         f2d2("nll", "--out", f"{case}.csv", *(["--device", "cpu"] if case != "device" else []), *arguments)
     assert stop.value.code == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err), case
     assert not (at_home / f"{case}.csv").exists()
 

@@ -22,8 +22,7 @@ from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim, dequantization_bounds
-from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
-from f2d2_lightning.metrics.ranks import percentile_rank
+from f2d2_lightning.metrics.likelihood import percentile_rank, said_of_bits, said_of_values
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.class_names import as_names
 from f2d2_lightning.utils.seeding import mix_seed

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation
-from f2d2_lightning.metrics.likelihood import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError, agreement
+from f2d2_lightning.metrics.likelihood import (
+    Agreement,
+    LikelihoodAgreement,
+    MeanLikelihood,
+    RoundTripError,
+    agreement,
+    percentile_rank,
+)
 from f2d2_lightning.metrics.networks import InceptionFeatures, SmallFeatures
-from f2d2_lightning.metrics.ranks import percentile_rank
 
 __all__ = [
     "Agreement",

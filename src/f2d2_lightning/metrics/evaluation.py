@@ -19,6 +19,8 @@ from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
 __all__ = ["LikelihoodEvaluation", "check_draws", "clock", "draw_again"]
 
+COMPARED = ["gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"]
+
 
 class LikelihoodEvaluation:
     """Gathers likelihoods at several step counts.
@@ -158,24 +160,17 @@ class LikelihoodEvaluation:
         :func:`~f2d2_lightning.metrics.likelihood.doubt` finds something (:meth:`doubts`). What no sample has is left
         out.
         """
-        named: dict[str, Tensor] = {}
-        error = self._reference_errors.compute()
-        if bool(error.isfinite()):
-            named["reference_error"] = error / self._all[self.steps[0]].unit
-        for k in self.steps:
-            mean, error, count = self._all[k].compute()
-            if count > 0:
-                named |= {f"nll_{k}": mean, f"nll_standard_error_{k}": error}
-            if self._counts[k].compute() > 0:
-                result = self._compared[k].compute()
-                for name in ("gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"):
-                    named[f"{name}_{k}"] = getattr(result, name)
-            round_trip = self._round_trips[k].compute()
-            if bool(round_trip.isfinite()):
-                named[f"round_trip_{k}"] = round_trip
-            named[f"unconverged_{k}"] = self._failed[k].compute()
-        named |= {f"doubtful_{row['steps']}": error.new_ones(()) for row in self.rows() if row["doubt"]}
-        return {name: value.float() for name, value in named.items()}
+        named: dict[str, float] = {}
+        for row in self.rows():
+            names = ["unconverged"]
+            names += ["nll", "nll_standard_error"] if not math.isnan(row["nll"]) else []
+            names += COMPARED if not math.isnan(row["gap"]) else []
+            names += ["round_trip"] if math.isfinite(row["round_trip"]) else []
+            named |= {f"{name}_{row['steps']}": row[name] for name in names}
+            named |= {f"doubtful_{row['steps']}": 1.0} if row["doubt"] else {}
+            named |= {"reference_error": row["reference_error"]} if math.isfinite(row["reference_error"]) else {}
+        device = self._reference_errors.device
+        return {name: torch.tensor(value, dtype=torch.float32, device=device) for name, value in named.items()}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per step count, over all processes: every field of :class:`~f2d2_lightning.metrics.Agreement`.
@@ -195,13 +190,17 @@ class LikelihoodEvaluation:
             if self._counts[k].compute() > 0:
                 row |= {name: float(value) for name, value in self._compared[k].compute()._asdict().items()}
             mean, error, _ = self._all[k].compute()
-            row |= {"nll": float(mean), "nll_standard_error": float(error)}
-            row |= {"round_trip": float(self._round_trips[k].compute())}
-            row |= {"unconverged": float(self._failed[k].compute())}
-            count = max(1, int(self._all[k].count))
-            row |= {"steps": k, "evaluations": self.evaluations[k], "milliseconds": 1e3 * self.seconds[k] / count}
-            negative = float(self._negative[k].compute()) if bool(self._negative[k].weight > 0) else 0.0
-            row |= {"reference_error": reference_error, "negative": negative}
+            row |= {
+                "nll": float(mean),
+                "nll_standard_error": float(error),
+                "round_trip": float(self._round_trips[k].compute()),
+                "unconverged": float(self._failed[k].compute()),
+                "steps": k,
+                "evaluations": self.evaluations[k],
+                "milliseconds": 1e3 * self.seconds[k] / max(1, int(self._all[k].count)),
+                "reference_error": reference_error,
+                "negative": float(self._negative[k].compute()) if bool(self._negative[k].weight > 0) else 0.0,
+            }
             rows.append(row | {"doubt": doubt(row, self.quantization is not None, deviation)})
         return rows
 
@@ -230,11 +229,7 @@ class LikelihoodEvaluation:
 
 
 def check_draws(draws: int, quantization: Quantization | None) -> None:
-    """Refuse dequantization draws that cannot be made.
-
-    Raises:
-        ValueError: If ``draws`` is below 1, or above 1 for continuous data.
-    """
+    """Raise ``ValueError`` where ``draws`` is below 1, or above 1 for continuous data."""
     levels = None if quantization is None else quantization.levels
     if draws < 1 or (draws > 1 and levels is None):
         raise ValueError(
