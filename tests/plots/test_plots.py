@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
+from matplotlib.image import imread
 from matplotlib.text import Text
 
 from f2d2_lightning import GaussianBaseline, log_prob
@@ -166,6 +167,7 @@ def test_ranked_images_stand_over_their_values(channels):
     value = torch.randperm(20).double()
     reference = value + 0.25
     value[[2, 7]] = NAN
+    reference[value.nan_to_num(99).argmin()] = NAN
     figure = ranked_figure(images, value, "bits/dim", name="4 steps", reference=reference, count=3)
     said = words(figure)
     assert "beneath each image: NLL in bits/dim, 4 steps; below it, teacher" in said
@@ -175,7 +177,7 @@ def test_ranked_images_stand_over_their_values(channels):
     for ax, index in zip(figure.axes, [*order[:3], *order[::-1][:3]], strict=True):
         expected = ((images[index] + 1) / 2).expand(3, -1, -1).permute(1, 2, 0)
         assert np.allclose(ax.images[0].get_array(), expected, atol=1e-6)
-        assert ax.get_xlabel() == f"{float(value[index]):.3f}\n{float(reference[index]):.3f}"
+        assert ax.get_xlabel() == f"{float(value[index]):.3f}\n{float(reference[index]):.3f}".replace("nan", "none")
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, [1]), (2, [1, 1]), (7, [4, 3]), (40, [8, 8])])
@@ -188,11 +190,6 @@ def test_ranked_images_never_twice(count, rows):
     assert len(set(shown)) == len(shown)
     assert shown[: rows[0]] == sorted(shown[: rows[0]])
     assert max(shown[: rows[0]]) <= min([*shown[rows[0] :], math.inf])
-
-
-def test_an_image_without_a_reference_says_so():
-    figure = ranked_figure(torch.zeros(1, 1, 4, 4), torch.ones(1), "nats", reference=torch.tensor([NAN]))
-    assert figure.axes[0].get_xlabel() == "1.000\nnone"
 
 
 # --- samples ---
@@ -271,7 +268,7 @@ def test_densities_with_holes():
     density_figure({"1 step": torch.full((3, 3), NAN)}, EXTENT)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 6])
+@pytest.mark.parametrize("count", [1, 4, 6])
 def test_no_number_of_panels_cuts_words_off(count):
     reference = torch.arange(5.0)
     words(calibration_figure({2**k: reference + k for k in range(count)}, reference, "nats"))
@@ -302,31 +299,20 @@ def test_training(values, scale):
 # --- files ---
 
 
-def test_files_appear_whole(tmp_path):
-    figure = sample_figure({"1 step": torch.zeros(2, 1, 4, 4)})
+def test_files_appear_whole_and_hold_the_pixels(tmp_path):
+    figure = sample_figure({"1 step": torch.rand(4, 3, 4, 4)})
     path = save_figure(figure, tmp_path / "new/grid.png")
-    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert pixels(figure).dtype == np.uint8
+    assert np.array_equal(pixels(figure), (imread(path)[..., :3] * 255).round().astype(np.uint8))
     with pytest.raises(ValueError, match="nothing"):
         save_figure(figure, tmp_path / "new/grid.nothing")
     assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
     assert save_figure(figure, tmp_path / "grid.pdf").read_bytes()[:4] == b"%PDF"
 
 
-def test_pixels_are_what_a_file_holds(tmp_path):
-    from matplotlib.image import imread
-
-    figure = sample_figure({"1 step": torch.rand(4, 3, 4, 4)})
-    image = pixels(figure)
-    assert image.dtype == np.uint8
-    file = imread(save_figure(figure, tmp_path / "grid.png"))
-    assert np.array_equal(image, (file[..., :3] * 255).round().astype(np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(2.2344, "2.234"), (-1021.26, "-1021.3"), (NAN, "none"), (math.inf, "inf")]
-)
-def test_numbers(value, text):
-    assert number(value) == text
+def test_numbers():
+    values = (2.2344, -1021.26, NAN, math.inf)
+    assert [number(value) for value in values] == ["2.234", "-1021.3", "none", "inf"]
 
 
 IMAGES, THREE = torch.zeros(3, 1, 4, 4), torch.zeros(3)

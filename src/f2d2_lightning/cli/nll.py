@@ -139,9 +139,7 @@ def _nll(options: Any) -> None:
     _summarize(columns, options, module)
     bound = " (an upper bound: uniform dequantization)" if module.levels is not None else ""
     draws = f", {options.draws} draws" if options.draws > 1 else ""
-    say(
-        f"{found[0].value.shape[1]} samples, {found[0].evaluations} evaluations each{draws}{bound}; wrote {out}",
-    )
+    say(f"{found[0].value.shape[1]} samples, {found[0].evaluations} evaluations each{draws}{bound}; wrote {out}")
 
 
 def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: bool) -> list[_Likelihoods]:

@@ -24,13 +24,7 @@ class EpochSampler(DistributedSampler):
     """
 
     def __init__(
-        self,
-        count: int,
-        seed: int,
-        place: Callable[[], Place],
-        replicas: int = 1,
-        rank: int = 0,
-        first: int = 0,
+        self, count: int, seed: int, place: Callable[[], Place], replicas: int = 1, rank: int = 0, first: int = 0
     ) -> None:
         self.count, self.seed, self.place, self.first = count, seed, place, first
         self.replicas, self.rank = replicas, rank

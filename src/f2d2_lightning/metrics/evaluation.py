@@ -38,12 +38,7 @@ class LikelihoodEvaluation:
     """
 
     def __init__(
-        self,
-        steps: Sequence[int],
-        dim: int,
-        quantization: Quantization | None,
-        device: torch.device,
-        draws: int = 1,
+        self, steps: Sequence[int], dim: int, quantization: Quantization | None, device: torch.device, draws: int = 1
     ) -> None:
         check_draws(draws, quantization)
         self.steps = tuple(steps)
