@@ -13,17 +13,10 @@ __all__ = ["checked_batch"]
 def checked_batch(
     found: Mapping[str, Any], name: str, shape: tuple[int, int, int], labels: range, home: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of one batch, as they have to be.
+    """Images ``(N, C, H, W)``, ``uint8``, and labels counted from 0, ``(N,)``, ``int64``, of one batch.
 
-    Args:
-        found: What a file holds: ``data``, an array ``(N, C H W)``, and ``labels``, ``N`` of them.
-        name: Of the file, for errors.
-        shape: Of one image, ``(C, H, W)``.
-        labels: Those that there are.
-        home: Where to get the file again, for errors.
-
-    Returns:
-        Images ``(N, C, H, W)``, ``uint8``, and labels counted from 0, ``(N,)``, ``int64``.
+    ``found`` is what the file ``name`` holds: ``data``, an array ``(N, C H W)``, and ``labels``, ``N`` of them in the
+    range given; ``home`` is where to get the file again.
 
     Raises:
         ValueError: If they are missing, of another type, shape or range, or not as many.

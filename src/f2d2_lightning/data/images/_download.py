@@ -31,10 +31,6 @@ class Source:
 def fetch(source: Source, path: str | Path) -> None:
     """Bring a file to ``path``, if none is there. An interrupted or wrong download leaves nothing behind.
 
-    Args:
-        source: Address and checksum.
-        path: Where it goes; the folder is made.
-
     Raises:
         FileNotFoundError: If the address does not answer, or the folder cannot be written.
         ValueError: If what came has another checksum.

@@ -183,11 +183,7 @@ def open_store(path: str | Path) -> Store:
 
 
 def image_rows(store: Store, others: Sequence[str] = ()) -> list[int]:
-    """Numbers of the images in a store.
-
-    Args:
-        store: The store.
-        others: Names of files that may be there besides.
+    """Numbers of the images in a store, in which files called as ``others`` may be besides.
 
     Raises:
         ValueError: If there are no images, or files of other types.

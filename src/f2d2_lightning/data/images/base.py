@@ -30,6 +30,9 @@ class ImageDataModule(FlowDataModule):
         num_workers: Processes that load; data in memory need none.
         seed: Of order, flips and noise; splits do not depend on it.
         flip: Mirror training images left to right with probability 1/2, a function of seed, epoch and sample.
+        count: Training images to use; ``None`` for all that are left.
+        val: Validation images; of data without such a part they are training images.
+        test: Test images; ``None`` for all of their part.
     """
 
     def __init__(
@@ -40,9 +43,12 @@ class ImageDataModule(FlowDataModule):
         num_workers: int = 0,
         seed: int = 0,
         flip: bool = False,
+        count: int | None = None,
+        val: int | None = 1000,
+        test: int | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed, Quantization(256), flip)
-        self.with_labels = labels
+        self.with_labels, self.count, self.val, self.test = labels, count, val, test
         self.classes: list[str] | None = None
         """Names of the classes in the order of their labels, once the data are set up; ``None`` if they have none."""
         self._own_classes: list[str] = []
@@ -91,17 +97,10 @@ def divide(
     """Splits of images that come in one, two or three parts.
 
     Where there is no part to validate, the last ``val`` training images do; where there is none to test, the ``test``
-    training images before those.
+    training images before those. Numbers that are ``None`` are all that there are.
 
-    Args:
-        train: The training part.
-        val_part: The validation part, if there is one.
-        test_part: The test part, if there is one.
-        count: Training images to use; ``None`` for all that are left.
-        val: Validation images; ``None`` for all of their part.
-        test: Test images; ``None`` for all of their part.
-        draw: Of each part, draw the images of a split in a way that depends on nothing else, and leave them in their
-            order: images may be sorted by class. Otherwise the first ones are used of each.
+    With ``draw`` the images of a split are drawn from each part, in a way that depends on nothing else, and stay in
+    their order: images may be sorted by class. Otherwise the first ones are used of each.
 
     Raises:
         ValueError: If there are not as many.

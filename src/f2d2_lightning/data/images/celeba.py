@@ -55,13 +55,10 @@ class CelebA64(ImageDataModule):
         resize: Filter, with antialiasing: ``bicubic``, ``bilinear``, ``lanczos`` or ``box``.
         attribute: Give batches ``(states, labels)``, labels 1 where the face has this attribute and 0 where it has
             not, one of the 40 in ``list_attr_celeba.txt``, such as ``"Smiling"``; ``None`` for states alone.
-        count: Training images to use, the first ones; ``None`` for all.
         val: Validation images to use, the first ones; ``None`` for all 19,867.
-        test: Test images to use, the first ones; ``None`` for all 19,962.
         cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` for none.
         download: Fetch missing files (1.4 GB) from the authors' Google Drive, which refuses when too many have asked.
-        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (several, without a cache), ``seed`` and
-            ``flip``.
+        **kwargs: As :class:`ImageDataModule`; ``num_workers`` had better be several, without a cache.
 
     Raises:
         FileNotFoundError: When the data are first asked for, if a file is missing and cannot be fetched.
@@ -76,18 +73,15 @@ class CelebA64(ImageDataModule):
         crop: int = 140,
         resize: Filter = "bicubic",
         attribute: str | None = None,
-        count: int | None = None,
         val: int | None = None,
-        test: int | None = None,
         cache: str | None = None,
         download: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(attribute is not None, **kwargs)
+        super().__init__(attribute is not None, val=val, **kwargs)
         self.folder, self.attribute, self.cache, self.download = Path(folder).expanduser(), attribute, cache, download
         self.framing = Framing(64, crop, resize, source=(178, 218))
         self.classes = None if attribute is None else [f"not {attribute}", attribute]
-        self.count, self.val, self.test = count, val, test
 
     def splits(self) -> dict[str, LabeledImages]:
         """Read the lists; images are read later."""

@@ -43,11 +43,8 @@ class CIFAR10(ImageDataModule):
         folder: Where ``cifar-10-batches-py``, ``cifar-10-python.tar.gz``, ``cifar-10-batches-bin`` or
             ``cifar-10-binary.tar.gz`` is; the first of these that there is is read. It may be one of these itself.
         labels: Give batches ``(states, labels)``, labels 0 to 9.
-        count: Training images to use; ``None`` for all.
-        val: Validation images.
-        test: Test images to use, the first ones; ``None`` for all.
         download: Fetch ``cifar-10-python.tar.gz`` (170 MB) into ``folder`` if none of these is there.
-        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (0 is best), ``seed`` and ``flip``.
+        **kwargs: As :class:`ImageDataModule`.
 
     Raises:
         FileNotFoundError: When the data are first asked for, if there are none and none can be fetched.
@@ -56,19 +53,9 @@ class CIFAR10(ImageDataModule):
 
     shape = (3, 32, 32)
 
-    def __init__(
-        self,
-        folder: str = "data",
-        labels: bool = False,
-        count: int | None = None,
-        val: int = 1000,
-        test: int | None = None,
-        download: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, folder: str = "data", labels: bool = False, download: bool = False, **kwargs: Any) -> None:
         super().__init__(labels, **kwargs)
-        self.folder = Path(folder).expanduser()
-        self.count, self.val, self.test, self.download = count, val, test, download
+        self.folder, self.download = Path(folder).expanduser(), download
 
     def splits(self) -> dict[str, LabeledImages]:
         """Read the batches and split."""

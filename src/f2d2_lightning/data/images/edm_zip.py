@@ -35,13 +35,10 @@ class EDMZip(ImageDataModule):
         resolution: Height and width of the images, which are square and read as they are.
         channels: 3 for RGB, 1 for grey.
         labels: Give batches ``(states, labels)``, from ``dataset.json``.
-        test_path: Zip file or folder of test images; ``None`` to take ``test`` images of ``path``.
-        count: Training images to use; ``None`` for all.
-        val: Validation images, taken from ``path``.
-        test: Test images; ``None`` for all of ``test_path``, or as many as ``val``.
+        test_path: Zip file or folder of test images; ``None`` to take ``test`` images of ``path``, as many as ``val``
+            if that is not given.
         cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` for none.
-        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (several, without a cache), ``seed`` and
-            ``flip``.
+        **kwargs: As :class:`ImageDataModule`; ``num_workers`` had better be several, without a cache.
 
     Raises:
         FileNotFoundError: When the data are first asked for, if there is no such file.
@@ -55,9 +52,6 @@ class EDMZip(ImageDataModule):
         channels: int = 3,
         labels: bool = False,
         test_path: str | None = None,
-        count: int | None = None,
-        val: int = 1000,
-        test: int | None = None,
         cache: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -66,8 +60,8 @@ class EDMZip(ImageDataModule):
         self.test_path = None if test_path is None else Path(test_path).expanduser()
         self.framing, self.channels, self.cache = Framing(resolution), channels, cache
         self.shape = (channels, resolution, resolution)
-        self.count, self.val = count, val
-        self.test = val if test is None and test_path is None else test
+        if self.test is None and test_path is None:
+            self.test = self.val
 
     def splits(self) -> dict[str, LabeledImages]:
         """Read directories and labels; images are read later."""

@@ -41,12 +41,8 @@ class FashionMNIST(ImageDataModule):
         folder: Where ``train-images-idx3-ubyte`` and its three companions are, plain or with ``.gz``; by default
             the environment's ``FASHION_MNIST``, else where Debian's package puts them.
         labels: Give batches ``(states, labels)``, labels 0 to 9, for class-conditional models.
-        count: Training images to use; ``None`` for all.
-        val: Validation images.
-        test: Test images to use, the first ones; ``None`` for all.
         download: Fetch missing files (30 MB) into ``folder``.
-        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (0 is best: the data are in memory), ``seed`` and
-            ``flip``.
+        **kwargs: As :class:`ImageDataModule`.
 
     Raises:
         FileNotFoundError: When the data are first asked for, if a file is missing and cannot be fetched.
@@ -55,19 +51,10 @@ class FashionMNIST(ImageDataModule):
 
     shape = (1, 28, 28)
 
-    def __init__(
-        self,
-        folder: str | None = None,
-        labels: bool = False,
-        count: int | None = None,
-        val: int = 1000,
-        test: int | None = None,
-        download: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, folder: str | None = None, labels: bool = False, download: bool = False, **kwargs: Any) -> None:
         super().__init__(labels, **kwargs)
         self.folder = Path(folder or os.environ.get("FASHION_MNIST") or SYSTEM_FOLDER)
-        self.count, self.val, self.test, self.download = count, val, test, download
+        self.download = download
 
     def _read(self, name: str) -> Tensor:
         path = first_of(self.folder, name, f"{name}.gz")

@@ -37,12 +37,9 @@ class ImageFolder(ImageDataModule):
             where it is resumed or tested on another folder, labels follow it (:meth:`relabel`).
         val_folder: Folder of validation images; ``None`` to take ``val`` images of ``folder``.
         test_folder: Folder of test images; ``None`` to take ``test`` images of ``folder``.
-        count: Training images to use; ``None`` for all.
-        val: Validation images; ``None`` for all of ``val_folder``, or 1000.
-        test: Test images; ``None`` for all of ``test_folder``, or 1000.
+        val: Validation images; ``None`` for all of ``val_folder``, or 1000. Likewise for ``test``.
         cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` for none.
-        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (several, without a cache), ``seed`` and
-            ``flip``.
+        **kwargs: As :class:`ImageDataModule`; ``num_workers`` had better be several, without a cache.
 
     Raises:
         FileNotFoundError: When the data are first asked for, if there is no such folder.
@@ -61,29 +58,28 @@ class ImageFolder(ImageDataModule):
         labels: bool = False,
         val_folder: str | None = None,
         test_folder: str | None = None,
-        count: int | None = None,
         val: int | None = None,
-        test: int | None = None,
         cache: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(labels, **kwargs)
+        super().__init__(labels, val=val, **kwargs)
         self.folder, self.val_folder, self.test_folder = Path(folder).expanduser(), val_folder, test_folder
         self.framing, self.channels, self.convert, self.cache = Framing(size, crop, resize), channels, convert, cache
         self.shape = (channels, size, size)
-        self.count, self.val, self.test = count, val, test
 
     def splits(self) -> dict[str, LabeledImages]:
         """List the files; images are read later."""
         train, classes = self._examples(self.folder, None)
         self.classes = classes or None
-        parts = {
-            name: None if folder is None else self._examples(Path(folder).expanduser(), classes)[0]
-            for name, folder in (("val", self.val_folder), ("test", self.test_folder))
-        }
-        wanted = {"val": self.val, "test": self.test}
-        val, test = (1000 if wanted[name] is None and part is None else wanted[name] for name, part in parts.items())
-        return divide(train, parts["val"], parts["test"], count=self.count, val=val, test=test, draw=True)
+        held_out = [
+            None if folder is None else self._examples(Path(folder).expanduser(), classes)[0]
+            for folder in (self.val_folder, self.test_folder)
+        ]
+        val, test = (
+            1000 if wanted is None and part is None else wanted
+            for wanted, part in zip((self.val, self.test), held_out, strict=True)
+        )
+        return divide(train, *held_out, count=self.count, val=val, test=test, draw=True)
 
     def _examples(self, path: Path, classes: list[str] | None) -> tuple[LabeledImages, list[str]]:
         """Images and labels of a folder, and the names of the classes, those of the training folder if given."""

@@ -56,12 +56,10 @@ class ImageNet64(ImageDataModule):
         folder: Where the batches, or ``train_64x64`` and ``valid_64x64``, are.
         version: ``"batches"`` or ``"pictures"``.
         labels: Give batches ``(states, labels)``, labels 0 to 999.
-        count: Training images to use; ``None`` for all.
         val: Validation images.
-        test: Test images to use, drawn likewise; ``None`` for all.
         cache: Folder for the arrays (16 GB); by default, for batches, ``folder/cache``. Under a Trainer one process
             makes them while the others wait, as long as its time-out lets them: call ``setup()`` once beforehand.
-        **kwargs: ``batch_size``, ``eval_batch_size``, ``num_workers`` (several), ``seed`` and ``flip``.
+        **kwargs: As :class:`ImageDataModule`; ``num_workers`` had better be several.
 
     Raises:
         FileNotFoundError: When the data are first asked for, if a file is missing.
@@ -75,13 +73,11 @@ class ImageNet64(ImageDataModule):
         folder: str = "data/imagenet64",
         version: Literal["batches", "pictures"] = "batches",
         labels: bool = False,
-        count: int | None = None,
         val: int = 10_000,
-        test: int | None = None,
         cache: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(labels, **kwargs)
+        super().__init__(labels, val=val, **kwargs)
         if version not in ("batches", "pictures"):
             raise ValueError(f"version={version!r}; 'batches' (2017) or 'pictures' (2016) is expected")
         if labels and version == "pictures":
@@ -90,7 +86,6 @@ class ImageNet64(ImageDataModule):
                 "do not compare)"
             )
         self.folder, self.version = Path(folder).expanduser(), version
-        self.count, self.val, self.test = count, val, test
         self.cache = cache if cache is not None or version == "pictures" else str(self.folder / "cache")
 
     def splits(self) -> dict[str, LabeledImages]:
