@@ -18,8 +18,6 @@ from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.modules.loading import load
 
-__all__ = ["add_model", "check_labels", "class_count", "find_device", "load_model", "run", "say", "warn"]
-
 
 def add_model(parser: ArgumentParser) -> None:
     """The options that :func:`load_model` reads."""

@@ -28,8 +28,6 @@ from f2d2_lightning.training.folders import run_folder
 from f2d2_lightning.training.loading import check_checkpoint
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = ["F2D2CLI", "main"]
-
 USAGE = """usage: f2d2 COMMAND ...
 
 commands:

@@ -28,8 +28,6 @@ from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.class_names import agree_on_classes, guessed_labels, labels_of
 
-__all__ = ["DATA", "Points", "Reading", "load_points"]
-
 DATA = {
     "digits": "f2d2_lightning.data.Digits",
     "fashion": "f2d2_lightning.data.FashionMNIST",

@@ -11,8 +11,6 @@ import torch
 from f2d2_lightning.callbacks.last_checkpoint import NAMES, LastCheckpoint
 from f2d2_lightning.training.loading import check_checkpoint
 
-__all__ = ["differences", "is_finished", "newest_checkpoint"]
-
 _MISSING = object()
 
 

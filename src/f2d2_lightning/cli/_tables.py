@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
 
-__all__ = ["SUFFIXES", "Column", "check_table_path", "write_table"]
-
 SUFFIXES = (".csv", ".parquet")
 
 

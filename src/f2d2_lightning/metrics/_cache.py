@@ -13,8 +13,6 @@ from torch import Tensor
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = ["StatisticsCache"]
-
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 NAMES = ("total", "products", "count", "kept")
 TOLERANCE = 0.01

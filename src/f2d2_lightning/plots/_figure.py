@@ -16,20 +16,6 @@ from torch import Tensor
 
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = [
-    "BLUE",
-    "GRAY",
-    "VERMILLION",
-    "limits",
-    "new_figure",
-    "number",
-    "panels",
-    "pixels",
-    "plural",
-    "save_figure",
-    "settle",
-]
-
 # of Okabe and Ito's palette, which can be told apart with any kind of colour vision
 BLUE, VERMILLION, GRAY = "#0072B2", "#D55E00", "0.6"
 DPI = 150
@@ -104,15 +90,18 @@ def plural(count: int, noun: str) -> str:
 
 
 def column(values: Tensor, what: str) -> Tensor:
-    """A column of values ``(N,)`` as float64 on the CPU.
-
-    Raises:
-        ValueError: If it has another shape.
-    """
+    """A column of values ``(N,)`` as float64 on the CPU; ``ValueError`` if it has another shape."""
     if not isinstance(values, Tensor) or values.ndim != 1:
         came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"type {type(values).__name__}"
         raise ValueError(f"{what} has {came}; one value a sample, (N,), is expected")
     return values.detach().cpu().double()
+
+
+def label(ax: Axes, x: str, y: str, size: int = 9) -> None:
+    """Names of the axes, and the sizes of what is written along them."""
+    ax.set_xlabel(x, fontsize=size)
+    ax.set_ylabel(y, fontsize=size)
+    ax.tick_params(which="both", labelsize=size - 1)
 
 
 def settle(figure: Figure) -> Figure:

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from f2d2_lightning.plots._figure import panels
+from f2d2_lightning.plots._figure import label, panels
 
 __all__ = ["density_figure", "plane_grid"]
 
@@ -69,12 +69,11 @@ def density_figure(densities: Mapping[str, Tensor], extent: Extent, span: float 
         image = ax.imshow(
             shown.numpy(), origin="lower", extent=extent, vmin=low, vmax=high, cmap=colors, interpolation="nearest"
         )
-        ax.tick_params(labelsize=7)
         place = ax.get_subplotspec()
         assert place is not None
         # on the outer panels only
-        ax.set_xlabel("$x_1$" if ax.xaxis.get_tick_params()["labelbottom"] else "", fontsize=8)
-        ax.set_ylabel("$x_2$" if place.is_first_col() else "", fontsize=8)
+        lowest = ax.xaxis.get_tick_params()["labelbottom"]
+        label(ax, "$x_1$" if lowest else "", "$x_2$" if place.is_first_col() else "", 8)
     ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     bar = figure.colorbar(image, ax=axes, extend=ends[below, above], shrink=0.85, pad=0.02)
     bar.set_label("log-density, nats", fontsize=8)

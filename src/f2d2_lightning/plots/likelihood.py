@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from f2d2_lightning.plots._figure import BLUE, GRAY, column, limits, new_figure, number, panels, plural
+from f2d2_lightning.plots._figure import BLUE, GRAY, column, label, limits, new_figure, number, panels, plural
 
 __all__ = ["calibration_figure", "nll_steps_figure"]
 
@@ -111,32 +111,17 @@ def nll_steps_figure(
     if math.isfinite(reference):
         ax.axhline(reference, color=GRAY, linewidth=1.2, label=f"{reference_name}: {number(reference)}")
         if math.isfinite(reference_error):
-            ax.axhspan(
-                reference - reference_error,
-                reference + reference_error,
-                color=GRAY,
-                alpha=0.25,
-                linewidth=0,
-                label=f"{reference_name}, ± standard error of the mean",
-            )
-    ax.errorbar(
-        steps,
-        [values[k] for k in steps],
-        yerr=[errors[k] if math.isfinite(errors[k]) else 0.0 for k in steps],
-        color=BLUE,
-        marker="o",
-        markersize=4,
-        linewidth=1.2,
-        capsize=3,
-        label=f"few-step, ± standard error of the {error_of}",
-    )
+            ends, band = (reference - reference_error, reference + reference_error), "± standard error of the mean"
+            ax.axhspan(*ends, color=GRAY, alpha=0.25, linewidth=0, label=f"{reference_name}, {band}")
+    bars = [errors[k] if math.isfinite(errors[k]) else 0.0 for k in steps]
+    line = {"color": BLUE, "marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 3}
+    said = f"few-step, ± standard error of the {error_of}"
+    ax.errorbar(steps, [values[k] for k in steps], yerr=bars, label=said, **line)  # type: ignore[arg-type]
     ax.set_xscale("log", base=2)
     ax.set_xlim(steps[0] / 2**0.5, steps[-1] * 2**0.5)
     ax.set_xticks(steps, labels=[str(k) for k in steps])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.ticklabel_format(axis="y", useOffset=False)
-    ax.set_xlabel("steps", fontsize=9)
-    ax.set_ylabel(f"NLL, {unit}", fontsize=9)
-    ax.tick_params(labelsize=8)
+    label(ax, "steps", f"NLL, {unit}")
     figure.legend(loc="outside upper center", fontsize=7, frameon=False)
     return figure

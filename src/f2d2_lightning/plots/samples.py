@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from f2d2_lightning.plots._figure import BLUE, VERMILLION, limits, panels, plural
+from f2d2_lightning.plots._figure import BLUE, VERMILLION, label, limits, panels, plural
 
 __all__ = ["as_colors", "is_image", "is_plane", "sample_figure"]
 
@@ -110,6 +110,4 @@ def _scatter(ax: Axes, x: Tensor, window: list[tuple[float, float]]) -> None:
     ax.set_xlim(*window[0])
     ax.set_ylim(*window[1])
     ax.set_aspect("equal", adjustable="box")
-    ax.set_xlabel("$x_1$", fontsize=8)
-    ax.set_ylabel("$x_2$", fontsize=8)
-    ax.tick_params(labelsize=7)
+    label(ax, "$x_1$", "$x_2$", 8)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from f2d2_lightning.plots._figure import BLUE, VERMILLION, new_figure
+from f2d2_lightning.plots._figure import BLUE, VERMILLION, label, new_figure
 
 __all__ = ["training_figure"]
 
@@ -47,8 +47,6 @@ def training_figure(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]])
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(_PlainLabels())
         ax.yaxis.set_minor_formatter(_PlainLabels(minor_thresholds=(1.5, 0.4)))
-    ax.set_xlabel("optimiser step", fontsize=9)
-    ax.set_ylabel("loss", fontsize=9)
-    ax.tick_params(which="both", labelsize=8)
+    label(ax, "optimiser step", "loss")
     figure.legend(loc="outside upper center", ncols=min(3, len(curves)), fontsize=8, frameon=False)
     return figure

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["checked_batch"]
-
 
 def checked_batch(
     found: Mapping[str, Any], name: str, shape: tuple[int, int, int], labels: range, home: str

@@ -14,8 +14,6 @@ from f2d2_lightning.data.dataset import LazyValues, StoredValues
 from f2d2_lightning.data.images._reader import ImageReader
 from f2d2_lightning.utils.files import remove_partial, whole_file
 
-__all__ = ["cached", "digest", "sole_writer", "write_array"]
-
 CHUNK = 1024
 """Images that are converted at a time."""
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from f2d2_lightning.data.images._cache import sole_writer
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = ["Source", "fetch"]
-
 CHUNK = 1 << 20
 TIMEOUT = 60.0
 """Seconds without a byte after which a connection is given up."""

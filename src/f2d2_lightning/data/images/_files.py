@@ -15,8 +15,6 @@ from contextlib import contextmanager
 
 from PIL import Image
 
-__all__ = ["MODES", "as_mode", "check_mode", "open_image"]
-
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["read_idx"]
-
 UNSIGNED_BYTE = 0x08
 DEFLATE = 1100
 """More than gzip can grow: 258 bytes come of 2 bits at the most, 1032-fold (RFC 1951, 3.2.5)."""

@@ -16,8 +16,6 @@ from f2d2_lightning.data.dataset import LazyValues
 from f2d2_lightning.data.images._files import MODES, as_mode, check_mode, open_image
 from f2d2_lightning.data.images._stores import FolderStore, Store, image_rows
 
-__all__ = ["Filter", "Framing", "ImageFiles", "ImageReader", "read_images"]
-
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 """How images are resized; all with antialiasing (Pillow widens the filter by the scale)."""
 

@@ -21,8 +21,6 @@ import numpy as np
 
 from f2d2_lightning.utils.arrays import check_growth
 
-__all__ = ["SUFFIXES", "FolderStore", "Store", "ZipStore", "first_of", "image_rows", "open_store"]
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
