@@ -41,6 +41,10 @@ commands:
 f2d2 COMMAND --help shows the options of a command, f2d2 fit --print_config a whole configuration."""
 
 CONFIG = "config.yaml"
+ELSEWHERE = (
+    "Choose another folder (--trainer.logger.init_args.version NAME), remove it, or go on all the same with what is "
+    "given now: --ckpt_path last"
+)
 say = rank_zero_only(print)
 
 
@@ -48,11 +52,9 @@ class _SaveConfig(SaveConfigCallback):
     """Saves the configuration in the run's folder, unless it is there."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.log_dir is None or stage != "fit":
+        if trainer.log_dir is None or stage != "fit" or not trainer.is_global_zero:
             return
         path = Path(trainer.log_dir) / self.config_filename
-        if not trainer.is_global_zero:
-            return
         # the time of a file that stays tells which checkpoints came after it
         if not path.is_file() or read_yaml(path) != resolved(self.parser, self.config):
             with whole_file(path) as partial:
@@ -102,12 +104,7 @@ class F2D2CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Fit, validate and test."""
-        skip = {"model", "dataloaders", "datamodule", "weights_only"}
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
-            "validate": skip,
-            "test": skip,
-        }
+        return {name: {*LightningCLI.subcommands()[name], "weights_only"} for name in ("fit", "validate", "test")}
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's puts the checkpoint's hyper-parameters in place of the configuration's."""
@@ -146,15 +143,10 @@ class F2D2CLI(LightningCLI):
             if changed and given is None and any(entry.name != CONFIG for entry in folder.iterdir()):
                 raise FileExistsError(
                     f"{folder} holds a run of another configuration ({'; '.join(changed[:8])}"
-                    f"{'; ...' if len(changed) > 8 else ''}; before -> now). Choose another folder "
-                    "(--trainer.logger.init_args.version NAME), remove it, or go on all the same with what is given "
-                    "now: --ckpt_path last"
+                    f"{'; ...' if len(changed) > 8 else ''}; before -> now). {ELSEWHERE}"
                 )
         elif newest is not None and given is None:
-            raise FileExistsError(
-                f"{newest} is there, and no {CONFIG} that says of what; choose another folder "
-                "(--trainer.logger.init_args.version NAME), remove it, or go on all the same: --ckpt_path last"
-            )
+            raise FileExistsError(f"{newest} is there, and no {CONFIG} that says of what. {ELSEWHERE}")
         if given not in (None, "last"):
             # this very command was started before: its own checkpoints come after what it started from
             again = not changed and begun is not None and newest is not None and newest.stat().st_mtime > begun

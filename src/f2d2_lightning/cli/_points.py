@@ -46,19 +46,13 @@ ARRAYS = (".npy", ".npz")
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become states.
-
-    Args:
-        seed: Of the dequantization noise.
-        convert: Convert images to the model's channels.
-        resize: Resize images, before dequantization.
-        requantize: Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``.
-    """
+    """How files become states: the seed of their noise, and what is done to images before it is added."""
 
     seed: int = 0
     convert: bool = False
     resize: bool = False
     requantize: bool = False
+    """Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``."""
 
 
 @dataclass

@@ -54,9 +54,6 @@ Values: TypeAlias = Tensor | LazyValues
 class StoredValues(LazyValues):
     """An array in a ``.npy`` file, mapped into memory by each process for itself.
 
-    Args:
-        path: The file.
-
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is no such file, is truncated, or holds Python objects.
@@ -112,12 +109,10 @@ class _Rows(LazyValues):
 
 
 def as_values(values: Any) -> Values:
-    """A tensor as it is; an array (``numpy.memmap`` too) or a reader as lazy values.
+    """A tensor or lazy values as they are; an array (``numpy.memmap`` too) or a reader as lazy values.
 
-    Args:
-        values: A tensor, lazy values, a numpy array, or anything with ``__len__`` and ``__getitems__`` (rows to a batch
-            or a list of values) or ``__getitem__``. Where workers are spawned, numpy pickles a ``memmap`` as a whole:
-            give :class:`StoredValues` of its file instead.
+    A reader has ``__len__``, and ``__getitems__`` (rows to a batch or a list of values) or ``__getitem__``. To workers
+    that are spawned numpy pickles a ``memmap`` as a whole: give :class:`StoredValues` of its file instead.
 
     Raises:
         ValueError: If it is none of these, or empty.

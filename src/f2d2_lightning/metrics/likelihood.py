@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.utilities import dim_zero_cat
 
 from f2d2_lightning.likelihood.quantization import Quantization
 
@@ -235,8 +236,7 @@ class LikelihoodAgreement(LikelihoodMetric):
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """Log-likelihoods and the reference's, ``(N,)`` each, nats: this process's, or all while synchronised."""
-        log_prob, reference = (torch.cat(v) if isinstance(v, list) else v for v in (self.log_prob, self.reference))
-        return log_prob, reference
+        return dim_zero_cat(self.log_prob), dim_zero_cat(self.reference)
 
 
 class MeanLikelihood(LikelihoodMetric):
@@ -270,27 +270,18 @@ class MeanLikelihood(LikelihoodMetric):
         return mean, error, self.count
 
 
-class RoundTripError(Metric):
-    """Root mean square per dimension of data to noise to data, over a data set and all processes.
+class RoundTripError(MeanMetric):
+    """Root mean square per dimension of data to noise to data, over a data set and all processes, by float64 sums.
 
-    In units of the state. A map whose way back misses the data has no valid likelihood, whatever its mean.
+    In units of the state; ``update`` takes the mean squared error per dimension of each sample, ``(B,)``, and
+    ``compute`` is NaN if there was none. A map whose way back misses the data has no valid likelihood.
     """
 
-    full_state_update = False
     higher_is_better = False
-    squares: Tensor
-    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("squares", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, squared_error: Tensor) -> None:
-        """Add a batch: mean squared error per dimension of each sample, ``(B,)``."""
-        self.squares += squared_error.detach().double().sum()
-        self.count += len(squared_error)
+        self.set_dtype(torch.float64)
 
     def compute(self) -> Tensor:
-        """Over everything added; NaN if nothing was."""
-        return (self.squares / self.count).sqrt()
+        return super().compute().sqrt()

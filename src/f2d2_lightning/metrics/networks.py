@@ -83,11 +83,7 @@ def extract_features(network: nn.Module, images: Tensor, num_features: int | Non
 
 
 def check_network(network: nn.Module, images: Tensor) -> int:
-    """Number of features, after batches of one and of all images were tried.
-
-    Args:
-        network: Feature network.
-        images: Some images, ``uint8 (B, C, H, W)``.
+    """Number of features, after batches of one and of all images, ``uint8 (B, C, H, W)``, were tried.
 
     Raises:
         ValueError: As :func:`extract_features`, or if the network's ``num_features`` says another number.
@@ -150,8 +146,7 @@ class SmallFeatures(nn.Module):
         stages: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             stages += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-            # rounding up: an axis of one pixel stays one
-            stages += [nn.MaxPool2d(2, ceil_mode=True)]
+            stages += [nn.MaxPool2d(2, ceil_mode=True)]  # an axis of one pixel stays one
         self.stages = nn.Sequential(*stages)
         self.hidden = nn.Sequential(
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], num_features), nn.ReLU()
@@ -159,25 +154,16 @@ class SmallFeatures(nn.Module):
         self.head = nn.Linear(num_features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of images, ``uint8 (B, C, H, W) -> (B, num_features)``.
-
-        Raises:
-            ValueError: If the images have another type, or another number of channels.
-        """
+        """Features of images, ``uint8 (B, C, H, W) -> (B, num_features)``; other images are a ``ValueError``."""
         check_images(images, [self.channels])
-        x = images.to(self.head.weight.dtype) / 127.5 - 1
-        return self.hidden(self.stages(x))
+        return self.hidden(self.stages(images.to(self.head.weight.dtype) / 127.5 - 1))
 
     def logits(self, images: Tensor) -> Tensor:
         """Unnormalised log-probabilities of the classes, ``uint8 (B, C, H, W) -> (B, classes)``."""
         return self.head(self(images))
 
     def save(self, path: str | Path) -> None:
-        """Write sizes and weights to a file.
-
-        Raises:
-            FileExistsError: If there is a file at ``path``.
-        """
+        """Write sizes and weights to a file; one that is there is a ``FileExistsError``."""
         path = Path(path)
         if path.exists():
             raise FileExistsError(f"{path} exists; remove it, or choose another name")
@@ -262,11 +248,7 @@ class InceptionFeatures(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of images, ``uint8 (B, 1 or 3, H, W) -> (B, num_features)``.
-
-        Raises:
-            ValueError: If the images have another type or number of channels.
-        """
+        """Features of images, ``uint8 (B, 1 or 3, H, W) -> (B, num_features)``; others are a ``ValueError``."""
         check_images(images, (1, 3))
         (features,) = self.network(images.expand(-1, 3, -1, -1))
         return features
