@@ -394,6 +394,12 @@ BAD = {
     "no draws": ("plane", ["--data", "mixture", "--draws", "0"], r"draws.*\n.*0 does not conform to restriction v>0"),
     "compare of another kind": ("digits", ["--data", "digits", "--compare", "mixture"], r"checkpoint is of a model"),
     "fashion is a short name": ("grey", ["--data", "fashion"], r"--data fashion has shape \(1, 28, 28\)"),
+    "no data": ("grey", ["--data", "nothing.npy"], r"neither one of digits, .* nor a file that exists"),
+    "too many levels": ("digits", ["--data", "levels.npy"], r"the data hold the values 0 to 255"),
+    "out of range": ("digits", ["--data", "range.npy"], r"states lie in \[0, 255\]"),
+    "NaN": ("digits", ["--data", "nan.npy"], r"holds NaN or infinity in 1 of 3"),
+    "no steps": ("digits", ["--data", "digits", "--steps", "0"], r"at least one step"),
+    "device": ("digits", ["--data", "digits", "--device", "warp"], r"device 'warp' cannot be used"),
     "unknown kind of file": ("grey", ["--data", "notes.txt"], r"\.npy and \.npz files"),
 }  # fmt: skip
 
@@ -419,6 +425,11 @@ def bad_files(tmp_path):
     np.save("last.npy", np.zeros((3, 4, 3, 3), np.uint8))
     np.save("text.npy", np.full((3, 1, 4, 3), "a"))
     np.save("integers.npy", np.zeros((3, 2), np.int64))
+    np.save("levels.npy", ramp)
+    np.save("range.npy", ramp.astype(np.float32))
+    broken = np.zeros((3, 1, 8, 8), np.float32)
+    broken[1, 0, 0, 0] = np.nan
+    np.save("nan.npy", broken)
 
 
 @pytest.mark.parametrize("case", list(BAD))

@@ -64,15 +64,11 @@ def fresh(dim, covariance, count, kind="full"):
 @pytest.mark.parametrize(
     ("kind", "dim", "count", "within"),
     [
-        ("isotropic", 1024, 256, 10),
         ("isotropic", 64, 64, 3),
         ("scales", 256, 64, 12),
         ("scales", 256, 257, 4),
         ("rotated", 256, 256, 75),
-        ("rotated", 256, 700, 35),
         ("one factor", 256, 64, 40),
-        ("one factor", 256, 256, 35),
-        ("few factors", 256, 64, 70),
         ("few factors", 256, 255, 35),
     ],
 )
@@ -266,9 +262,8 @@ def pictures(folder, *classes, count=6):
     for name in classes:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            values = (
-                np.random.default_rng(PIXELS[name] + i).integers(0, 100, (4, 4)) + (PIXELS[name] // 2) + 50 * (i < 1)
-            )
+            noise = np.random.default_rng(PIXELS[name] + i).integers(0, 100, (4, 4))
+            values = noise + PIXELS[name] // 2 + 50 * (i < 1)
             Image.fromarray(values.astype(np.uint8)).save(folder / name / f"{i}.png")
     return str(folder)
 
@@ -330,15 +325,12 @@ def test_a_data_module_of_fewer_classes_follows_the_model(single):
     assert data.classes == ["10", "2", "cat"]
     assert {int(label) for label in data.dataset("train").labels} == {1, 2}
     # and from the command line
-    arguments = json.dumps(
-        {"folder": str(single / "fewer"), "size": 4, "channels": 1, "labels": True, "val": 2, "test": 4}
-    )
-    rows = nll("a.ckpt", "f2d2_lightning.data.ImageFolder", "--data_args", arguments)
+    arguments = {"folder": str(single / "fewer"), "size": 4, "channels": 1, "labels": True, "val": 2, "test": 4}
+    rows = nll("a.ckpt", "f2d2_lightning.data.ImageFolder", "--data_args", json.dumps(arguments))
     x, labels = data.dataset("test").__getitems__(list(range(4)))
     with torch.no_grad():
-        assert [float(row["log_prob"]) for row in rows] == pytest.approx(
-            module.log_prob(x, 4, labels).value.tolist(), rel=1e-4
-        )
+        expected = module.log_prob(x, 4, labels).value.tolist()
+    assert [float(row["log_prob"]) for row in rows] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_goes_on_with_the_labels_that_it_began_with(single):
@@ -422,9 +414,6 @@ def test_checkpoints_that_do_not_say_their_classes(single, capsys):
     got = [float(row["log_prob"]) for row in nll("ten.ckpt", three)]
     assert got == pytest.approx(right(module, three, [str(i) for i in range(10)]), rel=1e-4)
     assert "are taken as labels: if that is wrong" in capsys.readouterr().err
-
-
-def test_every_class_of_numbered_folders_in_the_order_of_training(single, capsys):
     labels, said = guessed_labels(sorted(map(str, range(12))), 12, "a folder")
     assert labels == list(range(12))
     assert "order is ambiguous; taken as text: 0 is 0, 1 is 1, 10 is 2" in said
@@ -627,7 +616,7 @@ class Ranged(f2.data.FlowDataModule):
 
 
 @pytest.mark.parametrize("kind", ["Theirs", "Ranged"])
-@pytest.mark.parametrize("other", [{"low": 0.0}, {"high": 2.0}, {"levels": 128}, {"levels": 128, "low": 0.0}, {}])
+@pytest.mark.parametrize("other", [{"low": 0.0}, {"levels": 128}, {}])
 def test_data_of_other_levels_or_range_are_refused(single, capsys, kind, other):
     sharp("a.ckpt", shift=3.0)
     arguments = ("a.ckpt", f"{__name__}.{kind}", "--data_args", json.dumps(other))
@@ -636,9 +625,7 @@ def test_data_of_other_levels_or_range_are_refused(single, capsys, kind, other):
         return
     said = refused_nll(capsys, *arguments)
     assert "levels=256, low=-1.0, high=1.0" in said or "shape (1, 4, 4) and levels 256" in said
-
-
-def test_data_of_another_shape_are_refused_before_they_are_read(single, capsys):
-    sharp("a.ckpt", shift=3.0)
-    said = refused_nll(capsys, "a.ckpt", f"{__name__}.Theirs", "--data_args", '{"shape": [3, 4, 4]}')
-    assert "has shape (3, 4, 4)" in said
+    # another shape, before anything is read
+    if kind == "Theirs":
+        said = refused_nll(capsys, *arguments[:3], json.dumps({"shape": [3, 4, 4]}))
+        assert "has shape (3, 4, 4)" in said

@@ -14,6 +14,11 @@ from f2d2_lightning.utils.seeding import mix_seed
 __all__ = ["Checkerboard", "GaussianMixture"]
 
 
+def _parts(count: int) -> dict[str, int]:
+    """A tenth each for validation and test."""
+    return {name: max(1, size) for name, size in (("train", count), ("val", count // 10), ("test", count // 10))}
+
+
 class Checkerboard(FlowDataModule):
     """Uniform on the dark squares of a 4 x 4 board on [-2, 2]^2.
 
@@ -47,8 +52,7 @@ class Checkerboard(FlowDataModule):
             row = 2 * half - 2 + column % 2
             return torch.stack((column, row), -1) + torch.rand(count, 2, generator=generator)
 
-        parts = {"train": self.count, "val": self.count // 10, "test": self.count // 10}
-        return {name: (draw(max(1, count)), None) for name, count in parts.items()}
+        return {name: (draw(count), None) for name, count in _parts(self.count).items()}
 
 
 class GaussianMixture(FlowDataModule):
@@ -92,5 +96,4 @@ class GaussianMixture(FlowDataModule):
     def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Draw the three sets."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, "mixture"))
-        parts = {"train": self.count, "val": self.count // 10, "test": self.count // 10}
-        return {name: (self.flow.sample(max(1, count), generator), None) for name, count in parts.items()}
+        return {name: (self.flow.sample(count, generator), None) for name, count in _parts(self.count).items()}

@@ -277,7 +277,7 @@ class RoundTripError(MeanMetric):
     ``compute`` is NaN if there was none. A map whose way back misses the data has no valid likelihood.
     """
 
-    higher_is_better = False
+    higher_is_better = False  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()
