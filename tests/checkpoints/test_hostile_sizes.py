@@ -15,7 +15,7 @@ import torch
 from f2d2_lightning.cli._points import Reading, load_points
 from f2d2_lightning.data.dataset import StoredValues
 from f2d2_lightning.data.images import imagenet
-from f2d2_lightning.data.images._files import open_image
+from f2d2_lightning.data.images._files import decoded
 from f2d2_lightning.data.images._idx import read_idx
 from f2d2_lightning.data.images._stores import open_store
 from f2d2_lightning.data.images.edm_zip import _labels
@@ -356,9 +356,8 @@ def test_a_picture_that_says_it_is_huge(tmp_path):
 
     size = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(1000)))
-
-    def opened():
-        with open_image("a.png", content + chunk(b"IEND", b"")) as image:
-            image.load()
-
-    refused(opened, "a.png cannot be read as an image", "decompression bomb")
+    refused(
+        lambda: decoded(content + chunk(b"IEND", b""), "a.png", "L", False),
+        "a.png cannot be read as an image",
+        "decompression bomb",
+    )

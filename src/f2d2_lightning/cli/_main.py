@@ -97,13 +97,11 @@ class F2D2CLI(LightningCLI):
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Defaults that suit every command."""
         parser.set_defaults({"seed_everything": 0})
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Fit, validate and test."""
         return {name: {*LightningCLI.subcommands()[name], "weights_only"} for name in ("fit", "validate", "test")}
 
     def _parse_ckpt_path(self) -> None:

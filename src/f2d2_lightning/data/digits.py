@@ -41,7 +41,6 @@ class Digits(FlowDataModule):
         self.with_labels = labels
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Read and split the scans."""
         from sklearn.datasets import load_digits
 
         images, digits = load_digits(return_X_y=True)

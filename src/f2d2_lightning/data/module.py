@@ -166,18 +166,16 @@ class FlowDataModule(L.LightningDataModule):
         return loader
 
     def _evaluation(self, split: str) -> DataLoader:
+        """In order, with fixed noise."""
         return DataLoader(
             self.dataset(split), batch_size=self.eval_batch_size, num_workers=self.num_workers, collate_fn=_as_is
         )
 
     def val_dataloader(self) -> DataLoader:
-        """In order, with fixed noise."""
         return self._evaluation("val")
 
     def test_dataloader(self) -> DataLoader:
-        """In order, with fixed noise."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """The test data."""
         return self.test_dataloader()

@@ -43,7 +43,6 @@ class Checkerboard(FlowDataModule):
         return torch.where(dark, -math.log(8.0), -math.inf)
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Draw the three sets."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, "checkerboard"))
 
         def draw(count: int) -> Tensor:
@@ -94,6 +93,5 @@ class GaussianMixture(FlowDataModule):
         return self.flow.log_prob(x)
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Draw the three sets."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, "mixture"))
         return {name: (self.flow.sample(count, generator), None) for name, count in _parts(self.count).items()}

@@ -55,11 +55,13 @@ class LikelihoodEvaluation:
         self._moments = [MeanMetric(nan_strategy="error").to(device) for _ in range(2)]
         # a process without samples takes part in gathering all the same, or the others would wait for it
         nothing = torch.zeros(0, device=device)
+        of_steps = (self._all, self._negative, self._failed, self._counts, self._round_trips)
+        for metric in (self._reference_errors, self._reference_failed, *self._moments):
+            metric.update(nothing)
         for k in self.steps:
-            self._all[k].update(nothing)
             self._compared[k].update(nothing, nothing)
-            self._round_trips[k].update(nothing)
-        self._reference_errors.update(nothing)
+            for metrics in of_steps:
+                metrics[k].update(nothing)
         self.seconds = dict.fromkeys(self.steps, 0.0)
         """Spent on few-step likelihoods by this process."""
         self.evaluations = dict.fromkeys(self.steps, 0)
@@ -116,15 +118,14 @@ class LikelihoodEvaluation:
         errors: Mapping[int, Tensor] | None = None,
         reference_error: Tensor | None = None,
     ) -> None:
-        """Add a batch.
+        """Add a batch, of which :meth:`evaluate` says more.
 
         Args:
             values: Log-likelihoods by step count, ``(B,)`` or ``(draws, B)``, nats; samples with one that is not
-                finite count as failed.
-            reference: The reference's for the first samples of the batch and the first draw, ``(C,)``, nats,
-                ``C <= B``.
+                finite count as failed. The reference's are of the first draw.
+            reference: As there.
             errors: Mean squared error per dimension of each sample's way to noise and back, ``(B,)``, by step count.
-            reference_error: Standard errors of ``reference``, ``(C,)``, nats, where they are known.
+            reference_error: As there.
         """
         if reference is not None:
             self._reference_failed.update((~reference.isfinite()).float())
@@ -135,13 +136,12 @@ class LikelihoodEvaluation:
             good = value.isfinite().all(0)
             self._failed[k].update((~good).float())
             self._all[k].update(value.mean(0)[good])
-            if bool(good.any()):
-                self._negative[k].update((self._all[k].nll(value.mean(0)[good]) < 0).float())
-            kept = good[:0] if reference is None else good[: len(reference)] & reference.isfinite()
+            self._negative[k].update((self._all[k].nll(value.mean(0)[good]) < 0).float())
             if reference is not None:
+                kept = good[: len(reference)] & reference.isfinite()
                 self._compared[k].update(value[0, : len(reference)][kept], reference[kept])
-            self._counts[k].update(kept.float().sum())
-            if errors is not None and k in errors:
+                self._counts[k].update(kept.float().sum())
+            if errors:
                 self._round_trips[k].update(errors[k][good])
 
     def results(self) -> dict[str, Tensor]:
@@ -174,10 +174,8 @@ class LikelihoodEvaluation:
         :func:`~f2d2_lightning.metrics.likelihood.doubt`.
         """
         rows: list[dict[str, Any]] = []
-        deviation = math.nan
-        if all(bool(moment.weight > 0) for moment in self._moments):
-            mean, square = (moment.compute() for moment in self._moments)
-            deviation = float((square - mean.square()).clamp(min=0).sqrt())
+        mean, square = (moment.compute() for moment in self._moments)
+        deviation = float((square - mean.square()).clamp(min=0).sqrt())  # NaN without states
         unit = self._all[self.steps[0]].unit
         reference_error = float(self._reference_errors.compute()) / unit
         for k in self.steps:
@@ -194,7 +192,7 @@ class LikelihoodEvaluation:
                 "evaluations": self.evaluations[k],
                 "milliseconds": 1e3 * self.seconds[k] / max(1, int(self._all[k].count)),
                 "reference_error": reference_error,
-                "negative": float(self._negative[k].compute()) if bool(self._negative[k].weight > 0) else 0.0,
+                "negative": float(self._negative[k].compute().nan_to_num()),
             }
             rows.append(row | {"doubt": doubt(row, self.quantization is not None, deviation)})
         return rows

@@ -10,8 +10,6 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from PIL import Image
 
@@ -26,50 +24,47 @@ DAMAGES = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
 """What Pillow's decoders raise."""
 
 
-@contextmanager
-def open_image(path: str, content: bytes) -> Iterator[Image.Image]:
-    """The image in a file's content; whatever Pillow's decoders raise within the context says which file it was.
+def decoded(content: bytes, path: str, wanted: str, convert: bool) -> Image.Image:
+    """The image in a file's content, in Pillow's mode ``wanted``; of another mode only where it may be converted.
 
     Raises:
-        ValueError: If it cannot be read as an image.
+        ValueError: If it cannot be read, holds several pictures or more than 8 bits a value, or has another mode. Says
+            the file, what it has, and what to do.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            yield image
-    except _UnfitError:
-        raise
+            unfit = _unfit(image, wanted, convert)
+            picture = image.convert(wanted) if unfit is None else None
     except DAMAGES as error:
         raise ValueError(
             f"{path} cannot be read as an image ({error}); it is corrupt, truncated or of another type: repair or "
             "remove it"
         ) from error
+    if picture is None:
+        raise ValueError(f"{path} {unfit}")
+    return picture
 
 
-class _UnfitError(ValueError):
-    """An image that can be read and does not fit."""
-
-
-def check_mode(image: Image.Image, path: str, wanted: str, convert: bool) -> None:
-    """Refuse an image of several pictures, of more than 8 bits a value, or of a mode that may not become ``wanted``.
-
-    Raises:
-        ValueError: Says the file, its mode, and what to do.
-    """
-    if getattr(image, "n_frames", 1) > 1:
-        raise _UnfitError(f"{path} holds {image.n_frames} pictures; files of one picture are expected")  # type: ignore[attr-defined]
-    if image.mode.startswith(("I", "F")) or _is_narrowed(image):
-        raise _UnfitError(f"{path} has more than 8 bits a value (mode {image.mode}); 8-bit images are expected")
-    if image.mode == wanted:
-        return
-    if image.mode not in CONVERTIBLE:
-        raise _UnfitError(
-            f"{path} has mode {image.mode}; {wanted} images are expected ({', '.join(CONVERTIBLE)} convert)"
-        )
+def _unfit(image: Image.Image, wanted: str, convert: bool) -> str | None:
+    """Why an image that can be read does not fit, if it does not."""
+    mode = image.mode
+    if (pictures := getattr(image, "n_frames", 1)) > 1:
+        return f"holds {pictures} pictures; files of one picture are expected"
+    if mode.startswith(("I", "F")) or _is_narrowed(image):
+        return f"has more than 8 bits a value (mode {mode}); 8-bit images are expected"
+    if mode == wanted:
+        return None
+    if mode not in CONVERTIBLE:
+        return f"has mode {mode}; {wanted} images are expected ({', '.join(CONVERTIBLE)} convert)"
     if not convert:
-        raise _UnfitError(
-            f"{path} has mode {image.mode}, but the model is for mode {wanted} ({KINDS[wanted]}); convert the files, "
-            "or say --convert true (convert=True)"
+        return (
+            f"has mode {mode}, but the model is for mode {wanted} ({KINDS[wanted]}); convert the files, or say "
+            "--convert true (convert=True)"
         )
+    transparent = mode in ALPHA or "transparency" in image.info
+    if transparent and wanted not in ALPHA and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        return "has transparent pixels, whose colour is undefined; put it on a background first"
+    return None
 
 
 def _is_narrowed(image: Image.Image) -> bool:
@@ -79,18 +74,3 @@ def _is_narrowed(image: Image.Image) -> bool:
         if re.search(r";16[BLN]", str(arguments)) or highest > 255:
             return True
     return False
-
-
-def as_mode(image: Image.Image, path: str, wanted: str) -> Image.Image:
-    """An image in Pillow's mode ``wanted``, decoded.
-
-    Raises:
-        ValueError: If transparent pixels would get a colour.
-    """
-    if image.mode == wanted:
-        image.load()
-        return image
-    transparent = image.mode in ALPHA or "transparency" in image.info
-    if transparent and wanted not in ALPHA and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        raise _UnfitError(f"{path} has transparent pixels, whose colour is undefined; put it on a background first")
-    return image.convert(wanted)

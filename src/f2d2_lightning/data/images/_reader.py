@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from f2d2_lightning.data.dataset import LazyValues
-from f2d2_lightning.data.images._files import MODES, as_mode, check_mode, open_image
+from f2d2_lightning.data.images._files import MODES, decoded
 from f2d2_lightning.data.images._stores import FolderStore, Store, image_rows
 
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
@@ -123,9 +123,7 @@ class ImageReader(LazyValues):
         return values
 
     def _picture(self, content: bytes, where: str) -> Image.Image:
-        with open_image(where, content) as image:
-            check_mode(image, where, MODES[self.channels], self.convert)
-            picture = as_mode(image, where, MODES[self.channels])
+        picture = decoded(content, where, MODES[self.channels], self.convert)
         try:
             return self.framing(picture)
         except ValueError as error:

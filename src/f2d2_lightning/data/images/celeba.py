@@ -84,7 +84,6 @@ class CelebA64(ImageDataModule):
         self.classes = None if attribute is None else [f"not {attribute}", attribute]
 
     def splits(self) -> dict[str, LabeledImages]:
-        """Read the lists; images are read later."""
         folder = self.folder / "img_align_celeba"
         store = open_store(folder if folder.is_dir() else self._file("img_align_celeba.zip"))
         partition = self._partition(self._file("list_eval_partition.txt"))

@@ -58,7 +58,6 @@ class CIFAR10(ImageDataModule):
         self.folder, self.download = Path(folder).expanduser(), download
 
     def splits(self) -> dict[str, LabeledImages]:
-        """Read the batches and split."""
         path = self._find()
         content = _complete(dict(_folder(path) if path.is_dir() else _archive(path)), path)
         *parts, test = (_batch(data, f"{path}/{name}") for name, data in content.items())

@@ -64,7 +64,6 @@ class EDMZip(ImageDataModule):
             self.test = self.val
 
     def splits(self) -> dict[str, LabeledImages]:
-        """Read directories and labels; images are read later."""
         train = self._examples(self.path)
         held_out = None if self.test_path is None else self._examples(self.test_path)
         return divide(train, None, held_out, count=self.count, val=self.val, test=self.test, draw=True)

@@ -80,6 +80,5 @@ class FashionMNIST(ImageDataModule):
         return images[:, None], classes.long()
 
     def splits(self) -> dict[str, LabeledImages]:
-        """Read the files and split."""
         train, test = ((x, y if self.with_labels else None) for x, y in (self._load("train"), self._load("t10k")))
         return divide(train, None, test, count=self.count, val=self.val, test=self.test)

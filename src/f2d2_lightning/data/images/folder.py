@@ -68,7 +68,6 @@ class ImageFolder(ImageDataModule):
         self.shape = (channels, size, size)
 
     def splits(self) -> dict[str, LabeledImages]:
-        """List the files; images are read later."""
         train, classes = self._examples(self.folder, None)
         self.classes = classes or None
         held_out = [

@@ -89,7 +89,6 @@ class ImageNet64(ImageDataModule):
         self.cache = cache if cache is not None or version == "pictures" else str(self.folder / "cache")
 
     def splits(self) -> dict[str, LabeledImages]:
-        """Find the files, convert the batches if they have not been, and split."""
         read = self._batches if self.version == "batches" else self._pictures
         # the small one first: what is wrong with it is said before sixteen gigabytes are converted
         valid, train = (read(part) for part in ("valid", "train"))
