@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,8 @@ CHUNK = 1024
 """Images that are converted at a time."""
 
 
-@contextmanager
-def sole_writer(path: Path) -> Iterator[bool]:
-    """Wait until no other process writes a file; whether it is still to be written then.
+def write_once(path: Path, write: Callable[[], None]) -> None:
+    """Write a file that is not there, in one process, while others that want it wait.
 
     The lock is a file beside it that goes away with the last who waits; a process that dies holds it no longer, and
     what it had written is removed.
@@ -29,7 +27,7 @@ def sole_writer(path: Path) -> Iterator[bool]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
-    while True:
+    while not path.exists():
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # whoever held it before may have removed it: a lock on a file that is gone keeps nobody out
@@ -37,10 +35,10 @@ def sole_writer(path: Path) -> Iterator[bool]:
                 continue
             try:
                 remove_partial(path)
-                yield not path.exists()
+                if not path.exists():
+                    write()
             finally:
                 lock.unlink(missing_ok=True)
-            return
 
 
 def digest(*parts: object) -> str:
@@ -82,9 +80,7 @@ def cached(values: ImageReader, folder: str | Path | None, name: str) -> LazyVal
         values[:1]
         return values
     path = Path(folder).expanduser() / f"{name}-{digest(values.fingerprint())}.npy"
-    if not path.exists():
-        with sole_writer(path) as missing:
-            if missing:
-                starts = range(0, len(values), CHUNK)
-                write_array(path, values.shape, (values[start : start + CHUNK].numpy() for start in starts))
+    starts = range(0, len(values), CHUNK)
+    chunks = (values[start : start + CHUNK].numpy() for start in starts)
+    write_once(path, lambda: write_array(path, values.shape, chunks))
     return StoredValues(path)

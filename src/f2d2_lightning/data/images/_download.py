@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from f2d2_lightning.data.images._cache import sole_writer
+from f2d2_lightning.data.images._cache import write_once
 from f2d2_lightning.utils.files import whole_file
 
 CHUNK = 1 << 20
@@ -35,9 +35,7 @@ def fetch(source: Source, path: str | Path) -> None:
     """
     path = Path(path)
     try:
-        with sole_writer(path) as missing:
-            if missing:
-                _fetch(source, path)
+        write_once(path, lambda: _fetch(source, path))
     except (OSError, http.client.HTTPException) as error:
         raise FileNotFoundError(
             f"{source.url} cannot be brought to {path} ({error}); get it by other means, with MD5 {source.md5}, and "

@@ -126,10 +126,7 @@ def divide(
         start = starts[name] if values is train[0] else 0
         rows: slice | Tensor = slice(start, start + size)
         if draw:
-            rows = _drawn(len(values))[rows].sort().values
+            order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+            rows = order[rows].sort().values
         found[name] = (take(values, rows), None if labels is None else labels[rows])
     return found
-
-
-def _drawn(count: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from f2d2_lightning.data.dataset import StoredValues
 from f2d2_lightning.data.images._batches import checked_batch
-from f2d2_lightning.data.images._cache import cached, digest, sole_writer, write_array
+from f2d2_lightning.data.images._cache import cached, digest, write_array, write_once
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import first_of, image_rows, open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
@@ -131,10 +131,7 @@ class ImageNet64(ImageDataModule):
         status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         images = Path(self.cache or "").expanduser() / f"{part}-{digest(status)}.npy"
         labels = images.with_name(f"{images.stem}-labels.npy")
-        if not images.exists():
-            with sole_writer(images) as missing:
-                if missing:
-                    _convert(paths, images, labels, BATCH_COUNTS[part])
+        write_once(images, lambda: _convert(paths, images, labels, BATCH_COUNTS[part]))
         values, classes = StoredValues(images), StoredValues(labels)[:]
         return values, classes if self.with_labels else None
 
