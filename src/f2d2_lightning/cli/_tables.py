@@ -54,18 +54,12 @@ def check_table_path(path: Path, overwrite: bool = False) -> None:
 def write_table(
     path: Path, columns: Sequence[Column], metadata: Mapping[str, str] | None = None, overwrite: bool = False
 ) -> None:
-    """Write a table, making its folder. It appears whole or not at all.
+    """Write a table of columns of equal length, making its folder. It appears whole or not at all.
 
-    Args:
-        path: ``.csv``, or ``.parquet`` (optional extra ``parquet``).
-        columns: Columns of equal length.
-        metadata: Kept in a Parquet file's schema; a CSV file has no place for it.
-        overwrite: Replace a file that is there.
+    ``metadata`` is kept in a Parquet file's schema; a CSV file has no place for it.
 
     Raises:
-        ValueError: If the suffix names no format, or columns differ in length.
-        FileExistsError: If a file is there and was not given up.
-        ModuleNotFoundError: If the format needs a package that is not installed.
+        ValueError: If columns differ in length; and as :func:`check_table_path`.
     """
     check_table_path(path, overwrite)
     lengths = {column.name: len(column.values) for column in columns}
@@ -77,15 +71,12 @@ def write_table(
                 writer = csv.writer(file)
                 writer.writerow(column.name for column in columns)
                 writer.writerows(zip(*(column.values for column in columns), strict=True))
-        else:
-            _write_parquet(partial, columns, metadata or {})
-
-
-def _write_parquet(path: Path, columns: Sequence[Column], metadata: Mapping[str, str]) -> None:
-    arrow, parquet = _parquet()
-    arrays = [arrow.array(column.values) for column in columns]
-    fields = [
-        arrow.field(column.name, array.type, metadata=None if column.unit is None else {"unit": column.unit})
-        for column, array in zip(columns, arrays, strict=True)
-    ]
-    parquet.write_table(arrow.Table.from_arrays(arrays, schema=arrow.schema(fields, metadata=dict(metadata))), path)
+            return
+        arrow, parquet = _parquet()
+        arrays = [arrow.array(column.values) for column in columns]
+        fields = [
+            arrow.field(column.name, array.type, metadata=None if column.unit is None else {"unit": column.unit})
+            for column, array in zip(columns, arrays, strict=True)
+        ]
+        schema = arrow.schema(fields, metadata=dict(metadata or {}))
+        parquet.write_table(arrow.Table.from_arrays(arrays, schema=schema), partial)

@@ -154,7 +154,10 @@ def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: 
         x, cond = module.data_to_state(batch)
         if not points.dequantized and not found[0] and torch.is_floating_point(x):
             check_values(x, module.quantization)
-        _check_labels(module, points, cond)
+        if module.conditional and cond is None:
+            raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
+        if module.conditional and cond is not None:
+            check_labels(module, cond, points.source)
         x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
         for parts, kind in zip(found, kinds, strict=True):
             parts.append(_likelihoods(lambda state: kind(state, cond), x, options.mirrored))  # noqa: B023
@@ -185,14 +188,6 @@ def _likelihoods(log_prob: Callable[[Tensor], LogProb], x: Tensor, mirrored: boo
         share = torch.stack([answer.value.cpu().double() for answer in answers]).softmax(0)
         error = (share * torch.stack(errors).cpu().double()).sum(0)
     return _Likelihoods(value, sum(answer.evaluations for answer in answers), error)
-
-
-def _check_labels(module: LikelihoodModel, points: Points, cond: Tensor | None) -> None:
-    if not module.conditional:
-        return
-    if cond is None:
-        raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
-    check_labels(module, cond, points.source)
 
 
 def _columns(module: LikelihoodModel, points: Points, found: list[_Likelihoods], among: Tensor | None) -> list[Column]:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.data.dataset import Values, take
+from f2d2_lightning.data.dataset import take
 from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
-from f2d2_lightning.data.images._stores import Store, open_store
+from f2d2_lightning.data.images._stores import open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 
 __all__ = ["CelebA64"]
@@ -86,13 +86,14 @@ class CelebA64(ImageDataModule):
     def splits(self) -> dict[str, LabeledImages]:
         folder = self.folder / "img_align_celeba"
         store = open_store(folder if folder.is_dir() else self._file("img_align_celeba.zip"))
-        partition = self._partition(self._file("list_eval_partition.txt"))
-        values = self._reader(store, list(partition))
+        partition = _partition(self._file("list_eval_partition.txt"))
+        of = {name.rpartition("/")[2]: row for row, name in enumerate(store.names)}
+        images = ImageReader(store, _all_of(of, list(partition), store.path), 3, self.framing)
+        values = cached(images, self.cache, "celeba64")
         labels = None if self.attribute is None else self._labels(self._file("list_attr_celeba.txt"), list(partition))
-        of = torch.tensor(list(partition.values()))
-        parts = []
+        splits, parts = torch.tensor(list(partition.values())), []
         for number in range(len(SPLITS)):
-            rows = (of == number).nonzero()[:, 0]
+            rows = (splits == number).nonzero()[:, 0]
             parts.append((take(values, rows), None if labels is None else labels[rows]))
         return divide(*parts, count=self.count, val=self.val, test=self.test)
 
@@ -110,28 +111,6 @@ class CelebA64(ImageDataModule):
                 )
             fetch(source, path)
         return path
-
-    @staticmethod
-    def _partition(path: Path) -> dict[str, int]:
-        """Number of the split of each image, by file name."""
-        found: dict[str, int] = {}
-        for number, line in enumerate(_lines(path), 1):
-            name, _, split = line.partition(" ")
-            if split.strip() not in ("0", "1", "2"):
-                raise ValueError(f"line {number} of {path} is {line!r}; a name and 0, 1 or 2 are expected: {AGAIN}")
-            found[name] = int(split)
-        came = {name: list(found.values()).count(number) for number, name in enumerate(SPLITS)}
-        if came != COUNTS:
-            listed = [", ".join(f"{count} {name}" for name, count in counts.items()) for counts in (came, COUNTS)]
-            raise ValueError(
-                f"{path} lists {listed[0]} images; {listed[1]} are expected: it is truncated or another file; {AGAIN}"
-            )
-        return found
-
-    def _reader(self, store: Store, names: list[str]) -> Values:
-        of = {name.rpartition("/")[2]: row for row, name in enumerate(store.names)}
-        rows = _all_of(of, names, store.path)
-        return cached(ImageReader(store, rows, 3, self.framing), self.cache, "celeba64")
 
     def _labels(self, path: Path, names: list[str]) -> Tensor:
         """1 where an image has the attribute, else 0, ``(N,)``, ``int64``."""
@@ -151,6 +130,23 @@ class CelebA64(ImageDataModule):
                 )
             found[name] = int(values[column] == "1")
         return torch.tensor(_all_of(found, names, path))
+
+
+def _partition(path: Path) -> dict[str, int]:
+    """Number of the split of each image, by file name."""
+    found: dict[str, int] = {}
+    for number, line in enumerate(_lines(path), 1):
+        name, _, split = line.partition(" ")
+        if split.strip() not in ("0", "1", "2"):
+            raise ValueError(f"line {number} of {path} is {line!r}; a name and 0, 1 or 2 are expected: {AGAIN}")
+        found[name] = int(split)
+    came = {name: list(found.values()).count(number) for number, name in enumerate(SPLITS)}
+    if came != COUNTS:
+        listed = [", ".join(f"{count} {name}" for name, count in counts.items()) for counts in (came, COUNTS)]
+        raise ValueError(
+            f"{path} lists {listed[0]} images; {listed[1]} are expected: it is truncated or another file; {AGAIN}"
+        )
+    return found
 
 
 def _all_of(found: Mapping[str, int], names: list[str], path: Path) -> list[int]:
