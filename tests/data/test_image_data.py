@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import pickletools
 import zipfile
 
@@ -305,13 +304,3 @@ def test_grey_becomes_colour_on_request(tmp_path):
     assert torch.equal(values[0], torch.from_numpy(arrays[row]).expand(3, -1, -1))
     with pytest.raises(ValueError, match="mode L, but the model is for mode RGB"):
         f2.data.ImageFolder(str(tmp_path / "a"), 4, val=1, test=1).setup()
-
-
-def test_bits_per_dim_of_a_uniform_density_over_the_levels(tmp_path, monkeypatch):
-    """States fill [-1, 1] with 256 bins: the uniform density costs eight bits."""
-    monkeypatch.setattr(cifar, "ROWS", 12)
-    make_cifar(tmp_path, "cifar-10-batches-bin")
-    data = f2.data.CIFAR10(str(tmp_path), val=7)
-    dim = math.prod(data.shape)
-    value = torch.tensor([-dim * math.log(2.0)])
-    assert float(f2.bits_per_dim(value, dim, data.levels)) == pytest.approx(8.0)

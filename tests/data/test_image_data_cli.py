@@ -8,8 +8,7 @@ from jsonargparse import ArgumentParser
 
 import f2d2_lightning as f2
 from f2d2_lightning.cli import main
-from f2d2_lightning.data.images import cifar
-from made_data import make_cifar, make_edm
+from made_data import make_edm
 
 CLASSES = {
     "CIFAR10": {"folder": "here", "val": 7, "flip": True, "batch_size": 3},
@@ -33,11 +32,6 @@ def test_they_are_made_from_a_configuration(name):
     for argument in ("flip", "batch_size", "eval_batch_size", "num_workers", "seed"):
         if argument in CLASSES[name]:
             assert getattr(data, argument) == CLASSES[name][argument]
-
-
-def test_an_argument_that_there_is_not():
-    with pytest.raises(TypeError, match="flips"):
-        f2.data.CIFAR10("here", flips=True)
 
 
 def test_training_from_the_command_line(tmp_path, monkeypatch):
@@ -68,16 +62,3 @@ def test_one_process_of_a_node_prepares(tmp_path, monkeypatch):
     assert not (tmp_path / "arrays").exists()
     data.prepare_data()
     assert len(list((tmp_path / "arrays").iterdir())) == 1
-
-
-def test_flips_reach_the_module_and_not_its_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "ROWS", 6)
-    make_cifar(tmp_path, "cifar-10-batches-bin", rows=6)
-    data = f2.data.CIFAR10(str(tmp_path), val=5, flip=True, batch_size=25)
-    stored = data.dataset("train").values
-    before = stored.clone()
-    seen = data.quantization.quantize(next(iter(data.train_dataloader()))).to(torch.uint8)
-    among = {bytes(image.numpy()) for image in stored}
-    share = sum(bytes(image.numpy()) not in among for image in seen)
-    assert 0 < share < 25
-    assert torch.equal(stored, before)

@@ -116,33 +116,6 @@ def test_no_network_or_folder_says_what_to_do(server, tmp_path, monkeypatch):
     assert listing(tmp_path) == ["file"]
 
 
-def test_an_interruption_leaves_nothing(server, tmp_path, monkeypatch):
-    source = server.offer("/a", b"x" * 1000)
-    monkeypatch.setattr("f2d2_lightning.data.images._download.CHUNK", 100)
-    before = hashlib.md5
-
-    class Interrupting:
-        def __init__(self, **_):
-            self.inner, self.count = before(), 0
-
-        def update(self, chunk):
-            self.count += 1
-            lock, partial = listing(tmp_path)
-            assert lock == ".a.lock"
-            assert partial.startswith("a.part-")
-            if self.count == 3:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(hashlib, "md5", Interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        fetch(source, tmp_path / "a")
-    assert listing(tmp_path) == []
-    monkeypatch.undo()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    fetch(source, tmp_path / "a")
-    assert (tmp_path / "a").read_bytes() == b"x" * 1000
-
-
 def test_several_processes_fetch_once(server, tmp_path):
     source = server.offer("/a", b"x" * 100_000)
     threads = [threading.Thread(target=fetch, args=(source, tmp_path / "a")) for _ in range(4)]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import json
 import os
 import pickle
-import threading
 import zipfile
 
 import numpy as np
@@ -61,17 +59,6 @@ class Runs:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
-
-
-def test_a_pickle_changes_nothing_for_the_next():
-    """It can set attributes of what it is given, classes included."""
-    data = {"data": np.arange(6, dtype=np.uint8).reshape(2, 3)}
-    for name in (b"numpy\ndtype\n", b"numpy.core.multiarray\n_reconstruct\n"):
-        for attribute in (b"dtype", b"array", b"__setstate__"):
-            poison = b"\x80\2}(U\1ac" + name + b"N}U" + bytes([len(attribute)]) + attribute + b"K\5s\x86bu."
-            with contextlib.suppress(ValueError):
-                read_arrays(poison, "file", "here")
-            assert np.array_equal(read_arrays(python2_pickle(data), "file", "here")["data"], data["data"])
 
 
 GOOD_PICKLE = python2_pickle({"data": np.zeros((2, 3), np.uint8), "labels": [1, 2]})
@@ -456,31 +443,6 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     other.write_bytes(b"half")
     assert torch.equal(cache.cached(values, tmp_path / "arrays", "made")[:], values[:])
     assert listing(tmp_path / "arrays") == [path.name, other.name]
-
-
-def test_several_processes_convert_once(tmp_path, monkeypatch):
-    values, count = reader(tmp_path / "images"), []
-    read = ImageReader.__getitems__
-    monkeypatch.setattr(cache, "CHUNK", 4)
-
-    def counted(self, rows):
-        count.extend(rows)
-        return read(self, rows)
-
-    monkeypatch.setattr(ImageReader, "__getitems__", counted)
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(cache.cached(values, tmp_path / "arrays", "made")[:]))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(count) == list(range(20))
-    assert len(found) == 4
-    assert all(torch.equal(value, found[0]) for value in found)
-    assert len(listing(tmp_path / "arrays")) == 1
 
 
 def test_a_cache_is_of_its_images_and_their_framing(tmp_path):

@@ -20,7 +20,7 @@ def values():
     return reference + generator.normal(1.5, 4, 57), reference
 
 
-@pytest.mark.parametrize("levels", [None, 17, 256])
+@pytest.mark.parametrize("levels", [None, 17])
 def test_equals_numpy(values, levels):
     few, reference = values
     dim = 64
@@ -44,7 +44,7 @@ def test_equals_numpy(values, levels):
         assert float(getattr(result, name)) == pytest.approx(value, rel=1e-7), name
 
 
-@pytest.mark.parametrize("levels", [None, 17, 256])
+@pytest.mark.parametrize("levels", [None, 17])
 def test_mean_equals_numpy(values, levels):
     few, _ = values
     # far from zero, where sums of squares cancel
@@ -71,13 +71,10 @@ def test_mean_of_one_and_of_none():
     assert math.isnan(float(error))
 
 
-def test_sign_of_the_gap():
+def test_sign_of_the_gap_and_one_sample():
     # a student that finds every sample less likely than the teacher has a positive gap in NLL
     reference = torch.tensor([-1.0, -2.0, -5.0])
     assert float(agreement(reference - 3.0, reference).gap) == pytest.approx(3.0)
-
-
-def test_one_sample_has_no_spread():
     result = agreement(torch.tensor([-1.0]), torch.tensor([-2.0]))
     assert float(result.gap) == pytest.approx(-1.0)
     assert math.isnan(float(result.correlation))
