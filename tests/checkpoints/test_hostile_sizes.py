@@ -16,9 +16,9 @@ from f2d2_lightning.cli._points import Reading, load_points
 from f2d2_lightning.data.dataset import StoredValues
 from f2d2_lightning.data.images import imagenet
 from f2d2_lightning.data.images._files import decoded
-from f2d2_lightning.data.images._idx import read_idx
 from f2d2_lightning.data.images._stores import open_store
 from f2d2_lightning.data.images.edm_zip import _labels
+from f2d2_lightning.data.images.fashion import read_idx
 from f2d2_lightning.utils import arrays
 from f2d2_lightning.utils.arrays import check_growth, check_stored_archive, map_numbers, read_numbers
 from made_data import write_files

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import f2d2_lightning as f2
-from f2d2_lightning.data.images._idx import read_idx
+from f2d2_lightning.data.images.fashion import read_idx
 from made_data import idx, make_fashion
 
 

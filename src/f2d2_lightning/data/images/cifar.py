@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from f2d2_lightning.data.images._batches import checked_batch
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._stores import first_of
-from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, checked_batch, divide
 from f2d2_lightning.utils.pickles import read_arrays
 
 __all__ = ["CIFAR10"]

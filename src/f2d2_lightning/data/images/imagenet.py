@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.data.dataset import StoredValues
-from f2d2_lightning.data.images._batches import checked_batch
 from f2d2_lightning.data.images._cache import cached, digest, write_array, write_once
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import first_of, image_rows, open_store
-from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
+from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, checked_batch, divide
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.files import whole_file
 from f2d2_lightning.utils.pickles import read_arrays
