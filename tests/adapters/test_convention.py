@@ -153,7 +153,7 @@ def test_modes():
     for network in (Undifferentiated(), DetachedInside()):
         with pytest.raises(ConventionError, match="in reverse mode, and"):
             check_convention(Adapter()(network), x, mode="reverse")
-    with pytest.raises(ValueError, match="'backward'; it is 'forward', 'reverse' or 'finite'"):
+    with pytest.raises(ValueError, match="'backward'; it is one of 'forward', 'reverse', 'finite'"):
         check_convention(Adapter()(Body()), x, mode="backward")
 
 

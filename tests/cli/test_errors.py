@@ -26,7 +26,7 @@ from f2d2_lightning import (
 )
 from f2d2_lightning.divergence import Conditional, Exact
 from f2d2_lightning.flows import MixtureFlow, Point, TrigonometricPath
-from f2d2_lightning.nn import MLP, GaussianPreconditioned, IntervalEmbedding, PreconditionedMLP, ResNet
+from f2d2_lightning.nn import MLP, GaussianPreconditioned, PreconditionedMLP, ResNet
 from f2d2_lightning.objectives import ConditionalSource, Consistency, Eulerian, Lagrangian, Semigroup, TeacherSource
 from problems import PROBLEMS
 
@@ -134,8 +134,7 @@ def test_unfit_states(flow, entrance, state):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (0, "steps is 0; at least one step"),
-        (-3, "steps is -3"),
+        (0, "steps=0; it must be at least 1"),
         ([0.0, 0.5], "distinct times that include 0 and 1"),
         ([0.5, 1.0], "distinct times that include 0 and 1"),
         ([0.0, 0.5, 0.5, 1.0], "distinct times"),
@@ -176,8 +175,8 @@ def test_likelihoods_need_a_divergence():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "leapfrog"}, "method is 'leapfrog'; fixed: euler, .*adaptive: dopri5"),
-        ({"method": "euler", "steps": 0}, "needs steps >= 1, got 0"),
+        ({"method": "leapfrog"}, "method is 'leapfrog'; it is one of 'euler', .*'dopri5'"),
+        ({"method": "euler", "steps": 0}, "steps=0; it must be at least 1"),
         ({"method": "dopri5", "steps": 10}, "chooses its own steps"),
     ],
 )
@@ -260,38 +259,38 @@ def test_mixture():
 
 
 SETTINGS = {
-    "chunk is 0": lambda: Exact(0),
-    "probes is 0": lambda: Hutchinson(0),
+    "chunk=0; it must be at least 1": lambda: Exact(0),
+    "probes=0": lambda: Hutchinson(0),
     "distribution is 'cauchy'": lambda: Hutchinson(distribution="cauchy"),
     "mode is 'backward'": lambda: Hutchinson(mode="backward"),
-    "step is 0": lambda: Hutchinson(step=0.0),
+    "step=0.0; it must be positive": lambda: Hutchinson(step=0.0),
     "handover is 1.5": lambda: Conditional(1.5),
     "covariance is 'banded'": lambda: GaussianBaseline((3,), "banded"),
     "direction is 'up'": lambda: Direction.parse("up"),
-    "together at most 1": lambda: Intervals(diagonal=0.6, grid=0.6),
-    "at least 0": lambda: Intervals(diagonal=-0.1),
-    "step counts are at least 1": lambda: Intervals(steps=(0, 1)),
+    r"diagonal \+ grid=1.2": lambda: Intervals(diagonal=0.6, grid=0.6),
+    "diagonal=-0.1; it must be a share": lambda: Intervals(diagonal=-0.1),
+    "the least of steps=0; it must be at least 1": lambda: Intervals(steps=(0, 1)),
     "length is 1": lambda: Intervals(length=1.0),
     "method is 'secant'": lambda: Inversion("secant"),
-    "max_iterations and memory are 0": lambda: Inversion(max_iterations=0),
-    "tolerance is 0": lambda: Inversion(tolerance=0.0),
+    "max_iterations=0": lambda: Inversion(max_iterations=0),
+    "tolerance=0.0": lambda: Inversion(tolerance=0.0),
     "split is 'thirds'": lambda: Semigroup("thirds"),
     r"Intervals\(diagonal=...\) must be positive": lambda: Semigroup(intervals=Intervals(diagonal=0.0)),
     "consistency maps only go to data": lambda: Consistency(Intervals("both")),
     "divergence=-1": lambda: Weighting(divergence=-1.0),
-    r"adaptive=2.0 lie in \[0, 1\]": lambda: Weighting(adaptive=2.0),
+    r"adaptive=2.0; it must be a share, in \[0, 1\]": lambda: Weighting(adaptive=2.0),
     "starts is": lambda: TrajectoryRegression(starts={"middle": 1.0}),
     "shares that are not negative": lambda: TrajectoryRegression(starts={"data": 1.0, "noise": -1.0}),
     "nodes=0": lambda: TrajectoryRegression(nodes=0),
-    "units is 'bits'; it is 'natural' or 'velocity'": lambda: Weighting(units="bits"),
-    "diagonal=0.0 be positive": lambda: Weighting(diagonal=0.0),
-    r"to_noise is 1.5; it is a share, in \[0, 1\]": lambda: Intervals(to_noise=1.5),
+    "units is 'bits'; it is one of 'natural', 'velocity'": lambda: Weighting(units="bits"),
+    "diagonal=0.0; it must be positive": lambda: Weighting(diagonal=0.0),
+    "to_noise=1.5": lambda: Intervals(to_noise=1.5),
     r"perturbation is \(0.3, 0.02\); two positive numbers": lambda: TrajectoryRegression(perturbation=(0.3, 0.02)),
     r"perturbation is \(0.0, 0.3\)": lambda: TrajectoryRegression(perturbation=(0.0, 0.3)),
-    r"unroll is 1.5, a share of training in \[0, 1\]": lambda: TrajectoryRegression(unroll=1.5),
-    r"near_data 1, a share of the nodes in \[0, 1\)": lambda: TrajectoryRegression(near_data=1),
+    "unroll=1.5": lambda: TrajectoryRegression(unroll=1.5),
+    r"near_data=1; it is a share of the nodes, in \[0, 1\)": lambda: TrajectoryRegression(near_data=1),
     "refresh=-1": lambda: TrajectoryRegression(refresh=-1.0),
-    "chunk=0 are at least 1": lambda: TrajectoryRegression(chunk=0),
+    "chunk=0; it must": lambda: TrajectoryRegression(chunk=0),
     "per_axis=True weights features by the baseline's axes": lambda: DivergenceHead(features=3, per_axis=True),
     "give features=F and a baseline": lambda: DivergenceHead(
         network=MLP((3,)), per_axis=True, baseline=GaussianBaseline((3,))
@@ -301,11 +300,10 @@ SETTINGS = {
     ),
     "either features=F": lambda: DivergenceHead(),
     "to read the backbone, or network": lambda: DivergenceHead(features=3, network=MLP((3,))),
-    "layers=-1 is at least 0": lambda: DivergenceHead(features=3, layers=-1),
-    "hidden=0 at least 1": lambda: DivergenceHead(features=3, hidden=0),
+    "layers=-1; it must be at least 0": lambda: DivergenceHead(features=3, layers=-1),
+    "hidden=0; it must be at least 1": lambda: DivergenceHead(features=3, hidden=0),
     "even H and W": lambda: ResNet((1, 3, 4)),
     r"takes \(C, H, W\)": lambda: ResNet((3,)),
-    "both are at least 1": lambda: IntervalEmbedding(0),
 }
 
 

@@ -127,5 +127,5 @@ def test_bad_data():
     with pytest.raises(ValueError, match="set levels=17"):
         Quantization(256).check_range_of(torch.arange(17))
     Quantization(17).check_range_of(torch.arange(17))
-    with pytest.raises(ValueError, match="at least one dimension"):
+    with pytest.raises(ValueError, match="dim=0; it must be at least 1"):
         bits_per_dim(torch.zeros(1), 0)

@@ -21,6 +21,7 @@ from torch import Tensor
 from f2d2_lightning.divergence._tangents import REMEDY, DerivativeError, forward_mode
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.paths import LinearPath, Path, Point, repeat_time
+from f2d2_lightning.utils.checks import at_least, one_of, positive
 from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, row_keys
 
 __all__ = [
@@ -45,10 +46,8 @@ def check_mode(mode: str, step: float = 1.0) -> None:
     Raises:
         ValueError: Says the ways that there are.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; it is 'forward', 'reverse' or 'finite'")
-    if not step > 0:
-        raise ValueError(f"step is {step}; it must be positive")
+    one_of("mode", mode, MODES)
+    positive(step=step)
 
 
 class Divergence(NamedTuple):
@@ -174,8 +173,7 @@ class Exact(DivergenceEstimator):
     """
 
     def __init__(self, chunk: int = 32, mode: str = "forward", step: float = 1e-2) -> None:
-        if chunk < 1:
-            raise ValueError(f"chunk is {chunk}; it counts directions, at least 1")
+        at_least(1, chunk=chunk)
         check_mode(mode, step)
         self.chunk, self.mode, self.step = chunk, mode, step
 
@@ -227,10 +225,8 @@ class Hutchinson(DivergenceEstimator):
         step: float = 1e-2,
         control: GaussianBaseline | None = None,
     ) -> None:
-        if probes < 1:
-            raise ValueError(f"probes is {probes}; at least 1 is needed")
-        if distribution not in ("rademacher", "gaussian"):
-            raise ValueError(f"distribution is {distribution!r}; it is 'rademacher' or 'gaussian'")
+        at_least(1, probes=probes)
+        one_of("distribution", distribution, ("rademacher", "gaussian"))
         check_mode(mode, step)
         self.probes = probes
         self.distribution = distribution

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.maps import Joint, JointMap
 from f2d2_lightning.flows.paths import LinearPath, Path, distinct, like
+from f2d2_lightning.utils.checks import check_shape, one_of
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["GaussianBaseline", "GaussianFlow", "fit_baselines"]
@@ -68,8 +69,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     def __init__(self, shape: Iterable[int], covariance: str = "full", path: Path | None = None) -> None:
         super().__init__()
-        if covariance not in ("full", "diagonal", "isotropic"):
-            raise ValueError(f"covariance is {covariance!r}; it is 'full', 'diagonal' or 'isotropic'")
+        one_of("covariance", covariance, ("full", "diagonal", "isotropic"))
         self.shape = tuple(shape)
         self.dim = math.prod(self.shape)
         self.covariance = covariance
@@ -172,11 +172,7 @@ class GaussianBaseline(nn.Module, Configured):
         Raises:
             ValueError: Says both shapes.
         """
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(
-                f"states have shape {tuple(x.shape)}, but the Gaussian fit is of states of shape {self.shape}; "
-                "set its shape to that of the data"
-            )
+        check_shape(x, self.shape, "the Gaussian fit is of states", "set its shape to that of the data")
 
     def to_axes(self, x: Tensor) -> Tensor:
         """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""

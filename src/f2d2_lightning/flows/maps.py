@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows._transforms import is_transformed
 from f2d2_lightning.flows.paths import expand_time, like
+from f2d2_lightning.utils.checks import one_of
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["Direction", "FlowMap", "Joint", "JointMap", "Jump", "Velocity", "as_flow_map"]
@@ -54,8 +55,7 @@ class Direction(enum.Flag):
         if isinstance(direction, Direction):
             return direction
         names = {"to_data": cls.TO_DATA, "to_noise": cls.TO_NOISE, "both": cls.BOTH, "none": cls.NONE}
-        if direction not in names:
-            raise ValueError(f"direction is {direction!r}; it is one of {', '.join(map(repr, names))}")
+        one_of("direction", direction, names)
         return names[direction]
 
     @property
@@ -131,8 +131,8 @@ def check_interval(s: Tensor | float, t: Tensor | float, directions: Direction, 
 class FlowMap(nn.Module, Configured):
     """A few-step model: average velocity ``u(x, s, t)``.
 
-    Subclass it and write :meth:`forward`; write :meth:`forward_features` too if a divergence head is to read
-    your hidden features. ``directions`` says which orders of time the network was (or will be) trained for.
+    Subclass it and write :meth:`forward`, or :meth:`forward_features` if a divergence head is to read your hidden
+    features. ``directions`` says which orders of time the network was (or will be) trained for.
     """
 
     directions: Direction = Direction.BOTH
@@ -155,9 +155,11 @@ class FlowMap(nn.Module, Configured):
             cond: Conditioning, or ``None``.
 
         Returns:
-            ``u``, shape of ``x``.
+            ``u``, shape of ``x``; by default that of :meth:`forward_features`.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define forward(x, s, t, cond) -> u")
+        if type(self).forward_features is FlowMap.forward_features:
+            raise NotImplementedError(f"{type(self).__name__} must define forward(x, s, t, cond) -> u")
+        return self.forward_features(x, s, t, cond)[0]
 
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None

@@ -24,6 +24,7 @@ from f2d2_lightning.flows.maps import JointMap
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.likelihood.sampling import Samples, check_state, normal_log_prob, sample
 from f2d2_lightning.likelihood.time_grids import time_grid
+from f2d2_lightning.utils.checks import at_least
 
 __all__ = ["GuidedSamples", "SelfGuidance"]
 
@@ -75,11 +76,9 @@ class SelfGuidance:
     measure: bool = False
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or self.steps < 1 or self.likelihood_steps < 1:
-            raise ValueError(
-                f"scale={self.scale} is a finite step size; steps={self.steps} and "
-                f"likelihood_steps={self.likelihood_steps} are at least 1"
-            )
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale}; it is a finite step size")
+        at_least(1, steps=self.steps, likelihood_steps=self.likelihood_steps)
 
     def __call__(
         self,

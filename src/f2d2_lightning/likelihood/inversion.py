@@ -24,6 +24,7 @@ from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows.paths import like
+from f2d2_lightning.utils.checks import at_least, one_of, positive
 
 __all__ = ["Inversion", "Solution", "map_jacobian"]
 
@@ -63,14 +64,10 @@ class Inversion:
     memory: int = 6
 
     def __post_init__(self) -> None:
-        if self.method not in ("anderson", "newton"):
-            raise ValueError(f"method is {self.method!r}; it is 'anderson' or 'newton'")
-        if self.max_iterations < 1 or self.memory < 1:
-            raise ValueError(
-                f"max_iterations and memory are {self.max_iterations} and {self.memory}; both are at least 1"
-            )
-        if self.tolerance is not None and not self.tolerance > 0:
-            raise ValueError(f"tolerance is {self.tolerance}; it must be positive")
+        one_of("method", self.method, ("anderson", "newton"))
+        at_least(1, max_iterations=self.max_iterations, memory=self.memory)
+        if self.tolerance is not None:
+            positive(tolerance=self.tolerance)
 
     def solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor) -> Solution:
         """The ``y`` with ``y + displacement(y) = x``.

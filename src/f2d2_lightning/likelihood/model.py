@@ -17,7 +17,8 @@ from f2d2_lightning.likelihood.guidance import SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
 from f2d2_lightning.likelihood.reference import Reference
-from f2d2_lightning.likelihood.sampling import Samples, check_shape, draw_noise, sample
+from f2d2_lightning.likelihood.sampling import Samples, draw_noise, sample
+from f2d2_lightning.utils.checks import check_shape
 
 __all__ = ["JointModel", "LikelihoodModel"]
 
@@ -171,7 +172,9 @@ class LikelihoodModel(ABC):
             return sample(joint, noise, steps, cond, with_log_prob=with_log_prob)
 
     def _fitting(self, x: Tensor) -> Tensor:
-        check_shape(x, self.shape)
+        """States of the model's shape."""
+        remedy = "a likelihood of another size means nothing: resize the data, or train a model for them"
+        check_shape(x, self.shape, "the model was trained for", remedy)
         return x
 
     # --- its last evaluation ---
@@ -235,8 +238,7 @@ class JointModel(LikelihoodModel):
         x, cond = batch, None
         if isinstance(batch, (tuple, list)) and batch:
             x, cond = batch[0], batch[1] if len(batch) > 1 else None
-        check_shape(x, self.shape)
-        return x, None if self.conditional is False else cond
+        return self._fitting(x), None if self.conditional is False else cond
 
     def reference_velocity(self) -> Callable[..., Tensor]:
         """The map's own diagonal."""

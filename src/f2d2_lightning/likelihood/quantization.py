@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from f2d2_lightning.utils.checks import at_least
+
 __all__ = [
     "DequantizationBounds",
     "Quantization",
@@ -216,8 +218,7 @@ def bits_per_dim(
     >>> bits_per_dim(torch.tensor([0.0]), dim=1, levels=256)  # uniform density on [0, 1): half of the 2^8 bins
     tensor([7.])
     """
-    if dim < 1:
-        raise ValueError(f"dim is {dim}; at least one dimension is needed")
+    at_least(1, dim=dim)
     quantization = _known(levels, low, high)
     nats = log_prob if quantization is None else log_prob + dim * math.log(quantization.width)
     return -nats / (dim * math.log(2))

@@ -29,6 +29,7 @@ from f2d2_lightning.flows.paths import Point
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.sampling import Samples, check_cond, check_state, normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
+from f2d2_lightning.utils.checks import at_least, one_of
 
 __all__ = ["ADAPTIVE", "FIXED", "Reference", "reference_log_prob", "reference_sample"]
 
@@ -76,21 +77,19 @@ class _Solver(NamedTuple):
     ) -> list[Tensor]:
         """State at the other end of time."""
         x, method, steps, near_data = initial[0], self.method, self.steps, self.near_data
+        one_of("method", method, (*FIXED, *ADAPTIVE))
         if method in FIXED:
             steps = 128 if steps is None else steps
-            if steps < 1:
-                raise ValueError(f"method {method!r} takes fixed steps and needs steps >= 1, got {steps}")
+            at_least(1, steps=steps)
             ascending = _fixed_times(steps, near_data).to(x)
             times, options = ascending if start == 0 else ascending.flip(0), {}
-        elif method in ADAPTIVE:
+        else:
             if steps is not None:
                 raise ValueError(f"method {method!r} chooses its own steps; leave steps=None and set rtol and atol")
             if near_data:
                 raise ValueError(f"method {method!r} chooses its own steps; near_data={near_data} is for fixed ones")
             times = torch.tensor([start, 1 - start], dtype=x.dtype, device=x.device)
             options = {"dtype": x.dtype}
-        else:
-            raise ValueError(f"method is {method!r}; fixed: {', '.join(FIXED)}; adaptive: {', '.join(ADAPTIVE)}")
         tolerances = {"rtol": self.rtol, "atol": self.atol}
         return [v[-1] for v in odeint(right_side, initial, times, method=method, options=options, **tolerances)]
 
@@ -274,10 +273,8 @@ class Reference:
 
     def __post_init__(self) -> None:
         check_mode(self.mode, self.step)
-        if self.method not in (*FIXED, *ADAPTIVE):
-            raise ValueError(f"method is {self.method!r}; fixed: {', '.join(FIXED)}; adaptive: {', '.join(ADAPTIVE)}")
-        if self.probes < 0:
-            raise ValueError(f"probes is {self.probes}; at least 1, or 0 for the exact divergence")
+        one_of("method", self.method, (*FIXED, *ADAPTIVE))
+        at_least(0, probes=self.probes)
 
     @torch.no_grad()
     def __call__(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:

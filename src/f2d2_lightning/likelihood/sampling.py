@@ -13,8 +13,9 @@ from torch import Tensor
 from f2d2_lightning.flows.maps import FlowMap, JointMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.likelihood.time_grids import time_grid
+from f2d2_lightning.utils.checks import at_least
 
-__all__ = ["Samples", "check_cond", "check_shape", "draw_noise", "normal_log_prob", "sample"]
+__all__ = ["Samples", "check_cond", "draw_noise", "normal_log_prob", "sample"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ def draw_noise(count: int, shape: Sequence[int], device: torch.device | str | No
     Raises:
         ValueError: If none are asked for.
     """
-    if count < 1:
-        raise ValueError(f"asked for {count} samples; at least one is needed")
+    at_least(1, samples=count)
     return torch.randn(count, *shape, device=device)
 
 
@@ -60,19 +60,6 @@ def check_state(x: Tensor, what: str) -> None:
     if not bool(x.isfinite().all()):
         bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
         raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
-
-
-def check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse states ``(B, ...)`` of another shape than a model was trained for.
-
-    Raises:
-        ValueError: Says both shapes.
-    """
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(
-            f"states have shape {tuple(x.shape)}, but the model was trained for (B, {', '.join(map(str, shape))}); a "
-            "likelihood of another size means nothing: resize the data, or train a model for them"
-        )
 
 
 def check_cond(cond: object, count: int, model: object = None) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from f2d2_lightning.utils.checks import at_least
+
 __all__ = ["time_grid", "times_near_data"]
 
 
@@ -37,8 +39,7 @@ def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[floa
             steps = operator.index(steps)
         except TypeError:
             raise ValueError(f"steps is {steps!r}; a whole number of steps, or the times themselves") from None
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; at least one step is needed")
+        at_least(1, steps=steps)
         grid = [k / steps for k in range(steps + 1)]
     return grid[::-1] if to_noise else grid
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from f2d2_lightning.flows.gaussian import fit_baselines
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import Reference
-from f2d2_lightning.likelihood.sampling import check_cond, check_shape
+from f2d2_lightning.likelihood.sampling import check_cond
 from f2d2_lightning.modules._checks import check_finite, check_same_model, not_finite
 from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.modules._optimization import make_optimizers
@@ -138,7 +138,7 @@ class FlowModule(L.LightningModule, LikelihoodModel):
 
     def _fitting(self, x: Tensor) -> Tensor:
         """States of the module's shape, in its precision."""
-        check_shape(x, self.shape)
+        x = super()._fitting(x)
         return x.to(self.dtype) if x.is_floating_point() else x
 
     @property

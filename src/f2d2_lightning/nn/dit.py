@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pixel_shuffle, pixel_unshuffle
 
-from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.nn._attention import attention
+from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._recompute import run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.mlp import check_input, embed_times
+from f2d2_lightning.utils.checks import at_least, one_of
 
 __all__ = ["DiT"]
 
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
-class DiT(FlowMap):
+class DiT(Backbone):
     """Average velocity of images or latents: a transformer on patches, both times and the label in every block.
 
     The network of Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022,
@@ -72,22 +72,16 @@ class DiT(FlowMap):
         embedding: nn.Module | None = None,
         checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        _check_sizes(self.shape, patch, width, depth, heads, expansion)
+        _check_sizes(tuple(shape), patch, width, depth, heads, expansion)
         if null_label and not classes:
             raise ValueError("null_label=True is one label more than classes=, and there are none; set classes=")
+        super().__init__(shape, width, directions, embedding or IntervalEmbedding(width), classes + null_label)
         self.patch, self.checkpointing, self.null_label = patch, checkpointing, null_label
-        self.features = width
-        self.directions = Direction.parse(directions)
-        self.embedding = embedding or IntervalEmbedding(width)
-        size = int(self.embedding.features)  # type: ignore[arg-type]
-        self.labels = nn.Embedding(classes + null_label, size) if classes else None
         channels, height, across = self.shape
         self.register_buffer("positions", _positions(height // patch, across // patch, width), persistent=False)
         self.inlet = _linear(channels * patch**2, width)
-        self.blocks = nn.ModuleList(_Block(width, size, heads, expansion, dropout) for _ in range(depth))
-        self.modulation = _silent(size, 2 * width)
+        self.blocks = nn.ModuleList(_Block(width, self.embedded, heads, expansion, dropout) for _ in range(depth))
+        self.modulation = _silent(self.embedded, 2 * width)
         self.outlet = _silent(width, channels * patch**2)
         if self.labels is not None:
             nn.init.normal_(self.labels.weight, std=0.02)
@@ -103,22 +97,18 @@ class DiT(FlowMap):
             patch: Side of the square of pixels that becomes one token.
             options: Further arguments of the class.
         """
-        if size not in _SIZES:
-            raise ValueError(
-                f"size is {size!r}; it is one of {', '.join(map(repr, _SIZES))}, or give width, depth, heads"
-            )
+        one_of("size", size, _SIZES)
         width, depth, heads = _SIZES[size]
         return cls(shape, patch, width, depth, heads, **options)
-
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        return self.forward_features(x, s, t, cond)[0]
 
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_input(x, self.shape)
+        self.check(x)
         recompute = self.checkpointing and self.training
-        time = embed_times(self.embedding, self.labels, x, s, t, self._labels(x, cond))
+        if cond is None and self.null_label and self.labels is not None:
+            cond = torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
+        time = self.embed(x, s, t, cond)
         patches = pixel_unshuffle(x, self.patch)
         h = self.inlet(patches.flatten(2).transpose(1, 2)) + self.positions
         for block in self.blocks:
@@ -126,13 +116,6 @@ class DiT(FlowMap):
         h = _modulated(h, *self.modulation(time)[:, None].chunk(2, -1))
         out = self.outlet(h).transpose(1, 2).reshape(patches.shape)
         return pixel_shuffle(out, self.patch), h.transpose(1, 2).unflatten(2, patches.shape[2:])
-
-    def _labels(self, x: Tensor, cond: Tensor | None) -> Tensor | None:
-        if self.labels is None:
-            return cond
-        if cond is None and self.null_label:
-            return torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
-        return cond
 
 
 class _Block(nn.Module):
@@ -162,18 +145,15 @@ def _modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
+def _linear(inputs: int, outputs: int, start: Callable[[Tensor], Tensor] = nn.init.xavier_uniform_) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
-    nn.init.xavier_uniform_(layer.weight)
+    start(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def _silent(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return _linear(inputs, outputs, nn.init.zeros_)
 
 
 def _positions(rows: int, columns: int, width: int) -> Tensor:
@@ -185,10 +165,7 @@ def _positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def _check_sizes(shape: tuple[int, ...], patch: int, width: int, depth: int, heads: int, expansion: int) -> None:
-    if min(patch, width, depth, heads, expansion) < 1:
-        raise ValueError(
-            f"patch={patch}, width={width}, depth={depth}, heads={heads} and expansion={expansion} are all at least 1"
-        )
+    at_least(1, patch=patch, width=width, depth=depth, heads=heads, expansion=expansion)
     if len(shape) != 3 or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
         raise ValueError(
             f"shape is {shape}; the network takes (C, H, W) with H and W divisible by patch={patch}; change patch=, or "

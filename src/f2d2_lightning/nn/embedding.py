@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.flows.paths import distinct
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["IntervalEmbedding", "SlowWaves"]
@@ -29,8 +30,7 @@ class SlowWaves(nn.Module, Configured):
 
     def __init__(self, features: int, frequencies: int, times: int) -> None:
         super().__init__()
-        if features < 1 or frequencies < 1:
-            raise ValueError(f"features and frequencies are {features} and {frequencies}; both are at least 1")
+        at_least(1, features=features, frequencies=frequencies)
         self.features = features
         self.register_buffer("rates", math.pi * torch.arange(1, frequencies + 1) / 2, persistent=False)
         self.start = nn.Linear((2 * frequencies + 1) * times, features)

@@ -17,6 +17,7 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, FlowMap, Joint, JointMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["DivergenceHead", "Head", "JointFlowMap"]
@@ -134,8 +135,8 @@ class DivergenceHead(Head):
         super().__init__(baseline)
         if (features is None) == (network is None):
             raise ValueError("give the head either features=F, to read the backbone, or network=..., its own")
-        if layers < 0 or hidden < 1:
-            raise ValueError(f"layers={layers} is at least 0 and hidden={hidden} at least 1")
+        at_least(0, layers=layers)
+        at_least(1, hidden=hidden)
         if per_axis and (baseline is None or network is not None):
             raise ValueError("per_axis=True weights features by the baseline's axes; give features=F and a baseline")
         if patch:

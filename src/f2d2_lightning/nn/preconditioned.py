@@ -54,9 +54,6 @@ class GaussianPreconditioned(FlowMap):
         """Feature channels of the network."""
         return int(self.network.features)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        return self.forward_features(x, s, t, cond)[0]
-
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from f2d2_lightning.flows.maps import Direction, FlowMap
+from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._group_norm import GroupNorm
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.mlp import check_input, embed_times
 
 __all__ = ["ResNet"]
 
@@ -36,7 +35,7 @@ class _Block(nn.Module):
         return h + self.conv2(self.dropout(inner))
 
 
-class ResNet(FlowMap):
+class ResNet(Backbone):
     """Average velocity of images at two resolutions: residual blocks, one halving, one skip.
 
     Smooth (SiLU, GroupNorm, average pooling, nearest upsampling), so that its derivatives exist in forward and in
@@ -63,15 +62,10 @@ class ResNet(FlowMap):
         classes: int = 0,
         directions: str = "both",
     ) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        if len(self.shape) != 3 or self.shape[1] % 2 or self.shape[2] % 2:
-            raise ValueError(f"shape is {self.shape}; the network takes (C, H, W) with even H and W")
-        self.features = width
-        self.directions = Direction.parse(directions)
+        if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
+            raise ValueError(f"shape is {tuple(shape)}; the network takes (C, H, W) with even H and W")
         embedding = 4 * width
-        self.embedding = IntervalEmbedding(embedding)
-        self.labels = nn.Embedding(classes, embedding) if classes else None
+        super().__init__(shape, width, directions, IntervalEmbedding(embedding), classes)
         self.inlet = nn.Conv2d(self.shape[0], width, 3, padding=1)
         self.fine_in = nn.ModuleList(_Block(width, embedding, dropout) for _ in range(blocks))
         self.widen = nn.Conv2d(width, 2 * width, 1)
@@ -84,14 +78,11 @@ class ResNet(FlowMap):
         assert self.outlet.bias is not None
         nn.init.zeros_(self.outlet.bias)
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        return self.forward_features(x, s, t, cond)[0]
-
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_input(x, self.shape)
-        time = embed_times(self.embedding, self.labels, x, s, t, cond)
+        self.check(x)
+        time = self.embed(x, s, t, cond)
         h = self.inlet(x)
         for block in self.fine_in:
             h = block(h, time)

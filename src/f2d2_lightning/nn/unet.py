@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, pixel_shuffle, pixel_unshuffle, silu
 
-from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.nn._attention import attention
+from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._group_norm import GroupNorm
 from f2d2_lightning.nn._recompute import run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
-from f2d2_lightning.nn.mlp import check_input, embed_times
+from f2d2_lightning.utils.checks import at_least
 
 __all__ = ["UNet"]
 
@@ -133,7 +133,7 @@ class UNetBlock(nn.Module):
         return (x + self.mix(answer)) * self.skip_scale
 
 
-class UNet(FlowMap):
+class UNet(Backbone):
     r"""Average velocity of images: the U-Net called DDPM++, smooth, with both times in every block.
 
     Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021,
@@ -197,21 +197,15 @@ class UNet(FlowMap):
         head_width: int | None = None,
         skip_scale: float = math.sqrt(0.5),
     ) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        _check_sizes(self.shape, width, multipliers, blocks, heads, patch, head_width)
-        self.features = width * multipliers[0]
-        self.directions = Direction.parse(directions)
+        _check_sizes(tuple(shape), width, multipliers, blocks, heads, patch, head_width)
+        super().__init__(shape, width * multipliers[0], directions, embedding or IntervalEmbedding(4 * width), classes)
         self.patch = patch
         self.inputs = self.shape[0] if inputs is None else inputs
         self.frequencies, self.checkpointing = tuple(frequencies), checkpointing
-        self.embedding = embedding or IntervalEmbedding(4 * width)
-        size = int(self.embedding.features)  # type: ignore[arg-type]
-        self.labels = nn.Embedding(classes, size) if classes else None
 
         def block(before: int, after: int, factor: float = 1.0, attends: bool = False) -> UNetBlock:
             count = (after // head_width if head_width else heads) if attends else 0
-            return UNetBlock(before, after, size, factor, count, dropout, skip_scale, scale_shift, taps)
+            return UNetBlock(before, after, self.embedded, factor, count, dropout, skip_scale, scale_shift, taps)
 
         channels, height = self.shape[0] * patch**2, self.shape[1] // patch
         self.inlet = _convolution(self.inputs * (1 + 2 * len(self.frequencies)) * patch**2, width, 3)
@@ -240,15 +234,12 @@ class UNet(FlowMap):
         self.norm = _norm(current)
         self.outlet = _convolution(current, channels, 3, gain=1e-5)
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        return self.forward_features(x, s, t, cond)[0]
-
     def forward_features(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        check_input(x, (self.inputs, *self.shape[1:]))
+        self.check(x, self.inputs)
         recompute = self.checkpointing and self.training
-        time = embed_times(self.embedding, self.labels, x, s, t, cond)
+        time = self.embed(x, s, t, cond)
         h = self.inlet(pixel_unshuffle(self._with_waves(x), self.patch))
         skips = [h]
         for block in self.down:
@@ -280,11 +271,8 @@ def _check_sizes(
     patch: int,
     head_width: int | None,
 ) -> None:
-    if not multipliers or min(width, blocks, heads, patch, *multipliers) < 1:
-        raise ValueError(
-            f"width={width}, multipliers={tuple(multipliers)}, blocks={blocks}, heads={heads} and patch={patch} are "
-            "all at least 1"
-        )
+    at_least(1, width=width, blocks=blocks, heads=heads, patch=patch)
+    at_least(1, **{"the least of multipliers": min(multipliers, default=0)})
     times = patch * 2 ** (len(multipliers) - 1)
     if len(shape) != 3 or shape[1] % times or shape[2] % times:
         raise ValueError(

@@ -16,6 +16,7 @@ from f2d2_lightning.flows.paths import LinearPath, Path, Point
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
+from f2d2_lightning.utils.checks import at_least, one_of, positive, share
 
 __all__ = ["Batch", "Examples", "Objective", "Terms", "Weighting"]
 
@@ -105,13 +106,10 @@ class Weighting:
     diagonal: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.divergence < 0 or not 0 <= self.adaptive <= 1 or not self.diagonal > 0:
-            raise ValueError(
-                f"divergence={self.divergence} must be at least 0, adaptive={self.adaptive} lie in [0, 1] and "
-                f"diagonal={self.diagonal} be positive"
-            )
-        if self.units not in ("natural", "velocity"):
-            raise ValueError(f"units is {self.units!r}; it is 'natural' or 'velocity'")
+        at_least(0, divergence=self.divergence)
+        share(adaptive=self.adaptive)
+        positive(diagonal=self.diagonal)
+        one_of("units", self.units, ("natural", "velocity"))
 
     def __call__(self, predicted: Joint, examples: Examples, baseline: GaussianBaseline | None = None) -> Terms:
         """Terms for a batch.

@@ -26,12 +26,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from f2d2_lightning.divergence._tangents import forward_mode
-from f2d2_lightning.divergence.estimators import check_mode
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
 from f2d2_lightning.flows.paths import Path, Point, like
 from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
+from f2d2_lightning.utils.checks import one_of, positive
 
 __all__ = ["Consistency", "Eulerian", "Identity", "Lagrangian", "Semigroup"]
 
@@ -80,8 +80,7 @@ class Semigroup(Identity):
     ) -> None:
         # the rule only spreads what the diagonal learns, which therefore needs a large share
         super().__init__(intervals or Intervals(diagonal=0.5, grid=0.25), weighting, path)
-        if split not in ("midpoint", "random"):
-            raise ValueError(f"split is {split!r}; it is 'midpoint' or 'random'")
+        one_of("split", split, ("midpoint", "random"))
         if self.intervals.diagonal == 0:
             raise ValueError("the semigroup rule alone does not see the data; Intervals(diagonal=...) must be positive")
         self.split = split
@@ -120,9 +119,8 @@ class _MovingTime(Identity):
         step: float = 2e-3,
     ) -> None:
         super().__init__(intervals, weighting, path)
-        check_mode(mode, step)
-        if mode == "reverse":
-            raise ValueError(f"mode is {mode!r}; a derivative along time is 'forward' or 'finite'")
+        one_of("mode", mode, ("forward", "finite"))
+        positive(step=step)
         self.mode, self.step = mode, step
 
     def _along(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.utils.checks import at_least, share
 
 __all__ = ["Intervals", "pick"]
 
@@ -43,12 +44,9 @@ class Intervals:
         length: float = 0.0,
         to_noise: float = 0.5,
     ) -> None:
-        if not 0 <= to_noise <= 1:
-            raise ValueError(f"to_noise is {to_noise}; it is a share, in [0, 1]")
-        if min(diagonal, grid) < 0 or diagonal + grid > 1:
-            raise ValueError(f"diagonal={diagonal} and grid={grid} are shares: at least 0, together at most 1")
-        if grid > 0 and (not steps or min(steps) < 1):
-            raise ValueError(f"steps is {tuple(steps)}; step counts are at least 1")
+        share(to_noise=to_noise, diagonal=diagonal, grid=grid, **{"diagonal + grid": diagonal + grid})
+        if grid > 0:
+            at_least(1, **{"the least of steps": min(steps, default=0)})
         if not 0 <= length < 1:
             raise ValueError(f"length is {length}; it lies in [0, 1)")
         self.directions = Direction.parse(directions)

@@ -30,6 +30,7 @@ from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting, b
 from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals, pick
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
+from f2d2_lightning.utils.checks import at_least, share
 
 __all__ = ["TrajectoryRegression"]
 
@@ -98,15 +99,11 @@ class TrajectoryRegression(Objective):
         cache: str | Path | None = None,
     ) -> None:
         super().__init__(intervals, weighting, path)
-        if nodes < 1 or capacity < 1 or chunk < 1 or refresh < 0:
-            raise ValueError(
-                f"nodes={nodes}, capacity={capacity} and chunk={chunk} are at least 1, refresh={refresh} at least 0"
-            )
-        if not 0 <= unroll <= 1 or not 0 <= near_data < 1:
-            raise ValueError(
-                f"unroll is {unroll}, a share of training in [0, 1], and near_data {near_data}, a share of the nodes "
-                "in [0, 1)"
-            )
+        at_least(1, nodes=nodes, capacity=capacity, chunk=chunk)
+        at_least(0, refresh=refresh)
+        share(unroll=unroll)
+        if not 0 <= near_data < 1:
+            raise ValueError(f"near_data={near_data}; it is a share of the nodes, in [0, 1)")
         self.nodes, self.capacity, self.max_mib = nodes, capacity, max_mib
         self.refresh, self.chunk, self.near_data = refresh, chunk, near_data
         self.unroll, self.recompute, self.likelihood_of_data = unroll, recompute, likelihood_of_data

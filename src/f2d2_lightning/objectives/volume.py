@@ -27,6 +27,7 @@ from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives._ring import Ring
 from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
 from f2d2_lightning.objectives.intervals import Intervals, pick
+from f2d2_lightning.utils.checks import at_least, share
 
 __all__ = ["VolumeRegression"]
 
@@ -67,11 +68,9 @@ class VolumeRegression(Objective):
                 f"volume regression is for maps to data, and the intervals go {self.intervals.directions}; use "
                 'Intervals("to_data"), or train both directions with TrajectoryRegression'
             )
-        if capacity < 1 or chunk < 1 or refresh < 0 or not 0 <= own_path <= 1:
-            raise ValueError(
-                f"capacity={capacity} and chunk={chunk} are at least 1, refresh={refresh} at least 0, "
-                f"own_path={own_path} a share"
-            )
+        at_least(1, capacity=capacity, chunk=chunk)
+        at_least(0, refresh=refresh)
+        share(own_path=own_path)
         self.capacity, self.refresh, self.chunk, self.own_path = capacity, refresh, chunk, own_path
         self.max_dim = max_dim
         self._ring, self._due = Ring(capacity), 0.0
