@@ -129,20 +129,6 @@ def test_patch_is_for_pixels(arguments, message):
         DivergenceHead(features=4, **arguments)
 
 
-def test_per_axis_head_in_a_joint_map():
-    problem = PROBLEMS["gaussian-vector-linear"]()
-    head = randomize(DivergenceHead(features=8, layers=0, per_axis=True, baseline=problem.baseline))
-    joint_map = JointFlowMap(randomize(MLP((3,), width=8, blocks=1)), head)
-    s, t = torch.rand(4), torch.rand(4)
-    x = problem.states_at(s)
-    u, h = joint_map.flow_map.forward_features(x, s, t)
-    answer = joint_map(x, s, t)
-    assert torch.equal(answer.velocity, u)
-    out = head.out(h)
-    fit = -problem.jump(x, s, t)[1] / (t - s)
-    close(answer.divergence, fit + (out * turned(problem, s, t)).sum(-1), rtol=1e-8, atol=1e-8)
-
-
 @pytest.mark.parametrize("image", [False, True], ids=["vector", "image"])
 def test_head_without_hidden_layers_is_linear(image):
     head = randomize(DivergenceHead(features=8, layers=0))
@@ -153,22 +139,6 @@ def test_head_without_hidden_layers_is_linear(image):
     close(head(x, s, t, features=h), mean @ head.out.weight[0] + head.out.bias)
     head.scale.fill_(5.0)
     close(head(x, s, t, features=h), 5 * (mean @ head.out.weight[0] + head.out.bias))
-
-
-def test_per_pixel_head_has_no_resolution():
-    """The same parameters at any resolution, and the same answer for features that repeat."""
-    small, large = (DivergenceHead(features=8, hidden=16) for _ in range(2))
-    assert sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in large.parameters())
-    head = randomize(small)
-    s, t = torch.rand(3), torch.rand(3)
-    h = torch.randn(3, 8, 2, 2)
-    coarse = head(torch.randn(3, 1, 2, 2), s, t, features=h)
-    fine = head(torch.randn(3, 1, 8, 8), s, t, features=h.repeat(1, 1, 4, 4))
-    close(coarse, fine)
-    close(head(torch.randn(3, 1, 2, 2), s, t, features=h.flip(-1)), coarse)
-    one = torch.stack([head(torch.randn(3, 5), s, t, features=h.flatten(2)[..., k]) for k in range(4)])
-    close(coarse, one.mean(0))
-    assert one.std(0).min() > 1e-3
 
 
 def test_head_depends_on_everything_it_reads():
