@@ -64,12 +64,6 @@ def test_exact_is_the_trace(case, chunk, grad):
     assert divergence.requires_grad == v.requires_grad == grad
 
 
-def test_exact_on_the_problems(problem):
-    t = torch.linspace(0, 1, 6)
-    x = problem.states_at(t)
-    close(Exact()(problem.field.velocity, Point(x, t)).divergence, problem.divergence(x, t), rtol=1e-9, atol=1e-9)
-
-
 def test_scalar_time_and_number(case):
     field, x, _, cond = case
     expected = trace(lambda y: field(y, torch.full((5,), 0.3), cond), x)
@@ -121,23 +115,6 @@ def test_hutchinson_is_unbiased_and_knows_its_error(case, mode, distribution, gr
     close(error, (variance / probes).sqrt(), rtol=0.1, atol=0.0)
     assert ((mean - jacobian.diagonal(dim1=1, dim2=2).sum(-1)) / error).abs().max() < 4
     close(v, field(x, t, cond).detach())
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_control_variate_keeps_the_mean_and_reduces_variance(gaussian, mode):
-    """The field is the fit's own plus something that the fit does not know."""
-    t = torch.full((4,), 0.7)
-    x = gaussian.states(4, 0.7)
-    field = lambda y, time, cond: gaussian.field.velocity(y, time) + 0.3 * torch.sin(y.flip(1) + y)  # noqa: E731
-    expected = trace(lambda y: field(y, t, None), x)
-    answers = []
-    for control in (None, gaussian.baseline):
-        torch.manual_seed(3)
-        answers.append(Hutchinson(500, "gaussian", mode, step=1e-4, control=control)(field, Point(x, t)))
-    plain, controlled = answers
-    assert ((plain.divergence - expected) / plain.standard_error).abs().max() < 4
-    assert ((controlled.divergence - expected) / controlled.standard_error).abs().max() < 4
-    assert controlled.standard_error.square().mean() < 0.5 * plain.standard_error.square().mean()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -204,15 +181,6 @@ def test_conditional_hands_over_near_the_data(linear, grad, low, high):
     close(estimate[~near], ((t * residual - linear.dim) / (1 - t))[~near], rtol=1e-9, atol=1e-9)
 
 
-def test_conditional_passes_the_class(case):
-    field, x, t, cond = case
-    t = torch.linspace(0.1, 0.9, 5)
-    v, estimate, _ = Conditional(0.5, Exact())(field, Point(x, t, cond, (torch.randn_like(x), torch.randn_like(x))))
-    close(v, field(x, t, cond))
-    near = t >= 0.5
-    close(estimate[near], trace(lambda y: field(y, t, cond), x)[near])
-
-
 def test_conditional_source_on_any_path(problem):
     """By default too, the source is unbiased, whatever its path."""
     data, noise, t, x = pairs(problem, 20000, 0.65)
@@ -261,19 +229,6 @@ def test_gradients_against_finite_differences(case, estimator, leaf):
             behind = loss(x)
             parameter.add_(h * direction)
         close((gradient * direction).sum(), (ahead - behind).detach() / (2 * h), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "estimator",
-    [Exact(4), *(Hutchinson(2, mode=mode) for mode in MODES)],
-    ids=["exact", *MODES],
-)
-def test_no_graph_under_no_grad(case, estimator):
-    field, x, t, cond = case
-    with torch.no_grad():
-        v, divergence, _ = estimator(field, Point(x.requires_grad_(True), t, cond))
-    assert not v.requires_grad
-    assert not divergence.requires_grad
 
 
 def test_rademacher_alone_would_prove_nothing():

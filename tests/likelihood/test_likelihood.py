@@ -85,13 +85,6 @@ def test_gradients_against_finite_differences(call):
         close((gradient * direction).sum(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_is_the_score(gaussian):
-    x = gaussian.states(4, 1.0).requires_grad_(True)
-    (score,) = torch.autograd.grad(log_prob(gaussian.field, x, 2).value.sum(), x)
-    (expected,) = torch.autograd.grad(gaussian.log_prob(x, torch.ones(4)).sum(), x)
-    close(score, expected, rtol=1e-7, atol=1e-7)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_dtypes(gaussian, dtype):
     x = gaussian.states(4, 1.0)

@@ -27,12 +27,6 @@ def test_bits_of_a_density_that_is_flat_in_each_bin(levels, low, high):
     close(bits_per_dim(density.log().sum(-1), 7, levels, low, high), expected)
 
 
-def test_uniform_noise_costs_all_bits():
-    quantization = Quantization(256)
-    x = quantization.dequantize(torch.randint(0, 256, (4, 10)))
-    close(bits_per_dim(torch.full(x.shape, -math.log(2)).sum(-1), 10, 256), torch.full((4,), 8.0))
-
-
 def test_bits_bound_the_discrete_code_of_a_gaussian():
     """Jensen: the average over U is above the code length of the binned Gaussian, and near it for fine bins."""
     normal = torch.distributions.Normal(0.1, 0.3)
