@@ -39,7 +39,7 @@ from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
 from f2d2_lightning.objectives import Eulerian, Lagrangian, Semigroup
 from f2d2_lightning.training.loading import load_module
 from f2d2_lightning.utils.files import whole_file
-from measuring import agreement, energy_distance, kept
+from measuring import StepTimes, agreement, energy_distance, kept, quiet_trainer
 from official.module import DyadicIntervals, official_log_prob
 
 Changes = Mapping[str, Any]
@@ -343,20 +343,6 @@ def recipe_of(problem: Problem, choice: Choice) -> dict[str, Any]:
     return merged(start | problem.recipe, changes)
 
 
-class StepTimes(L.Callback):
-    """Seconds of this thread at work in training steps from ``skipped`` on."""
-
-    def __init__(self, skipped: int) -> None:
-        self.skipped, self.seconds = skipped, 0.0
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self.started = time.process_time()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step > self.skipped:
-            self.seconds += time.process_time() - self.started
-
-
 def run_file(problem: Problem, name: str, seed: int, steps: int) -> Path:
     """Where a run's result is, and beside it the student."""
     plain = "".join(c if c.isalnum() or c == "." else "-" for c in name)
@@ -384,11 +370,7 @@ def run(problem: Problem, choice: Choice, seed: int, steps: int, cache: Path | N
         module.warm_start = False
     filling = -(-recipe["trajectories"]["capacity"] // problem.batch)
     clock = StepTimes(min(filling + 10, steps // 2))
-    trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", precision=recipe["precision"], logger=False, callbacks=[clock],
-        enable_checkpointing=False, gradient_clip_val=1.0, limit_val_batches=0, num_sanity_val_steps=0,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(steps, precision=recipe["precision"], callbacks=[clock])
     trainer.fit(module, problem.data(problem.batch))
     joint = module.float().eval().average
     result = {"milliseconds": 1e3 * clock.seconds / max(1, steps - clock.skipped)} | measure(problem, choice, joint)

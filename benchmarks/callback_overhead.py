@@ -24,24 +24,9 @@ import torch
 
 import f2d2_lightning as f2
 from f2d2_lightning.adapters import MeanFlow
+from measuring import StepTimes, quiet_trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-
-class Clock(L.Callback):
-    """Seconds of training steps, from one on."""
-
-    def __init__(self, start: int) -> None:
-        self.start, self.seconds = start, 0.0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.start:
-            self.began = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.seconds = time.perf_counter() - getattr(self, "began", time.perf_counter())
 
 
 def semigroup() -> f2.objectives.Objective:
@@ -55,19 +40,8 @@ def step_seconds(make: Callable[[], list[L.Callback]], start: int, steps: int) -
     data = f2.data.Digits(batch_size=256)
     batches = torch.cat(list(data.train_dataloader()))
     module = MeanFlowLightning(batches.mean(0), batches.std(0), start + steps)
-    clock = Clock(start)
-    trainer = L.Trainer(
-        max_steps=start + steps,
-        callbacks=[*make(), clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-    )
-    trainer.fit(module, datamodule=data)
+    clock = StepTimes(start, time.perf_counter)
+    quiet_trainer(start + steps, callbacks=[*make(), clock]).fit(module, datamodule=data)
     return clock.seconds / steps
 
 

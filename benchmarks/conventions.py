@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -242,41 +243,30 @@ class Foreign(nn.Module):
         return self.body(self.core, *arguments, **keywords)
 
 
-def two_time(core: nn.Module, x: Tensor, s: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x, s, t, y)
-
-
-def end_first(core: nn.Module, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x, s, t, y)
-
-
-def thousand(core: nn.Module, x: Tensor, s: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x, s / 1000, t / 1000, y)
-
-
-def shortcut(core: nn.Module, x: Tensor, s: Tensor, dt: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x, s, s + dt, y)
+net = SimpleNamespace(
+    two_time=lambda core, x, s, t, y=None: core(x, s, t, y),
+    end_first=lambda core, x, t, s, y=None: core(x, s, t, y),
+    thousand=lambda core, x, s, t, y=None: core(x, s / 1000, t / 1000, y),
+    shortcut=lambda core, x, s, dt, y=None: core(x, s, s + dt, y),
+    end_down=lambda core, x, s, r, y=None: -core(x, 1 - s, 1 - r, y),
+    haidog=lambda core, x, s, r, y=None: (-core(x, 1 - s, 1 - r, y), -core(x, 1 - s, 1 - s, y)),
+    teacher=lambda core, x, s, y=None: core(x, s, s, y),
+    time_first=lambda core, s, x, y=None: core(x, s, s, y),
+    lands=lambda core, s, t, x, y=None: x + like(t - s, x) * core(x, s, t, y),
+    noise_answer=lambda core, x, s, y=None: x - like(s, x) * core(x, s, s, y),
+    clean_answer=lambda core, x, s, y=None: x + like(1 - s, x) * core(x, s, s, y),
+    detached=lambda core, x, s, t, y=None: core(x.detach(), s, t, y),
+    no_forward_rule=lambda core, x, s, t, y=None: core(OwnBackward.apply(x), s, t, y),
+    deaf=lambda core, x, s, t, y=None: core(x, s, s, y),
+    labels_needed=lambda core, x, s, t, y: core(x, s, t, y.long()),
+    last_channels=lambda core, x, s, t, y=None: core(x.movedim(-1, 1), s, t, y).movedim(1, -1),
+)
+"""A core asked in other conventions; the last ones answer wrongly, or lose their derivative."""
 
 
 def mean_flow(core: nn.Module, x: Tensor, times: tuple[Tensor, Tensor], y: Tensor | None = None) -> Tensor:
     s, h = times
     return -core(x, 1 - s, 1 - s + h, y)
-
-
-def end_down(core: nn.Module, x: Tensor, s: Tensor, r: Tensor, y: Tensor | None = None) -> Tensor:
-    return -core(x, 1 - s, 1 - r, y)
-
-
-def haidog(core: nn.Module, x: Tensor, s: Tensor, r: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return -core(x, 1 - s, 1 - r, y), -core(x, 1 - s, 1 - s, y)
-
-
-def teacher(core: nn.Module, x: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x, s, s, y)
-
-
-def time_first(core: nn.Module, s: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x, s, s, y)
 
 
 def denoiser(core: nn.Module, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
@@ -293,23 +283,22 @@ def edm_inner(core: nn.Module, x: Tensor, label: Tensor, y: Tensor | None = None
     return (clean - like(0.25 / norm**2, x) * state) / like(0.5 * sigma / norm, x)
 
 
-def lands(core: nn.Module, s: Tensor, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-    return x + like(t - s, x) * core(x, s, t, y)
-
-
 DOWN = {"noise_time": 1.0, "data_time": 0.0}
 NULL: dict[str, Any] = {"null_label": CLASSES}
 RIGHT: dict[str, tuple[Callable[..., Any], Callable[..., Adapter]]] = {
-    "two times": (two_time, lambda **k: Adapter(**{"directions": "to_data"} | k)),
-    "end first": (end_first, lambda **k: Adapter("net(x, t, s, cond)", **{"directions": "to_data"} | k)),
-    "thousands": (thousand, lambda **k: Adapter("net(x, 1000 * s, 1000 * t, cond)", **{"directions": "to_data"} | k)),
-    "shortcut": (shortcut, lambda **k: Shortcut(**k)),
+    "two times": (net.two_time, lambda **k: Adapter(**{"directions": "to_data"} | k)),
+    "end first": (net.end_first, lambda **k: Adapter("net(x, t, s, cond)", **{"directions": "to_data"} | k)),
+    "thousands": (
+        net.thousand,
+        lambda **k: Adapter("net(x, 1000 * s, 1000 * t, cond)", **{"directions": "to_data"} | k),
+    ),
+    "shortcut": (net.shortcut, lambda **k: Shortcut(**k)),
     "mean flow": (mean_flow, lambda **k: MeanFlow("net(x, (s, s - t), cond)", **k)),
-    "mean flow, end": (end_down, lambda **k: MeanFlow("net(x, s, t, cond)", **k)),
-    "two answers": (haidog, lambda **k: MeanFlow("net(x, s, t, cond)", **{"output": 0} | k)),
-    "state": (lands, lambda **k: TwoTime(answer="state", **k)),
-    "teacher": (teacher, lambda **k: FlowMatching("net(x, s, cond)", **k)),
-    "teacher, time first": (time_first, lambda **k: TorchCFM(**k)),
+    "mean flow, end": (net.end_down, lambda **k: MeanFlow("net(x, s, t, cond)", **k)),
+    "two answers": (net.haidog, lambda **k: MeanFlow("net(x, s, t, cond)", **{"output": 0} | k)),
+    "state": (net.lands, lambda **k: TwoTime(answer="state", **k)),
+    "teacher": (net.teacher, lambda **k: FlowMatching("net(x, s, cond)", **k)),
+    "teacher, time first": (net.time_first, lambda **k: TorchCFM(**k)),
     "denoiser": (denoiser, lambda **k: Denoiser(**k)),
     "EDM inner": (edm_inner, lambda **k: Denoiser("net(x, log(s) / 4, cond)", precondition="edm", **k)),
 }
@@ -324,19 +313,7 @@ def scaled_time(factor: float) -> Callable[..., Any]:
     return lambda core, x, s, t, y=None: core(x, s * factor, t * factor, y)
 
 
-def noise_answer(core: nn.Module, x: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-    return x - like(s, x) * core(x, s, s, y)
-
-
-def clean_answer(core: nn.Module, x: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-    return x + like(1 - s, x) * core(x, s, s, y)
-
-
 # networks that answer rightly and lose their derivative
-
-
-def detached(core: nn.Module, x: Tensor, s: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x.detach(), s, t, y)
 
 
 def in_inference(core: nn.Module, x: Tensor, s: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -376,22 +353,6 @@ class OwnBackward(torch.autograd.Function):
         return gradient
 
 
-def no_forward_rule(core: nn.Module, x: Tensor, s: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(OwnBackward.apply(x), s, t, y)
-
-
-def deaf(core: nn.Module, x: Tensor, s: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x, s, s, y)
-
-
-def labels_needed(core: nn.Module, x: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    return core(x, s, t, y.long())
-
-
-def last_channels(core: nn.Module, x: Tensor, s: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-    return core(x.movedim(-1, 1), s, t, y).movedim(1, -1)
-
-
 UNKNOWABLE = ("direction of time", "sign of velocity", "scale of time", "scale of velocity", "answers noise or data")
 """Kinds that an untrained network does not show."""
 
@@ -410,60 +371,60 @@ def wrong(images: bool, flat: bool) -> Iterator[tuple[str, Callable[..., Any], A
         for factor in (2.0, 0.5, -3.0, 0.001, 1000.0):
             if name in ("two times", "mean flow", "teacher") or factor in (2.0, 0.5):
                 yield "scale of velocity", body, make(**NULL, velocity_scale=factor * right.velocity_scale), True
-    yield "scale of velocity", multiplied(two_time, 1000.0), Adapter(**two), True
-    yield "scale of velocity", multiplied(two_time, 0.5), Adapter(**two), True
-    yield "scale of time", thousand, Adapter(**two), True
-    yield "scale of time", two_time, Adapter("net(x, 1000 * s, 1000 * t, cond)", **two), True
-    yield "scale of time", thousand, Adapter("net(x, 1000 * (1000 * s), 1000 * (1000 * t), cond)", **two), True
-    yield "scale of time", haidog, MeanFlow("net(x, 1000 * s, 1000 * t, cond)", output=0, **NULL), True
+    yield "scale of velocity", multiplied(net.two_time, 1000.0), Adapter(**two), True
+    yield "scale of velocity", multiplied(net.two_time, 0.5), Adapter(**two), True
+    yield "scale of time", net.thousand, Adapter(**two), True
+    yield "scale of time", net.two_time, Adapter("net(x, 1000 * s, 1000 * t, cond)", **two), True
+    yield "scale of time", net.thousand, Adapter("net(x, 1000 * (1000 * s), 1000 * (1000 * t), cond)", **two), True
+    yield "scale of time", net.haidog, MeanFlow("net(x, 1000 * s, 1000 * t, cond)", output=0, **NULL), True
     yield "scale of time", mean_flow, MeanFlow("net(x, (1000 * s, 1000 * (s - t)), cond)", **NULL), True
-    yield "scale of time", shortcut, Shortcut(call="net(x, 1000 * s, 1000 * (t - s), cond)", **NULL), True
-    yield "scale of time", teacher, FlowMatching("net(x, 1000 * s, cond)", **NULL), True
-    yield "scale of time", time_first, TorchCFM("net(s / 1000, x, cond)", **NULL), True
+    yield "scale of time", net.shortcut, Shortcut(call="net(x, 1000 * s, 1000 * (t - s), cond)", **NULL), True
+    yield "scale of time", net.teacher, FlowMatching("net(x, 1000 * s, cond)", **NULL), True
+    yield "scale of time", net.time_first, TorchCFM("net(s / 1000, x, cond)", **NULL), True
     yield "scale of time", scaled_time(0.001), Adapter("net(x, s, t, cond)", **two, **DOWN), True
-    yield "answers noise or data", noise_answer, FlowMatching("net(x, s, cond)", **NULL), True
-    yield "answers noise or data", clean_answer, FlowMatching("net(x, s, cond)", **NULL), True
-    yield "form of the second time", shortcut, Adapter("net(x, s, t, cond)", **two), True
-    yield "form of the second time", shortcut, Shortcut(call="net(x, s, s - t, cond)", **NULL), True
-    yield "form of the second time", shortcut, Shortcut("index", **NULL), True
-    yield "form of the second time", two_time, Shortcut(**NULL), True
-    yield "form of the second time", two_time, Adapter("net(x, s, s - t, cond)", **two), True
+    yield "answers noise or data", net.noise_answer, FlowMatching("net(x, s, cond)", **NULL), True
+    yield "answers noise or data", net.clean_answer, FlowMatching("net(x, s, cond)", **NULL), True
+    yield "form of the second time", net.shortcut, Adapter("net(x, s, t, cond)", **two), True
+    yield "form of the second time", net.shortcut, Shortcut(call="net(x, s, s - t, cond)", **NULL), True
+    yield "form of the second time", net.shortcut, Shortcut("index", **NULL), True
+    yield "form of the second time", net.two_time, Shortcut(**NULL), True
+    yield "form of the second time", net.two_time, Adapter("net(x, s, s - t, cond)", **two), True
     yield "form of the second time", mean_flow, MeanFlow("net(x, (s, t), cond)", **NULL), True
     yield "form of the second time", mean_flow, MeanFlow("net(x, (s, t - s), cond)", **NULL), True
-    yield "form of the second time", end_down, MeanFlow("net(x, s, s - t, cond)", **NULL), True
-    yield "order of the times", two_time, Adapter("net(x, t, s, cond)", **two), True
-    yield "order of the times", end_first, Adapter("net(x, s, t, cond)", **two), True
-    yield "order of the times", end_down, MeanFlow("net(x, t, s, cond)", **NULL), True
-    yield "order of the times", shortcut, Shortcut(call="net(x, t - s, s, cond)", **NULL), True
+    yield "form of the second time", net.end_down, MeanFlow("net(x, s, s - t, cond)", **NULL), True
+    yield "order of the times", net.two_time, Adapter("net(x, t, s, cond)", **two), True
+    yield "order of the times", net.end_first, Adapter("net(x, s, t, cond)", **two), True
+    yield "order of the times", net.end_down, MeanFlow("net(x, t, s, cond)", **NULL), True
+    yield "order of the times", net.shortcut, Shortcut(call="net(x, t - s, s, cond)", **NULL), True
     yield "order of the times", mean_flow, MeanFlow("net(x, (s - t, s), cond)", **NULL), True
-    yield "arguments that do not fit", two_time, Adapter("net(s, t, x, cond)", **two), True
-    yield "arguments that do not fit", time_first, FlowMatching("net(x, s, cond)", **NULL), True
-    yield "arguments that do not fit", teacher, FlowMatching("net(x, s, t, cond, 1)", **NULL), True
+    yield "arguments that do not fit", net.two_time, Adapter("net(s, t, x, cond)", **two), True
+    yield "arguments that do not fit", net.time_first, FlowMatching("net(x, s, cond)", **NULL), True
+    yield "arguments that do not fit", net.teacher, FlowMatching("net(x, s, t, cond, 1)", **NULL), True
     yield "arguments that do not fit", mean_flow, MeanFlow("net(x, s, s - t, cond)", **NULL), True
-    yield "arguments that do not fit", two_time, Adapter("net(x, s, t, label=cond)", **two), True
-    yield "arguments that do not fit", haidog, MeanFlow("net(x, s, t, cond)", **NULL), True
-    yield "arguments that do not fit", haidog, MeanFlow("net(x, s, t, cond)", output="u", **NULL), True
-    yield "arguments that do not fit", two_time, Adapter("net(x, s, t, cond)", time_axes=2, **two), True
+    yield "arguments that do not fit", net.two_time, Adapter("net(x, s, t, label=cond)", **two), True
+    yield "arguments that do not fit", net.haidog, MeanFlow("net(x, s, t, cond)", **NULL), True
+    yield "arguments that do not fit", net.haidog, MeanFlow("net(x, s, t, cond)", output="u", **NULL), True
+    yield "arguments that do not fit", net.two_time, Adapter("net(x, s, t, cond)", time_axes=2, **two), True
     if images:
-        yield "arguments that do not fit", last_channels, Adapter(**two), True
+        yield "arguments that do not fit", net.last_channels, Adapter(**two), True
         if not flat:  # to one that flattens images of one channel the place of the channel is no matter
-            yield "arguments that do not fit", two_time, Adapter(channels_last=True, **two), True
-        yield "labels", two_time, Adapter(directions="to_data", classes=CLASSES), True
-        yield "labels", labels_needed, Adapter(directions="to_data"), False
-        yield "labels", two_time, Adapter(directions="to_data", null_label=1000), False
-        yield "labels", two_time, Adapter(directions="to_data", null_label=-1), False
-    for body in (detached, in_inference, without_gradients, energy, half_detached):
+            yield "arguments that do not fit", net.two_time, Adapter(channels_last=True, **two), True
+        yield "labels", net.two_time, Adapter(directions="to_data", classes=CLASSES), True
+        yield "labels", net.labels_needed, Adapter(directions="to_data"), False
+        yield "labels", net.two_time, Adapter(directions="to_data", null_label=1000), False
+        yield "labels", net.two_time, Adapter(directions="to_data", null_label=-1), False
+    for body in (net.detached, in_inference, without_gradients, energy, half_detached):
         yield "dropped tangents", body, Adapter(**two), True
     yield "written in place", overwritten, Adapter(**two), True
-    yield "no rule of forward mode", no_forward_rule, Adapter(**two), True
-    yield "second time ignored", deaf, Adapter(**two), True
+    yield "no rule of forward mode", net.no_forward_rule, Adapter(**two), True
+    yield "second time ignored", net.deaf, Adapter(**two), True
     yield "second time ignored", lambda core, x, s, h, y=None: core(x, s, s, y), Shortcut(**NULL), True
     yield "noise levels", denoiser, Denoiser("net(x, log(s) / 4, cond)", **NULL), True
     yield "noise levels", denoiser, Denoiser(precondition="edm", **NULL), True
     yield "noise levels", edm_inner, Denoiser("net(x, log(s) / 4, cond)", **NULL), True
     yield "noise levels", edm_inner, Denoiser("net(x, 250 * log(s), cond)", precondition="edm", **NULL), True
     yield "noise levels", denoiser, FlowMatching("net(x, s, cond)", **NULL), True
-    yield "noise levels", teacher, Denoiser(**NULL), True
+    yield "noise levels", net.teacher, Denoiser(**NULL), True
 
 
 def refusal(flow_map: AdaptedFlowMap, case: Case, labels: bool) -> str | None:
@@ -510,7 +471,7 @@ def main() -> None:
                 counts[kind, state] += 1
                 counts[kind, f"{state}, refused"] += refused is not None
                 if options.missed and refused is None and (state == "trained" or kind not in UNKNOWABLE):
-                    print(f"missed, {state}: {case.name}: {kind}: {getattr(body, '__name__', body)} {adapter.config()}")
+                    print(f"missed, {state}: {case.name}: {kind}: {adapter.config()}")
         for age in case.ages:
             state = "trained" if age == trained else "untrained" if age in (0, "zero") else "half-trained"
             for name, (body, make) in RIGHT.items():

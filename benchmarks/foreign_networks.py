@@ -46,7 +46,7 @@ from torch import Tensor, nn
 import f2d2_lightning as f2
 from f2d2_lightning import adapters
 from f2d2_lightning.flows.paths import like as column
-from measuring import markdown
+from measuring import markdown, quiet_trainer
 
 LOGS = ("wandb", "ftfy", "imageio", "imageio.v3")
 ABSENT = (
@@ -593,11 +593,7 @@ def trained(case: Case, images: Tensor, labels: Tensor, steps: int) -> dict[str,
         student_map, case.shape, teacher=teacher, estimator=f2.Hutchinson(1, mode=case.mode),
         objective=f2.TrajectoryRegression(nodes=8, capacity=256, chunk=64), warmup=20, ema_decay=0.97,
     )  # fmt: skip
-    trainer = lightning.Trainer(
-        max_steps=steps, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(student, data)
+    quiet_trainer(steps).fit(student, data)
     x, y = images[:64], None if condition is None else condition[:64]
     student.eval()
     with torch.no_grad():

@@ -134,16 +134,8 @@ def main() -> None:
     home.mkdir(parents=True, exist_ok=True)
     teacher = home / "digits/teacher/checkpoints/last.ckpt"
     small = ["--model.init_args.flow_map.init_args.width=32", "--trainer.max_steps=20", "--trainer.callbacks=[]"]
-    start = [
-        sys.executable,
-        __file__,
-        "--child",
-        "none",
-        "0",
-        "0",
-        "fit",
-        f"--config={CONFIGS / 'digits_teacher.yaml'}",
-    ]
+    start = [sys.executable, __file__, "--child", *("none", "0", "0"), "fit"]
+    start.append(f"--config={CONFIGS / 'digits_teacher.yaml'}")
     begin = time.monotonic()
     code = run([*start, *small, f"--trainer.logger.init_args.save_dir={home}"], home / "teacher.log")
     code = code or run(command(home / "whole", teacher), home / "whole.log")

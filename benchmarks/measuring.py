@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +87,28 @@ def medians(calls: Sequence[Callable[[], object]], repeats: int, device: torch.d
             call()
     rounds = [[seconds(call, device) for call in calls] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+class StepTimes(L.Callback):
+    """Seconds spent in training steps after the first so many, by a clock of ``time``."""
+
+    def __init__(self, skipped: int, clock: Callable[[], float] = time.process_time) -> None:
+        self.skipped, self.clock, self.seconds = skipped, clock, 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.started = self.clock()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step > self.skipped:
+            self.seconds += self.clock() - self.started
+
+
+def quiet_trainer(steps: int, **options: Any) -> L.Trainer:
+    """A trainer of so many steps on the CPU that says and writes nothing."""
+    return L.Trainer(
+        max_steps=steps, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import f2d2_lightning as f2
 import measuring
 from f2d2_lightning.adapters import AdaptedFlowMap, Consistency, Denoiser, MeanFlow, Shortcut, TwoTime
-from measuring import kept, log_determinant
+from measuring import kept, log_determinant, quiet_trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import third_party_models as third_party
@@ -43,6 +43,11 @@ import third_party_models as third_party
 SHAPE, LEVELS, DIM = (1, 8, 8), 17, 64
 STEPS = (8, 4, 2, 1)
 INTERVAL = "perceptron.time_embedding"
+RECIPE: dict[str, Any] = {
+    "nodes": 20, "capacity": 12_000, "chunk": 512, "unroll": 0.25, "quantization": f2.Quantization(LEVELS),
+    "starts": {"data": 0.1, "perturbed": 0.1, "mixed": 0.25, "path": 0.05, "noise": 0.5},
+    "intervals": f2.Intervals("both", diagonal=0.1, grid=0.6, to_noise=0.7),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,32 +161,12 @@ def fine_tuned(
             head=joint.head,
             frozen=frozen,
             levels=LEVELS,
-            objective=f2.objectives.VolumeRegression(chunk=256)
-            if frozen
-            else f2.TrajectoryRegression(
-                nodes=20,
-                capacity=12_000,
-                chunk=512,
-                unroll=0.25,
-                starts={"data": 0.1, "perturbed": 0.1, "mixed": 0.25, "path": 0.05, "noise": 0.5},
-                quantization=f2.Quantization(LEVELS),
-                intervals=f2.Intervals("both", diagonal=0.1, grid=0.6, to_noise=0.7),
-            ),
+            objective=f2.objectives.VolumeRegression(chunk=256) if frozen else f2.TrajectoryRegression(**RECIPE),
             optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99)),
             warmup=100,
             ema_decay=0.998,
         )
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
-        trainer.fit(module, datamodule=data)
+        quiet_trainer(steps).fit(module, datamodule=data)
         return module.average.state_dict()
 
     joint.load_state_dict(kept(path, make))
@@ -382,14 +367,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         samples.append(["", "velocity, 200 evaluations", f"{fine['frechet']:.2f}", f"{fine['log_prob']:.1f}"])
         same = all(result[str(k)]["frozen"]["same_samples"] for k in STEPS)
         samples.append(["", "frozen", "the same to the bit" if same else "NOT the same", ""])
-    first = [
-        "family (reference, bits/dim)",
-        "",
-        "gap at 8 / 4 / 2 / 1 steps",
-        "r, likewise",
-        "evaluations",
-        "converged",
-    ]
+    first = ["family (reference, bits/dim)", "", "gap at 8 / 4 / 2 / 1 steps", "r, likewise", "evaluations"]
+    first.append("converged")
     second = ["family, samples", "", "Frechet distance at 8 / 4 / 2 / 1 steps", "reference log p of samples, nats"]
     return f"{measuring.markdown(first, likelihoods)}\n\n{measuring.markdown(second, samples)}"
 

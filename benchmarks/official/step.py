@@ -33,8 +33,6 @@ class OfficialRecipe:
         student: The joint map in training.
         teacher: Frozen flow map whose diagonal teaches.
         decay: Of the weight average.
-        keep_graph: Hold the teacher's graphs until the step has ended. The public code lets go of them once it has the
-            divergence.
         divergence_unit: What divergences are divided by before they are compared.
     """
 
@@ -43,7 +41,6 @@ class OfficialRecipe:
         student: JointFlowMap,
         teacher: FlowMap,
         decay: float = 0.9999,
-        keep_graph: bool = False,
         divergence_unit: float = 20_000.0,
     ) -> None:
         self.student = student
@@ -51,20 +48,16 @@ class OfficialRecipe:
         self.average = copy.deepcopy(student).eval().requires_grad_(False)
         self.optimizer = torch.optim.RAdam(student.parameters(), lr=1e-4)
         self.decay = decay
-        self.keep_graph = keep_graph
         self.unit = divergence_unit
-        self.held: list[Tensor] = []
 
     def teacher_answer(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and one-probe divergence, ``(B, ...)`` and ``(B,)``; ``x`` requires a gradient."""
         velocity = self.teacher.velocity(x, t)
         probe = torch.randint(0, 2, x.shape, device=x.device).to(x.dtype) * 2 - 1
         along_probe = (velocity * probe).flatten(1).sum(1)
-        (product,) = torch.autograd.grad(along_probe.sum(), x, create_graph=True, retain_graph=self.keep_graph)
-        divergence = (product * probe).flatten(1).sum(1)
-        if self.keep_graph:
-            self.held += [velocity, divergence]
-        return velocity.detach(), divergence.detach()
+        (product,) = torch.autograd.grad(along_probe.sum(), x, create_graph=True, retain_graph=False)
+        # the graphs are let go of here, as in the public code
+        return velocity.detach(), (product * probe).flatten(1).sum(1).detach()
 
     def diagonal_loss(self, data: Tensor) -> Tensor:
         """The student's diagonal on the teacher."""
@@ -96,7 +89,6 @@ class OfficialRecipe:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.diagonal_loss(data) + self.interval_loss(data)
         loss.backward()
-        self.held.clear()
         for parameter in self.student.parameters():
             if parameter.grad is not None:
                 torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
