@@ -23,7 +23,7 @@ from f2d2_lightning.nn import (
     UNet,
     with_second_time,
 )
-from f2d2_lightning.nn._attention import attention
+from f2d2_lightning.nn._layers import attention
 from problems import randomize
 
 close = torch.testing.assert_close

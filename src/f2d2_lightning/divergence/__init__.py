@@ -1,7 +1,5 @@
 """Estimators of the divergence of a velocity, and the derivatives that they take."""
 
-from __future__ import annotations
-
 from f2d2_lightning.divergence._tangents import DerivativeError
 from f2d2_lightning.divergence.estimators import Conditional, Divergence, DivergenceEstimator, Exact, Hutchinson
 

@@ -26,8 +26,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DerivativeError", "TangentRules", "forward_mode", "named", "raised_in"]
-
 _ONE_AT_A_TIME = threading.RLock()
 """Torch has one level of forward mode for the whole process: a second thread would end the first one's."""
 

@@ -1,7 +1,5 @@
 """Probability paths and flow maps, and those whose answers are known."""
 
-from __future__ import annotations
-
 from f2d2_lightning.flows.gaussian import GaussianBaseline, GaussianFlow
 from f2d2_lightning.flows.maps import Direction, FlowMap, Joint, JointMap, Jump, Velocity, as_flow_map
 from f2d2_lightning.flows.mixture import MixtureFlow

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.maps import FlowMap
 
-__all__ = ["HeldFlowMap", "evaluating"]
-
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.flows._transforms import is_transformed
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.utils.checks import one_of
 from f2d2_lightning.utils.configured import Configured
@@ -80,6 +79,11 @@ class Jump(NamedTuple):
     """State at time ``t``, shape of ``x``."""
     log_prob_change: Tensor
     """``log p_t(state) - log p_s(x)``, ``(B,)``, nats."""
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a tensor is inside of a transform of ``torch.func``: it then has no values, and may have a tangent."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # the one question that torch answers to nobody else
 
 
 def _known_bounds(t: Tensor | float) -> tuple[float, float] | None:

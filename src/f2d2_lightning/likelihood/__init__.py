@@ -1,7 +1,5 @@
 """From states to log-likelihoods and from noise to samples: few steps, and the fine reference."""
 
-from __future__ import annotations
-
 from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion

@@ -20,8 +20,6 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.sampling import check_cond, check_state, normal_log_prob
 from f2d2_lightning.likelihood.time_grids import time_grid
 
-__all__ = ["LogProb", "log_prob"]
-
 
 @dataclass(frozen=True)
 class LogProb:

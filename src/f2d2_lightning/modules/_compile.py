@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.flows.maps import FlowMap
 from f2d2_lightning.flows.paths import expand_time
-from f2d2_lightning.nn._attention import has_tangent
+from f2d2_lightning.nn._layers import has_tangent
 
 MODES = ("default", "max-autotune-no-cudagraphs")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune", "cudagraphs")

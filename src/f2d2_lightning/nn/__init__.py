@@ -1,7 +1,5 @@
 """Backbones that take two times in any order and are smooth enough for derivatives."""
 
-from __future__ import annotations
-
 from f2d2_lightning.nn.dit import DiT
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.flows.paths import expand_time
-from f2d2_lightning.nn._attention import has_tangent
+from f2d2_lightning.nn._layers import has_tangent
 from f2d2_lightning.utils.checks import check_shape
-
-__all__ = ["Backbone"]
 
 
 class Backbone(FlowMap):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pixel_shuffle, pixel_unshuffle
 
-from f2d2_lightning.nn._attention import attention
 from f2d2_lightning.nn._backbone import Backbone
-from f2d2_lightning.nn._recompute import run_block
+from f2d2_lightning.nn._layers import attention, run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least, one_of
 
@@ -72,7 +71,14 @@ class DiT(Backbone):
         embedding: nn.Module | None = None,
         checkpointing: bool = False,
     ) -> None:
-        _check_sizes(tuple(shape), patch, width, depth, heads, expansion)
+        at_least(1, patch=patch, width=width, depth=depth, heads=heads, expansion=expansion)
+        if len(shape) != 3 or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
+            raise ValueError(
+                f"shape is {tuple(shape)}; the network takes (C, H, W) with H and W divisible by patch={patch}; change "
+                "patch=, or resize or pad the images"
+            )
+        if width % heads or width % 4:
+            raise ValueError(f"width={width} is divisible by 4 and by heads={heads}; change one of them")
         if null_label and not classes:
             raise ValueError("null_label=True is one label more than classes=, and there are none; set classes=")
         super().__init__(shape, width, directions, embedding or IntervalEmbedding(width), classes + null_label)
@@ -162,14 +168,3 @@ def _positions(rows: int, columns: int, width: int) -> Tensor:
     grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     angles = grid.flip(-1)[..., None] * rates
     return torch.cat((angles.sin(), angles.cos()), -1).flatten(1)
-
-
-def _check_sizes(shape: tuple[int, ...], patch: int, width: int, depth: int, heads: int, expansion: int) -> None:
-    at_least(1, patch=patch, width=width, depth=depth, heads=heads, expansion=expansion)
-    if len(shape) != 3 or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
-        raise ValueError(
-            f"shape is {shape}; the network takes (C, H, W) with H and W divisible by patch={patch}; change patch=, or "
-            "resize or pad the images"
-        )
-    if width % heads or width % 4:
-        raise ValueError(f"width={width} is divisible by 4 and by heads={heads}; change one of them")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from f2d2_lightning.nn._backbone import Backbone
-from f2d2_lightning.nn._group_norm import GroupNorm
+from f2d2_lightning.nn._layers import GroupNorm
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 
 __all__ = ["ResNet"]

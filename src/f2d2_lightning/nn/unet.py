@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, pixel_shuffle, pixel_unshuffle, silu
 
-from f2d2_lightning.nn._attention import attention
 from f2d2_lightning.nn._backbone import Backbone
-from f2d2_lightning.nn._group_norm import GroupNorm
-from f2d2_lightning.nn._recompute import run_block
+from f2d2_lightning.nn._layers import GroupNorm, attention, run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
 
@@ -197,7 +195,18 @@ class UNet(Backbone):
         head_width: int | None = None,
         skip_scale: float = math.sqrt(0.5),
     ) -> None:
-        _check_sizes(tuple(shape), width, multipliers, blocks, heads, patch, head_width)
+        at_least(1, width=width, blocks=blocks, heads=heads, patch=patch)
+        at_least(1, **{"the least of multipliers": min(multipliers, default=0)})
+        times = patch * 2 ** (len(multipliers) - 1)
+        if len(shape) != 3 or shape[1] % times or shape[2] % times:
+            raise ValueError(
+                f"shape is {tuple(shape)}; with {len(multipliers)} resolutions and patch={patch} the network takes "
+                f"(C, H, W) with H and W multiples of {times}: use fewer multipliers, or pad the images"
+            )
+        name, unit = ("heads", heads) if head_width is None else ("head_width", head_width)
+        for multiplier in multipliers:
+            if unit < 1 or width * multiplier % unit:
+                raise ValueError(f"{width * multiplier} channels do not divide by {name}={unit}")
         super().__init__(shape, width * multipliers[0], directions, embedding or IntervalEmbedding(4 * width), classes)
         self.patch = patch
         self.inputs = self.shape[0] if inputs is None else inputs
@@ -260,26 +269,3 @@ class UNet(Backbone):
             angle = 2**power * math.pi * x
             waves += [angle.sin(), angle.cos()]
         return torch.cat(waves, 1)
-
-
-def _check_sizes(
-    shape: tuple[int, ...],
-    width: int,
-    multipliers: Sequence[int],
-    blocks: int,
-    heads: int,
-    patch: int,
-    head_width: int | None,
-) -> None:
-    at_least(1, width=width, blocks=blocks, heads=heads, patch=patch)
-    at_least(1, **{"the least of multipliers": min(multipliers, default=0)})
-    times = patch * 2 ** (len(multipliers) - 1)
-    if len(shape) != 3 or shape[1] % times or shape[2] % times:
-        raise ValueError(
-            f"shape is {shape}; with {len(multipliers)} resolutions and patch={patch} the network takes (C, H, W) "
-            f"with H and W multiples of {times}: use fewer multipliers, or pad the images"
-        )
-    name, unit = ("heads", heads) if head_width is None else ("head_width", head_width)
-    for multiplier in multipliers:
-        if unit < 1 or width * multiplier % unit:
-            raise ValueError(f"{width * multiplier} channels do not divide by {name}={unit}")

@@ -1,7 +1,5 @@
 """What ``(u, D)`` is regressed on."""
 
-from __future__ import annotations
-
 from f2d2_lightning.objectives._pool import TrajectoryPool
 from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
 from f2d2_lightning.objectives.identities import Consistency, Eulerian, Identity, Lagrangian, Semigroup

@@ -17,8 +17,6 @@ from f2d2_lightning.objectives.integrator import integrate_both_ways
 from f2d2_lightning.objectives.sources import VelocitySource
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
 
-__all__ = ["Trajectories", "TrajectoryPool"]
-
 
 class Trajectories(NamedTuple):
     """Trajectories at some times, in the order that was asked for."""

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Ring"]
-
 
 class Ring:
     """Rows of several tensors in a fixed number of places, where new ones take those of the oldest.

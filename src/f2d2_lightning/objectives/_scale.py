@@ -12,8 +12,6 @@ from f2d2_lightning.flows.paths import Path
 from f2d2_lightning.nn.head import Head
 from f2d2_lightning.objectives.sources import VelocitySource
 
-__all__ = ["measure_scale"]
-
 
 @torch.no_grad()
 def measure_scale(

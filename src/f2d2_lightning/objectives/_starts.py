@@ -15,8 +15,6 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.sampling import sample
 from f2d2_lightning.objectives.intervals import pick
 
-__all__ = ["Starts"]
-
 KINDS = ("data", "perturbed", "mixed", "path", "noise", "student")
 
 

@@ -13,8 +13,6 @@ from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.objectives._pool import Trajectories
 from f2d2_lightning.objectives.base import Terms, baseline_of, unit_baseline
 
-__all__ = ["whole_path_terms"]
-
 
 def whole_path_terms(
     student: JointMap, teacher: Trajectories, grid: Sequence[float], divergence: float, recompute: bool
