@@ -8,7 +8,7 @@ import torch
 from f2d2_lightning import Direction, DivergenceHead, Inversion, JointFlowMap, JointMap, as_flow_map, log_prob, sample
 from f2d2_lightning.flows import Joint
 from f2d2_lightning.nn import MLP
-from problems import PROBLEMS, Logistic, LogisticMap, ToData, randomize
+from problems import PROBLEMS, Logistic, LogisticMap, ToData, moved, randomize
 
 close = torch.testing.assert_close
 GRIDS = [1, 2, 8, [0.0, 0.1, 0.75, 1.0], [1.0, 0.9, 0.0], torch.tensor([0.0, 0.3, 1.0])]
@@ -54,16 +54,6 @@ def bent(directions="both"):
     return JointFlowMap(backbone, randomize(DivergenceHead(features=8, hidden=8)))
 
 
-def finite(function, tensor, direction, h=1e-6):
-    with torch.no_grad():
-        tensor.add_(h * direction)
-        ahead = function()
-        tensor.sub_(2 * h * direction)
-        behind = function()
-        tensor.add_(h * direction)
-    return (ahead - behind) / (2 * h)
-
-
 @pytest.mark.parametrize("call", ["log_prob", "sample", "inversion"])
 def test_gradients_against_finite_differences(call):
     joint_map, x = bent(), torch.randn(4, 3)
@@ -80,7 +70,7 @@ def test_gradients_against_finite_differences(call):
     x.requires_grad_(False)
     for leaf, gradient in zip([*leaves, x], [*gradients, of_x], strict=True):
         direction = torch.randn_like(leaf)
-        expected = finite(function, leaf, direction).detach()
+        expected = moved(function, leaf, direction, 1e-6)
         assert expected.abs() > 1e-4
         close((gradient * direction).sum(), expected, rtol=1e-4, atol=1e-6)
 

@@ -31,7 +31,7 @@ from f2d2_lightning.objectives import (
     Semigroup,
     TeacherSource,
 )
-from problems import MUTATIONS, PROBLEMS, Mutant, Student, randomize, trace, z_score
+from problems import MUTATIONS, PROBLEMS, Mutant, Nothing, Student, randomize, trace, z_score
 
 close = torch.testing.assert_close
 EXACT = {
@@ -263,11 +263,6 @@ def test_an_objective_weighs_by_its_students_baseline():
         torch.manual_seed(0)
         losses.append(float(Eulerian().loss(student, Batch(data, source_of(problem))).loss))
     assert abs(losses[0] / losses[1] - 1) > 0.2
-
-
-class Nothing(torch.nn.Module):
-    def forward(self, x, s, t, cond):
-        return x.new_zeros(len(x))
 
 
 @pytest.mark.parametrize("to_noise", [0.7, 0.0, 1.0])

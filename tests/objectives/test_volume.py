@@ -8,7 +8,7 @@ from f2d2_lightning.divergence import Exact
 from f2d2_lightning.flows import Point
 from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.objectives import Batch, TeacherSource, VolumeRegression
-from problems import Logistic, LogisticMap
+from problems import Logistic, LogisticMap, Nothing
 
 
 def bent(x, s, t, cond=None):
@@ -38,7 +38,7 @@ def test_targets_of_a_flow_are_its_average_divergence():
 
 
 def test_targets_are_determinants_of_jumps_and_not_divergences_along_the_flow():
-    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=lambda_head()))
+    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=Nothing()))
     s, t, x = torch.tensor([0.0, 0.3]), torch.tensor([1.0, 0.8]), torch.randn(2, 3)
     divergence = VolumeRegression().volume(joint, Point(x, s), t)
     for row in range(2):
@@ -46,14 +46,6 @@ def test_targets_are_determinants_of_jumps_and_not_divergences_along_the_flow():
         jump = lambda y, one=one: (y[None] + (t - s)[one, None] * bent(y[None], s[one], t[one]))[0]  # noqa: E731
         volume = torch.linalg.slogdet(torch.autograd.functional.jacobian(jump, x[row])).logabsdet
         torch.testing.assert_close((t - s)[row] * divergence[row], volume)
-
-
-def lambda_head():
-    class Zero(torch.nn.Module):
-        def forward(self, x, s, t, cond=None):
-            return x.new_zeros(len(x))
-
-    return Zero()
 
 
 @pytest.mark.parametrize("dim", [2])
@@ -95,7 +87,7 @@ def test_a_frozen_head_learns_the_density_of_the_samples(dim):
 
 
 def test_examples_are_kept_refreshed_and_restored():
-    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=lambda_head()), frozen=True)
+    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=Nothing()), frozen=True)
     objective, data = VolumeRegression(capacity=48, chunk=16, refresh=8.0), torch.randn(10, 2)
     source = TeacherSource(joint.velocity)
     for _ in range(3):
@@ -121,6 +113,6 @@ def test_mistakes_are_refused():
         VolumeRegression(intervals=Intervals("both"))
     with pytest.raises(ValueError, match="own_path=2"):
         VolumeRegression(own_path=2)
-    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=lambda_head()))
+    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=Nothing()))
     with pytest.raises(ValueError, match="takes as many evaluations per example, and max_dim is 4"):
         VolumeRegression(max_dim=4).loss(joint, Batch(torch.randn(4, 5), TeacherSource(joint.velocity)))

@@ -247,6 +247,24 @@ def randomize(module, scale=0.3, seed=0):
     return module
 
 
+class Nothing(torch.nn.Module):
+    """A head's own network that adds nothing."""
+
+    def forward(self, x, s, t, cond=None):
+        return x.new_zeros(len(x))
+
+
+@torch.no_grad()
+def moved(function, tensor, direction, h=1e-5):
+    """Central difference of ``function()`` where a tensor is moved in place along a direction."""
+    tensor.add_(h * direction)
+    ahead = function()
+    tensor.sub_(2 * h * direction)
+    behind = function()
+    tensor.add_(h * direction)
+    return (ahead - behind) / (2 * h)
+
+
 def slope(steps, errors):
     """Order of convergence: minus the slope of log error against log steps."""
     x, y = torch.log(torch.as_tensor(steps, dtype=torch.float64)), torch.log(torch.as_tensor(errors))
