@@ -81,14 +81,9 @@ def _plain_attention() -> Iterator[None]:
 
 
 def raised_in(error: BaseException, root: nn.Module | None = None) -> tuple[nn.Module, str] | None:
-    """Innermost submodule that an error passed through, or one that it came from.
+    """Innermost submodule of ``root`` that an error, or one that it came from, passed through, and its name there.
 
-    Args:
-        error: The error, with its traceback.
-        root: Module whose submodules are looked for; by default the outermost that is not of this package.
-
-    Returns:
-        ``root`` and the submodule's name in it; ``None`` if none was running.
+    ``root`` is by default the outermost module that is not of this package; ``None`` if none was running.
     """
     found: str | None = None
     link: BaseException | None = error

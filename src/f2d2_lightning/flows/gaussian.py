@@ -309,12 +309,8 @@ def _shrunk(covariance: Tensor, count: int, floor: float) -> tuple[Tensor, float
     the sum of ``l / (l + g)`` over eigenvalues of ``S`` (generalised cross-validation: Golub, Heath and Wahba, 1979,
     https://doi.org/10.1080/00401706.1979.10489751), so that sums over the data are enough. The weight that is best in
     squares (OAS, Chen et al., 2010, https://doi.org/10.1109/TSP.2010.2053029) is too small by far where all
-    coordinates share one factor, as the pixels of light and dark pictures do.
-
-    Args:
-        covariance: Of the sample, ``(d, d)``.
-        count: Number of samples.
-        floor: Variance of coordinates that do not vary; their correlations are 0.
+    coordinates share one factor, as the pixels of light and dark pictures do. Coordinates whose variance is below
+    ``floor`` do not vary and have no correlations.
     """
     deviation = covariance.diagonal().clamp(min=floor).sqrt()
     moving = covariance.diagonal() > floor

@@ -14,15 +14,7 @@ from f2d2_lightning.utils.checks import check_shape
 
 
 class Backbone(FlowMap):
-    """A network for states of a fixed shape, with both times and the label in every block.
-
-    Args:
-        shape: Shape of one state.
-        features: Channels of the features that it gives.
-        directions: Orders of time it is to be trained for.
-        embedding: Module ``(s, t) -> (B, E)`` with an attribute ``features`` ``= E``.
-        classes: Number of class labels; 0 for none. ``cond`` is then ``(B,)`` integers.
-    """
+    """A network for states of a fixed shape, with both times and the label in every block, that gives features."""
 
     def __init__(
         self, shape: Sequence[int], features: int, directions: str, embedding: nn.Module, classes: int

@@ -152,13 +152,7 @@ class TrajectoryPool:
         return torch.where(from_data, begun[torch.randint(len(begun), rows.shape, device=device)], rows)
 
     def draw_whole(self, count: int, times: Sequence[float], from_data: bool = False) -> Trajectories:
-        """Random trajectories at given kept times.
-
-        Args:
-            count: How many.
-            times: The times, each a kept one.
-            from_data: Only trajectories that begin at data, if there are any.
-        """
+        """Random trajectories at given kept times; with ``from_data`` such as begin at data, if there are any."""
         kept, states, change, cond = self._held()
         wish = torch.ones(count, dtype=torch.bool, device=kept.device) if from_data else None
         rows = self._rows(count, kept.device, wish)

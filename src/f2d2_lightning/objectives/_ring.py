@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 class Ring:
-    """Rows of several tensors in a fixed number of places, where new ones take those of the oldest.
-
-    Args:
-        capacity: Number of places.
-    """
+    """Rows of several tensors in a fixed number of places, where new ones take those of the oldest."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

@@ -22,15 +22,10 @@ def measure_scale(
     count: int = 1024,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """Root mean square of what a head has to add to its baseline, in the head's own units.
+    """Root mean square of what a head has to add to its fitted baseline, in the head's own units.
 
-    Args:
-        head: The head; its baseline must be fitted.
-        source: Gives ``(v, div v)``.
-        batches: Data at ``t = 1``, ``(B, ...)``, and conditioning.
-        path: Probability path.
-        count: Samples looked at, about.
-        reduce: Sums a tensor over processes, where each of them sees a part of the data.
+    ``batches`` are data at ``t = 1``, ``(B, ...)``, with conditioning, of which about ``count`` samples are looked at;
+    ``reduce`` sums a tensor over processes, where each of them sees a part of the data.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for x, cond in batches:

@@ -20,11 +20,7 @@ KINDS = ("data", "perturbed", "mixed", "path", "noise", "student")
 
 @dataclass(frozen=True)
 class Starts:
-    """Shares of each kind of start, and how they are made; the fields are those of a trajectory regression.
-
-    Raises:
-        ValueError: If a start is unknown or a number out of range.
-    """
+    """Shares of each kind of start, and how they are made; the fields are those of a trajectory regression."""
 
     shares: Mapping[str, float]
     perturbation: tuple[float, float]

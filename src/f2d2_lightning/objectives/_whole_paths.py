@@ -17,15 +17,7 @@ from f2d2_lightning.objectives.base import Terms, baseline_of, unit_baseline
 def whole_path_terms(
     student: JointMap, teacher: Trajectories, grid: Sequence[float], divergence: float, recompute: bool
 ) -> Terms:
-    """Error of a path through all times of a grid, in natural units.
-
-    Args:
-        student: The joint map in training.
-        teacher: Trajectories at the times of the grid.
-        grid: Times, from data to noise or from noise to data.
-        divergence: Weight of the log-likelihood's squared error.
-        recompute: Compute what a jump held inside again in the backward pass.
-    """
+    """Error of a path through all times of a grid, in either order, in natural units; ``divergence`` is its weight."""
     states, steps, to_noise = teacher.states, len(grid) - 1, grid[0] > grid[-1]
     x, log_change = states[:, 0], states.new_zeros(len(states))
     baseline = baseline_of(student) or unit_baseline(x)

@@ -42,13 +42,7 @@ class TrajectoryCache:
         times: Sequence[float],
         baseline: GaussianBaseline | None,
     ) -> Path:
-        """File of one chunk.
-
-        Args:
-            source: The teacher.
-            entry: Starting points ``x``, their ``node``, ``cond`` and ``seed``.
-            times: Times at which states are kept.
-            baseline: Gaussian fit that the integrator uses.
+        """File of one chunk: starting points ``x``, their ``node``, ``cond`` and ``seed``.
 
         Raises:
             ValueError: If the source has no weights that could be told apart, or changes in training.
@@ -59,16 +53,9 @@ class TrajectoryCache:
         return self.folder / f"{fingerprint(parts)}.safetensors"
 
     def read(self, path: Path, x: Tensor, nodes: int) -> tuple[Tensor, Tensor] | None:
-        """A chunk; ``None`` if it is not there, with a warning if the file is damaged or of something else.
+        """States ``(B, nodes, ...)`` and changes of log-density ``(B, nodes)`` of a chunk, type and device as ``x``.
 
-        Args:
-            path: File of the chunk.
-            x: Starting points, ``(B, ...)``.
-            nodes: Number of times at which states are kept.
-
-        Returns:
-            States ``(B, nodes, ...)`` and changes of log-density ``(B, nodes)``, of the type and on the device of
-            ``x``.
+        ``None`` if it is not there, with a warning if the file is damaged or of something else.
         """
         if not path.exists():
             return None

@@ -73,14 +73,10 @@ def map_numbers(path: str | Path, remedy: str = AGAIN) -> np.ndarray:
 
 
 def check_growth(packed: int, size: int) -> None:
-    """Refuse to unpack what would grow as only zeros do.
-
-    Args:
-        packed: Bytes that there are.
-        size: Bytes that it says to become.
+    """Refuse to unpack bytes that would grow as only zeros do.
 
     Raises:
-        ValueError: If that is more than a hundredfold, and more than 64 MiB.
+        ValueError: If they would become more than a hundredfold, and more than 64 MiB.
     """
     if size > max(HARMLESS, GROWTH * packed):
         raise ValueError(

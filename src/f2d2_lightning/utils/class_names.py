@@ -17,13 +17,9 @@ SHOWN = 12
 
 
 def labels_of(found: Sequence[str], known: Sequence[str], where: Any) -> list[int]:
-    """Label of each class that data have, by its name.
+    """Label of each class that data have, by its place among the model's ``known`` names.
 
-    Args:
-        found: Names in the data.
-        known: The model's names in the order of their labels; none where its labels are numbers without names, which
-            names that are whole numbers then say themselves.
-        where: The data, for errors.
+    Of a model whose labels are numbers without names, names that are whole numbers say the label themselves.
 
     Raises:
         ValueError: If the model does not know a class. Gives both lists.
@@ -50,11 +46,7 @@ def guessed_labels(found: Sequence[str], count: int | None, where: Any) -> tuple
 
     Folders of images are numbered in the order of their names as text, where all the classes are there; a folder that
     is called by a number may also stand for that label.
-
-    Args:
-        found: Names in the data, sorted as text.
-        count: The model's classes; ``None`` if it is not known.
-        where: The data, for errors.
+    Names are sorted as text, and ``count`` is that of the model's classes, if it is known.
 
     Raises:
         ValueError: If there is more than one way to read them, and no reason for one of them.
@@ -83,11 +75,9 @@ def guessed_labels(found: Sequence[str], count: int | None, where: Any) -> tuple
 
 
 def agree_on_classes(data: Any, known: Sequence[str] | None) -> list[str] | None:
-    """The names that a model keeps; labels of the data follow them from now on.
+    """The names that a model keeps; labels of a data module that is set up, if there is one, follow them from now on.
 
-    Args:
-        data: A data module, set up; ``None`` where loaders are given without one.
-        known: Names that the model has, in the order of their labels; ``None`` if it has not met data yet.
+    ``known`` are those that the model has, in the order of their labels; ``None`` if it has not met data yet.
 
     Raises:
         ValueError: If the data have a class that the model does not know, or another order that cannot be changed.

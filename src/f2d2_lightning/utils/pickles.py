@@ -87,13 +87,8 @@ class Record:
 def read_arrays(content: bytes, name: str, origin: str) -> dict[str, Any]:
     """The dictionary of arrays, numbers and strings in a pickle of any protocol, of Python 2 or 3.
 
-    Args:
-        content: The pickle.
-        name: Of the file, for errors.
-        origin: Where to get it again, for errors.
-
-    Returns:
-        Values by key: arrays of any shape, and strings of Python 2 as bytes; keys are text.
+    Keys are text, arrays of any shape, and strings of Python 2 come as bytes. ``name`` is the file's, and ``origin``
+    where to get it again, for errors.
 
     Raises:
         ValueError: If the pickle is truncated or corrupt, no dictionary, or names anything but arrays.
@@ -387,11 +382,7 @@ _FUNCTIONS = {
     **{f"numpy.{core}.multiarray._reconstruct": "_array" for core in ("core", "_core")},
     "torch_utils.persistence._reconstruct_persistent_obj": "_persistent_object",
 }
-_OURS = (
-    *("reduce", "newobj", "build", "binpersid", "append", "appends", "setitem", "setitems", "additems", "dict"),
-    "frozenset",
-)
-# constants, the memo, the stack and names, as pickle has them
+# beside the opcodes defined above: constants, the memo, the stack and names, as pickle has them
 _THEIRS = (
     *("proto", "frame", "stop", "mark", "pop", "pop_mark", "dup", "none", "true", "false"),
     *("int", "binint", "binint1", "binint2", "long", "long1", "long4", "float", "binfloat"),
@@ -401,8 +392,8 @@ _THEIRS = (
     *("empty_set", "global", "stack_global"),
 )
 for _code, _method in pickle._Unpickler.dispatch.items():
-    if (_name := _method.__name__.removeprefix("load_")) in (*_OURS, *_THEIRS):
-        Unpickler.dispatch[_code] = getattr(Unpickler, f"load_{_name}")
+    if _method.__name__ in vars(Unpickler) or _method.__name__.removeprefix("load_") in _THEIRS:
+        Unpickler.dispatch[_code] = getattr(Unpickler, _method.__name__)
 
 
 def _text(value: Any) -> str:

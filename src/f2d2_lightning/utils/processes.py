@@ -42,9 +42,6 @@ class Places:
 
     Lightning's distributed sampler deals samples to the processes in turn, and repeats some so that all have as many.
     A figure counts each once, and compares the same ones, whatever the number of processes.
-
-    Args:
-        trainer: The Trainer, in validation or test.
     """
 
     def __init__(self, trainer: Any) -> None:
