@@ -4,27 +4,27 @@ The official step (``official/step.py``) makes two targets of each of its ``--ba
 one of each of twice as many, so both sides regress the same network on the same number of targets with the same
 optimiser. Times are medians taken in turn, and ratios are within one run. Memory is the most that a step holds beyond
 what is held between steps; what is held between them (weights, average, teacher, optimiser, a full pool) has its own
-column. The official recipe is float32, or the ``--official_dtype``; all other options are for this package's.
+column. The official recipe is float32, or the ``--official-dtype``; all other options are for this package's.
 
     python benchmarks/training_step.py
-    python benchmarks/training_step.py --device cuda --network unet --batch 256 --dtype bf16 --compile true
+    python benchmarks/training_step.py --device cuda --network unet --batch 256 --dtype bf16 --channels-last --compile
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 import f2d2_lightning as f2
 from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.modules.ema import copy_frozen, update_average
 from f2d2_lightning.objectives import TrajectoryRegression
-from measuring import dtype_of, make_joint, markdown, medians, peak_mib, resident_mib, wake
+from measuring import NETWORKS, dtype_of, make_joint, markdown, medians, peak_mib, resident_mib, wake
 from official.step import OfficialRecipe
 
 FULL, PATH = "trajectory regression, full pool", "trajectory regression, a whole path"
@@ -33,33 +33,36 @@ GOALS = "Goals: time at most 0.50, memory at most 0.60; on a GPU, Conditional wi
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on.
+    """What is measured on."""
 
-    Args:
-        network: Kind of network.
-        batch: Images of an official step, two targets each.
-        resolution: Side of the images.
-        channels: Channels of the images.
-        width: Of the network.
-        nodes: Of a trajectory.
-        device: Where.
-        dtype: Autocast of our recipes.
-        official_dtype: Autocast of the official recipe.
-        channels_last: Memory format of our networks.
-        compile: Our networks.
-    """
-
-    network: Literal["digits", "resnet", "unet"] = "resnet"
+    network: str = "resnet"
     batch: int = 32
     resolution: int = 28
     channels: int = 1
     width: int = 32
     nodes: int = 16
     device: str = "cpu"
-    dtype: Literal["float32", "bf16"] = "float32"
-    official_dtype: Literal["float32", "bf16", "fp16"] = "float32"
+    dtype: str = "float32"
+    official_dtype: str = "float32"
     channels_last: bool = False
     compile: bool = False
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        told: dict[str, dict[str, Any]] = {
+            "network": {"choices": NETWORKS},
+            "batch": {"help": "images of an official step, two targets each"},
+            "nodes": {"help": "of a trajectory"},
+            "dtype": {"choices": ("float32", "bf16"), "help": "autocast of our recipes"},
+            "official_dtype": {"choices": ("float32", "bf16", "fp16"), "help": "autocast of the official recipe"},
+            "channels_last": {"help": "memory format of our networks"},
+            "compile": {"help": "our networks"},
+        }
+        for field in fields(cls):
+            kind: dict[str, Any] = {"action": "store_true"}
+            if not isinstance(field.default, bool):
+                kind = {"type": type(field.default), "default": field.default}
+            parser.add_argument(f"--{field.name.replace('_', '-')}", **kind, **told.get(field.name, {}))
 
     def make_networks(self) -> tuple[f2.JointFlowMap, f2.FlowMap]:
         """Student and teacher with the same random weights at every call."""
@@ -165,14 +168,14 @@ RECIPES: dict[str, Callable[[Setting], OurStep]] = {
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_class_arguments(Setting)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    Setting.add_arguments(parser)
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--capacity", type=int, default=12_000, help="trajectories of a full pool, its memory and cost")
     parser.add_argument("--steps", type=int, default=20_000, help="of training, over which filling the pool is spread")
     options = parser.parse_args()
-    setting = Setting(**{field.name: options[field.name] for field in fields(Setting)})
+    setting = Setting(**{field.name: getattr(options, field.name) for field in fields(Setting)})
     device, targets = torch.device(setting.device), 2 * setting.batch
 
     official, ours = OfficialStep(setting), {name: RECIPES[name](setting) for name in options.recipes}

@@ -163,7 +163,8 @@ class FlowMapContract:
         flow_map, x, cond = self._case()
         if self._endpoint_only(flow_map):
             return
-        pairs, first = self._pairs(flow_map), {}
+        pairs = self._pairs(flow_map)
+        first: dict[float, Tensor] = {}
         for s, t in pairs:
             answer = flow_map(x, s, t, cond)
             if not torch.equal(first.setdefault(s, answer), answer):
