@@ -10,7 +10,7 @@ import torch
 from f2d2_lightning import GaussianBaseline
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows import GaussianFlow, LinearPath, TrigonometricPath
-from problems import PROBLEMS, rotation, z_score
+from problems import PROBLEMS, coefficients, rotation, z_score
 
 PAIRS = [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (0.9, 0.35), (0.0, 0.01), (1.0, 0.99)]
 close = torch.testing.assert_close
@@ -252,14 +252,6 @@ def spread(path, kind="full"):
     baseline.mean.copy_(torch.linspace(-1, 2, 4))
     baseline.variances.copy_(SPREAD if kind == "diagonal" else SPREAD[1:2])
     return baseline
-
-
-def coefficients(path, t):
-    """``alpha, sigma`` and their derivatives, not by the package."""
-    if isinstance(path, LinearPath):
-        return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
-    a, b = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
-    return a, b, math.pi / 2 * b, -math.pi / 2 * a
 
 
 def angles(path, t, variances):

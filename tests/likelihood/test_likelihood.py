@@ -221,7 +221,7 @@ def test_steps_may_be_any_whole_number(gaussian):
     x = gaussian.states(3, 1.0)
     flow = gaussian.field
     expected = log_prob(flow, x, 2).value
-    for steps in (np.int64(2), torch.tensor(2), torch.tensor([0.0, 0.5, 1.0]), (0, 0.5, 1)):
+    for steps in (np.int64(2), torch.tensor(2), np.array([0.0, 0.5, 1.0]), torch.tensor([0.0, 0.5, 1.0]), (0, 0.5, 1)):
         assert torch.equal(log_prob(flow, x, steps).value, expected)
 
 

@@ -199,7 +199,7 @@ def test_differences_along_time_are_the_derivative(name, interval):
         tolerance = 1e-9 if mode == "forward" else 1e-3
         assert torch.allclose(found.velocity, right.velocity, atol=tolerance)
         assert torch.allclose(found.divergence, right.divergence, atol=tolerance)
-    with pytest.raises(ValueError, match="'forward' or 'finite'"):
+    with pytest.raises(ValueError, match="one of 'forward', 'finite'"):
         getattr(f2, name)(mode="reverse")
 
 

@@ -46,11 +46,7 @@ class Problem:
         return MixtureFlow(self.weights, self.means, self.covariances, self.shape, self.path)
 
     def coefficients(self, t):
-        """``alpha, sigma`` and their derivatives."""
-        if not self.trigonometric:
-            return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
-        a, b = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
-        return a, b, math.pi / 2 * b, -math.pi / 2 * a
+        return coefficients(self.path, t)
 
     def moments(self, t):
         """Means ``(B, K, d)`` and covariances ``(B, K, d, d)`` at times ``(B,)``."""
@@ -99,6 +95,14 @@ class Problem:
         matrix = axes @ torch.diag_embed((values_t / values_s).sqrt()) @ axes.T
         moved = m_t[:, 0] + (matrix @ (x.flatten(1) - m_s[:, 0])[..., None]).squeeze(-1)
         return moved.reshape(x.shape), -0.5 * (torch.logdet(c_t[:, 0]) - torch.logdet(c_s[:, 0]))
+
+
+def coefficients(path, t):
+    """``alpha, sigma`` and their derivatives, not by the package."""
+    if isinstance(path, LinearPath):
+        return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+    a, b = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
+    return a, b, math.pi / 2 * b, -math.pi / 2 * a
 
 
 def trace(function, x):
