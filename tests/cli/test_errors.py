@@ -154,11 +154,6 @@ def test_steps(flow, entrance, steps, message):
         entrance(flow, X, steps)
 
 
-def test_numbers_of_steps_that_are_not_int(flow):
-    assert log_prob(flow, X, numpy.int64(3)).evaluations == 3
-    assert sample(flow, X, numpy.array([0.0, 0.5, 1.0])).evaluations == 2
-
-
 def test_likelihoods_need_a_divergence():
     with pytest.raises(ValueError, match=r"needs a joint map.*JointFlowMap"):
         sample(MLP((3,)), X, with_log_prob=True)

@@ -220,7 +220,7 @@ class Wrong(Pair):
         (lambda p: f2.F2D2Module(MLP((2,)), (2,), 3), "the teacher is a int"),
         (lambda p: f2.F2D2Module(MLP((2,)).requires_grad_(False), (2,), lambda x, t, cond: -x), "requires gradients"),
         (lambda p: student().data_to_state(torch.zeros(2, 5)), r"shape \(2, 5\), but the module was made for \(B, 2\)"),
-        (lambda p: student().sample(0), "at least one"),
+        (lambda p: student().sample(0), "samples=0; it must be at least 1"),
     ],
 )
 def test_errors(tmp_path, make_it, message):
