@@ -41,13 +41,11 @@ class Sizes:
         self.capacity, self.nodes, self.chunk = (32, 4, 16) if tiny else (8_000, 48, 512)
         self.images, self.samples = (16, 32) if tiny else (2_000, 10_000)
         self.reference = f2.Reference(steps=4, probes=1) if tiny else f2.Reference(steps=100, probes=8, near_data=0.6)
-        self.count = 200 if tiny else None
 
 
 def data(folder: Path, sizes: Sizes, **kwargs: Any) -> FashionMNIST:
-    return FashionMNIST(
-        str(folder), batch_size=sizes.batch, count=sizes.count, num_workers=0 if sizes.tiny else 3, **kwargs
-    )
+    small = {"count": 200, "val": 16} if sizes.tiny else {"num_workers": 3}
+    return FashionMNIST(str(folder), batch_size=sizes.batch, **small, **kwargs)
 
 
 def backbone(sizes: Sizes) -> PreconditionedUNet:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpu_stages.kept import DONE
 from measuring import markdown
 
 __all__ = ["write"]
@@ -18,7 +19,7 @@ def _number(value: Any) -> str:
 def _failures(result: dict[str, Any]) -> list[str]:
     if not result["failures"]:
         return ["Nothing failed.", ""]
-    return ["Failed:", "", *(f"- {name}: {why.splitlines()[0]}" for name, why in result["failures"].items()), ""]
+    return ["Failed then:", "", *(f"- {name}: {why.splitlines()[0]}" for name, why in result["failures"].items()), ""]
 
 
 def _devices(result: dict[str, Any]) -> list[str]:
@@ -63,7 +64,7 @@ def _training(result: dict[str, Any]) -> list[str]:
 
 def _speed(result: dict[str, Any]) -> list[str]:
     parts = [line for name, text in result["tables"].items() for line in (f"**{name}**", "", text.strip(), "")]
-    for name, table in result["profile"].items():
+    for name, table in result.get("profile", {}).items():
         parts += [f"Where a step goes ({name}):", "", "```", table.strip(), "```", ""]
     return parts
 
@@ -116,4 +117,5 @@ def write(folder: Path, out: Path) -> None:
 
 def _where(result: dict[str, Any]) -> str:
     small = "; small sizes, which show that it runs" if result["tiny"] else ""
-    return f"{result['machine']}, torch {result['torch']}, {result['seconds of the stage']:.0f} s{small}."
+    took = f"{result[DONE]:.0f} s" if DONE in result else "cut off, and not all of it is here"
+    return f"{result['machine']}, torch {result['torch']}; {took}{small}."

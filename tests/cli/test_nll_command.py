@@ -398,7 +398,7 @@ BAD = {
     "too many levels": ("digits", ["--data", "levels.npy"], r"the data hold the values 0 to 255"),
     "out of range": ("digits", ["--data", "range.npy"], r"states lie in \[0, 255\]"),
     "NaN": ("digits", ["--data", "nan.npy"], r"holds NaN or infinity in 1 of 3"),
-    "no steps": ("digits", ["--data", "digits", "--steps", "0"], r"at least one step"),
+    "no steps": ("digits", ["--data", "digits", "--steps", "0"], r"steps=0; it must be at least 1"),
     "device": ("digits", ["--data", "digits", "--device", "warp"], r"device 'warp' cannot be used"),
     "unknown kind of file": ("grey", ["--data", "notes.txt"], r"\.npy and \.npz files"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from f2d2_lightning import (
     as_flow_map,
 )
 from f2d2_lightning.divergence import Conditional, Exact
-from f2d2_lightning.flows import Joint, Point
+from f2d2_lightning.flows import Joint, Point, paths
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.objectives import (
@@ -339,3 +339,27 @@ def test_consistency_only_ever_asks_for_the_data():
             return problem.field(x, s, t)
 
     assert float(Consistency().loss(Watched(), Batch(problem.states(16, 1.0), source_of(problem))).loss) < 1e-18
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 40])
+def test_what_fills_up_a_part_of_a_batch_counts_for_nothing(monkeypatch, size):
+    torch.manual_seed(0)
+    teacher, backbone = MLP((2,), width=16, blocks=1), MLP((2,), width=16, blocks=1)
+    student = randomize(JointFlowMap(backbone, DivergenceHead(backbone.features)))
+    source = TeacherSource(teacher.velocity, Conditional(0.5, Exact()))
+    objective = Semigroup(intervals=Intervals(diagonal=0.5))
+    losses = []
+    for free in (("cpu",), ()):
+        monkeypatch.setattr(paths, "ANY_SIZE", free)
+        torch.manual_seed(1)
+        batch = Batch(torch.randn(size, 2), source)
+        losses.append(objective.regress(student, batch, lambda p, t: Examples(p.x, p.t, t, None, Joint(p.x, p.t))))
+    close(losses[1].loss, losses[0].loss)
+
+
+def test_parts_of_a_batch_come_in_few_sizes(monkeypatch):
+    masks = [torch.arange(40) < count for count in range(41)]
+    monkeypatch.setattr(paths, "ANY_SIZE", ())
+    found = [paths.even_rows(mask) for mask in masks]
+    assert {len(rows) for rows, _ in found} == set(range(0, 41, 5))
+    assert all(torch.equal(rows[:count], mask.nonzero()[:, 0]) for mask, (rows, count) in zip(masks, found))

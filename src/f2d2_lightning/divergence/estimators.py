@@ -20,7 +20,7 @@ from torch import Tensor
 
 from f2d2_lightning.divergence._tangents import REMEDY, DerivativeError, forward_mode
 from f2d2_lightning.flows.gaussian import GaussianBaseline
-from f2d2_lightning.flows.paths import LinearPath, Path, Point, repeat_time
+from f2d2_lightning.flows.paths import LinearPath, Path, Point, even_rows, repeat_time
 from f2d2_lightning.utils.checks import at_least, one_of, positive
 from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, row_keys
 
@@ -338,9 +338,10 @@ class Conditional(DivergenceEstimator):
         v, divergence = torch.zeros_like(point.x), torch.zeros_like(point.t)
         late = point.t >= self.handover
         for mine, answer in ((~late, self._from_pair), (late, self.near_data)):
-            rows = mine.nonzero().squeeze(-1)
-            if len(rows):
+            rows, count = even_rows(mine)
+            if count:
                 part = answer(velocity, point[rows])
+                rows, part = rows[:count], Divergence(part.velocity[:count], part.divergence[:count])
                 v = v.index_copy(0, rows, part.velocity.to(v.dtype))  # lower under autocast
                 divergence = divergence.index_copy(0, rows, part.divergence)
         return Divergence(v, divergence)

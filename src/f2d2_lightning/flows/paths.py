@@ -21,7 +21,20 @@ from torch import Tensor
 
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["LinearPath", "Path", "Point", "TrigonometricPath", "distinct", "expand_time", "like", "repeat_time"]
+__all__ = [
+    "LinearPath",
+    "Path",
+    "Point",
+    "TrigonometricPath",
+    "distinct",
+    "even_rows",
+    "expand_time",
+    "like",
+    "repeat_time",
+]
+
+ANY_SIZE = ("cpu",)
+"""Devices on which a batch of another size costs nothing extra."""
 
 
 def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
@@ -70,6 +83,18 @@ def repeat_time(t: Tensor, count: int) -> Tensor:
 def like(t: Tensor, x: Tensor) -> Tensor:
     """``t`` of shape ``(B,)`` as ``(B, 1, ..., 1)``, to broadcast against ``x`` of shape ``(B, ...)``."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def even_rows(mask: Tensor) -> tuple[Tensor, int]:
+    """Places where a mask ``(B,)`` holds, and how many they are.
+
+    On an accelerator the first place is repeated until they are a multiple of an eighth of the batch: a network that
+    is asked for another number of states at every step is planned, or compiled, anew each time.
+    """
+    rows = mask.nonzero().squeeze(-1)
+    count = len(rows)
+    missing = 0 if rows.device.type in ANY_SIZE else -count % max(1, len(mask) // 8)
+    return torch.cat((rows, rows[:1].expand(missing))) if count and missing else rows, count
 
 
 class Point:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
-from f2d2_lightning.flows.paths import LinearPath, Path, Point
+from f2d2_lightning.flows.paths import LinearPath, Path, Point, even_rows
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
@@ -66,6 +66,17 @@ class Examples(NamedTuple):
     """Conditioning."""
     target: Joint
     """``(u, D)`` from ``s`` to ``t``, detached."""
+
+    def first(self, count: int) -> Examples:
+        """The first of them."""
+        x, s, t, cond, target = self
+        return Examples(
+            x[:count],
+            s[:count],
+            t[:count],
+            None if cond is None else cond[:count],
+            Joint(*(part[:count] for part in target)),
+        )
 
 
 def baseline_of(student: JointMap) -> GaussianBaseline | None:
@@ -195,12 +206,15 @@ class Objective(ABC):
         s, t = (time.to(data.dtype) for time in times)
         noise = torch.randn_like(data)
         point, parts = self.path.point(data, noise, s, cond), []
-        on, off = (s == t).nonzero().squeeze(-1), (s != t).nonzero().squeeze(-1)
-        if len(on):
-            here = point[on]
-            parts.append(Examples(here.x, here.t, here.t, here.cond, (batch.anchor or batch.source)(here)))
-        if len(off):
-            parts.append(off_diagonal(point[off], t[off]))
+        anchor = batch.anchor or batch.source
+
+        def on_diagonal(here: Point, _: Tensor) -> Examples:
+            return Examples(here.x, here.t, here.t, here.cond, anchor(here))
+
+        for mask, examples in ((s == t, on_diagonal), (s != t, off_diagonal)):
+            rows, count = even_rows(mask)
+            if count:
+                parts.append(examples(point[rows], t[rows]).first(count))
         return self.terms(student, _concatenate(parts))
 
     def terms(self, student: JointMap, examples: Examples) -> Terms:
