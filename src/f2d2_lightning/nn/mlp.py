@@ -48,6 +48,7 @@ class MLP(Backbone):
         embedding: Module ``(s, t) -> (B, E)`` with an attribute ``features`` ``= E``; an :class:`IntervalEmbedding` by
             default.
 
+    >>> import torch
     >>> MLP((2,))(torch.zeros(3, 2), 0.0, torch.ones(3)).shape
     torch.Size([3, 2])
     """
