@@ -260,6 +260,7 @@ def start(tmp_path, where, pause):
     script = SCRIPT.format(tests=str(Path(__file__).parents[1] / "support"), where=where, pause=pause)
     (tmp_path / "run.py").write_text(textwrap.dedent(script))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PL_GLOBAL_SEED", None)  # an earlier test's, in a fixture made before tests are set apart
     return subprocess.Popen(
         [sys.executable, "run.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
     )
