@@ -23,7 +23,7 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.modules._teaching import KeptTeacher
 from f2d2_lightning.modules.distillation import DistilledModel, default_head
 from f2d2_lightning.nn.head import Head, JointFlowMap
-from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
+from f2d2_lightning.objectives.sources import TeacherSource
 from f2d2_lightning.training.batches import HALF, BatchStates, FirstLook, compare_ranges, training_batches
 from f2d2_lightning.utils.sharding import whole_state
 
@@ -219,7 +219,7 @@ class AddedModel(DistilledModel):
         held = HeldFlowMap(mapped)
         self.added.optimizer.zero_grad(set_to_none=True)
         self._student = JointFlowMap(held if self.frozen else mapped, self._head("live"))
-        self._source: VelocitySource
+        self._source: TeacherSource
         if self.teacher is None:
             if mapped.endpoint_only:
                 raise ValueError(
@@ -239,6 +239,9 @@ class AddedModel(DistilledModel):
         states = [self.state(batch) for batch in training_batches(trainer, self.fit_samples)]
         if head.baseline is not None and not bool(head.baseline.fitted):
             head.baseline.fit(x for x, _ in states)
+        if self.teacher is not None:
+            self.measure_targets(trainer, self._source.velocity, states)
+            self._source.estimator = self.estimator
         self.fit_scale(head, self._source, states)
         # every process saw the same samples; broadcast all the same, for data that differ between machines
         self.added.broadcast()
@@ -297,3 +300,5 @@ class AddedModel(DistilledModel):
         self.run_seed.value = state["seed"]
         self.added.load_state_dict(state["added"])
         self.load_objective_state(state["objective"], None if "version" in state else True)
+        if "_source" in vars(self):
+            self._source.estimator = self.estimator

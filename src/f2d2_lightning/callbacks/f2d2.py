@@ -62,7 +62,7 @@ class F2D2Callback(AddedModel, L.Callback):
         head: Divergence head; by default one on the network's features, with a Gaussian baseline of full covariance up
             to 1,024 dimensions, diagonal above.
         objective: What relates ``(u, D)`` to the velocity; trajectory regression by default.
-        estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
+        estimator: Divergence estimator of the targets, by default as in ``F2D2Module``.
         frozen: The added loss trains the head alone and leaves the network to the module's own loss. Declare no
             direction then that this loss does not train. For the density of a few-step sampler's own jumps give
             ``objective=VolumeRegression(refresh=8.0)``.

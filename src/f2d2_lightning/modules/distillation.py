@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from f2d2_lightning.adapters import AdaptedFlowMap, check_convention, check_differentiable
@@ -18,15 +19,22 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
-from f2d2_lightning.objectives.base import Batch, Objective, Terms
+from f2d2_lightning.objectives.base import Batch, Objective, Terms, baseline_of
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
+from f2d2_lightning.objectives.targets import PASSES, choose_targets
 from f2d2_lightning.objectives.trajectories import TrajectoryRegression
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.processes import gather_states, own_state
 
 MOST_AXES = 1024
 """Dimensions up to which the default head fits a full covariance."""
+
+
+SHARE = 3.0
+"""Evaluations that trajectories may take, in those of training: in larger batches, without gradients, each is cheaper."""
+MEASURED = 64
+"""States that targets are measured on; a quarter of them where there are many dimensions."""
 
 
 def default_objective(directions: Direction, moving: bool) -> Objective:
@@ -58,6 +66,7 @@ def default_head(channels: int, shape: tuple[int, ...], flow_map: FlowMap) -> Di
 class DistilledModel(LikelihoodModel):
     """A model whose likelihoods are trained and evaluated here: a student module, or what a callback adds."""
 
+    joint: Any
     evaluation: Evaluation
     teacher: Any
     run_seed: RunSeed
@@ -75,14 +84,14 @@ class DistilledModel(LikelihoodModel):
 
         Args:
             objective: The objective; by default :func:`default_objective`.
-            estimator: Divergence estimator of its targets; Hutchinson's with one probe by default.
+            estimator: Divergence estimator of its targets; ``None`` for what is measured, or one probe.
             directions: Orders of time that the map declares.
             moving: Whether the velocity that is learned from changes as training goes on.
 
         Raises:
             ValueError: If the objective trains other directions than the map declares.
         """
-        self.estimator = estimator or Hutchinson()
+        self.estimator, self._estimator_given = estimator or Hutchinson(), estimator is not None
         self._trained_directions, self._chosen = directions, objective is not None
         self._set_objective(objective or default_objective(directions, moving))
 
@@ -142,6 +151,47 @@ class DistilledModel(LikelihoodModel):
         if teacher is not None:
             check_differentiable(teacher, x, cond, mode)
 
+    def measure_targets(
+        self,
+        trainer: L.Trainer,
+        velocity: Callable[..., Tensor],
+        batches: Iterable[tuple[Tensor, Tensor | None]],
+    ) -> None:
+        """Choose what was left open of trajectories and their estimator, by what it costs and what targets it makes.
+
+        Every process takes the first one's states, and so chooses the same.
+        """
+        objective = self.objective
+        if not isinstance(objective, TrajectoryRegression) or objective.nodes is not None:
+            return
+        x, cond = next(iter(batches))
+        steps, count = trainer.estimated_stepping_batches, len(x) * trainer.world_size
+        evaluations = PASSES * count * (steps if math.isfinite(steps) else 10_000)
+        trajectories = objective.capacity * trainer.world_size
+        few = MEASURED if x[0].numel() <= MOST_AXES // 4 else MEASURED // 4
+        device = x.device
+        x, cond = trainer.strategy.broadcast((x[:few], None if cond is None else cond[:few]))
+        choice = choose_targets(
+            velocity,
+            x.to(device),
+            None if cond is None else cond.to(device),
+            baseline_of(self.joint),
+            objective.grids,
+            affordable=SHARE * evaluations / trajectories,
+            estimator=self.estimator if self._estimator_given else None,
+            mode=self.estimator.mode,
+        )
+        objective.choice = choice
+        self._take_choice()
+        (rank_zero_info if choice.good else rank_zero_warn)(
+            f"targets: {choice}" + ("" if choice.good else f"; more would take {choice.remedy()}")
+        )
+
+    def _take_choice(self) -> None:
+        choice = self.objective.choice if isinstance(self.objective, TrajectoryRegression) else None
+        if choice is not None and choice.probes is not None:
+            self.estimator = choice.estimator(baseline_of(self.joint), self.estimator.mode)
+
     def fit_scale(
         self,
         head: Head,
@@ -187,6 +237,7 @@ class DistilledModel(LikelihoodModel):
             state: Mapping[str, Any] = own_state(states)
             try:
                 self.objective.load_state_dict(state)
+                self._take_choice()
             except KeyError as error:
                 raise ValueError(
                     f"the checkpoint's objective has no {error}: it is of another class than "

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from f2d2_lightning.checkpoints.trust import packages_of
-from f2d2_lightning.divergence.estimators import DivergenceEstimator, Hutchinson
+from f2d2_lightning.divergence.estimators import DivergenceEstimator
 from f2d2_lightning.flows.maps import FlowMap
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.reference import Reference
@@ -51,7 +51,8 @@ class F2D2Module(FlowModule, DistilledModel):
         head: Divergence head; by default on the backbone's features, with a baseline of full covariance up to 1,024
             dimensions, diagonal above.
         objective: Training objective; trajectory regression in both directions by default.
-        estimator: Divergence estimator of the targets; Hutchinson's with one probe by default.
+        estimator: Divergence estimator of the targets; by default chosen with a trajectory's nodes, where an objective
+            leaves these open, and Hutchinson's with one probe otherwise.
         frozen: Train the head only; backbone and samples stay bit for bit as they were.
         warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`: the same
             network, or one with an :class:`~f2d2_lightning.nn.AddedTime` around the teacher's embedding.
@@ -129,10 +130,9 @@ class F2D2Module(FlowModule, DistilledModel):
             )
         given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
         low, high = -1.0 if low is None else low, 1.0 if high is None else high
-        estimator = estimator or Hutchinson()
         if reference is None:
             # what the network can be differentiated by is the same for its targets and its likelihood
-            reference = Reference(mode=estimator.mode)
+            reference = Reference() if estimator is None else Reference(mode=estimator.mode)
         super().__init__(
             shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
         )
@@ -262,6 +262,9 @@ class F2D2Module(FlowModule, DistilledModel):
                     "the student's backbone cannot start from the teacher's weights, they are of different networks; "
                     f"use the same flow_map for both, or warm_start=False ({error})"
                 ) from error
+        if teacher is not None:
+            self.measure_targets(self.trainer, self.teacher_velocity(), self._states())
+            self._sources = None  # of the estimator that was chosen
         anchor = self._targets()[1]
         self.fit_scale(self.joint.head, anchor, self._states(), self.sum_over_processes)
 

@@ -29,10 +29,15 @@ from f2d2_lightning.objectives._whole_paths import whole_path_terms
 from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting, baseline_of
 from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals, pick
+from f2d2_lightning.objectives.targets import TargetChoice
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
 from f2d2_lightning.utils.checks import at_least, share
 
 __all__ = ["TrajectoryRegression"]
+
+
+NODES = 16
+"""Where nothing is said or measured."""
 
 
 class TrajectoryRegression(Objective):
@@ -44,7 +49,8 @@ class TrajectoryRegression(Objective):
 
     Args:
         nodes: Steps per trajectory, about, one teacher evaluation each; the likelihood grids' times are always among
-            them.
+            them. ``None`` takes what module and callback measure on the data before the first step
+            (:func:`~f2d2_lightning.objectives.targets.choose_targets`), 16 where nothing is measured.
         capacity: Most trajectories kept, per process.
         max_mib: Memory for them, in MiB, per process; the smaller of the two limits holds.
         refresh: New trajectories per training step once the pool is full, on average.
@@ -64,7 +70,8 @@ class TrajectoryRegression(Objective):
         weighting: How errors become a loss.
         path: Probability path.
         near_data: Share of the nodes close to the data, evenly spread in ``log(1 - t)``. Images with point masses
-            (black background) need about half: without, targets are off by tenths of a bit per dimension.
+            (black background) need about half: without, targets are off by tenths of a bit per dimension. ``None``
+            goes with ``nodes``: measured, or 0.
         recompute: Forget what a jump of a whole path computed inside and compute it again in the backward pass. A path
             of eight jumps then needs no more memory than an ordinary step, in place of four times as much, for a third
             more time where whole paths are regressed. Losses and gradients are the same.
@@ -81,7 +88,7 @@ class TrajectoryRegression(Objective):
 
     def __init__(
         self,
-        nodes: int = 16,
+        nodes: int | None = None,
         capacity: int = 12_000,
         max_mib: float = 1024.0,
         refresh: float = 0.0,
@@ -93,16 +100,16 @@ class TrajectoryRegression(Objective):
         intervals: Intervals | None = None,
         weighting: Weighting | None = None,
         path: ProbabilityPath | None = None,
-        near_data: float = 0.0,
+        near_data: float | None = None,
         recompute: bool = True,
         likelihood_of_data: bool = False,
         cache: str | Path | None = None,
     ) -> None:
         super().__init__(intervals, weighting, path)
-        at_least(1, nodes=nodes, capacity=capacity, chunk=chunk)
+        at_least(1, nodes=NODES if nodes is None else nodes, capacity=capacity, chunk=chunk)
         at_least(0, refresh=refresh)
         share(unroll=unroll)
-        if not 0 <= near_data < 1:
+        if near_data is not None and not 0 <= near_data < 1:
             raise ValueError(f"near_data={near_data}; it is a share of the nodes, in [0, 1)")
         self.nodes, self.capacity, self.max_mib = nodes, capacity, max_mib
         self.refresh, self.chunk, self.near_data = refresh, chunk, near_data
@@ -115,6 +122,13 @@ class TrajectoryRegression(Objective):
         self._saved_pool: Mapping[str, Any] | None = None
         self._due = 0.0
         self._stationary = True
+        self.choice: TargetChoice | None = None
+        """Nodes and their placing, where they were measured, and what was measured."""
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Step counts whose times are among the nodes."""
+        return self.intervals.steps if self.intervals.grid > 0 or self.unroll > 0 else ()
 
     def _starts(self) -> Starts:
         steps, quantization = self.intervals.steps, self.quantization
@@ -126,8 +140,11 @@ class TrajectoryRegression(Objective):
             baseline = baseline_of(student)
             if baseline is not None and not bool(baseline.fitted):
                 baseline = None
-            grids = self.intervals.steps if self.intervals.grid > 0 or self.unroll > 0 else ()
-            times = trajectory_times(self.nodes, grids, baseline, self.near_data)
+            nodes, near_data = (NODES, 0.0) if self.choice is None else (self.choice.nodes, self.choice.near_data)
+            nodes = nodes if self.nodes is None else self.nodes
+            times = trajectory_times(
+                nodes, self.grids, baseline, near_data if self.near_data is None else self.near_data
+            )
             self._pool = TrajectoryPool(times, self.max_mib, self.capacity, baseline, self.cache)
             if self._saved_pool is not None:
                 self._pool.load_state_dict(self._saved_pool)
@@ -174,8 +191,10 @@ class TrajectoryRegression(Objective):
 
     def state_dict(self) -> dict[str, Any]:
         pool = self._saved_pool if self._pool is None else self._pool.state_dict(whole=not self._stationary)
-        return {"pool": pool, "due": self._due}
+        return {"pool": pool, "due": self._due, "targets": None if self.choice is None else self.choice.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._pool, self._saved_pool = None, state["pool"]
         self._due = float(state["due"])
+        kept = state.get("targets")  # a run of version 0.1 measured nothing
+        self.choice = None if kept is None else TargetChoice(**kept)

@@ -1,0 +1,201 @@
+r"""How good a trajectory's targets are, measured before many are integrated.
+
+What a student regresses on is an integrator's answer: with too few nodes the log-likelihood of a trajectory is off by
+the same amount each time it is asked for (its bias), and probes of the divergence scatter it (its noise). Bias is
+learned with everything else; noise averages out over trajectories, at the price of more of them. Both are measured on a
+few data points in seconds, and :func:`choose_targets` takes the cheapest settings that keep them small beside the
+spread of log p over data, which is what a likelihood has to tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, Hutchinson
+from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.likelihood.sampling import normal_log_prob
+from f2d2_lightning.objectives.integrator import integrate, trajectory_times
+from f2d2_lightning.objectives.sources import TeacherSource
+
+NODES = (16, 24, 32, 48, 64, 96)
+"""What is tried, cheapest first."""
+PLACINGS = (0.0, 0.5)
+"""Shares of the nodes near the data that are tried."""
+BIAS, NOISE = 0.02, 0.1
+"""What is allowed of a trajectory's log p, in spreads: mean absolute bias, root mean square of noise."""
+EXACT_UP_TO = 64
+"""Dimensions up to which bias is measured with exact divergences, and above with probes that stay as they are."""
+PASSES = 3.0
+"""Cost of a derivative in forward mode, in evaluations."""
+
+
+@dataclass(frozen=True)
+class TargetChoice:
+    """Settings of trajectories, and how good targets they make."""
+
+    nodes: int
+    near_data: float
+    probes: int | None
+    """Of Hutchinson's estimator with the Gaussian fit as control variate; 0 for the exact divergence, ``None`` where an
+    estimator was given."""
+    bias: float
+    """Mean absolute value of the systematic error of log p per trajectory, in nats."""
+    noise: float
+    """Root mean square of its scatter over probes, in nats."""
+    spread: float
+    """Interquartile range of log p over the data / 1.35, in nats."""
+    cost: float
+    """Of a trajectory, in evaluations of the network."""
+    affordable: float
+    """Cost that was allowed."""
+
+    @property
+    def good(self) -> bool:
+        """Whether bias and noise are within what is allowed."""
+        return self.bias <= BIAS * self.spread and self.noise <= NOISE * self.spread
+
+    def estimator(self, baseline: GaussianBaseline | None, mode: str = "forward") -> DivergenceEstimator:
+        """The divergence estimator that was chosen."""
+        return _estimator(self.probes or 0, baseline, mode)
+
+    def __str__(self) -> str:
+        """In words, for a log."""
+        probes = {None: "the divergence's estimator as given", 0: "exact divergence", 1: "1 probe of the divergence"}
+        how = probes.get(self.probes, f"{self.probes} probes of the divergence")
+        near = f", {self.near_data:.0%} of them near the data" if self.near_data else ""
+        return (
+            f"{self.nodes} nodes{near}, {how}: log p of a trajectory is off by {self.bias / self.spread:.1%} of its "
+            f"spread over data ({self.bias:.2g} of {self.spread:.3g} nats), and scatters by "
+            f"{self.noise / self.spread:.1%}"
+        )
+
+    def remedy(self) -> str:
+        """What it would take to be within what is allowed; empty if it is."""
+        wanted = []
+        if self.bias > BIAS * self.spread:
+            wanted.append(f"nodes={2 * self.nodes}")
+        if self.noise > NOISE * self.spread:
+            probes = _probes_for(self.noise, self.probes or 1, self.spread)
+            wanted.append(f"Hutchinson(probes={probes}) or Exact() as estimator")
+        return " and ".join(wanted)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return asdict(self)
+
+
+def _estimator(probes: int, baseline: GaussianBaseline | None, mode: str) -> DivergenceEstimator:
+    return Hutchinson(probes, control=baseline, mode=mode) if probes else Exact(mode=mode)
+
+
+class _Still(Hutchinson):
+    """One probe per state, the same at all times."""
+
+    def __init__(self, x: Tensor, baseline: GaussianBaseline | None, mode: str) -> None:
+        super().__init__(mode=mode, control=baseline)
+        generator = torch.Generator().manual_seed(0)
+        self.probe = (torch.randint(0, 2, (1, *x.shape), generator=generator) * 2 - 1).to(x)
+
+    def draw(self, x: Tensor) -> Tensor:
+        return self.probe
+
+
+def _probes_for(noise: float, probes: int, spread: float) -> int:
+    return max(1, math.ceil(probes * (noise / (NOISE * spread)) ** 2))
+
+
+@torch.no_grad()
+def target_log_prob(
+    velocity: Callable[..., Tensor],
+    estimator: DivergenceEstimator,
+    x: Tensor,
+    cond: Tensor | None,
+    nodes: int,
+    near_data: float,
+    baseline: GaussianBaseline | None,
+    grids: tuple[int, ...],
+    seed: int,
+) -> Tensor:
+    """Log p of data ``(B, ...)`` as a trajectory of the pool has it, ``(B,)``, nats; ``seed`` is that of the probes."""
+    times = trajectory_times(nodes, grids, baseline, near_data)
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        states, change = integrate(TeacherSource(velocity, estimator), x, times[::-1], cond, baseline)
+    return normal_log_prob(states[:, -1]) - change[:, -1]
+
+
+def choose_targets(
+    velocity: Callable[..., Tensor],
+    x: Tensor,
+    cond: Tensor | None = None,
+    baseline: GaussianBaseline | None = None,
+    grids: tuple[int, ...] = (),
+    affordable: float = math.inf,
+    estimator: DivergenceEstimator | None = None,
+    mode: str = "forward",
+) -> TargetChoice:
+    """The cheapest settings whose targets are good enough, or the best that are affordable.
+
+    Args:
+        velocity: The teacher's, ``(x, t, cond) -> v``.
+        x: Data at ``t = 1``, ``(B, ...)``; 64 points say enough.
+        cond: Conditioning.
+        baseline: Gaussian fit that the integrator uses, or ``None``.
+        grids: Step counts whose times are among the nodes.
+        affordable: Most evaluations of the network per trajectory.
+        estimator: The divergence's, where it is not to be chosen; its noise is then said.
+        mode: How the network is differentiated.
+
+    Returns:
+        The choice; draws no random numbers from the global generator.
+
+    Raises:
+        FloatingPointError: If log p is not finite for at least three of the points.
+    """
+    dim = x[0].numel()
+    shared: dict[str, Any] = {"x": x, "cond": cond, "baseline": baseline, "grids": grids}
+
+    def ask(how: DivergenceEstimator, nodes: int, near_data: float, seed: int = 7) -> Tensor:
+        return target_log_prob(velocity, how, nodes=nodes, near_data=near_data, seed=seed, **shared).double()
+
+    # with one and the same probe all along, few and many nodes differ by what the nodes make
+    still: DivergenceEstimator = Exact(mode=mode) if dim <= EXACT_UP_TO else _Still(x, baseline, mode)
+    truth = ask(still, 2 * NODES[-1] if dim <= EXACT_UP_TO else NODES[-1], 0.25)
+    good = truth.isfinite()
+    if int(good.sum()) < 3:
+        raise FloatingPointError(
+            f"the teacher's log-likelihood is finite for {int(good.sum())} of {len(x)} points of the data; check the "
+            "teacher: its own samples, and the range of the data"
+        )
+    quartiles = torch.quantile(truth[good], torch.tensor([0.25, 0.75]).to(truth))
+    spread = max(float(quartiles[1] - quartiles[0]) / 1.35, 1e-2)
+
+    def measured(nodes: int, near_data: float) -> tuple[float, float, float]:
+        """Bias, noise of one probe, and cost with one."""
+        bias = (ask(still, nodes, near_data) - truth)[good]
+        one, other = (ask(estimator or _estimator(1, baseline, mode), nodes, near_data, seed)[good] for seed in (7, 8))
+        noise = float((one - other).square().mean().sqrt()) / 2**0.5
+        cost = PASSES * len(trajectory_times(nodes, grids, baseline, near_data))
+        return float(bias.abs().mean()), noise, cost
+
+    tried: list[tuple[float, float, float, int, float]] = []
+    for nodes in NODES:
+        rows = [(*measured(nodes, near_data), nodes, near_data) for near_data in PLACINGS]
+        within = [row for row in rows if row[2] <= affordable]
+        tried += within or (rows if not tried else [])
+        if not within or min(row[0] for row in within) <= BIAS * spread:
+            break
+    bias, noise, cost, nodes, near_data = min(tried, key=lambda row: (max(row[0], BIAS * spread), row[2], row[0]))
+    if estimator is not None:
+        return TargetChoice(nodes, near_data, None, bias, noise, spread, cost, affordable)
+    most = max(1, int(affordable // cost)) if math.isfinite(affordable) else dim
+    probes = min(_probes_for(noise, 1, spread), most)
+    if probes > dim / 2 and most >= dim:
+        return TargetChoice(nodes, near_data, 0, bias, 0.0, spread, cost * dim, affordable)
+    return TargetChoice(nodes, near_data, probes, bias, noise / probes**0.5, spread, cost * probes, affordable)

@@ -1,0 +1,132 @@
+"""Choosing nodes and estimator: bias and noise are what they are, and the cheapest good setting is taken."""
+
+import math
+
+import pytest
+import torch
+
+from f2d2_lightning import F2D2Module, GaussianBaseline, Hutchinson, TrajectoryRegression
+from f2d2_lightning.divergence import Exact
+from f2d2_lightning.flows import MixtureFlow
+from f2d2_lightning.nn import MLP
+from f2d2_lightning.objectives.targets import BIAS, NODES, NOISE, TargetChoice, choose_targets, target_log_prob
+from lightning_parts import Pair, fit, student, teacher
+
+GRIDS = (1, 2, 4, 8)
+
+
+def mixture(dim, narrow, seed=1):
+    """A rotated mixture, points of it, and their Gaussian fit."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(3, dim, generator=generator)
+    roots = torch.randn(3, dim, dim, generator=generator)
+    covariances = narrow**2 * torch.eye(dim) + 0.2 * roots @ roots.mT / dim
+    flow = MixtureFlow(torch.ones(3) / 3, means, covariances)
+    noise = torch.randn(900, dim, generator=generator)
+    x = torch.cat([m + part @ torch.linalg.cholesky(c).mT for m, c, part in zip(means, covariances, noise.split(300))])
+    x = x[torch.randperm(900, generator=generator)]
+    baseline = GaussianBaseline((dim,), "full")
+    baseline.fit([x])
+    return flow, x[:64], baseline
+
+
+@pytest.mark.parametrize(("dim", "narrow"), [(2, 0.05), (7, 0.1)])
+def test_bias_is_the_distance_to_the_closed_form(dim, narrow):
+    flow, x, baseline = mixture(dim, narrow)
+    choice = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS)
+    assert choice.good
+    assert not choice.remedy()
+    settings = (x, None, choice.nodes, choice.near_data, baseline, GRIDS)
+    truth = flow.log_prob(x, torch.ones(64))
+    off = target_log_prob(flow.velocity, Exact(), *settings, seed=0) - truth
+    assert off.abs().mean() == pytest.approx(choice.bias, rel=0.05, abs=1e-4)
+    assert choice.bias <= BIAS * choice.spread
+    quartiles = truth.quantile(torch.tensor([0.25, 0.75]))
+    assert choice.spread == pytest.approx(float(quartiles[1] - quartiles[0]) / 1.35, rel=0.02)
+    if choice.nodes > NODES[0]:  # a cheaper one is not good enough
+        fewer = (x, None, NODES[NODES.index(choice.nodes) - 1], choice.near_data, baseline, GRIDS)
+        coarse = target_log_prob(flow.velocity, Exact(), *fewer, seed=0) - truth
+        assert coarse.abs().mean() > BIAS * choice.spread
+
+
+def test_noise_is_the_scatter_of_the_estimator():
+    flow, x, baseline = mixture(16, 0.3)
+    choice = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS, affordable=250.0)
+    assert choice.probes > 1
+    settings = (x, None, choice.nodes, choice.near_data, baseline, GRIDS)
+    exact = target_log_prob(flow.velocity, Exact(), *settings, seed=0)
+    off = [target_log_prob(flow.velocity, choice.estimator(baseline), *settings, seed=k) - exact for k in range(4)]
+    assert torch.stack(off).square().mean().sqrt() == pytest.approx(choice.noise, rel=0.3)
+    enough = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS)
+    assert enough.noise <= NOISE * enough.spread
+
+
+def test_many_dimensions_are_measured_with_a_probe_that_stays():
+    flow, x, baseline = mixture(100, 0.3)
+    choice = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS)
+    settings = (x, None, choice.nodes, choice.near_data, baseline, GRIDS)
+    off = target_log_prob(flow.velocity, Exact(), *settings, seed=0) - flow.log_prob(x, torch.ones(64))
+    assert choice.bias / 2 < float(off.abs().mean()) < 2 * choice.bias
+    assert choice.bias <= BIAS * choice.spread
+    # drawn anew each time, probes scatter by several times as much
+    assert choice.probes == 0 or choice.noise * choice.probes**0.5 > 3 * choice.bias
+
+
+def test_what_cannot_be_afforded_is_said():
+    flow, x, baseline = mixture(7, 0.05)
+    rich = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS)
+    assert rich.probes == 0
+    assert rich.cost > 300
+    poor = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS, affordable=150.0)
+    assert poor.cost <= 150
+    assert not poor.good
+    assert "Exact()" in poor.remedy()
+    assert f"{poor.noise / poor.spread:.1%}" in str(poor)
+    given = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS, estimator=Hutchinson())
+    assert given.probes is None
+    assert given.noise > NOISE * given.spread
+
+
+def test_no_random_number_is_drawn_and_a_teacher_without_likelihood_is_refused():
+    flow, x, baseline = mixture(2, 0.3)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS)
+    assert torch.equal(torch.rand(3), expected)
+    with pytest.raises(FloatingPointError, match="finite for 0 of 64 points"):
+        choose_targets(lambda x, t, c: x * math.nan, x, baseline=baseline, grids=GRIDS)
+
+
+class TestRuns:
+    """The module and the callback choose before the first step, keep it, and go on with it."""
+
+    def test_module(self, tmp_path):
+        module = F2D2Module(teacher=teacher(), warmup=2, reference_samples=8)
+        trainer = fit(tmp_path, module, data=Pair(), max_epochs=1, enable_checkpointing=True)
+        choice = module.objective.choice
+        assert isinstance(choice, TargetChoice)
+        assert module.objective.pool(module.joint).times[1] > 0
+        assert isinstance(module.estimator, Exact if choice.probes == 0 else Hutchinson)
+        assert module._targets()[1].estimator is module.estimator
+        path = tmp_path / "kept.ckpt"
+        trainer.save_checkpoint(path)
+        again = F2D2Module(teacher=teacher(), warmup=2, reference_samples=8)
+        fit(tmp_path / "again", again, data=Pair(), max_epochs=2, ckpt_path=path)
+        assert again.objective.choice == choice
+        assert type(again.estimator) is type(module.estimator)
+
+    def test_what_is_given_is_taken(self, tmp_path):
+        module = student(estimator=Hutchinson(3))
+        fit(tmp_path, module, data=Pair(), max_epochs=1)
+        assert module.objective.choice is None
+        assert module.estimator.probes == 3
+        module = student(objective=TrajectoryRegression(capacity=64), estimator=Hutchinson(3))
+        fit(tmp_path, module, data=Pair(), max_epochs=1)
+        assert module.objective.choice.probes is None
+        assert module.estimator.probes == 3
+
+    def test_self_distillation_measures_nothing(self, tmp_path):
+        module = F2D2Module(MLP((2,), width=16, blocks=1), (2,), warmup=2, reference_samples=8)
+        fit(tmp_path, module, data=Pair(), max_epochs=1)
+        assert module.objective.choice is None
