@@ -32,7 +32,7 @@ MOST_AXES = 1024
 
 
 SHARE = 3.0
-"""Evaluations that trajectories may take, in those of training: in larger batches, without gradients, each is cheaper."""
+"""Evaluations that trajectories may take, in those of training; in large batches without gradients they are cheaper."""
 MEASURED = 64
 """States that targets are measured on; a quarter of them where there are many dimensions."""
 
