@@ -20,6 +20,7 @@ import torch
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.callbacks import LastCheckpoint, last_checkpoint
+from f2d2_lightning.training.batches import FirstLook
 from f2d2_lightning.training.loading import load_module, read_checkpoint
 from lightning_parts import Pair, fit, same, student, teacher, trainer
 
@@ -97,7 +98,7 @@ SELF_MADE = [f2.objectives.Semigroup, f2.objectives.Lagrangian, f2.objectives.Eu
 
 
 @pytest.mark.parametrize("kind", ["teacher", *SELF_MADE])
-def test_one_nan_sample_stops_the_run_before_it_spoils_anything(tmp_path, kind):
+def test_one_nan_sample_stops_the_run_before_it_spoils_anything(tmp_path, kind, monkeypatch):
     module = teacher() if kind == "teacher" else student(objective=kind(), warm_start=False)
     keep = LastCheckpoint(every_n_train_steps=1)
 
@@ -108,6 +109,10 @@ def test_one_nan_sample_stops_the_run_before_it_spoils_anything(tmp_path, kind):
             self.before = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
     healthy = Healthy()
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 96 states \(columns 0, 1\)"):
+        fit(tmp_path, module, data=Poisoned())
+    # of large data not all are looked at before the first step
+    monkeypatch.setattr(FirstLook, "at_training_data", lambda *_: None)
     if kind != "teacher":
         # starting values are set from all of the data, which would be refused there
         module.prepare = module.fit_baselines = lambda: None

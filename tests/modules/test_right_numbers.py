@@ -20,10 +20,10 @@ from f2d2_lightning.adapters import Adapter, ConventionError, check_convention
 from f2d2_lightning.divergence import DerivativeError
 from f2d2_lightning.divergence.estimators import SampleProbes
 from f2d2_lightning.flows import Point
-from f2d2_lightning.likelihood.quantization import warn_of_discrete
 from f2d2_lightning.metrics import LikelihoodEvaluation
 from f2d2_lightning.metrics.likelihood import doubt
 from f2d2_lightning.nn import MLP
+from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.seeding import row_keys
 from foreign import MeanFlowModule, callback
 from lightning_parts import Pair, fit, student, teacher, trainer
@@ -383,10 +383,10 @@ def test_point_masses_are_said():
     table = torch.randn(500, 4)
     for column in (table[:, :1].round(), table[:, :1].relu(), torch.ones(500, 1)):
         with pytest.warns(UserWarning, match="columns 4 of the states"):
-            warn_of_discrete(torch.cat((table, column), 1))
+            check_values(torch.cat((table, column), 1), None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_discrete(table)
+        check_values(table, None)
         f2.Quantization(256).check_states(x)
 
 

@@ -236,6 +236,7 @@ class AddedModel(DistilledModel):
     @torch.no_grad()
     def _fit(self, trainer: L.Trainer) -> None:
         head = self._head("live")
+        self._look.at_training_data(self.state, self.quantization, trainer)
         states = [self.state(batch) for batch in training_batches(trainer, self.fit_samples)]
         if head.baseline is not None and not bool(head.baseline.fitted):
             head.baseline.fit(x for x, _ in states)

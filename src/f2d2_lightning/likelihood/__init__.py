@@ -1,6 +1,7 @@
 """From states to log-likelihoods and from noise to samples: few steps, and the fine reference."""
 
 from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
+from f2d2_lightning.likelihood.data_checks import Finding, check_data
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
@@ -17,6 +18,7 @@ from f2d2_lightning.likelihood.sampling import Samples, sample
 
 __all__ = [
     "DequantizationBounds",
+    "Finding",
     "GuidedSamples",
     "Inversion",
     "JointModel",
@@ -27,6 +29,7 @@ __all__ = [
     "Samples",
     "SelfGuidance",
     "bits_per_dim",
+    "check_data",
     "dequantization_bounds",
     "log_prob",
     "mirrored_log_prob",

@@ -35,7 +35,6 @@ __all__ = [
     "bits_per_dim",
     "dequantization_bounds",
     "state_images",
-    "warn_of_discrete",
 ]
 
 
@@ -295,23 +294,3 @@ def state_images(x: Tensor, levels: Quantization | int | None = None, low: float
     else:
         share = quantization.quantize(x).double() / (quantization.levels - 1)
     return (255 * share).round().clamp(0, 255).to(torch.uint8)
-
-
-def warn_of_discrete(x: Tensor) -> None:
-    """Warn where data that are said to be continuous take few different values, ``(B, ...)``; tables by column."""
-    parts = list(x.detach().unbind(1)) if x.ndim == 2 and len(x) >= 64 else [x.detach().reshape(-1)[: 2**14]]
-    if len(parts) == 1 and len(parts[0]) < 64:
-        return
-    found = []
-    for column, values in enumerate(parts):
-        _, counts = values.unique(return_counts=True)
-        if 16 * len(counts) <= len(values) or float(counts.max()) > MOST_ALIKE * len(values):
-            found.append(column)
-    if found:
-        where = f"columns {', '.join(map(str, found[:8]))} of the states" if x.ndim == 2 else "the states"
-        warnings.warn(
-            f"{where} take few different values, or one of them often: these data look discrete, and the density of "
-            "discrete data has no bound. Say levels=, low= and high=, and give dequantized states; of a table, leave "
-            "such columns out or add noise of their resolution",
-            stacklevel=2,
-        )

@@ -250,11 +250,13 @@ class FlowModule(L.LightningModule, LikelihoodModel):
         return not is_sharded(self.live) and any(not torch.equal(mine, theirs) for mine, theirs in pairs)
 
     def on_train_start(self) -> None:
-        """First start only: fit baselines to the training data, start the average at the weights.
+        """First start only: look at the training data, fit baselines to them, start the average at the weights.
 
         A module that was trained before goes on from where it is, whichever trainer trains it.
         """
         begin_epoch(self.trainer)
+        if self.trainer.global_step == 0:
+            self._look.at_training_data(self.state, self.quantization, self.trainer)
         if self.trained:
             # where nothing says how old the average is (``load_state_dict``), it is not taken for a young one
             self._averaged_steps = self._averaged_steps or 10**9

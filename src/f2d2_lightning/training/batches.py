@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from f2d2_lightning.likelihood.quantization import Quantization, warn_of_discrete
+from f2d2_lightning.likelihood.data_checks import MOST_STATES, check_data, find_discrete
+from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.sampling import check_cond, check_state
+from f2d2_lightning.utils.processes import gather_states
 
 FIT_SAMPLES = 2**17
 """Samples that are looked at of training data without an end."""
@@ -68,13 +72,14 @@ def check_values(x: Tensor, quantization: Quantization | None) -> None:
     """
     check_state(x, "the batch of states")
     if quantization is None:
-        warn_of_discrete(x)
+        for found in find_discrete(x):
+            warnings.warn(found.message, stacklevel=2)
     else:
         quantization.check_states(x)
 
 
 class FirstLook:
-    """Looks at the first states of each stage of a run."""
+    """Looks at the first states of each stage of a run, and at the training data before it."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -83,8 +88,41 @@ class FirstLook:
         """See :func:`check_values`; states that are no floating numbers are refused at any time."""
         stage = "" if trainer is None else str(trainer.state.stage)
         if stage != self._stage or not x.is_floating_point():
-            check_values(x, quantization)
+            if quantization is None and trainer is not None and trainer.state.fn == "fit":
+                # whether they are discrete is seen of the training data, before the first step
+                check_state(x, "the batch of states")
+            else:
+                check_values(x, quantization)
             self._stage = stage
+
+    def at_training_data(
+        self,
+        states: Callable[[Any], tuple[Tensor, Tensor | None]],
+        quantization: Quantization | None,
+        trainer: L.Trainer,
+    ) -> None:
+        """Say what is wrong with the training data, see :func:`f2d2_lightning.likelihood.check_data`.
+
+        Every process must call it, and the first one speaks. The random state is afterwards what it was.
+
+        Args:
+            states: ``batch -> (x, cond)``.
+            quantization: Levels and range; ``None`` for continuous data.
+            trainer: The trainer, whose training data are there.
+
+        Raises:
+            ValueError: If no density can be learned of them. All else is a warning.
+        """
+        stored = has_rows(trainer.train_dataloader)
+        with isolate_rng():
+            batches = training_batches(trainer, MOST_STATES)
+            found = check_data((states(batch)[0] for batch in batches), quantization, copies=stored)
+        # of data without an index each process sees its own
+        found = list(dict.fromkeys(one for process in gather_states(found) for one in process))
+        if errors := [one.message for one in found if one.error]:
+            raise ValueError("; ".join(errors))
+        for one in found:
+            rank_zero_warn(one.message)
 
 
 class BatchStates:
@@ -155,6 +193,15 @@ def all_training_batches(trainer: L.Trainer) -> Iterable[Any]:
     return loader
 
 
+def has_rows(loader: Any) -> TypeGuard[DataLoader]:
+    """Whether a loader makes batches of the rows of a map-style data set, each of which can be asked for."""
+    return (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and loader.batch_sampler is not None
+    )
+
+
 def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
     """At least ``count`` training samples as batches on the device, without touching the trainer's own iterators.
 
@@ -164,7 +211,8 @@ def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
     loader = trainer.train_dataloader
     if loader is None:
         raise RuntimeError("there are no training data yet")
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    # without automatic batching a data set gives what it likes, such as whole batches
+    if not has_rows(loader):
         size = getattr(loader, "batch_size", None) or 1
         for index, batch in enumerate(loader):
             if index * size >= count:
@@ -173,8 +221,7 @@ def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
         return
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     rows = order[:count].tolist()
-    collate = loader.collate_fn if loader.batch_size is not None else default_collate
     # another loader: a second iterator of one with persistent workers would reset the first; and batches of a fixed
     # size, so that what is set from them does not depend on the number of processes
-    for batch in DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=collate):
+    for batch in DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=loader.collate_fn):
         yield trainer.strategy.batch_to_device(batch)
