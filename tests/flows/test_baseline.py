@@ -1,7 +1,9 @@
 """Closed forms: Gaussian map and baseline, mixtures, paths."""
 
+import contextlib
 import itertools
 import math
+import warnings
 
 import numpy
 import pytest
@@ -10,6 +12,8 @@ import torch
 from f2d2_lightning import GaussianBaseline
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows import GaussianFlow, LinearPath, TrigonometricPath
+from f2d2_lightning.modules.distillation import default_head
+from f2d2_lightning.nn import UNet
 from problems import PROBLEMS, coefficients, rotation, z_score
 
 PAIRS = [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (0.9, 0.35), (0.0, 0.01), (1.0, 0.99)]
@@ -368,3 +372,86 @@ def test_narrow_axes_survive_half_precision():
     assert came.dtype == torch.float32
     torch.testing.assert_close(came, expected, rtol=0, atol=1e-3)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-5)
+
+
+def test_narrow_axes_keep_their_variance_and_constants_get_the_floor():
+    """Condition number 1e8, in single precision: the fit is the density. Constants and copies of columns have none."""
+    turn, deviations = rotation(5, 3), torch.logspace(-4, 0, 5)
+    x = torch.randn(5000, 5) * deviations @ turn.T
+    truth = torch.distributions.MultivariateNormal(torch.zeros(5), (turn * deviations**2) @ turn.T)
+    fit = GaussianBaseline((5,)).float().fit(x.float().split(512))
+    one = torch.ones(5000)
+    close(fit.log_prob(x.float(), one.float()).double().mean(), truth.log_prob(x).mean(), rtol=0, atol=0.02)
+    close(fit.variances.double(), deviations**2, rtol=0.1, atol=0)
+    for kind in ("full", "diagonal"):
+        narrow = GaussianBaseline((2,), kind).fit([1e-4 * torch.randn(2000, 2)])
+        close(narrow.variances, torch.full((2,), 1e-8), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+@pytest.mark.parametrize("count", [12, 4000])
+@pytest.mark.parametrize("value", [0.0, 0.1, -900.1, 1234567.1, 5e8])
+def test_a_constant_however_far_from_zero_gets_the_floor(kind, count, value):
+    x = torch.cat((torch.randn(count, 2), torch.full((count, 1), value)), 1).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = GaussianBaseline((3,), kind).fit(x.split(100))
+    close(fit.variances.min(), torch.tensor(1e-6))
+    close(fit.mean, x.double().mean(0))
+    jump = GaussianFlow(fit).jump(x.double(), 1.0, 0.0)
+    for part in (*jump, fit.log_prob(x.double(), torch.ones(count))):
+        assert part.isfinite().all()
+
+
+def test_sums_of_several_processes_are_around_one_origin():
+    """Far from zero, where squares would cancel: what two processes see adds up to what one sees."""
+    x = 1e7 + torch.randn(300, 2) @ rotation(2, 1) * torch.tensor([1.0, 3.0])
+    whole = GaussianBaseline((2,)).fit([x])
+    close(whole.variances.sum(), x.var(0).sum(), rtol=1e-6, atol=0)
+    parts = (x[:100], x[100:])
+    sums = [[], []]
+    for _ in range(5):
+        # each process goes as far as to a sum that is not known yet
+        known = [a + b for a, b in zip(*sums, strict=True)]
+        sums = [_sent(part, known) for part in parts]
+    known = iter([a + b for a, b in zip(*sums, strict=True)])
+    merged = GaussianBaseline((2,)).fit([parts[0]], reduce=lambda value: next(known))
+    close(merged.variances, whole.variances, rtol=1e-9, atol=0)
+    close(merged.mean, whole.mean)
+
+
+def _sent(part, known):
+    """What a process has sent by the time that it waits for more than the sums that are known."""
+    sent, sums = [], iter(known)
+
+    def reduce(value):
+        sent.append(value)
+        return next(sums)
+
+    with contextlib.suppress(StopIteration):
+        GaussianBaseline((2,)).fit([part], reduce=reduce)
+    return sent
+
+
+@pytest.mark.parametrize("rows", [lambda: torch.randn(3, 4).repeat(500, 1), lambda: torch.randint(0, 2, (900, 4))])
+@pytest.mark.parametrize("kind", ["full", "diagonal", "isotropic"])
+def test_copies_and_levels_leave_a_fit_of_numbers(rows, kind):
+    x = rows().double()
+    fit = GaussianBaseline((4,), kind).fit([x])
+    there = GaussianFlow(fit).jump(x, 1.0, 0.0)
+    back = GaussianFlow(fit).jump(there.state, 0.0, 1.0)
+    assert fit.variances.min() >= 0.999e-6
+    close(back.state, x, rtol=0, atol=1e-9)
+    close(back.log_prob_change, -there.log_prob_change)
+
+
+def test_states_of_twelve_thousand_dimensions_take_a_few_mebibytes():
+    shape = (3, 64, 64)
+    with pytest.raises(ValueError, match=r"0\.6 GiB"):
+        GaussianBaseline(shape)
+    network = UNet(shape, width=8)
+    head = default_head(network.features, shape, network)
+    assert head.baseline.covariance == "diagonal"
+    assert sum(value.nbytes for value in head.state_dict().values()) < 2**20
+    x = torch.rand(64, *shape)
+    close(head.baseline.fit(x.split(16)).variances.reshape(shape), x.var(0))

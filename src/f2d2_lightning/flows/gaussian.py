@@ -18,6 +18,7 @@ The fit also gives each axis its natural clock, the angle :math:`\theta_i(t) = \
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -36,6 +37,12 @@ ENOUGH = 4
 """Samples per dimension from which a full covariance is taken as it is."""
 FEWEST = 16
 """Samples from which a variance per coordinate is taken without a warning."""
+NARROWEST = 1e-9
+"""Share of the largest variance below which a principal axis is rounding: single precision turns states no better."""
+SMALLEST = 1e-12
+"""Variance, absolute or as a share of the squared mean, below which a coordinate does not vary."""
+FAR = 1e3
+"""Distance from zero, in units of the data and in deviations, from which sums are taken around the data."""
 WIDEST = 4096
 """Dimensions of a full covariance: its axes are a 64 MiB buffer there, and grow with the square."""
 
@@ -108,21 +115,21 @@ class GaussianBaseline(nn.Module, Configured):
 
         Args:
             batches: States ``(B, *shape)``, dequantized as in training.
-            floor: Smallest variance, in units of the data squared.
+            floor: Variance along axes on which the data do not vary, in units of the data squared. Axes that are
+                narrower than this, and yet more than rounding, keep their own.
             reduce: Sums a tensor over processes, where each of them sees a part of the data.
 
         Raises:
             ValueError: If there are fewer than two samples, another shape, or values that are not finite.
         """
-        count, total = 0, torch.zeros(self.dim, dtype=torch.float64)
         full = self.covariance == "full"
+        batches = iter(batches)
+        first = [self._rows(batch) for batch in itertools.islice(batches, 1)]
+        origin = self._origin(first, reduce)
+        count, total = 0, torch.zeros(self.dim, dtype=torch.float64)
         moment = torch.zeros((self.dim, self.dim) if full else self.dim, dtype=torch.float64)
-        for batch in batches:
-            if tuple(batch.shape[1:]) != self.shape:
-                raise ValueError(f"a batch has samples of shape {tuple(batch.shape[1:])}, the baseline {self.shape}")
-            flat = batch.reshape(len(batch), -1).to("cpu", torch.float64)
-            if not bool(flat.isfinite().all()):
-                raise ValueError("the data hold NaN or infinite values; the Gaussian fit needs finite data")
+        for flat in itertools.chain(first, map(self._rows, batches)):
+            flat = flat - origin
             count += len(flat)
             total += flat.sum(0)
             moment += flat.T @ flat if full else flat.square().sum(0)
@@ -134,8 +141,9 @@ class GaussianBaseline(nn.Module, Configured):
         mean = total / count
         square = torch.outer(mean, mean) if full else mean.square()
         covariance = (moment - count * square) / (count - 1)
+        mean = mean + origin
         if full and count < ENOUGH * self.dim:
-            covariance, weight = _shrunk(covariance, count, floor)
+            covariance, weight = _shrunk(covariance, count, _rounding(mean, floor))
             warnings.warn(
                 f"a full covariance of {self.dim:,} dimensions is fitted to {count:,} samples; of "
                 f"{ENOUGH * self.dim:,} or more it would be their own, and here it is shrunk towards its diagonal "
@@ -153,17 +161,41 @@ class GaussianBaseline(nn.Module, Configured):
         self._set(mean, covariance, floor)
         return self
 
-    def _set(self, mean: Tensor, covariance: Tensor, floor: float = 1e-12) -> None:
-        variances = covariance
+    def _rows(self, batch: Tensor) -> Tensor:
+        """Flat states, ``(B, dim)``, in double precision.
+
+        Raises:
+            ValueError: If they have another shape, or are not finite.
+        """
+        if tuple(batch.shape[1:]) != self.shape:
+            raise ValueError(f"a batch has samples of shape {tuple(batch.shape[1:])}, the baseline {self.shape}")
+        flat = batch.reshape(len(batch), -1).to("cpu", torch.float64)
+        if not bool(flat.isfinite().all()):
+            raise ValueError("the data hold NaN or infinite values; the Gaussian fit needs finite data")
+        return flat
+
+    def _origin(self, first: list[Tensor], reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """What sums are taken around, ``(dim,)``: zero, but for coordinates so far away that squares would cancel."""
+        origin = torch.zeros(self.dim, dtype=torch.float64)
+        for flat in first:
+            mean, deviation = flat.mean(0), flat.std(0, correction=0)
+            origin = torch.where(mean.abs() > FAR * deviation.clamp(min=1), mean, origin)
+        if reduce is not None:
+            origin = reduce(origin) / float(reduce(torch.tensor(1.0, dtype=torch.float64)))
+        return origin
+
+    def _set(self, mean: Tensor, covariance: Tensor, floor: float = SMALLEST) -> None:
+        variances, least = covariance, _rounding(mean, floor)
         if self.axes is not None:
             variances, axes = torch.linalg.eigh(covariance.to(torch.float64))
             if float(variances.min()) < -1e-6 * float(variances.max()):
                 raise ValueError(f"the covariance has a negative eigenvalue ({float(variances.min()):.3g})")
             self.axes.copy_(axes)
+            least = torch.maximum(least.max(), NARROWEST * variances.max())
         elif self.covariance == "isotropic":
-            variances = variances.mean()
+            variances, least = variances.mean(), least.max()
         self.mean.copy_(mean)
-        self.variances.copy_(variances.clamp(min=floor))
+        self.variances.copy_(torch.where(variances > least, variances, variances.clamp(min=floor)))
         self.fitted.fill_(True)
 
     def check(self, x: Tensor) -> None:
@@ -301,7 +333,12 @@ class GaussianBaseline(nn.Module, Configured):
         return f"shape={self.shape}, covariance={self.covariance!r}, fitted={bool(self.fitted)}"
 
 
-def _shrunk(covariance: Tensor, count: int, floor: float) -> tuple[Tensor, float]:
+def _rounding(mean: Tensor, floor: float) -> Tensor:
+    """Variances up to which coordinates do not vary, ``(dim,)``, not above ``floor``."""
+    return (SMALLEST * mean.square()).clamp(min=SMALLEST).clamp(max=floor)
+
+
+def _shrunk(covariance: Tensor, count: int, rounding: Tensor) -> tuple[Tensor, float]:
     """A sample covariance of few samples, its correlations shrunk towards none, and the weight of none, in (0, 1].
 
     The weight is the one under which the average sample is likeliest by the covariance of the others. For a covariance
@@ -309,11 +346,11 @@ def _shrunk(covariance: Tensor, count: int, floor: float) -> tuple[Tensor, float
     the sum of ``l / (l + g)`` over eigenvalues of ``S`` (generalised cross-validation: Golub, Heath and Wahba, 1979,
     https://doi.org/10.1080/00401706.1979.10489751), so that sums over the data are enough. The weight that is best in
     squares (OAS, Chen et al., 2010, https://doi.org/10.1109/TSP.2010.2053029) is too small by far where all
-    coordinates share one factor, as the pixels of light and dark pictures do. Coordinates whose variance is below
-    ``floor`` do not vary and have no correlations.
+    coordinates share one factor, as the pixels of light and dark pictures do. Coordinates whose variance is within
+    ``rounding`` do not vary and have no correlations.
     """
-    deviation = covariance.diagonal().clamp(min=floor).sqrt()
-    moving = covariance.diagonal() > floor
+    moving = covariance.diagonal() > rounding
+    deviation = torch.maximum(covariance.diagonal(), rounding).sqrt()
     scale = torch.outer(deviation, deviation)
     correlation = torch.where(torch.outer(moving, moving), covariance / scale, torch.zeros_like(covariance))
     values = torch.linalg.eigvalsh(correlation[moving][:, moving]).clamp(min=0)
