@@ -55,6 +55,7 @@ PLANTED = {
     "three points": (lambda: normal(3), "few", (), "3 training states of 4 dimensions"),
     "no more points than columns": (lambda: normal(40, 40), "few", (), "Give more data, or fewer columns"),
     "a constant": (lambda: with_column(lambda x: 0 * x[:, 0] + 1e6), "constant", (4,), "in column 4"),
+    "a constant of few": (lambda: torch.cat((normal(40), torch.ones(40, 1)), 1), "constant", (4,), "leave them out"),
     "copies": (lambda: torch.cat((x := normal(), x[:53])), "copies", (), r"5\.0 % of 1,053"),
     "copies at zero": (
         lambda: torch.cat((normal(), torch.tensor([[0.0], [-0.0]]).repeat(10, 4))),

@@ -109,7 +109,7 @@ def test_one_nan_sample_stops_the_run_before_it_spoils_anything(tmp_path, kind, 
             self.before = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
     healthy = Healthy()
-    with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 96 states \(columns 0, 1\)"):
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 96"):
         fit(tmp_path, module, data=Poisoned())
     # of large data not all are looked at before the first step
     monkeypatch.setattr(FirstLook, "at_training_data", lambda *_: None)

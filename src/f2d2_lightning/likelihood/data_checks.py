@@ -162,13 +162,14 @@ def find_discrete(x: Tensor, skip: Collection[int] = ()) -> list[Finding]:
 
     Images are looked at as a whole.
     """
-    table = x.ndim == 2 and len(x) >= ENOUGH
-    parts = list(x.detach().unbind(1)) if table else [x.detach().reshape(-1)[: 2**14]]
-    if len(parts[0]) < ENOUGH:
-        return []
+    x, table = x.detach(), x.ndim == 2 and len(x) >= ENOUGH
+    kept = [column for column in range(x.shape[1]) if column not in skip] if x.ndim == 2 else []
+    parts = {column: x[:, column] for column in kept}
+    if not table:
+        parts = {0: (x[:, kept] if kept else x).reshape(-1)[: 2**14]}
     seen = {}
-    for column, values in enumerate(parts):
-        if table and column in skip:
+    for column, values in parts.items():
+        if len(values) < ENOUGH:
             continue
         different, counts = values.unique(return_counts=True)
         often = int(counts.argmax())
@@ -178,7 +179,7 @@ def find_discrete(x: Tensor, skip: Collection[int] = ()) -> list[Finding]:
             seen[column] = f"{100 * float(counts[often]) / len(values):.0f} % are {float(different[often]):.4g}"
     if not seen:
         return []
-    columns = tuple(seen) if x.ndim == 2 and table else ()
+    columns = tuple(seen) if table else ()
     where = "the states" if not columns else f"columns {', '.join(map(str, columns[:8]))} of the states"
     shown = [f"{f'{column}: ' if columns else ''}{said}" for column, said in list(seen.items())[:8]]
     return [
