@@ -112,7 +112,8 @@ def test_few_samples_in_parts_are_the_same_as_at_once():
     x = torch.randn(60, 20) @ rotation(20, 4)
     with pytest.warns(UserWarning, match="60 samples"):
         whole = GaussianBaseline((20,)).fit([x])
-    parts = [torch.zeros(20), torch.zeros(20, 20), torch.zeros(())]
+    # what sums are taken around and of how many processes, sums, squares and count
+    parts = [torch.zeros(20), torch.zeros(()), torch.zeros(20), torch.zeros(20, 20), torch.zeros(())]
     for half in (x[:17], x[17:]):
         place = itertools.count()
 
