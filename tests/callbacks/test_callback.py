@@ -368,6 +368,24 @@ def test_a_map_to_data_only_is_inverted(tmp_path):
     assert answer.converged is not None
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_planted_fault_is_named(tmp_path, frozen):
+    """As a module's; a velocity that trains is its own teacher, by the callback's estimator."""
+    f2d2 = callback(frozen=frozen, reference=f2.Reference(steps=64, probes=0), steps=(1, 2))
+    fit(tmp_path, MeanFlowModule(), f2d2, max_epochs=1)
+    f2d2.added.average["head"].register_forward_hook(lambda head, args, answer: answer + 50.0)
+    before = torch.random.get_rng_state()
+    found = f2d2.diagnose(Pair().dataset("test").values[:20])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [row.whose for row in found.rows] == ["head", "head"]
+    assert found.scatter > 0
+    assert "own velocity's path" in str(found)
+    f2d2 = callback(frozen=True, directions="to_data", objective=f2.objectives.VolumeRegression(capacity=8, chunk=8))
+    fit(tmp_path, MeanFlowModule(), f2d2, max_epochs=1)
+    with pytest.raises(ValueError, match="density of the map's own jumps"):
+        f2d2.diagnose(torch.zeros(2, 2))
+
+
 def test_likelihoods_of_a_trained_toy_are_right(tmp_path):
     """End to end: Gaussian data, whose density is known, and the network's own reference likelihood."""
     module = MeanFlowModule(schedule="onecycle")

@@ -129,6 +129,41 @@ def test_the_report_has_the_numbers(tested):
     assert f"| teacher | `MLP` | 0 | {sum(p.numel() for p in teacher().average.parameters()):,} | not saved" in text
 
 
+def test_the_report_says_whose_the_error_is(tested):
+    run, _, _ = tested
+    text, found = (run / "report.md").read_text(), json.loads((run / "test_report.json").read_text())["diagnosis"]
+    section = text.split("## Whose the error is\n\n")[1].split("\n\n##")[0]
+    paragraph, table = section.split("\n\n")
+    assert paragraph == found["text"]
+    assert found["points"] == 32
+    for row in found["rows"]:
+        errors = (f"{row[name]:.3f}" for name in ("error", "targets", "probes", "head", "map"))
+        assert f"| {row['steps']} | {' | '.join(errors)} |" in table
+    # a semigroup has no trajectories to blame
+    assert [row["targets"] + row["probes"] for row in found["rows"]] == [0, 0]
+
+
+@pytest.mark.parametrize("diagnosed", [32, 5, 0])
+def test_a_planted_fault_is_printed_at_the_end_of_a_test(tmp_path, capsys, diagnosed):
+    """A divergence that is 5 too large in an untrained student, whose map is its teacher's."""
+    module = student(steps=(1, 2), reference=f2.Reference(steps=64, probes=0))
+    module.average.head.register_forward_hook(lambda head, args, answer: answer + 5.0)
+    report = TestReport(folder=str(tmp_path), diagnosed=diagnosed, **QUICK)
+    trainer(tmp_path, callbacks=[report]).test(module, datamodule=Pair(), verbose=False)
+    out = " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "test_report.json").read_text()).get("diagnosis")
+    assert (found is None) == (diagnosed == 0)
+    assert ("most of it is the head's, whose divergence along the teacher's path is off by 5" in out) == (diagnosed > 0)
+    if found is not None:
+        assert found["points"] == diagnosed
+        assert [row["whose"] for row in found["rows"]] == ["head", "head"]
+        # the reference that the test computed is the one that a module computes by itself
+        again = module.diagnose(Pair().dataset("test").values[:diagnosed])
+        assert again.rows[1].error == pytest.approx(found["rows"][1]["error"], rel=1e-4)
+    with pytest.raises(ValueError, match="diagnosed=-1"):
+        TestReport(diagnosed=-1)
+
+
 def test_the_report_shows_its_figures(tested):
     run, _, _ = tested
     text = (run / "report.md").read_text()

@@ -51,6 +51,30 @@ def test_what_is_trained(tmp_path, frozen):
         assert module.average.flow_map is module.joint.flow_map
 
 
+@pytest.mark.parametrize("whose", ["map", "head", "targets"])
+def test_a_planted_fault_is_named(tmp_path, whose):
+    """Jumps that are shifted, a divergence that is lifted, and a diagonal that teaches and is lifted."""
+    module = student(steps=(1, 2), reference=f2.Reference(steps=64, probes=0), frozen=whose == "map")
+    if whose == "targets":
+        module = f2.F2D2Module(MLP((2,), width=16, blocks=1), (2,), steps=(1, 2), reference=module.reference)
+    fit(tmp_path, module, limit_train_batches=1)
+    if whose == "map":
+        with torch.no_grad():
+            module.average.flow_map.outlet.bias.add_(4.0)
+    else:
+        module.average.head.register_forward_hook(lambda head, args, answer: answer + 50.0)
+    found = module.diagnose(Pair().dataset("test").values)
+    assert [row.whose for row in found.rows] == [whose, whose]
+    remedy = {
+        "map": "train the backbone as well",
+        "head": "train longer",
+        "targets": "train longer, or give a teacher",
+    }[whose]
+    assert f"Next: {remedy}" in str(found)
+    with pytest.raises(ValueError, match="was not distilled here"):
+        teacher().diagnose(torch.zeros(2, 2))
+
+
 def test_warm_start_scale_and_baseline(tmp_path):
     of = teacher()
     with torch.no_grad():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from f2d2_lightning.callbacks.summary import Part
+from f2d2_lightning.metrics.diagnosis import Diagnosis
 from f2d2_lightning.plots._figure import number
 
 PACKAGES = ("f2d2-lightning", "torch", "lightning", "torchmetrics", "numpy", "matplotlib")
@@ -50,6 +51,8 @@ class Report:
     """Names of the PNG files beside the report."""
     ranked_by: int
     """Step count whose likelihoods rank images."""
+    diagnosis: Diagnosis | None = None
+    """Whose the error is."""
     command: Sequence[str] = field(default_factory=lambda: list(sys.argv))
     date: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
@@ -61,6 +64,7 @@ class Report:
             self._origin(),
             "## Likelihoods",
             self._likelihoods(),
+            *self._diagnosis(),
             *self._others(),
             "## Model",
             _table(["part", "class", "trainable parameters", "frozen parameters", ""], parts),
@@ -121,6 +125,14 @@ class Report:
         if failures:
             notes.append("Unconverged is the share of samples whose inversion failed; other columns leave them out.")
         return _table(head, lines) + "\n\n" + " ".join(notes)
+
+    def _diagnosis(self) -> list[str]:
+        if self.diagnosis is None:
+            return []
+        names = ("error", "targets", "probes", "head", "map")
+        head = ["steps", f"mean error, {self.unit}", "by the targets", "by their probes", "by the head", "by the map"]
+        lines = [[str(row.steps), *(number(getattr(row, name)) for name in names)] for row in self.diagnosis.rows]
+        return ["## Whose the error is", str(self.diagnosis), _table(head, lines)]
 
     def _others(self) -> list[str]:
         by_steps: dict[str, dict[int, float]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,21 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.table import Table
 
-from f2d2_lightning.callbacks._gallery import GalleryCallback
+from f2d2_lightning.callbacks._gallery import Gallery, GalleryCallback, Measured
 from f2d2_lightning.callbacks._models import find_models
 from f2d2_lightning.callbacks._report_text import Report, likelihood_table, other_metrics, read_curves, to_json
 from f2d2_lightning.callbacks.summary import model_parts
 from f2d2_lightning.likelihood.model import LikelihoodModel
+from f2d2_lightning.metrics.diagnosis import POINTS, Diagnosis
 from f2d2_lightning.plots import Figure, save_figure, training_figure
 from f2d2_lightning.plots._figure import settle
 from f2d2_lightning.training.folders import run_folder, unused
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.files import whole_file
 
 
@@ -36,6 +39,8 @@ class TestReport(GalleryCallback):
     Files that are there are not written over: the report of a second test goes to the folder ``test-2``, the next one
     to ``test-3``.
 
+    A diagnosis says whose the error is, and what to do: :meth:`~f2d2_lightning.F2D2Module.diagnose`.
+
     Args:
         folder: Where to write; ``None`` for the logger's folder.
         samples: Samples per step count in the picture (twenty times as many points in the plane).
@@ -43,6 +48,8 @@ class TestReport(GalleryCallback):
         images: Test samples, the first ones, for calibration and ranked images.
         grid: Cells of a density map along each axis.
         overwrite: Write over the files of an earlier report.
+        diagnosed: Test samples, the first ones, that the diagnosis looks at; 0 for none. They cost less than their
+            reference, which the test has computed.
 
     Raises:
         ValueError: If numbers are below 1; before the test, if the module is none that it can report on.
@@ -59,9 +66,11 @@ class TestReport(GalleryCallback):
         images: int = 2048,
         grid: int = 64,
         overwrite: bool = False,
+        diagnosed: int = POINTS,
     ) -> None:
         super().__init__(samples=samples, teacher_steps=teacher_steps, images=images, grid=grid)
-        self.folder, self.overwrite = folder, overwrite
+        at_least(0, diagnosed=diagnosed)
+        self.folder, self.overwrite, self.diagnosed = folder, overwrite, diagnosed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse other modules before the test."""
@@ -89,10 +98,13 @@ class TestReport(GalleryCallback):
             gallery.share()
             with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
                 measured = gallery.measure()
-            rows = measured.rows or model.agreement_table()
+                rows = measured.rows or model.agreement_table()
+                diagnosis = self._diagnose(model, gallery, measured, rows)
             if not (trainer.is_global_zero and rows):
                 continue
             print_table(rows, model.unit, model.reference_name)
+            if diagnosis is not None:
+                Console().print(str(diagnosis), markup=False, highlight=False)
             if getattr(trainer, "fast_dev_run", False):
                 continue
             figures = gallery.figures(measured)
@@ -113,11 +125,34 @@ class TestReport(GalleryCallback):
                 metrics=other_metrics(trainer.callback_metrics, model.steps),
                 figures=tuple(figures),
                 ranked_by=gallery.ranked_by(),
+                diagnosis=diagnosis,
             )
             self._write(report, figures, (run if self.folder is None else Path(self.folder)) / model.name)
 
+    def _diagnose(
+        self, model: LikelihoodModel, gallery: Gallery, measured: Measured, rows: Sequence[dict[str, Any]]
+    ) -> Diagnosis | None:
+        """Of the first test samples with a reference, on all processes; ``None`` if there are not two."""
+        x, reference = measured.x, measured.reference
+        if x is None or reference is None:
+            return None
+        first, cond = slice(0, self.diagnosed), gallery.points.cond
+        enough = int(reference[first].isfinite().sum()) > 1
+        error = rows[-1].get("reference_error", math.nan) if rows else math.nan
+        try:
+            return (
+                model.diagnose(x[first], None if cond is None else cond[first], reference[first], error)
+                if enough
+                else None
+            )
+        except ValueError as failure:
+            rank_zero_warn(f"the test has no diagnosis: {failure}")
+            return None
+
     def _write(self, report: Report, figures: dict[str, Figure], folder: Path) -> None:
-        numbers = {"unit": report.unit, "rows": report.rows, "metrics": report.metrics}
+        numbers: dict[str, Any] = {"unit": report.unit, "rows": report.rows, "metrics": report.metrics}
+        if report.diagnosis is not None:
+            numbers["diagnosis"] = report.diagnosis.to_dict()
         texts = {"test_report.json": to_json(numbers), "report.md": report.markdown()}
         pictures = {f"{name}.png": figure for name, figure in figures.items()}
         if not self.overwrite and any((folder / name).exists() for name in (*texts, *pictures)):

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
 from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.likelihood.sampling import Samples, draw_noise, sample
 from f2d2_lightning.utils.checks import check_shape
+
+if TYPE_CHECKING:
+    from f2d2_lightning.metrics.diagnosis import Diagnosis
 
 __all__ = ["JointModel", "LikelihoodModel"]
 
@@ -176,6 +179,29 @@ class LikelihoodModel(ABC):
         remedy = "a likelihood of another size means nothing: resize the data, or train a model for them"
         check_shape(x, self.shape, "the model was trained for", remedy)
         return x
+
+    def diagnose(
+        self,
+        x: Tensor,
+        cond: Tensor | None = None,
+        reference: Tensor | None = None,
+        reference_error: float = math.nan,
+    ) -> Diagnosis:
+        """Whose the error of few-step likelihoods is: targets, head, map or grid, and what to do; ``print`` it.
+
+        Args:
+            x: States at ``t = 1`` that were not trained on, ``(B, *shape)``; 32 are enough.
+            cond: Conditioning.
+            reference: Their negative log-likelihoods by the reference, ``(B,)``, in :attr:`unit`, where they are known;
+                NaN for states to leave out. By default they are computed, which takes the most of the time.
+            reference_error: Mean size of the given reference's own error, in :attr:`unit`.
+
+        Raises:
+            ValueError: If there is no reference, or nothing that was taught.
+
+        Numbers are those of :class:`f2d2_lightning.metrics.Diagnosis`, in :attr:`unit`.
+        """
+        raise ValueError(f"{self.title} was not distilled here, so there is nobody to name; ask the module or callback")
 
     # --- its last evaluation ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from f2d2_lightning.metrics.diagnosis import Diagnosis, Faults
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation
 from f2d2_lightning.metrics.likelihood import (
     Agreement,
@@ -15,6 +16,8 @@ from f2d2_lightning.metrics.networks import InceptionFeatures, SmallFeatures
 
 __all__ = [
     "Agreement",
+    "Diagnosis",
+    "Faults",
     "InceptionFeatures",
     "LikelihoodAgreement",
     "LikelihoodEvaluation",

@@ -16,17 +16,21 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.metrics.diagnosis import Diagnosis, Taught
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
 from f2d2_lightning.objectives.base import Batch, Objective, Terms, baseline_of
+from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals
-from f2d2_lightning.objectives.sources import VelocitySource
+from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.objectives.targets import PASSES, choose_targets
 from f2d2_lightning.objectives.trajectories import TrajectoryRegression
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.processes import gather_states, own_state
 
+PATH_NODES = 64
+"""Of the teacher's path in a diagnosis, for objectives without trajectories."""
 MOST_AXES = 1024
 """Dimensions up to which the default head fits a full covariance."""
 
@@ -245,6 +249,31 @@ class DistilledModel(LikelihoodModel):
                 ) from error
 
     # --- its evaluations ---
+
+    def target_source(self, velocity: Callable[..., Tensor]) -> VelocitySource:
+        """Where velocities and divergences of targets come from, of a model whose reference is ``velocity``."""
+        return TeacherSource(velocity, self.estimator)
+
+    def taught(self, velocity: Callable[..., Tensor]) -> Taught:
+        """How targets are made, for a diagnosis."""
+        objective, joint = self.objective, self.joint_map
+        frozen = bool(getattr(self, "frozen", False) or getattr(joint, "frozen", False))
+        if isinstance(objective, TrajectoryRegression):
+            times, baseline = objective.times(joint)
+            return Taught(self.target_source(velocity), times, *objective.placing, baseline, frozen)
+        # a path to ask the head along, that nobody learned from
+        source = TeacherSource(velocity, self.estimator)
+        return Taught(source, trajectory_times(PATH_NODES, self.steps), frozen=frozen)
+
+    def diagnose(
+        self,
+        x: Tensor,
+        cond: Tensor | None = None,
+        reference: Tensor | None = None,
+        reference_error: float = math.nan,
+    ) -> Diagnosis:
+        x = self._fitting(x).to(self.device)
+        return self.evaluation.diagnose(x, None if cond is None else cond.to(self.device), reference, reference_error)
 
     @property
     def reference_fixed(self) -> bool:

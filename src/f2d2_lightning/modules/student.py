@@ -200,6 +200,11 @@ class F2D2Module(FlowModule, DistilledModel):
         anchor = ConditionalSource(self.joint, self.estimator, self.objective.path)
         return DiagonalSource(self.joint), anchor
 
+    def target_source(self, velocity: Any) -> VelocitySource:
+        source = self.make_source()[0]
+        # what answers is the average
+        return DiagonalSource(self.average) if isinstance(source, DiagonalSource) else source
+
     def setup(self, stage: str) -> None:
         """Load the teacher where it is needed, and compare shapes."""
         if stage != "predict" or not self.trained:

@@ -94,11 +94,11 @@ def _estimator(probes: int, baseline: GaussianBaseline | None, mode: str) -> Div
     return Hutchinson(probes, control=baseline, mode=mode) if probes else Exact(mode=mode)
 
 
-class _Still(Hutchinson):
+class StillProbe(Hutchinson):
     """One probe per state, the same at all times."""
 
-    def __init__(self, x: Tensor, baseline: GaussianBaseline | None, mode: str) -> None:
-        super().__init__(mode=mode, control=baseline)
+    def __init__(self, x: Tensor, baseline: GaussianBaseline | None, mode: str, step: float = 1e-2) -> None:
+        super().__init__(mode=mode, step=step, control=baseline)
         generator = torch.Generator().manual_seed(0)
         self.probe = (torch.randint(0, 2, (1, *x.shape), generator=generator) * 2 - 1).to(x)
 
@@ -165,7 +165,7 @@ def choose_targets(
         return target_log_prob(velocity, how, nodes=nodes, near_data=near_data, seed=seed, **shared).double()
 
     # with one and the same probe all along, few and many nodes differ by what the nodes make
-    still: DivergenceEstimator = Exact(mode=mode) if dim <= EXACT_UP_TO else _Still(x, baseline, mode)
+    still: DivergenceEstimator = Exact(mode=mode) if dim <= EXACT_UP_TO else StillProbe(x, baseline, mode)
     truth = ask(still, 2 * NODES[-1] if dim <= EXACT_UP_TO else NODES[-1], 0.25)
     good = truth.isfinite()
     if int(good.sum()) < 3:

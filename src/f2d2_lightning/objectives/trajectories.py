@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, JointMap
 from f2d2_lightning.flows.paths import Path as ProbabilityPath
 from f2d2_lightning.likelihood.quantization import Quantization
@@ -134,17 +135,24 @@ class TrajectoryRegression(Objective):
         steps, quantization = self.intervals.steps, self.quantization
         return Starts(self.starts, self.perturbation, steps, self.path, quantization, self.structure)
 
+    @property
+    def placing(self) -> tuple[int, float]:
+        """Nodes, and the share of them near the data: as given, else as measured."""
+        nodes, near_data = (NODES, 0.0) if self.choice is None else (self.choice.nodes, self.choice.near_data)
+        return nodes if self.nodes is None else self.nodes, near_data if self.near_data is None else self.near_data
+
+    def times(self, student: JointMap) -> tuple[list[float], GaussianBaseline | None]:
+        """Times at which trajectories are kept, ascending, and the Gaussian fit that they are integrated with."""
+        baseline = baseline_of(student)
+        if baseline is not None and not bool(baseline.fitted):
+            baseline = None
+        nodes, near_data = self.placing
+        return trajectory_times(nodes, self.grids, baseline, near_data), baseline
+
     def pool(self, student: JointMap) -> TrajectoryPool:
         """The pool, made on first use: its times depend on the student's baseline."""
         if self._pool is None:
-            baseline = baseline_of(student)
-            if baseline is not None and not bool(baseline.fitted):
-                baseline = None
-            nodes, near_data = (NODES, 0.0) if self.choice is None else (self.choice.nodes, self.choice.near_data)
-            nodes = nodes if self.nodes is None else self.nodes
-            times = trajectory_times(
-                nodes, self.grids, baseline, near_data if self.near_data is None else self.near_data
-            )
+            times, baseline = self.times(student)
             self._pool = TrajectoryPool(times, self.max_mib, self.capacity, baseline, self.cache)
             if self._saved_pool is not None:
                 self._pool.load_state_dict(self._saved_pool)
