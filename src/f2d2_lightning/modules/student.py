@@ -51,8 +51,7 @@ class F2D2Module(FlowModule, DistilledModel):
         head: Divergence head; by default on the backbone's features, with a baseline of full covariance up to 1,024
             dimensions, diagonal above.
         objective: Training objective; trajectory regression in both directions by default.
-        estimator: Divergence estimator of the targets; by default chosen with a trajectory's nodes, where an objective
-            leaves these open, and Hutchinson's with one probe otherwise.
+        estimator: Divergence estimator of the targets; by default measured with the nodes, or Hutchinson's, one probe.
         frozen: Train the head only; backbone and samples stay bit for bit as they were.
         warm_start: Start the backbone from the teacher's weights, where it is a :class:`FlowMatchingModule`: the same
             network, or one with an :class:`~f2d2_lightning.nn.AddedTime` around the teacher's embedding.
@@ -61,11 +60,9 @@ class F2D2Module(FlowModule, DistilledModel):
             the released JAX code).
         steps: Step counts that validation reports.
         draws: Dequantization draws per sample that validation averages few-step likelihoods over.
-        reference_samples: Samples per evaluation that are compared with the reference, the first ones of the data;
-            ``None`` for all.
+        reference_samples: Samples per evaluation compared with the reference, the data's first; ``None`` for all.
         inversion: For maps that only go to data: how validation and :meth:`log_prob` invert them.
-        levels: Levels of discrete data, for bits per dimension; ``None`` takes the teacher's, and is for continuous
-            data, reported in nats, if that has none.
+        levels: Levels of discrete data, for bits per dimension; ``None`` takes the teacher's, if any, else nats.
         low: Lower edge of the range that the levels fill; ``None`` takes the teacher's, else -1.
         high: Upper edge; ``None`` takes the teacher's, else 1.
         optimizer: Makes the optimiser; AdamW at 1e-3 by default.
