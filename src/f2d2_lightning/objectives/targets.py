@@ -162,7 +162,7 @@ def choose_targets(
     shared: dict[str, Any] = {"x": x, "cond": cond, "baseline": baseline, "grids": grids}
 
     def ask(how: DivergenceEstimator, nodes: int, near_data: float, seed: int = 7) -> Tensor:
-        return target_log_prob(velocity, how, nodes=nodes, near_data=near_data, seed=seed, **shared).double()
+        return target_log_prob(velocity, how, nodes=nodes, near_data=near_data, seed=seed, **shared).cpu().double()
 
     # with one and the same probe all along, few and many nodes differ by what the nodes make
     still: DivergenceEstimator = Exact(mode=mode) if dim <= EXACT_UP_TO else StillProbe(x, baseline, mode)
