@@ -105,10 +105,11 @@ class StepTimes(L.Callback):
 
 def quiet_trainer(steps: int, **options: Any) -> L.Trainer:
     """A trainer of so many steps on the CPU that says and writes nothing."""
-    return L.Trainer(
-        max_steps=steps, accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0, **options,
-    )  # fmt: skip
+    quiet = {
+        "accelerator": "cpu", "gradient_clip_val": 1.0, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0, "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    return L.Trainer(max_steps=steps, **(quiet | options))
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float:

@@ -1,0 +1,424 @@
+"""One recipe for all data: how close few-step likelihoods come to the teacher's with the package's defaults alone.
+
+Every set of :mod:`recipe_data` goes through the same lines: ``FlowMatchingModule(network, shape, levels)``, then
+``F2D2Module(teacher=teacher)``. What a user must say, the network and the training's length, follows from dimension and
+count by :func:`network`, :func:`batch_size` and :func:`lengths`; nothing is set for one data set.
+
+    python benchmarks/recipe.py --validate                     # on validation points, to choose by: hours on a CPU
+    python benchmarks/recipe.py --validate --sets digits --seeds 0 --name try
+    python benchmarks/recipe.py                                # on test points, once there is nothing left to choose
+    python benchmarks/recipe.py --validate --report_only       # the table of what is there
+    python benchmarks/recipe.py --tiny --sets wine             # seconds: whether it runs
+
+Under ``FOLDER/SET/seedN`` are the teacher, its reference likelihoods (which do not depend on the recipe and are made
+once) and a folder for each ``--name`` of a recipe. What is there is not made again, and a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+import f2d2_lightning as f2
+from f2d2_lightning.callbacks.last_checkpoint import LastCheckpoint
+from f2d2_lightning.data import FlowDataModule
+from f2d2_lightning.divergence import Exact, Hutchinson
+from f2d2_lightning.metrics.likelihood import agreement
+from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
+from f2d2_lightning.training.loading import read_checkpoint
+from f2d2_lightning.utils.files import whole_file
+from measuring import kept, markdown, quiet_trainer
+from recipe_data import SETS, DataSet, Splits
+
+STEPS = (1, 2, 4, 8)
+FEW = 2_000
+"""Training points below which the wider goals hold, and a network drops units."""
+TINY = {"train": 192, "val": 48, "test": 48}
+SMALL, MEDIUM = 8, 256
+"""Dimensions up to which a small perceptron, and a perceptron at all, is the network."""
+
+
+# --- the rule for what a user must say ---
+
+
+def network(shape: Sequence[int], count: int, levels: int | None) -> f2.FlowMap:
+    """The backbone: by dimension a small perceptron, a wide one or a U-Net; with dropout where points are few."""
+    dim, dropout = math.prod(shape), 0.3 if count < FEW else 0.0
+    if dim > MEDIUM and len(shape) == 3:
+        return PreconditionedUNet(shape, levels=levels, width=32, blocks=1, patch=2, dropout=dropout)
+    if dim <= SMALL:
+        return PreconditionedMLP(shape, width=128, blocks=3, expansion=2, dropout=dropout)
+    return PreconditionedMLP(shape, width=256 if dim < 64 else 512, dropout=dropout)
+
+
+def batch_size(dim: int) -> int:
+    """States of a batch."""
+    return 256 if dim <= MEDIUM else 64
+
+
+def lengths(dim: int, count: int) -> tuple[int, int]:
+    """Training steps of teacher and student. A teacher of few points stops before it knows them by heart."""
+    if dim > MEDIUM:
+        return 2_500, 2_500
+    student = 3_000 if dim < 64 else 2_500
+    return min(student, max(500, 4 * count)), student
+
+
+def tested(dim: int) -> int:
+    """Most points that likelihoods are compared on."""
+    return 1_000 if dim <= SMALL else 512 if dim <= MEDIUM else 128
+
+
+# --- the goals ---
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Largest error per point and gap, smallest correlation; in units of the spread of log p, or nats."""
+
+    error: float
+    gap: float
+    r: float | None
+
+    @classmethod
+    def of(cls, constant: bool, count: int) -> Goals:
+        """Issue 16: ``constant`` densities in nats, wider ones below :data:`FEW` training points."""
+        if constant:
+            return cls(0.05, 0.02, None)
+        return cls(0.10, 0.05, 0.99) if count < FEW else cls(0.05, 0.02, 0.998)
+
+    def missed(self, row: dict[str, float]) -> list[str]:
+        """Names of those that a row of results does not meet; what is NaN does not."""
+        wrong = [] if row["error"] <= self.error else ["error"]
+        wrong += [] if self.r is None or row["r"] >= self.r else ["r"]
+        return wrong + ([] if abs(row["gap"]) <= self.gap else ["gap"])
+
+
+# --- the reference ---
+
+
+EXACT_UP_TO = 32
+"""Dimensions; in 64 a probe or two at every evaluation are exact enough for a thirtieth of the cost."""
+FINE = 0.005
+"""Of the spread of log p (of a nat where that is constant): the reference's own error per point, a tenth of the goal."""
+MOST_STEPS, MOST_PROBES, LOOKED_AT = 256, 16, 64
+
+
+class FixedProbe:
+    """A divergence by one probe that is the same at every time: its integral has the solver's error and no noise."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.hutchinson = Hutchinson()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.eps = self.hutchinson.draw(x)
+
+    def __call__(self, velocity: Callable[..., Tensor], point: Any) -> tuple[Tensor, Tensor, None]:
+        v, estimates = self.hutchinson.per_probe(velocity, point, self.eps)
+        return v, estimates[0], None
+
+
+def spread(values: Tensor) -> float:
+    """Interquartile range / 1.35: the standard deviation of a normal distribution, and deaf to outliers."""
+    first, third = torch.quantile(values.double(), torch.tensor([0.25, 0.75], dtype=torch.float64))
+    return float(third - first) / 1.35
+
+
+@torch.no_grad()
+def reference(velocity: Callable[..., Tensor], x: Tensor, near_data: float, constant: bool) -> dict[str, Any]:
+    """The teacher's log-likelihood by a solver that is refined until its error is far below the goals.
+
+    Steps are doubled on a few points until these move by less than :data:`FINE`; then, above 32 dimensions, probes are
+    as many as bring their standard error there.
+    """
+    start, dim, few = time.process_time(), x[0].numel(), x[:LOOKED_AT]
+    exact = dim <= EXACT_UP_TO
+
+    def solve(points: Tensor, steps: int, divergence: Any) -> Any:
+        return f2.reference_log_prob(
+            velocity, points, divergence=divergence, method="rk4", steps=steps, near_data=near_data, seed=0
+        )
+
+    steps, before = 16, solve(few, 16, Exact() if exact else FixedProbe(few)).value
+    while True:
+        steps *= 2
+        value = solve(few, steps, Exact() if exact else FixedProbe(few)).value
+        unit = 1.0 if constant else spread(value)
+        error, before = float((value - before).abs().mean()) / unit, value
+        if error <= FINE or steps >= MOST_STEPS:
+            break
+    probes, noise = 0, 0.0
+    if not exact:
+        pilot = solve(few, steps, Hutchinson()).standard_error
+        probes = min(MOST_PROBES, max(1, math.ceil((float(pilot.mean()) / unit / FINE) ** 2)))
+    estimator = Exact() if exact else Hutchinson(probes)
+    # parts that fit into memory: an exact divergence carries as many tangents as there are dimensions
+    answers = [solve(part, steps, estimator) for part in x.split(max(16, 16_384 // dim))]
+    value = torch.cat([a.value for a in answers])
+    unit = 1.0 if constant else spread(value)
+    if not exact:
+        noise = float(torch.cat([a.standard_error for a in answers]).mean()) / unit
+    return {
+        "value": value, "unit": unit, "steps": steps, "probes": probes, "near_data": near_data,
+        "error": math.hypot(error, noise), "seconds": time.process_time() - start,
+    }  # fmt: skip
+
+
+# --- runs ---
+
+
+class Seconds(L.Callback):
+    """Seconds of the processor before the first step, where all that is chosen is chosen, and in all.
+
+    They go on from where they were when a run does.
+    """
+
+    def __init__(self) -> None:
+        self.before = self.total = 0.0
+        self._since = time.process_time()
+
+    def _pass(self) -> float:
+        passed, self._since = time.process_time() - self._since, time.process_time()
+        self.total += passed
+        return passed
+
+    def state_dict(self) -> dict[str, float]:
+        return {"before": self.before, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.before, self.total = state["before"], state["total"]
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        passed = self._pass()
+        if trainer.global_step == 0:
+            self.before += passed
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._pass()
+
+
+@dataclass
+class Run:
+    """One data set and one seed, in a folder of its own."""
+
+    name: str
+    set: DataSet
+    seed: int
+    folder: Path
+    tiny: bool = False
+
+    @property
+    def home(self) -> Path:
+        return self.folder / self.name.replace(" ", "-") / f"seed{self.seed}"
+
+    @cached_property
+    def data(self) -> FlowDataModule:
+        data = self.set.data()
+        if self.tiny:
+            parts = {name: data.dataset(name).values[:count] for name, count in TINY.items()}
+            data = Splits(parts, data.levels)  # type: ignore[arg-type]
+        data.batch_size = batch_size(math.prod(data.shape))
+        return data
+
+    @property
+    def count(self) -> int:
+        return len(self.data.dataset("train"))
+
+    @property
+    def dim(self) -> int:
+        return math.prod(self.data.shape)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return (6, 6) if self.tiny else lengths(self.dim, self.count)
+
+    def points(self, split: str) -> Tensor:
+        """The first states of a split, dequantized from one seed."""
+        dataset = self.data.dataset(split)
+        return dataset.__getitems__(list(range(min(tested(self.dim), len(dataset)))))
+
+    def fitted(
+        self, make: Callable[[], Any], steps: int, folder: Path, load: Callable[[Path], Any]
+    ) -> tuple[Any, dict[str, float]]:
+        """A trained module and its seconds; from its checkpoint, where that is complete."""
+        last = folder / "last.ckpt"
+        if not last.exists() or read_checkpoint(last)["global_step"] < steps:
+            L.seed_everything(self.seed, verbose=False)
+            module = make()
+            keep = LastCheckpoint(max(1, steps // 4), folder)
+            # as a user's own: nothing clipped, nothing else set
+            trainer = quiet_trainer(
+                steps, gradient_clip_val=None, enable_checkpointing=True, callbacks=[Seconds(), keep]
+            )
+            trainer.fit(module, self.data, ckpt_path=last if last.exists() else None, weights_only=True)
+        return load(last).eval(), read_checkpoint(last)["callbacks"]["Seconds"]
+
+    @cached_property
+    def teacher(self) -> f2.FlowMatchingModule:
+        shape, levels = self.data.shape, self.data.levels
+
+        def load(path: Path) -> f2.FlowMatchingModule:
+            own = network(shape, self.count, levels)
+            return f2.FlowMatchingModule.load_from_checkpoint(path, flow_map=own)
+
+        module, self.teacher_seconds = self.fitted(
+            lambda: f2.FlowMatchingModule(network(shape, self.count, levels), shape, levels),
+            self.lengths[0], self.home / "teacher", load,
+        )  # fmt: skip
+        return module.requires_grad_(False)
+
+    def reference(self, split: str) -> dict[str, Any]:
+        near_data = 0.0 if self.data.levels is None else 0.5
+
+        def solve() -> dict[str, Any]:
+            return reference(self.teacher.average.velocity, self.points(split), near_data, self.set.constant)
+
+        return kept(self.home / "teacher" / f"{split}.pt", solve)
+
+    def measure(
+        self, split: str, name: str = "defaults", make: Callable[..., f2.F2D2Module] = f2.F2D2Module
+    ) -> dict[str, Any]:
+        """Everything the table shows, from the file where it is kept.
+
+        Args:
+            split: ``"val"`` to choose by, ``"test"`` for the table.
+            name: Of the recipe: its folder.
+            make: Makes the student, ``make(teacher=...)``; anything but the default is an experiment.
+        """
+        file = self.home / name / f"{split}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        teacher = self.teacher
+        student, seconds = self.fitted(
+            lambda: make(teacher=teacher), self.lengths[1], self.home / name,
+            lambda path: f2.F2D2Module.load_from_checkpoint(path, flow_map=make(teacher=teacher).joint.flow_map),
+        )  # fmt: skip
+        answer, x = self.reference(split), self.points(split)
+        truth = None if self.set.log_prob is None else self.set.log_prob(x.double())
+        result = {
+            "set": self.name, "seed": self.seed, "split": split, "name": name, "count": self.count, "dim": self.dim,
+            "points": len(x), "lengths": self.lengths, "levels": self.data.levels, "constant": self.set.constant,
+            "spread": spread(answer["value"]), "nll": -float(answer["value"].mean()),
+            "truth": None if truth is None else -float(truth.mean()),
+            "reference": {key: value for key, value in answer.items() if key != "value"},
+            "seconds": {"choosing": seconds["before"], "training": seconds["total"] - seconds["before"],
+                        "teacher": self.teacher_seconds["total"]},
+            "steps": {k: compare(student.average, x, answer["value"], answer["unit"], k) for k in STEPS},
+        }  # fmt: skip
+        with whole_file(file) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+        return json.loads(file.read_text())
+
+
+@torch.no_grad()
+def compare(joint: f2.JointFlowMap, x: Tensor, reference: Tensor, unit: float, steps: int) -> dict[str, float]:
+    """Of a student in so many steps: gap and error in ``unit``, correlations, and the way to noise and back.
+
+    ``gap`` is positive where the student finds data less likely than the reference does; ``round_trip`` is the root
+    mean square over states and dimensions in deviations of the data.
+    """
+    answer = f2.log_prob(joint, x, steps)
+    back = f2.sample(joint, answer.noise, steps).state
+    found = agreement(answer.value, reference)
+    return {
+        "gap": float(found.gap) / unit, "gap_error": float(found.gap_standard_error) / unit,
+        "error": float(found.absolute_error) / unit, "r": float(found.correlation),
+        "rank_r": float(found.rank_correlation), "round_trip": float((back - x).square().mean().sqrt() / x.std()),
+    }  # fmt: skip
+
+
+# --- the table ---
+
+
+def mean(results: Sequence[dict[str, Any]], *keys: str) -> float:
+    """Over seeds, of a number that the keys lead to."""
+    values = []
+    for value in results:
+        for key in keys:
+            value = value[key]
+        values.append(value)
+    return statistics.fmean(values)
+
+
+def report(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: what the sets are and cost, then a row for each set and step count, means over seeds."""
+    by_set: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_set.setdefault(result["set"], []).append(result)
+    about, rows = [], []
+    met = 0
+    for name, runs in by_set.items():
+        first = runs[0]
+        goals = Goals.of(first["constant"], first["count"])
+        how = first["reference"]
+        truth = "" if first["truth"] is None else f"{mean(runs, 'nll') - mean(runs, 'truth'):+.3f}"
+        probes = f"{how['probes']} probes" if how["probes"] else "exact"
+        about.append([
+            name, str(first["dim"]), str(first["count"]), str(first["points"]),
+            " / ".join(f"{steps:,}" for steps in first["lengths"]), f"{mean(runs, 'spread'):.3g}", truth,
+            f"{how['steps']} steps, {probes}", f"{mean(runs, 'reference', 'error'):.4f}",
+            *(f"{mean(runs, 'seconds', part):.0f}" for part in ("choosing", "training", "teacher")),
+            f"{mean(runs, 'reference', 'seconds'):.0f}", str(len(runs)),
+        ])  # fmt: skip
+        for k in map(str, STEPS):
+            missed = list(dict.fromkeys(word for run in runs for word in goals.missed(run["steps"][k])))
+            met += not missed
+            row = {key: mean(runs, "steps", k, key) for key in first["steps"][k]}
+            worst = ""
+            if len(runs) > 1:
+                worst = f" ({max(run['steps'][k]['error'] for run in runs):.3f})"
+            in_r = ("", "") if first["constant"] else (f"{row['r']:.4f}", f"{row['rank_r']:.4f}")
+            rows.append([
+                name if k == str(STEPS[0]) else "", k, f"{row['gap']:+.3f}", f"{row['error']:.3f}{worst}", *in_r,
+                f"{row['round_trip']:.4f}", f"{goals.error:.2f}, {goals.gap:.2f}"
+                + ("" if goals.r is None else f", {goals.r}"), "yes" if not missed else "no: " + ", ".join(missed),
+            ])  # fmt: skip
+    unit = "in units of the spread of log p (interquartile range / 1.35), of a nat for the checkerboard"
+    return "\n\n".join((
+        markdown(["set", "steps", "gap", "error per point", "r", "rank r", "round trip", "goals: error, gap, r", "met"],
+                 rows),
+        f"Gap and error are {unit}. Goals are met in {met} of {len(rows)} rows: by every seed, not by the mean.",
+        markdown(["set", "dimensions", "training points", "points compared", "steps of teacher / student",
+                  "spread, nats", "teacher's NLL minus the truth's, nats", "reference", "its own error",
+                  "choosing, s", "training, s", "teacher, s", "reference, s", "seeds"], about),
+    ))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="three by default, one for Fashion-MNIST")
+    parser.add_argument("--folder", type=Path, default=Path("runs/recipe"), help="where everything is kept")
+    parser.add_argument("--name", default="defaults", help="of the recipe: another one is trained anew")
+    parser.add_argument("--validate", action="store_true", help="compare on validation points")
+    parser.add_argument("--tiny", action="store_true", help="few points and steps, for a test of the command")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report_only", action="store_true", help="make nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    split, results = "val" if options.validate else "test", []
+    for name in options.sets:
+        for seed in options.seeds or SETS[name].seeds:
+            run = Run(name, SETS[name], seed, options.folder / "tiny" if options.tiny else options.folder, options.tiny)
+            if options.report_only and not (run.home / options.name / f"{split}.json").exists():
+                continue
+            results.append(run.measure(split, options.name))
+            print(f"{time.strftime('%H:%M:%S')} {name} {seed}", file=sys.stderr, flush=True)
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
