@@ -110,10 +110,10 @@ class Goals:
 # --- the reference ---
 
 
-EXACT_UP_TO = 32
-"""Dimensions; in 64 a probe or two at every evaluation are exact enough for a thirtieth of the cost."""
+EXACT_UP_TO = 64
+"""Dimensions in which the exact divergence is taken, unless it costs twice what probes cost that are fine enough."""
 FINE = 0.005
-"""Of the spread of log p (of a nat where that is constant): the reference's own error per point, a tenth of the goal."""
+"""The reference's own error per point, a tenth of the goal: of the spread of log p, of a nat where that is constant."""
 MOST_STEPS, MOST_PROBES, LOOKED_AT = 256, 16, 64
 
 
@@ -141,39 +141,38 @@ def spread(values: Tensor) -> float:
 def reference(velocity: Callable[..., Tensor], x: Tensor, near_data: float, constant: bool) -> dict[str, Any]:
     """The teacher's log-likelihood by a solver that is refined until its error is far below the goals.
 
-    Steps are doubled on a few points until these move by less than :data:`FINE`; then, above 32 dimensions, probes are
-    as many as bring their standard error there.
+    Steps are doubled on a few points until these move by less than :data:`FINE`. A probe's standard error on them then
+    says how many bring it there; they are taken where the exact divergence would cost more than twice as much.
     """
     start, dim, few = time.process_time(), x[0].numel(), x[:LOOKED_AT]
-    exact = dim <= EXACT_UP_TO
 
     def solve(points: Tensor, steps: int, divergence: Any) -> Any:
         return f2.reference_log_prob(
             velocity, points, divergence=divergence, method="rk4", steps=steps, near_data=near_data, seed=0
         )
 
-    steps, before = 16, solve(few, 16, Exact() if exact else FixedProbe(few)).value
+    fixed = FixedProbe(few)
+    steps, before = 16, solve(few, 16, fixed).value
     while True:
         steps *= 2
-        value = solve(few, steps, Exact() if exact else FixedProbe(few)).value
+        value = solve(few, steps, fixed).value
         unit = 1.0 if constant else spread(value)
-        error, before = float((value - before).abs().mean()) / unit, value
-        if error <= FINE or steps >= MOST_STEPS:
+        moved, before = float((value - before).abs().mean()), value
+        if moved <= FINE * unit or steps >= MOST_STEPS:
             break
-    probes, noise = 0, 0.0
-    if not exact:
-        pilot = solve(few, steps, Hutchinson()).standard_error
-        probes = min(MOST_PROBES, max(1, math.ceil((float(pilot.mean()) / unit / FINE) ** 2)))
+    pilot = float(solve(few, steps, Hutchinson()).standard_error.mean()) / unit
+    probes = max(1, math.ceil((pilot / FINE) ** 2))
+    exact = dim <= min(EXACT_UP_TO, 2 * probes)
+    probes = 0 if exact else min(probes, MOST_PROBES)
     estimator = Exact() if exact else Hutchinson(probes)
     # parts that fit into memory: an exact divergence carries as many tangents as there are dimensions
     answers = [solve(part, steps, estimator) for part in x.split(max(16, 16_384 // dim))]
     value = torch.cat([a.value for a in answers])
     unit = 1.0 if constant else spread(value)
-    if not exact:
-        noise = float(torch.cat([a.standard_error for a in answers]).mean()) / unit
+    noise = 0.0 if exact else float(torch.cat([a.standard_error for a in answers]).mean()) / unit
     return {
         "value": value, "unit": unit, "steps": steps, "probes": probes, "near_data": near_data,
-        "error": math.hypot(error, noise), "seconds": time.process_time() - start,
+        "error": math.hypot(moved / unit, noise), "seconds": time.process_time() - start,
     }  # fmt: skip
 
 
@@ -260,10 +259,9 @@ class Run:
             module = make()
             keep = LastCheckpoint(max(1, steps // 4), folder)
             # as a user's own: nothing clipped, nothing else set
-            trainer = quiet_trainer(
-                steps, gradient_clip_val=None, enable_checkpointing=True, callbacks=[Seconds(), keep]
-            )
-            trainer.fit(module, self.data, ckpt_path=last if last.exists() else None, weights_only=True)
+            own = {"gradient_clip_val": None, "enable_checkpointing": True, "callbacks": [Seconds(), keep]}
+            begun = last if last.exists() else None
+            quiet_trainer(steps, **own).fit(module, self.data, ckpt_path=begun, weights_only=True)
         return load(last).eval(), read_checkpoint(last)["callbacks"]["Seconds"]
 
     @cached_property

@@ -49,7 +49,7 @@ class TwoMoons:
 
     shape = (2,)
 
-    def __init__(self, noise: float = 0.1, nodes: int = 256) -> None:
+    def __init__(self, noise: float = 0.1, nodes: int = 128) -> None:
         self.noise = noise
         # midpoints: the ends of an arc count as much as its middle
         self.curve = self.arcs((torch.arange(nodes) + 0.5) * math.pi / nodes).flatten(0, 1)
