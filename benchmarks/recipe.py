@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -43,6 +43,7 @@ from f2d2_lightning.utils.files import whole_file
 from measuring import kept, markdown, quiet_trainer
 from recipe_data import SETS, DataSet, Splits
 
+Module = TypeVar("Module", bound=L.LightningModule)
 STEPS = (1, 2, 4, 8)
 FEW = 2_000
 """Training points below which the wider goals hold, and a network drops units."""
@@ -249,34 +250,34 @@ class Run:
         dataset = self.data.dataset(split)
         return dataset.__getitems__(list(range(min(tested(self.dim), len(dataset)))))
 
-    def fitted(
-        self, make: Callable[[], Any], steps: int, folder: Path, load: Callable[[Path], Any]
-    ) -> tuple[Any, dict[str, float]]:
-        """A trained module and its seconds; from its checkpoint, where that is complete."""
+    def fitted(self, make: Callable[[], Module], steps: int, folder: Path) -> Module:
+        """A module trained for so many steps, whose checkpoint is kept; one that is there goes on to its end."""
         last = folder / "last.ckpt"
         if not last.exists() or read_checkpoint(last)["global_step"] < steps:
             L.seed_everything(self.seed, verbose=False)
-            module = make()
             keep = LastCheckpoint(max(1, steps // 4), folder)
             # as a user's own: nothing clipped, nothing else set
             own = {"gradient_clip_val": None, "enable_checkpointing": True, "callbacks": [Seconds(), keep]}
             begun = last if last.exists() else None
-            quiet_trainer(steps, **own).fit(module, self.data, ckpt_path=begun, weights_only=True)
-        return load(last).eval(), read_checkpoint(last)["callbacks"]["Seconds"]
+            quiet_trainer(steps, **own).fit(make(), self.data, ckpt_path=begun, weights_only=True)
+        module, checkpoint = make(), read_checkpoint(last)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.eval()
 
     @cached_property
     def teacher(self) -> f2.FlowMatchingModule:
         shape, levels = self.data.shape, self.data.levels
-
-        def load(path: Path) -> f2.FlowMatchingModule:
-            own = network(shape, self.count, levels)
-            return f2.FlowMatchingModule.load_from_checkpoint(path, flow_map=own)
-
-        module, self.teacher_seconds = self.fitted(
+        module = self.fitted(
             lambda: f2.FlowMatchingModule(network(shape, self.count, levels), shape, levels),
-            self.lengths[0], self.home / "teacher", load,
-        )  # fmt: skip
+            self.lengths[0],
+            self.home / "teacher",
+        )
         return module.requires_grad_(False)
+
+    def seconds(self, part: str) -> dict[str, float]:
+        """Of the teacher's training, or of a recipe's."""
+        return read_checkpoint(self.home / part / "last.ckpt")["callbacks"]["Seconds"]
 
     def reference(self, split: str) -> dict[str, Any]:
         near_data = 0.0 if self.data.levels is None else 0.5
@@ -300,11 +301,8 @@ class Run:
         if file.exists():
             return json.loads(file.read_text())
         teacher = self.teacher
-        student, seconds = self.fitted(
-            lambda: make(teacher=teacher), self.lengths[1], self.home / name,
-            lambda path: f2.F2D2Module.load_from_checkpoint(path, flow_map=make(teacher=teacher).joint.flow_map),
-        )  # fmt: skip
-        answer, x = self.reference(split), self.points(split)
+        student = self.fitted(lambda: make(teacher=teacher), self.lengths[1], self.home / name)
+        seconds, answer, x = self.seconds(name), self.reference(split), self.points(split)
         truth = None if self.set.log_prob is None else self.set.log_prob(x.double())
         result = {
             "set": self.name, "seed": self.seed, "split": split, "name": name, "count": self.count, "dim": self.dim,
@@ -313,7 +311,7 @@ class Run:
             "truth": None if truth is None else -float(truth.mean()),
             "reference": {key: value for key, value in answer.items() if key != "value"},
             "seconds": {"choosing": seconds["before"], "training": seconds["total"] - seconds["before"],
-                        "teacher": self.teacher_seconds["total"]},
+                        "teacher": self.seconds("teacher")["total"]},
             "steps": {k: compare(student.average, x, answer["value"], answer["unit"], k) for k in STEPS},
         }  # fmt: skip
         with whole_file(file) as partial:

@@ -245,8 +245,8 @@ def test_training_that_was_stopped_goes_on_to_the_same(monkeypatch, tmp_path):
         patch.setattr(f2.FlowMatchingModule, "training_step", stop)
         with pytest.raises(RuntimeError, match="stopped here"):
             run.teacher  # noqa: B018
-    before = recipe.read_checkpoint(run.home / "teacher/last.ckpt")["callbacks"]["Seconds"]["total"]
+    before = run.seconds("teacher")["total"]
     assert before > 0
     for name, value in run.teacher.state_dict().items():
         assert torch.equal(value, whole[name]), name
-    assert run.teacher_seconds["total"] > before
+    assert run.seconds("teacher")["total"] > before
