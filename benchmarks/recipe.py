@@ -349,48 +349,64 @@ def mean(results: Sequence[dict[str, Any]], *keys: str) -> float:
     return statistics.fmean(values)
 
 
+def about(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Cells of what a set is and costs."""
+    first = runs[0]
+    how = first["reference"]
+    probes = f"{how['probes']} probes" if how["probes"] else "exact"
+    return [
+        first["set"],
+        *(str(first[key]) for key in ("dim", "count", "points")),
+        " / ".join(f"{steps:,}" for steps in first["lengths"]),
+        f"{mean(runs, 'spread'):.3g}",
+        "" if first["truth"] is None else f"{mean(runs, 'nll') - mean(runs, 'truth'):+.3f}",
+        f"{how['steps']} steps, {probes}",
+        f"{mean(runs, 'reference', 'error'):.4f}",
+        *(f"{mean(runs, 'seconds', part):.0f}" for part in ("choosing", "training", "teacher")),
+        f"{mean(runs, 'reference', 'seconds'):.0f}",
+        str(len(runs)),
+    ]
+
+
+def found(runs: Sequence[dict[str, Any]], steps: int) -> list[str]:
+    """Cells of what was found on a set in so many steps; goals are met where every seed meets them."""
+    first, k = runs[0], str(steps)
+    goals = Goals.of(first["constant"], first["count"])
+    missed = list(dict.fromkeys(word for run in runs for word in goals.missed(run["steps"][k])))
+    row = {key: mean(runs, "steps", k, key) for key in first["steps"][k]}
+    largest = max(run["steps"][k]["error"] for run in runs)
+    return [
+        first["set"] if steps == STEPS[0] else "",
+        k,
+        f"{row['gap']:+.3f} ± {row['gap_error']:.3f}",
+        f"{row['error']:.3f}" + (f" ({largest:.3f})" if len(runs) > 1 else ""),
+        *("" if goals.r is None else f"{row[key]:.4f}" for key in ("r", "rank_r")),
+        f"{row['round_trip']:.4f}",
+        f"{goals.error:.2f}, {goals.gap:.2f}" + ("" if goals.r is None else f", {goals.r}"),
+        "no: " + ", ".join(missed) if missed else "yes",
+    ]
+
+
 def report(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: what the sets are and cost, then a row for each set and step count, means over seeds."""
+    """Markdown: a row for each set and step count, then one of what each set is and costs."""
     by_set: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_set.setdefault(result["set"], []).append(result)
-    about, rows = [], []
-    met = 0
-    for name, runs in by_set.items():
-        first = runs[0]
-        goals = Goals.of(first["constant"], first["count"])
-        how = first["reference"]
-        truth = "" if first["truth"] is None else f"{mean(runs, 'nll') - mean(runs, 'truth'):+.3f}"
-        probes = f"{how['probes']} probes" if how["probes"] else "exact"
-        about.append([
-            name, str(first["dim"]), str(first["count"]), str(first["points"]),
-            " / ".join(f"{steps:,}" for steps in first["lengths"]), f"{mean(runs, 'spread'):.3g}", truth,
-            f"{how['steps']} steps, {probes}", f"{mean(runs, 'reference', 'error'):.4f}",
-            *(f"{mean(runs, 'seconds', part):.0f}" for part in ("choosing", "training", "teacher")),
-            f"{mean(runs, 'reference', 'seconds'):.0f}", str(len(runs)),
-        ])  # fmt: skip
-        for k in map(str, STEPS):
-            missed = list(dict.fromkeys(word for run in runs for word in goals.missed(run["steps"][k])))
-            met += not missed
-            row = {key: mean(runs, "steps", k, key) for key in first["steps"][k]}
-            worst = ""
-            if len(runs) > 1:
-                worst = f" ({max(run['steps'][k]['error'] for run in runs):.3f})"
-            in_r = ("", "") if first["constant"] else (f"{row['r']:.4f}", f"{row['rank_r']:.4f}")
-            rows.append([
-                name if k == str(STEPS[0]) else "", k, f"{row['gap']:+.3f}", f"{row['error']:.3f}{worst}", *in_r,
-                f"{row['round_trip']:.4f}", f"{goals.error:.2f}, {goals.gap:.2f}"
-                + ("" if goals.r is None else f", {goals.r}"), "yes" if not missed else "no: " + ", ".join(missed),
-            ])  # fmt: skip
-    unit = "in units of the spread of log p (interquartile range / 1.35), of a nat for the checkerboard"
-    return "\n\n".join((
-        markdown(["set", "steps", "gap", "error per point", "r", "rank r", "round trip", "goals: error, gap, r", "met"],
-                 rows),
-        f"Gap and error are {unit}. Goals are met in {met} of {len(rows)} rows: by every seed, not by the mean.",
-        markdown(["set", "dimensions", "training points", "points compared", "steps of teacher / student",
-                  "spread, nats", "teacher's NLL minus the truth's, nats", "reference", "its own error",
-                  "choosing, s", "training, s", "teacher, s", "reference, s", "seeds"], about),
-    ))  # fmt: skip
+    rows = [found(runs, steps) for runs in by_set.values() for steps in STEPS]
+    met = sum(row[-1] == "yes" for row in rows)
+    columns = ["set", "steps", "gap", "error per point", "r", "rank r", "round trip", "goals: error, gap, r", "met"]
+    more = [
+        *("set", "dimensions", "training points", "points compared", "steps of teacher / student", "spread, nats"),
+        *("teacher's NLL minus the truth's, nats", "reference", "its own error", "choosing, s", "training, s"),
+        *("teacher, s", "reference, s", "seeds"),
+    ]
+    said = (
+        "Gap (± its standard error over points), error per point and the reference's own error are in units of the "
+        "spread of log p (interquartile range / 1.35), of a nat for the checkerboard; the round trip in deviations of "
+        "the data. Means over seeds, in brackets the largest error of one. "
+        f"Goals are met, by every seed, in {met} of {len(rows)} rows."
+    )
+    return "\n\n".join((markdown(columns, rows), said, markdown(more, [about(runs) for runs in by_set.values()])))
 
 
 def main() -> None:
