@@ -257,3 +257,13 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     other = f2.FlowMatchingModule(MLP((2,), width=8, blocks=1), shape=(2,))
     with pytest.raises(ValueError, match="checkpoint is of another model"):
         fit(tmp_path, other, ckpt_path=tmp_path / "teacher.ckpt")
+
+
+def test_the_default_student_drops_nothing():
+    """A copy of a teacher that was trained with dropout; a network that is given stays as it is."""
+    network = MLP((2,), width=16, blocks=1, dropout=0.3)
+    of = f2.FlowMatchingModule(network, shape=(2,))
+    rates = lambda module: {part.p for part in module.modules() if isinstance(part, torch.nn.Dropout)}  # noqa: E731
+    assert rates(student(of).joint) == {0.0}
+    assert rates(of) == {0.3}
+    assert rates(student(of, flow_map=copy.deepcopy(network)).joint.flow_map) == {0.3}

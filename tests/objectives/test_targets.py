@@ -116,6 +116,17 @@ class TestRuns:
         assert again.objective.choice == choice
         assert type(again.estimator) is type(module.estimator)
 
+    def test_few_data_are_not_learned_by_heart(self, tmp_path):
+        beside, at = {"perturbed": 0.5, "noise": 0.5}, {"data": 0.5, "noise": 0.5}
+        for capacity, starts, expected in ((97, None, beside), (96, None, at), (97, at, at)):
+            objective = TrajectoryRegression(capacity=capacity, starts=starts)
+            module = student(objective=objective)
+            fit(tmp_path, module, data=Pair(96), max_epochs=1)
+            assert objective.starts == expected
+            again = TrajectoryRegression(capacity=capacity, starts=starts)
+            again.load_state_dict(objective.state_dict())
+            assert again.starts == expected
+
     def test_what_is_given_is_taken(self, tmp_path):
         module = student(estimator=Hutchinson(3))
         fit(tmp_path, module, data=Pair(), max_epochs=1)

@@ -187,6 +187,8 @@ class DistilledModel(LikelihoodModel):
         )
         objective.choice = choice
         self._take_choice()
+        if trainer.num_training_batches * count < trajectories:
+            objective.begin_beside_few()
         (rank_zero_info if choice.good else rank_zero_warn)(
             f"targets: {choice}" + ("" if choice.good else f"; more would take {choice.remedy()}")
         )

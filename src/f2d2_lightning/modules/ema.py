@@ -21,6 +21,15 @@ def copy_frozen(module: Any, shared: dict[int, Any] | None = None) -> Any:
     return copy.deepcopy(module, shared or {}).requires_grad_(False).eval()
 
 
+def without_dropout(module: Any) -> Any:
+    """A copy that drops no hidden unit: a student's targets are the same at every step, and dropout only blurs them."""
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        if isinstance(part, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
+            part.p = 0.0
+    return copied
+
+
 def share_weights(one: Any, other: nn.Module) -> bool:
     """Whether a module, a method of one, or a function that holds one has a parameter in common with a module."""
     own = {id(p) for p in other.parameters()}

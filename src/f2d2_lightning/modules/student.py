@@ -21,7 +21,7 @@ from f2d2_lightning.metrics.evaluation import check_draws
 from f2d2_lightning.modules._teaching import KeptTeacher, check_teacher
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.distillation import DistilledModel, default_head
-from f2d2_lightning.modules.ema import copy_frozen, share_weights
+from f2d2_lightning.modules.ema import copy_frozen, share_weights, without_dropout
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.modules.teacher import FlowMatchingModule
 from f2d2_lightning.nn.head import Head, JointFlowMap
@@ -41,7 +41,7 @@ class F2D2Module(FlowModule, DistilledModel):
     values come from.
 
     Args:
-        flow_map: Backbone of the student; ``None`` takes a copy of the teacher's.
+        flow_map: Backbone of the student; ``None`` takes a copy of the teacher's, without its dropout.
         shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the teacher's.
         teacher: A trained :class:`FlowMatchingModule`, a flow map or velocity ``(x, t, cond) -> v``, or the path of a
             checkpoint of the first. It is not part of this module's checkpoint and is needed only to train and to
@@ -116,7 +116,8 @@ class F2D2Module(FlowModule, DistilledModel):
             low, high = teacher.low if low is None else low, teacher.high if high is None else high
             if flow_map is None or share_weights(teacher, flow_map):
                 # training must not change the teacher
-                flow_map = copy.deepcopy(flow_map or teacher.average).requires_grad_(True).train()
+                copied = without_dropout(teacher.average) if flow_map is None else copy.deepcopy(flow_map)
+                flow_map = copied.requires_grad_(True).train()
         if flow_map is None or shape is None:
             raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
         parameters = list(flow_map.parameters())

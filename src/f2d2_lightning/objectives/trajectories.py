@@ -60,8 +60,9 @@ class TrajectoryRegression(Objective):
             ``"mixed"`` (between a sample and one of its nearest neighbours in the batch: new samples that look like
             data, as test samples do), ``"path"`` (between noise and data, integrated both ways), ``"noise"`` (the
             prior) and ``"student"`` (samples of the student: where its own path leads). Half data and half noise by
-            default; where data are few, a thousand images or so, ``"perturbed"`` in place of ``"data"`` keeps the
-            student from learning them by heart (docs/CALIBRATION.md).
+            default; where data are few, ``"perturbed"`` in place of ``"data"`` keeps the student from learning them
+            by heart (docs/CALIBRATION.md), and is taken where ``nodes`` are measured and the training data are fewer
+            than ``capacity``.
         perturbation: Smallest and largest standard deviation of the noise for ``"perturbed"``.
         quantization: Levels of discrete data: perturbed and mixed states are put back on levels and dequantized
             afresh, so that they look like data. ``None`` for continuous data; module and callback then give theirs.
@@ -117,6 +118,7 @@ class TrajectoryRegression(Objective):
         self.unroll, self.recompute, self.likelihood_of_data = unroll, recompute, likelihood_of_data
         self.quantization = quantization
         self.starts, self.perturbation = dict(starts or {"data": 0.5, "noise": 0.5}), perturbation
+        self._starts_given = starts is not None
         self._starts()  # refuses what cannot be
         self.cache = None if cache is None else TrajectoryCache(cache)
         self._pool: TrajectoryPool | None = None
@@ -130,6 +132,11 @@ class TrajectoryRegression(Objective):
     def grids(self) -> tuple[int, ...]:
         """Step counts whose times are among the nodes."""
         return self.intervals.steps if self.intervals.grid > 0 or self.unroll > 0 else ()
+
+    def begin_beside_few(self) -> None:
+        """Begin trajectories beside the data in place of at them, unless it was said where they begin."""
+        if not self._starts_given:
+            self.starts = {"perturbed": 0.5, "noise": 0.5}
 
     def _starts(self) -> Starts:
         steps, quantization = self.intervals.steps, self.quantization
@@ -199,10 +206,13 @@ class TrajectoryRegression(Objective):
 
     def state_dict(self) -> dict[str, Any]:
         pool = self._saved_pool if self._pool is None else self._pool.state_dict(whole=not self._stationary)
-        return {"pool": pool, "due": self._due, "targets": None if self.choice is None else self.choice.state()}
+        chosen = None if self.choice is None else self.choice.state()
+        return {"pool": pool, "due": self._due, "targets": chosen, "starts": self.starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._pool, self._saved_pool = None, state["pool"]
         self._due = float(state["due"])
         kept = state.get("targets")  # a run of version 0.1 measured nothing
         self.choice = None if kept is None else TargetChoice(**kept)
+        if not self._starts_given:
+            self.starts = dict(state.get("starts", self.starts))
