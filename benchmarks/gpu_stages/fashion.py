@@ -21,9 +21,10 @@ from f2d2_lightning.callbacks import SampleQuality
 from f2d2_lightning.data import FashionMNIST
 from f2d2_lightning.flows import FlowMap
 from f2d2_lightning.nn import PreconditionedUNet
+from f2d2_lightning.objectives.targets import spread_of
 from f2d2_lightning.plots import sample_figure
 from f2d2_lightning.plots.likelihood import calibration_figure
-from measuring import agreement
+from measuring import agreement, quiet_trainer
 from train_features import EPOCHS, SHIFT, train
 
 SHAPE, LEVELS, STEPS = (1, 28, 28), 256, (1, 2, 4, 8)
@@ -62,19 +63,12 @@ def fit(
     module: L.LightningModule, images: FashionMNIST, steps: int, device: torch.device, sizes: Sizes
 ) -> tuple[float, int]:
     """Train; seconds, and steps taken."""
-    trainer = L.Trainer(
-        max_steps=steps,
+    trainer = quiet_trainer(
+        steps,
         max_epochs=-1,
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1,
         precision="32-true" if device.type == "cpu" else "bf16-mixed",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
         callbacks=[_Rate(max(1, steps // 40))],
         profiler="simple",
         max_time=timedelta(seconds=sizes.seconds),  # the rest of a stage's nine minutes is for what is measured
@@ -111,15 +105,8 @@ def quality(
         epochs = 1 if sizes.tiny else EPOCHS["fashion"]
         train(data(images.folder, sizes, labels=True), epochs, SHIFT["fashion"], 0).save(path)
     made = SampleQuality(path, steps=steps, samples=sizes.samples, cache=str(folder / "statistics"))
-    trainer = L.Trainer(
-        accelerator="cpu" if device.type == "cpu" else "gpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=1,
-        callbacks=[made],
-    )
+    accelerator = "cpu" if device.type == "cpu" else "gpu"
+    trainer = quiet_trainer(-1, accelerator=accelerator, devices=1, limit_val_batches=1, callbacks=[made])
     trainer.validate(module, datamodule=images, verbose=False)
     return {str(k): float(trainer.callback_metrics[f"val/fid_{k}"]) for k in steps}
 
@@ -209,16 +196,15 @@ def study(folder: Path, images_folder: Path, device: torch.device, sizes: Sizes,
     seconds, steps = fit(module, images, sizes.student_steps, device, sizes)
     name = "student" if head else "sampler"
     f2.save_pretrained(module.average, folder / name, shape=SHAPE, levels=LEVELS)
-    module.to(device).eval()
-    joint = module.average
     result: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in joint.parameters()),
+        "parameters": sum(p.numel() for p in module.average.parameters()),
         "steps": steps,
         "seconds": seconds,
         "memory, GiB": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "Frechet distance": quality(module, images, sizes, device, folder),
     }
-    z = noise(40, device)
+    # a trainer that has ended leaves its module on the CPU
+    joint, z = module.average.to(device), noise(40, device)
     with torch.no_grad():
         made = {f"{k} step{'s' if k > 1 else ''}": f2.sample(joint, z, k).state.cpu() for k in STEPS}
         made["teacher"] = f2.reference_sample(teacher, z, steps=50).state.cpu()
@@ -256,12 +242,11 @@ def _likelihoods(
         values[steps] = value
     noise_of_reference = torch.cat([e for e in errors if e is not None]) if errors[0] is not None else None
     _save(calibration_figure(values, truth, "bits/dim"), folder / "fashion_calibration.png")
-    spread = float((truth.quantile(0.75) - truth.quantile(0.25)) / 1.35)
     return {
         "images": len(x),
         "likelihood": rows,
         "reference, bits/dim": float(truth.mean()),
-        "spread of the reference, bits/dim": spread,
+        "spread of the reference, bits/dim": spread_of(truth),
         "seconds of the reference": seconds,
         "standard error of one reference, bits/dim": None
         if noise_of_reference is None

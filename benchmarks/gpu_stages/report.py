@@ -12,8 +12,14 @@ from measuring import markdown
 __all__ = ["write"]
 
 
-def _number(value: Any) -> str:
-    return "raised" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)
+KINDS = ("backbone", "estimator", "objective", "adapter")
+"""Checks by the first word of their names; all others are of likelihoods."""
+
+
+def _largest(found: list[dict[str, float | None]], setting: str) -> str:
+    """Of the errors in a setting that not every check has; those that raised are among what failed."""
+    errors = [e for e in (row.get(setting) for row in found) if e is not None]
+    return f"{max(errors):.1e}" if errors else ""
 
 
 def _failures(result: dict[str, Any]) -> list[str]:
@@ -24,19 +30,12 @@ def _failures(result: dict[str, Any]) -> list[str]:
 
 def _devices(result: dict[str, Any]) -> list[str]:
     rows = result["rows"]
-    settings = list(next(iter(rows.values())))
-    kinds: dict[str, dict[str, list[float]]] = {}
+    settings = list(dict.fromkeys(setting for errors in rows.values() for setting in errors))
+    kinds: dict[str, list[dict[str, float | None]]] = {}
     for name, errors in rows.items():
-        kind = name.split(",")[0] if name.startswith(("backbone", "estimator", "objective", "adapter")) else name
-        kind = (
-            kind.split(" ")[0] if kind.startswith(("backbone", "adapter", "estimator", "objective")) else "likelihood"
-        )
-        for setting, found in errors.items():
-            kinds.setdefault(kind, {}).setdefault(setting, []).append(float("nan") if found is None else found)
-    table = [
-        [f"{kind} ({len(next(iter(errors.values())))})", *(_number(max(errors[s])) for s in settings)]
-        for kind, errors in kinds.items()
-    ]
+        first = name.split()[0]
+        kinds.setdefault(first if first in KINDS else "likelihood", []).append(errors)
+    table = [[f"{kind} ({len(found)})", *(_largest(found, s) for s in settings)] for kind, found in kinds.items()]
     return [
         "Largest relative error against float64 on the CPU, same weights, states and random numbers:",
         "",
@@ -48,7 +47,7 @@ def _devices(result: dict[str, Any]) -> list[str]:
 
 def _training(result: dict[str, Any]) -> list[str]:
     table = [
-        [name, _number(row["error"]) if "error" in row else "", f"{row['seconds']:.1f}"]
+        [name, f"{row['error']:.1e}" if "error" in row else "", f"{row['seconds']:.1f}"]
         for name, row in result["rows"].items()
     ]
     return [

@@ -14,15 +14,16 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import f2d2_lightning as f2
 from f2d2_lightning.adapters import MeanFlow
 from f2d2_lightning.callbacks import SampleQuality, TestReport
 from f2d2_lightning.metrics import SmallFeatures
 from f2d2_lightning.nn import PreconditionedMLP
+from f2d2_lightning.utils.sharding import whole
 from gpu_stages.devices import Foreign, error, same_draws
 from gpu_stages.kept import Kept
+from measuring import quiet_trainer
 
 STEPS, SHAPE, LEVELS = 8, (1, 8, 8), 17
 TOLERANCE = {"32-true": 2e-2, "bf16-mixed": 0.2, "bf16-true": 0.3}
@@ -92,18 +93,12 @@ def callback(**kwargs: Any) -> f2.F2D2Callback:
     return f2.F2D2Callback("net", MeanFlow("net(x, (s, t))", directions="both"), **(settings | kwargs))
 
 
-def whole(value: Tensor) -> Tensor:
-    value = value.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).double().cpu()
-
-
 def fit(folder: str, accelerator: str, kind: str, **kwargs: Any) -> tuple[Moved, dict[str, float]]:
     """What some steps did to the weights, and what validation logged."""
     steps, resume = kwargs.pop("steps", STEPS), kwargs.pop("ckpt_path", None)
-    settings: dict[str, Any] = {"max_steps": steps, "max_epochs": -1, "accelerator": accelerator, "devices": 1}
-    settings |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    settings |= {"num_sanity_val_steps": 0, "default_root_dir": folder, "check_val_every_n_epoch": 1}
+    settings: dict[str, Any] = {"max_epochs": -1, "accelerator": accelerator, "devices": 1, "default_root_dir": folder}
     settings |= {"enable_checkpointing": kwargs.pop("save", False), "limit_train_batches": 4, "limit_val_batches": 1}
+    settings |= {"gradient_clip_val": None}  # FSDP1 clips in a way of its own
     module_options = kwargs.pop("module", {})
     stop = [Stop()] if kwargs.pop("stop", False) else []
     moved = Moved()
@@ -115,7 +110,7 @@ def fit(folder: str, accelerator: str, kind: str, **kwargs: Any) -> tuple[Moved,
             module, added, data = teacher(), [], f2.data.Digits(batch_size=64, eval_batch_size=64)
         else:
             module, added, data = ForeignModule(), [callback(**module_options)], Points(64, 64)
-        made = L.Trainer(**(settings | {"callbacks": [*added, *stop, moved]} | kwargs))
+        made = quiet_trainer(steps, **(settings | {"callbacks": [*added, *stop, moved]} | kwargs))
         made.fit(module, datamodule=data, ckpt_path=resume)
         if made.checkpoint_callback is not None:
             made.save_checkpoint(Path(folder, "end.ckpt"))
@@ -166,7 +161,7 @@ class Moved(L.Callback):
 
     def weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
         named = {id(p): p for network in self.networks(trainer, pl_module) for p in network.parameters()}
-        return torch.cat([whole(p).flatten() for p in named.values()])
+        return torch.cat([whole(p.detach()).double().cpu().flatten() for p in named.values()])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for network in self.networks(trainer, pl_module):
@@ -195,16 +190,8 @@ def resumed(folder: str, accelerator: str, kind: str) -> float:
 def tested(folder: str, accelerator: str) -> dict[str, float]:
     """``Trainer.test`` with everything that looks at a run."""
     quality = SampleQuality(SmallFeatures(), samples=64, steps=(1, 4), kid=True, cache=folder, data="test")
-    made = L.Trainer(
-        accelerator=accelerator,
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        limit_test_batches=1,
-        callbacks=[quality, TestReport()],
-    )
+    options: dict[str, Any] = {"accelerator": accelerator, "devices": 1, "default_root_dir": folder}
+    made = quiet_trainer(-1, limit_test_batches=1, callbacks=[quality, TestReport()], **options)
     (figures,) = made.test(student(), datamodule=f2.data.Digits(batch_size=64, eval_batch_size=64), verbose=False)
     return dict(figures)
 

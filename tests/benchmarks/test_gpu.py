@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gpu
-from gpu_stages import devices, speed, training
+from gpu_stages import devices, report, speed, training
 from gpu_stages.kept import DONE, Kept
 from made_data import make_fashion
 
@@ -29,9 +29,9 @@ def test_fashion_from_teacher_to_report(tmp_path, monkeypatch):
     student = json.loads((folder / "student.json").read_text())
     assert set(student["likelihood"]) == set(student["Frechet distance"]) == {"1", "2", "4", "8"}
     assert all(row["share"] == 1 for row in student["likelihood"].values())
-    report = (folder / "report.md").read_text()
-    assert "| student (" in report
-    assert "fashion_calibration.png" in report
+    written = (folder / "report.md").read_text()
+    assert "| student (" in written
+    assert "fashion_calibration.png" in written
     before = (folder / "student.json").stat().st_mtime_ns
     run(monkeypatch, "student", *options)
     assert (folder / "student.json").stat().st_mtime_ns == before
@@ -55,6 +55,20 @@ def test_devices_agree_and_wrong_ones_are_named(tmp_path, monkeypatch):
     assert "no such kernel" in kept.result["failures"]["broken, bf16"]
     assert kept.result["rows"]["wrong"]["float32"] == 2
     assert json.loads(kept.path.read_text())["rows"].keys() == kept.result["rows"].keys()
+
+
+def test_report_of_checks_that_raised_and_of_settings_that_not_all_have(tmp_path):
+    kept = Kept(tmp_path / "devices.json")
+    kept.result |= {"machine": "one", "torch": "2", "tiny": False, "failures": {"backbone b, bf16": "RuntimeError: no"}}
+    kept.part("rows").update({"backbone a": {"float32": 1e-7, "bf16": 1e-2, "compiled": 2e-7}})
+    kept.part("rows").update({"backbone b": {"float32": 3e-7, "bf16": None, "compiled": 1e-7}})
+    kept.part("rows").update({"estimator c": {"float32": 4e-7, "bf16": 2e-2}})
+    kept.save()
+    report.write(tmp_path, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "| backbone (2) | 3.0e-07 | 1.0e-02 | 2.0e-07 |" in text
+    assert "| estimator (1) | 4.0e-07 | 2.0e-02 |  |" in text
+    assert "- backbone b, bf16: RuntimeError: no" in text
 
 
 def test_training_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
