@@ -38,6 +38,7 @@ from f2d2_lightning.data import FlowDataModule
 from f2d2_lightning.divergence import Exact, Hutchinson
 from f2d2_lightning.metrics.likelihood import agreement
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
+from f2d2_lightning.objectives.targets import StillProbe, spread_of
 from f2d2_lightning.training.loading import read_checkpoint
 from f2d2_lightning.utils.files import whole_file
 from measuring import kept, markdown, quiet_trainer
@@ -118,26 +119,6 @@ FINE = 0.005
 MOST_STEPS, MOST_PROBES, LOOKED_AT = 256, 16, 64
 
 
-class FixedProbe:
-    """A divergence by one probe that is the same at every time: its integral has the solver's error and no noise."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.hutchinson = Hutchinson()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.eps = self.hutchinson.draw(x)
-
-    def __call__(self, velocity: Callable[..., Tensor], point: Any) -> tuple[Tensor, Tensor, None]:
-        v, estimates = self.hutchinson.per_probe(velocity, point, self.eps)
-        return v, estimates[0], None
-
-
-def spread(values: Tensor) -> float:
-    """Interquartile range / 1.35: the standard deviation of a normal distribution, and deaf to outliers."""
-    first, third = torch.quantile(values.double(), torch.tensor([0.25, 0.75], dtype=torch.float64))
-    return float(third - first) / 1.35
-
-
 @torch.no_grad()
 def reference(velocity: Callable[..., Tensor], x: Tensor, near_data: float, constant: bool) -> dict[str, Any]:
     """The teacher's log-likelihood by a solver that is refined until its error is far below the goals.
@@ -152,12 +133,12 @@ def reference(velocity: Callable[..., Tensor], x: Tensor, near_data: float, cons
             velocity, points, divergence=divergence, method="rk4", steps=steps, near_data=near_data, seed=0
         )
 
-    fixed = FixedProbe(few)
+    fixed = StillProbe(few, None, "forward")
     steps, before = 16, solve(few, 16, fixed).value
     while True:
         steps *= 2
         value = solve(few, steps, fixed).value
-        unit = 1.0 if constant else spread(value)
+        unit = 1.0 if constant else spread_of(value)
         moved, before = float((value - before).abs().mean()), value
         if moved <= FINE * unit or steps >= MOST_STEPS:
             break
@@ -169,7 +150,7 @@ def reference(velocity: Callable[..., Tensor], x: Tensor, near_data: float, cons
     # parts that fit into memory: an exact divergence carries as many tangents as there are dimensions
     answers = [solve(part, steps, estimator) for part in x.split(max(16, 16_384 // dim))]
     value = torch.cat([a.value for a in answers])
-    unit = 1.0 if constant else spread(value)
+    unit = 1.0 if constant else spread_of(value)
     noise = 0.0 if exact else float(torch.cat([a.standard_error for a in answers]).mean()) / unit
     return {
         "value": value, "unit": unit, "steps": steps, "probes": probes, "near_data": near_data,
@@ -307,7 +288,7 @@ class Run:
         result = {
             "set": self.name, "seed": self.seed, "split": split, "name": name, "count": self.count, "dim": self.dim,
             "points": len(x), "lengths": self.lengths, "levels": self.data.levels, "constant": self.set.constant,
-            "spread": spread(answer["value"]), "nll": -float(answer["value"].mean()),
+            "spread": spread_of(answer["value"]), "nll": -float(answer["value"].mean()),
             "truth": None if truth is None else -float(truth.mean()),
             "reference": {key: value for key, value in answer.items() if key != "value"},
             "seconds": {"choosing": seconds["before"], "training": seconds["total"] - seconds["before"],

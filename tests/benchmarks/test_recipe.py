@@ -13,8 +13,9 @@ import f2d2_lightning as f2
 import recipe
 import recipe_data
 from f2d2_lightning.flows import GaussianFlow
+from f2d2_lightning.objectives.targets import spread_of
 from problems import PROBLEMS
-from recipe import Goals, Run, compare, lengths, network, reference, spread
+from recipe import Goals, Run, compare, lengths, network, reference
 from recipe_data import SETS, resolution, table
 
 # --- data ---
@@ -128,9 +129,9 @@ def test_goals():
 
 def test_spread_is_a_deviation_that_outliers_do_not_move():
     x = 3 * torch.randn(100_000)
-    assert spread(x) == pytest.approx(3, rel=0.02)
+    assert spread_of(x) == pytest.approx(3, rel=0.02)
     x[:100] = 1e6
-    assert spread(x) == pytest.approx(3, rel=0.02)
+    assert spread_of(x) == pytest.approx(3, rel=0.02)
 
 
 @pytest.mark.parametrize("dim", [3, 40])
@@ -141,7 +142,7 @@ def test_the_reference_is_as_exact_as_it_says(dim):
     flow = GaussianFlow(baseline)
     x = torch.randn(96, dim) @ axes.T + baseline.mean
     found = reference(flow.velocity, x, 0.0, constant=False)
-    off = (found["value"] - baseline.log_prob(x, torch.ones(96))).abs().mean() / spread(found["value"])
+    off = (found["value"] - baseline.log_prob(x, torch.ones(96))).abs().mean() / spread_of(found["value"])
     assert found["probes"] == 0
     assert 0 < found["error"] <= recipe.FINE
     assert float(off) < found["error"]
@@ -154,7 +155,7 @@ def test_the_reference_tells_the_noise_of_its_probes():
     baseline = f2.GaussianBaseline.from_covariance(torch.randn(dim), axes @ axes.T)
     x = torch.randn(200, dim) @ axes.T + baseline.mean
     found = reference(GaussianFlow(baseline).velocity, x, 0.0, constant=False)
-    off = (found["value"] - baseline.log_prob(x, torch.ones(200))).abs().mean() / spread(found["value"])
+    off = (found["value"] - baseline.log_prob(x, torch.ones(200))).abs().mean() / spread_of(found["value"])
     assert 0 < found["probes"] <= recipe.MOST_PROBES
     # the mean absolute value of normal errors is .8 of their deviation
     assert 0.5 < float(off) / found["error"] < 1.1

@@ -10,6 +10,7 @@ from f2d2_lightning.divergence import Exact
 from f2d2_lightning.flows import MixtureFlow
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.objectives.targets import BIAS, NODES, NOISE, TargetChoice, choose_targets, target_log_prob
+from foreign import MeanFlowModule, callback
 from lightning_parts import Pair, fit, student, teacher
 
 GRIDS = (1, 2, 4, 8)
@@ -126,6 +127,13 @@ class TestRuns:
             again = TrajectoryRegression(capacity=capacity, starts=starts)
             again.load_state_dict(objective.state_dict())
             assert again.starts == expected
+
+    def test_few_data_of_somebody_elses_module(self, tmp_path):
+        """They are counted in the batches that it trains on, not in those that the head was fitted to."""
+        for capacity, beside in ((97, True), (96, False)):
+            added = callback(objective=TrajectoryRegression(capacity=capacity), teacher=teacher())
+            fit(tmp_path, MeanFlowModule(), added, data=Pair(96), max_epochs=1)
+            assert ("perturbed" in added.objective.starts) == beside
 
     def test_what_is_given_is_taken(self, tmp_path):
         module = student(estimator=Hutchinson(3))

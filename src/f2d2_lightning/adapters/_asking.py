@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter
 from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.flows._held import evaluating
+from f2d2_lightning.utils.seeding import own_random_state
 
 __all__ = ["TIMES", "called", "seed", "signature", "undisturbed"]
 
@@ -23,8 +24,7 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 def undisturbed(flow_map: nn.Module, data: Tensor) -> Iterator[torch.device]:
     """Evaluation mode and forked random state; gives the device that the network is on."""
     tensor = next(iter(flow_map.parameters()), next(iter(flow_map.buffers()), data))
-    devices = [tensor.device] if tensor.device.type == "cuda" else []
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), evaluating(flow_map):
+    with torch.inference_mode(False), torch.no_grad(), own_random_state(tensor.device), evaluating(flow_map):
         yield tensor.device
 
 

@@ -23,6 +23,7 @@ from f2d2_lightning.flows.maps import Direction, FlowMap, check_interval
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.utils.checks import one_of
 from f2d2_lightning.utils.configured import Configured
+from f2d2_lightning.utils.seeding import own_random_state
 
 __all__ = ["AdaptedFlowMap", "Adapter", "adapter_from_config"]
 
@@ -387,8 +388,7 @@ class AdaptedFlowMap(FlowMap, Configured):
         check_conditioning(cond)
         s, t = expand_time(s, x)[:1], expand_time(t, x)[:1]
         cond = None if cond is None else cond[:1]
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), evaluating(self):
+        with own_random_state(x.device), evaluating(self):
             self.tap.find(lambda: self(x[:1], s, t, cond))
 
     @contextlib.contextmanager

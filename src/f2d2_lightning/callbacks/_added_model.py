@@ -241,7 +241,7 @@ class AddedModel(DistilledModel):
         if head.baseline is not None and not bool(head.baseline.fitted):
             head.baseline.fit(x for x, _ in states)
         if self.teacher is not None:
-            self.measure_targets(trainer, self._source.velocity, states)
+            self.measure_targets(trainer, self._source.velocity, *states[0])
             self._source.estimator = self.estimator
         self.fit_scale(head, self._source, states)
         # every process saw the same samples; broadcast all the same, for data that differ between machines

@@ -35,7 +35,7 @@ from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.training.batches import BatchStates, FirstLook, training_batches
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
-from f2d2_lightning.utils.seeding import mix_seed
+from f2d2_lightning.utils.seeding import mix_seed, own_random_state
 
 
 class F2D2Callback(AddedModel, L.Callback):
@@ -252,7 +252,7 @@ class F2D2Callback(AddedModel, L.Callback):
         trainer, module = self._trainer, self._module
         assert self._student is not None
         x, cond = self.state(batch)
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        with own_random_state(x.device):
             self.run_seed.begin_step(trainer, batch_index)
             terms = self.objective_loss(trainer, batch_index, self._student, x, cond, self._source)
         named = {f"train/f2d2_{name}": value.detach() for name, value in terms._asdict().items()}

@@ -22,7 +22,7 @@ from f2d2_lightning.divergence._tangents import REMEDY, DerivativeError, forward
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.paths import LinearPath, Path, Point, even_rows, repeat_time
 from f2d2_lightning.utils.checks import at_least, one_of, positive
-from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, row_keys
+from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, own_random_state, row_keys
 
 __all__ = [
     "MODES",
@@ -89,7 +89,7 @@ def _check_constant(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) 
         DerivativeError: A network that detaches its input, as one whose answer is a gradient does, or that runs itself
             in inference mode, drops tangents without a word, and its divergence would be 0.
     """
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
+    with own_random_state(x.device), torch.no_grad():
         near, far = (function(x + step * v) for step in (-1e-2, 1e-2))
     if not torch.equal(near, far):
         raise DerivativeError(

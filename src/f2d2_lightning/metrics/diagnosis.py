@@ -36,9 +36,10 @@ from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.metrics.evaluation import clock
 from f2d2_lightning.objectives.base import baseline_of
-from f2d2_lightning.objectives.integrator import integrate
+from f2d2_lightning.objectives.integrator import integrated_log_prob
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
-from f2d2_lightning.objectives.targets import StillProbe
+from f2d2_lightning.objectives.targets import StillProbe, spread_of
+from f2d2_lightning.utils.seeding import own_random_state
 
 __all__ = ["Diagnosis", "Faults", "Taught", "TaughtPath", "diagnose", "faults", "taught_path"]
 
@@ -120,8 +121,7 @@ def taught_path(
     down = sorted(times, reverse=True)
 
     def integrated(of: VelocitySource, times: Sequence[float]) -> tuple[Tensor, Tensor]:
-        states, change = integrate(of, x, times, cond, taught.baseline)
-        return states, normal_log_prob(states[:, -1]) - change[:, -1]
+        return integrated_log_prob(of, x, times, cond, taught.baseline)
 
     if not isinstance(source, TeacherSource):
         states, value = integrated(source, down)
@@ -302,10 +302,8 @@ def diagnose(
     start, steps, reference = clock(x.device), steps or model.steps, reference.cpu().double()
     nat = _difference(model, -torch.ones(1))
     nats = (model.nll(torch.zeros(1)) - reference) / nat
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), model.evaluating(), warnings.catch_warnings():
+    with torch.no_grad(), own_random_state(x.device, 0), model.evaluating(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "inversion did not converge")
-        torch.manual_seed(0)
         path = taught_path(taught, x, steps, cond, nats.to(x))
         found = {k: faults(model, path, reference, k, cond) for k in steps}
         errors = {k: parts["all"] for k, parts in found.items()}
@@ -323,8 +321,7 @@ def diagnose(
     if path.fine is not None:
         reference_error = max(_size((model.nll(path.fine) - reference)[known]), reference_error)
     scatter = _size(_difference(model, path.scatter))
-    low, high = reference[known].quantile(torch.tensor([0.25, 0.75], dtype=reference.dtype)).tolist()
-    spread = (high - low) / 1.35
+    spread = spread_of(reference[known])
     goal = GOAL * max(spread, float(nat))
     sizes = {k: _size(value[good[k]]) for k, value in errors.items() if counts[k] > 1}
     best = min(sizes, key=lambda k: sizes[k])

@@ -159,17 +159,19 @@ class DistilledModel(LikelihoodModel):
         self,
         trainer: L.Trainer,
         velocity: Callable[..., Tensor],
-        batches: Iterable[tuple[Tensor, Tensor | None]],
+        x: Tensor,
+        cond: Tensor | None,
     ) -> None:
         """Choose what was left open of trajectories and their estimator, by what it costs and what targets it makes.
 
-        Every process takes the first one's states, and so chooses the same.
+        States of the data, ``(B, ...)``, are looked at; every process takes the first one's, and so chooses the same.
         """
         objective = self.objective
         if not isinstance(objective, TrajectoryRegression) or objective.nodes is not None:
             return
-        x, cond = next(iter(batches))
-        steps, count = trainer.estimated_stepping_batches, len(x) * trainer.world_size
+        # the states may come in other batches than those of training
+        size = getattr(trainer.train_dataloader, "batch_size", None) or len(x)
+        steps, count = trainer.estimated_stepping_batches, size * trainer.world_size
         evaluations = PASSES * count * (steps if math.isfinite(steps) else 10_000)
         trajectories = objective.capacity * trainer.world_size
         few = MEASURED if x[0].numel() <= MOST_AXES // 4 else MEASURED // 4

@@ -265,7 +265,7 @@ class F2D2Module(FlowModule, DistilledModel):
                     f"use the same flow_map for both, or warm_start=False ({error})"
                 ) from error
         if teacher is not None:
-            self.measure_targets(self.trainer, self.teacher_velocity(), self._states())
+            self.measure_targets(self.trainer, self.teacher_velocity(), x, cond)
             self._sources = None  # of the estimator that was chosen
         anchor = self._targets()[1]
         self.fit_scale(self.joint.head, anchor, self._states(), self.sum_over_processes)

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.paths import Point, expand_time
+from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
 from f2d2_lightning.objectives.sources import VelocitySource
+from f2d2_lightning.utils.seeding import own_random_state
 
-__all__ = ["integrate", "integrate_both_ways", "trajectory_times"]
+__all__ = ["integrate", "integrate_both_ways", "integrated_log_prob", "trajectory_times"]
 
 
 @torch.no_grad()
@@ -72,6 +74,18 @@ def integrate(
     return torch.stack(states, 1), torch.stack(change, 1)
 
 
+def integrated_log_prob(
+    source: VelocitySource,
+    x: Tensor,
+    times: Sequence[float],
+    cond: Tensor | None = None,
+    baseline: GaussianBaseline | None = None,
+) -> tuple[Tensor, Tensor]:
+    """States of :func:`integrate` along times that go down to noise, and log p of the data ``x``, ``(B,)``, nats."""
+    states, change = integrate(source, x, times, cond, baseline)
+    return states, normal_log_prob(states[:, -1]) - change[:, -1]
+
+
 def integrate_both_ways(
     source: VelocitySource,
     times: Sequence[float],
@@ -87,8 +101,7 @@ def integrate_both_ways(
     Raises:
         FloatingPointError: If a trajectory is not finite.
     """
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with own_random_state(x.device, seed):
         down, down_change = integrate(source, x, times[node::-1], cond, baseline)
         up, up_change = integrate(source, x, times[node:], cond, baseline)
     states = torch.cat((down.flip(1), up[:, 1:]), 1)

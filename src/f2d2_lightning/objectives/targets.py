@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, Hutchinson
 from f2d2_lightning.flows.gaussian import GaussianBaseline
-from f2d2_lightning.likelihood.sampling import normal_log_prob
-from f2d2_lightning.objectives.integrator import integrate, trajectory_times
+from f2d2_lightning.objectives.integrator import integrated_log_prob, trajectory_times
 from f2d2_lightning.objectives.sources import TeacherSource
+from f2d2_lightning.utils.seeding import own_random_state
 
 NODES = (16, 24, 32, 48, 64, 96)
 """What is tried, cheapest first."""
@@ -85,10 +85,6 @@ class TargetChoice:
             wanted.append(f"Hutchinson(probes={probes}) or Exact() as estimator")
         return " and ".join(wanted)
 
-    def state(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        return asdict(self)
-
 
 def _estimator(probes: int, baseline: GaussianBaseline | None, mode: str) -> DivergenceEstimator:
     return Hutchinson(probes, control=baseline, mode=mode) if probes else Exact(mode=mode)
@@ -110,6 +106,12 @@ def _probes_for(noise: float, probes: int, spread: float) -> int:
     return max(1, math.ceil(probes * (noise / (NOISE * spread)) ** 2))
 
 
+def spread_of(values: Tensor) -> float:
+    """Interquartile range / 1.35: the standard deviation of a normal distribution, and deaf to outliers."""
+    first, third = torch.quantile(values.double(), torch.tensor([0.25, 0.75]).to(values.device, torch.float64))
+    return float(third - first) / 1.35
+
+
 @torch.no_grad()
 def target_log_prob(
     velocity: Callable[..., Tensor],
@@ -124,10 +126,8 @@ def target_log_prob(
 ) -> Tensor:
     """Log p of data ``(B, ...)`` as a trajectory of the pool has it, ``(B,)``, nats; ``seed`` is that of the probes."""
     times = trajectory_times(nodes, grids, baseline, near_data)
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        states, change = integrate(TeacherSource(velocity, estimator), x, times[::-1], cond, baseline)
-    return normal_log_prob(states[:, -1]) - change[:, -1]
+    with own_random_state(x.device, seed):
+        return integrated_log_prob(TeacherSource(velocity, estimator), x, times[::-1], cond, baseline)[1]
 
 
 def choose_targets(
@@ -173,8 +173,7 @@ def choose_targets(
             f"the teacher's log-likelihood is finite for {int(good.sum())} of {len(x)} points of the data; check the "
             "teacher: its own samples, and the range of the data"
         )
-    quartiles = torch.quantile(truth[good], torch.tensor([0.25, 0.75]).to(truth))
-    spread = max(float(quartiles[1] - quartiles[0]) / 1.35, 1e-2)
+    spread = max(spread_of(truth[good]), 1e-2)
 
     def measured(nodes: int, near_data: float) -> tuple[float, float, float]:
         """Bias, noise of one probe, and cost with one."""

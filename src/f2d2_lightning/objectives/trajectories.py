@@ -14,6 +14,7 @@ refresh rate sets.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ class TrajectoryRegression(Objective):
 
     def state_dict(self) -> dict[str, Any]:
         pool = self._saved_pool if self._pool is None else self._pool.state_dict(whole=not self._stationary)
-        chosen = None if self.choice is None else self.choice.state()
+        chosen = None if self.choice is None else asdict(self.choice)
         return {"pool": pool, "due": self._due, "targets": chosen, "starts": self.starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,13 +6,24 @@ of workers or processes, and however often a run was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["counter_normal", "counter_uniform", "hashed", "mix_seed", "row_keys"]
+__all__ = ["counter_normal", "counter_uniform", "hashed", "mix_seed", "own_random_state", "row_keys"]
+
+
+@contextlib.contextmanager
+def own_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Random states of the CPU and of a device are afterwards what they were; within they begin at ``seed``, if any."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def _signed(value: int) -> int:
