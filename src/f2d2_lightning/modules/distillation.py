@@ -16,7 +16,7 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
-from f2d2_lightning.metrics.diagnosis import Diagnosis, Taught
+from f2d2_lightning.metrics.diagnosis import Diagnosis, Taught, diagnose
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
@@ -26,6 +26,7 @@ from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.objectives.targets import PASSES, choose_targets
 from f2d2_lightning.objectives.trajectories import TrajectoryRegression
+from f2d2_lightning.objectives.volume import VolumeRegression
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.processes import gather_states, own_state
 
@@ -276,8 +277,27 @@ class DistilledModel(LikelihoodModel):
         reference: Tensor | None = None,
         reference_error: float = math.nan,
     ) -> Diagnosis:
-        x = self._fitting(x).to(self.device)
-        return self.evaluation.diagnose(x, None if cond is None else cond.to(self.device), reference, reference_error)
+        x, cond = self._fitting(x).to(self.device), None if cond is None else cond.to(self.device)
+        velocity = self.reference_velocity()
+        if velocity is None:
+            raise ValueError(
+                f"{self.title} has no velocity, so nothing says what its likelihoods should be; give it the teacher "
+                "that it was distilled from"
+            )
+        if isinstance(self.objective, VolumeRegression):
+            raise ValueError(
+                "the head learns the density of the map's own jumps (VolumeRegression), and a diagnosis compares it "
+                "with that of the reference's flow, which it need not have"
+            )
+        if reference is None:
+            with self.evaluating():
+                answer = self.reference(velocity, x, cond)
+            reference = self.nll(answer.value)
+            if answer.standard_error is not None:
+                # of a normal error, the mean size
+                off = self.nll(answer.value + answer.standard_error) - reference
+                reference_error = math.sqrt(2 / math.pi) * float(off.abs().mean())
+        return diagnose(self, self.taught(velocity), x, reference, cond, reference_error=reference_error)
 
     @property
     def reference_fixed(self) -> bool:

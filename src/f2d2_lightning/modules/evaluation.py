@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.flows.maps import Direction
-from f2d2_lightning.metrics.diagnosis import Diagnosis, diagnose
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, clock
-from f2d2_lightning.objectives.volume import VolumeRegression
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.sharding import is_sharded
@@ -125,36 +123,6 @@ class Evaluation:
         return self._identity[1]
 
     # --- results ---
-
-    def diagnose(
-        self,
-        x: Tensor,
-        cond: Tensor | None = None,
-        reference: Tensor | None = None,
-        reference_error: float = math.nan,
-    ) -> Diagnosis:
-        """See :meth:`~f2d2_lightning.likelihood.LikelihoodModel.diagnose`."""
-        model = self.model
-        velocity = model.reference_velocity()
-        if velocity is None:
-            raise ValueError(
-                f"{model.title} has no velocity, so nothing says what its likelihoods should be; give it the teacher "
-                "that it was distilled from"
-            )
-        if isinstance(model.objective, VolumeRegression):
-            raise ValueError(
-                "the head learns the density of the map's own jumps (VolumeRegression), and a diagnosis compares it "
-                "with that of the reference's flow, which it need not have"
-            )
-        if reference is None:
-            with model.evaluating():
-                answer = model.reference(velocity, x, cond)
-            reference = model.nll(answer.value)
-            if answer.standard_error is not None:
-                # of a normal error, the mean size
-                off = model.nll(answer.value + answer.standard_error) - reference
-                reference_error = math.sqrt(2 / math.pi) * float(off.abs().mean())
-        return diagnose(model, model.taught(velocity), x, reference, cond, reference_error=reference_error)
 
     def compared_values(self) -> tuple[dict[int, Tensor], Tensor]:
         """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, that this process compared.
