@@ -35,7 +35,7 @@ from torch import Tensor
 import f2d2_lightning as f2
 from f2d2_lightning.callbacks.last_checkpoint import LastCheckpoint
 from f2d2_lightning.data import FlowDataModule
-from f2d2_lightning.divergence import Exact, Hutchinson
+from f2d2_lightning.divergence import Divergence, Exact, Hutchinson
 from f2d2_lightning.metrics.likelihood import agreement
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
 from f2d2_lightning.objectives.targets import StillProbe, spread_of
@@ -133,7 +133,12 @@ def reference(velocity: Callable[..., Tensor], x: Tensor, near_data: float, cons
             velocity, points, divergence=divergence, method="rk4", steps=steps, near_data=near_data, seed=0
         )
 
-    fixed = StillProbe(few, None, "forward")
+    still = StillProbe(few, None, "forward")
+
+    def fixed(velocity: Callable[..., Tensor], point: Any) -> Divergence:
+        # of an estimator that it knows to be random, the reference draws the probes itself
+        return still(velocity, point)
+
     steps, before = 16, solve(few, 16, fixed).value
     while True:
         steps *= 2
