@@ -119,7 +119,12 @@ def test_the_way_to_noise_can_be_of_data_alone(whole):
 def test_a_student_asks_for_the_likelihood_of_data(problem, source):
     """The option reaches both ways of drawing, and only towards noise."""
     objective = TrajectoryRegression(
-        8, capacity=64, likelihood_of_data=True, starts={"data": 0.5, "noise": 0.5}, unroll=1.0
+        8,
+        capacity=64,
+        likelihood_of_data=True,
+        starts={"data": 0.5, "noise": 0.5},
+        unroll=1.0,
+        intervals=Intervals(diagonal=0.0),
     )
     student, data, asked = problem.field, problem.states(64, 1.0), []
     pool = objective.pool(student)

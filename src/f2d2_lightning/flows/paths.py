@@ -33,9 +33,6 @@ __all__ = [
     "repeat_time",
 ]
 
-ANY_SIZE = ("cpu",)
-"""Devices on which a batch of another size costs nothing extra."""
-
 
 def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
     """Time as one value per sample.
@@ -88,12 +85,12 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 def even_rows(mask: Tensor) -> tuple[Tensor, int]:
     """Places where a mask ``(B,)`` holds, and how many they are.
 
-    On an accelerator the first place is repeated until they are a multiple of an eighth of the batch: a network that
-    is asked for another number of states at every step is planned, or compiled, anew each time.
+    The first place is repeated until they are a multiple of an eighth of the batch: a network that is asked for another
+    number of states at every step is planned, or compiled, anew each time.
     """
     rows = mask.nonzero().squeeze(-1)
     count = len(rows)
-    missing = 0 if rows.device.type in ANY_SIZE else -count % max(1, len(mask) // 8)
+    missing = -count % max(1, len(mask) // 8)
     return torch.cat((rows, rows[:1].expand(missing))) if count and missing else rows, count
 
 
@@ -113,7 +110,7 @@ class Point:
     ) -> None:
         self.x, self.t, self.cond, self.pair = x, expand_time(t, x), cond, pair
 
-    def __getitem__(self, rows: Tensor) -> Point:
+    def __getitem__(self, rows: Tensor | slice) -> Point:
         """Some of the states, by their places."""
         cond = None if self.cond is None else self.cond[rows]
         pair = None if self.pair is None else (self.pair[0][rows], self.pair[1][rows])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
-from f2d2_lightning.flows.paths import LinearPath, Path, Point, even_rows
+from f2d2_lightning.flows.paths import LinearPath, Path, Point
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
@@ -66,17 +66,6 @@ class Examples(NamedTuple):
     """Conditioning."""
     target: Joint
     """``(u, D)`` from ``s`` to ``t``, detached."""
-
-    def first(self, count: int) -> Examples:
-        """The first of them."""
-        x, s, t, cond, target = self
-        return Examples(
-            x[:count],
-            s[:count],
-            t[:count],
-            None if cond is None else cond[:count],
-            Joint(*(part[:count] for part in target)),
-        )
 
 
 def baseline_of(student: JointMap) -> GaussianBaseline | None:
@@ -193,6 +182,10 @@ class Objective(ABC):
     def loss(self, student: JointMap, batch: Batch) -> Terms:
         """Loss of the joint map in training on a batch, to be minimised, and its parts."""
 
+    def on_diagonal(self, count: int) -> int:
+        """How many of a batch of ``count`` are regressed on the diagonal."""
+        return self.intervals.on_diagonal(count, self.structure)
+
     def regress(self, student: JointMap, batch: Batch, off_diagonal: Callable[[Point, Tensor], Examples]) -> Terms:
         """Loss over intervals drawn afresh, on the path of the data: the anchor answers where they have no length.
 
@@ -201,20 +194,15 @@ class Objective(ABC):
             batch: What there is to learn from.
             off_diagonal: Examples from points at ``s``, which know their pair, and ends ``t``, ``(B,)``.
         """
-        data, cond = batch.data, batch.cond
-        times = self.intervals.sample(len(data), data.device, self.structure)
-        s, t = (time.to(data.dtype) for time in times)
-        noise = torch.randn_like(data)
-        point, parts = self.path.point(data, noise, s, cond), []
-        anchor = batch.anchor or batch.source
-
-        def on_diagonal(here: Point, _: Tensor) -> Examples:
-            return Examples(here.x, here.t, here.t, here.cond, anchor(here))
-
-        for mask, examples in ((s == t, on_diagonal), (s != t, off_diagonal)):
-            rows, count = even_rows(mask)
-            if count:
-                parts.append(examples(point[rows], t[rows]).first(count))
+        data, cond, count = batch.data, batch.cond, len(batch.data)
+        still = self.on_diagonal(count)
+        s, t = (time.to(data.dtype) for time in self.intervals.sample(count, data.device, still))
+        point, parts = self.path.point(data, torch.randn_like(data), s, cond), []
+        if still:
+            here = point[:still]
+            parts.append(Examples(here.x, here.t, here.t, here.cond, (batch.anchor or batch.source)(here)))
+        if still < count:
+            parts.append(off_diagonal(point[still:], t[still:]))
         return self.terms(student, _concatenate(parts))
 
     def terms(self, student: JointMap, examples: Examples) -> Terms:

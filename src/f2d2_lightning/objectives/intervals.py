@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ __all__ = ["Intervals", "pick"]
 
 
 def pick(choices: Sequence[int], structure: torch.Generator | None = None) -> int:
-    """One of some numbers at random; ``structure`` as in :meth:`Intervals.sample`."""
+    """One of some numbers at random; ``structure`` as in :meth:`Intervals.on_diagonal`."""
     return choices[int(torch.randint(len(choices), (), generator=structure))]
 
 
@@ -56,37 +57,45 @@ class Intervals:
         self.length = length
         self.to_noise = to_noise
 
+    def on_diagonal(self, count: int, structure: torch.Generator | None = None) -> int:
+        """How many of ``count`` intervals have no length: their share, rounded up or down at random.
+
+        A network that is asked for any number of states is planned, or compiled, anew for each.
+
+        Args:
+            count: Number of intervals.
+            structure: CPU generator that decides; the global one by default.
+        """
+        expected = self.diagonal * count
+        return math.floor(expected + float(torch.rand((), generator=structure)))
+
     def sample(
-        self, count: int, device: torch.device | str | None = None, structure: torch.Generator | None = None
+        self, count: int, device: torch.device | str | None = None, on_diagonal: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw ``count`` intervals: ``(s, t)``, each ``(count,)``, float32.
 
         Args:
             count: Number of intervals.
             device: Device of the answer.
-            structure: CPU generator that decides which of them lie on the diagonal; the global one by default.
+            on_diagonal: How many have no length, which are the first ones; drawn by default.
         """
+        on_diagonal = self.on_diagonal(count) if on_diagonal is None else on_diagonal
         uniform = torch.rand(count, 4, device=device, dtype=torch.float32)
-        kind = uniform[:, 0]
-        if structure is not None:
-            kind = torch.rand(count, generator=structure, dtype=torch.float32).to(kind.device)
         # ends of a uniform interval: a length and a position, so that no length is rare
         span = self.length + (1 - self.length) * uniform[:, 1]
         low = uniform[:, 2] * (1 - span)
         high = low + span
+        up = uniform[:, 3] < 0.5
         if self.grid > 0:
             choices = torch.tensor(self.steps, device=device)
             k = choices[torch.randint(len(choices), (count,), device=device)]
             step = (uniform[:, 2] * k).floor().clamp(max=k - 1)
-            on_grid = kind < self.grid
+            on_grid = uniform[:, 0] * (1 - self.diagonal) < self.grid
             low, high = torch.where(on_grid, step / k, low), torch.where(on_grid, (step + 1) / k, high)
-        up = uniform[:, 3] < 0.5
-        if self.grid > 0:
             up = torch.where(on_grid, uniform[:, 3] >= self.to_noise, up)
         if self.directions != Direction.BOTH:
             up = torch.full_like(up, Direction.TO_DATA in self.directions)
         s, t = torch.where(up, low, high), torch.where(up, high, low)
-        on_diagonal = kind >= 1 - self.diagonal
         # the diagonal covers [0, 1] evenly, which the start of an interval does not
-        s = torch.where(on_diagonal, uniform[:, 2], s)
-        return s.clamp(0, 1), torch.where(on_diagonal, s, t).clamp(0, 1)
+        s[:on_diagonal] = t[:on_diagonal] = uniform[:on_diagonal, 2]
+        return s.clamp(0, 1), t.clamp(0, 1)

@@ -181,6 +181,10 @@ class TrajectoryRegression(Objective):
         pool = self.pool(student)
         return self.regress(student, batch, lambda point, t: pool.draw(point.t, t, self.likelihood_of_data))
 
+    def on_diagonal(self, count: int) -> int:
+        # all or none: a teacher answers for a few states in much the time that it takes for a batch
+        return count if float(torch.rand((), generator=self.structure)) < self.intervals.diagonal else 0
+
     def whole_paths(self, student: JointMap, count: int, steps: int) -> Terms:
         """Error of the student's whole path in a number of steps, in natural units, on ``count`` trajectories."""
         to_noise = Direction.TO_NOISE in self.directions

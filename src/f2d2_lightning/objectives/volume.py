@@ -112,7 +112,7 @@ class VolumeRegression(Objective):
         """Put a chunk of new examples in the place of the oldest."""
         rows = torch.arange(self.chunk, device=data.device) % len(data)
         data, cond = data[rows], None if cond is None else cond[rows]
-        s, t = (v.to(data.dtype) for v in self.intervals.sample(len(data), data.device, self.structure))
+        s, t = (v.to(data.dtype) for v in self.intervals.sample(len(data), data.device, self.on_diagonal(len(data))))
         x = self.path.sample(data, torch.randn_like(data), s)
         own = torch.rand(len(data), device=data.device) < self.own_path
         x = torch.where(like(own, x), self._led_to(student, torch.randn_like(data), s, cond), x)
