@@ -118,8 +118,8 @@ class TestRuns:
         assert type(again.estimator) is type(module.estimator)
 
     def test_few_data_are_not_learned_by_heart(self, tmp_path):
-        beside, at = {"perturbed": 0.5, "noise": 0.5}, {"data": 0.5, "noise": 0.5}
-        for capacity, starts, expected in ((97, None, beside), (96, None, at), (97, at, at)):
+        around, at = {"wide": 1.0}, {"data": 0.5, "noise": 0.5}
+        for capacity, starts, expected in ((97, None, around), (96, None, at), (97, at, at)):
             objective = TrajectoryRegression(capacity=capacity, starts=starts)
             module = student(objective=objective)
             fit(tmp_path, module, data=Pair(96), max_epochs=1)
@@ -130,10 +130,10 @@ class TestRuns:
 
     def test_few_data_of_somebody_elses_module(self, tmp_path):
         """They are counted in the batches that it trains on, not in those that the head was fitted to."""
-        for capacity, beside in ((97, True), (96, False)):
+        for capacity, around in ((97, True), (96, False)):
             added = callback(objective=TrajectoryRegression(capacity=capacity), teacher=teacher())
             fit(tmp_path, MeanFlowModule(), added, data=Pair(96), max_epochs=1)
-            assert ("perturbed" in added.objective.starts) == beside
+            assert ("wide" in added.objective.starts) == around
 
     def test_what_is_given_is_taken(self, tmp_path):
         module = student(estimator=Hutchinson(3))

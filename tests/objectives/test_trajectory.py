@@ -261,7 +261,7 @@ def test_refresh_rate(problem, refresh):
     assert abs(added - 20 * refresh) <= 16
 
 
-@pytest.mark.parametrize("kind", ["data", "perturbed", "mixed", "path", "noise", "student"])
+@pytest.mark.parametrize("kind", ["data", "perturbed", "mixed", "path", "noise", "wide", "student"])
 def test_starts(problem, source, kind):
     """Where trajectories begin, read from the pool's own ends."""
     objective = TrajectoryRegression(8, capacity=512, chunk=512, starts={kind: 1.0}, perturbation=(0.02, 0.8))
@@ -305,6 +305,10 @@ def test_starts(problem, source, kind):
     elif kind == "noise":
         close(beginnings.mean(0), torch.zeros(3), rtol=0, atol=0.2)
         close(torch.cov(beginnings.T), torch.eye(3), rtol=0, atol=0.25)
+    elif kind == "wide":
+        # the mean of exp(|n| / 2) for a normal n
+        wider = 2 * math.exp(1 / 8) * 0.5 * (1 + math.erf(0.5 / math.sqrt(2)))
+        close(torch.cov(beginnings.T), wider * torch.eye(3), rtol=0, atol=0.3)
     else:
         close(torch.cov(ends.T), problem.covariances[0], rtol=0, atol=0.3)
         close(ends.mean(0), problem.means[0], rtol=0, atol=0.2)
@@ -577,7 +581,7 @@ class Residual(torch.nn.Module):
 @pytest.mark.parametrize("part", ["velocity_loss", "divergence_loss"])
 def test_gradient_of_the_unrolled_loss_against_finite_differences(part):
     problem = PROBLEMS["gaussian-vector-linear"]()
-    objective, source = unrolling(problem, steps=(4,))
+    objective, source = unrolling(problem, steps=(4,), weighting=Weighting())
     student = Student(problem.field, anchored=False)
     with torch.no_grad():
         objective.loss(student, Batch(problem.states(64, 1.0), source))
@@ -685,7 +689,7 @@ def with_zero_velocity():
 def test_conditioning_stays_with_its_state(problem):
     """Whatever the start, a trajectory is integrated with the label of the sample that it came from."""
     source = TeacherSource(lambda x, t, cond: torch.zeros_like(x) + cond[:, None])
-    starts = {"data": 1, "perturbed": 1, "path": 1, "noise": 1, "mixed": 1}
+    starts = {"data": 1, "perturbed": 1, "path": 1, "noise": 1, "wide": 1, "mixed": 1}
     objective = TrajectoryRegression(8, capacity=256, chunk=256, starts=starts)
 
     class Still(JointMap):

@@ -20,7 +20,7 @@ from f2d2_lightning.metrics.diagnosis import Diagnosis, Taught, diagnose
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
-from f2d2_lightning.objectives.base import Batch, Objective, Terms, baseline_of
+from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting, baseline_of
 from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
@@ -56,6 +56,7 @@ def default_objective(directions: Direction, moving: bool) -> Objective:
         chunk=256,
         starts={"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4},
         intervals=Intervals(directions),
+        weighting=Weighting(),  # conditional velocities teach the diagonal, and scatter
     )
 
 
@@ -191,7 +192,7 @@ class DistilledModel(LikelihoodModel):
         objective.choice = choice
         self._take_choice()
         if trainer.num_training_batches * count < trajectories:
-            objective.begin_beside_few()
+            objective.begin_around_few()
         (rank_zero_info if choice.good else rank_zero_warn)(
             f"targets: {choice}" + ("" if choice.good else f"; more would take {choice.remedy()}")
         )

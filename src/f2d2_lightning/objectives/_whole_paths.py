@@ -11,13 +11,13 @@ from f2d2_lightning.flows.maps import JointMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.objectives._pool import Trajectories
-from f2d2_lightning.objectives.base import Terms, baseline_of, unit_baseline
+from f2d2_lightning.objectives.base import Terms, Weighting, baseline_of, unit_baseline
 
 
 def whole_path_terms(
-    student: JointMap, teacher: Trajectories, grid: Sequence[float], divergence: float, recompute: bool
+    student: JointMap, teacher: Trajectories, grid: Sequence[float], weighting: Weighting, recompute: bool
 ) -> Terms:
-    """Error of a path through all times of a grid, in either order, in natural units; ``divergence`` is its weight."""
+    """Error of a path through all times of a grid, in either order, in natural units whatever the weighting's."""
     states, steps, to_noise = teacher.states, len(grid) - 1, grid[0] > grid[-1]
     x, log_change = states[:, 0], states.new_zeros(len(states))
     baseline = baseline_of(student) or unit_baseline(x)
@@ -35,8 +35,8 @@ def whole_path_terms(
     if to_noise:
         # the whole error of the log-likelihood, the prior's share included
         difference = difference + normal_log_prob(states[:, -1]) - normal_log_prob(x)
-    velocity_loss = position_error.mean()
-    divergence_loss = divergence * difference.square().mean()
+    velocity_loss = weighting.adapt(position_error)
+    divergence_loss = weighting.adapt(weighting.divergence * difference.square())
     return Terms(
         velocity_loss + divergence_loss,
         velocity_loss,

@@ -92,7 +92,9 @@ class Weighting:
 
     Args:
         divergence: Weight of the divergence error.
-        adaptive: 0 for plain squared errors, up to 1 for the adaptive ones.
+        adaptive: 0 for plain squared errors, up to 1 for errors that count alike whatever their size; at .5 an error
+            counts by its size, as it does in the mean error of a likelihood. What is learned from targets that scatter
+            (conditional velocities) is then no longer their mean.
         units: ``"natural"`` or ``"velocity"``.
         diagonal: Length of a diagonal jump in natural units, radians.
 
@@ -128,7 +130,7 @@ class Weighting:
         else:
             weighted_velocity, length = self._natural(velocity_error, examples, baseline)
             weighted_divergence = self.divergence * (length * divergence_error).square()
-        velocity_loss, divergence_loss = self._adapt(weighted_velocity), self._adapt(weighted_divergence)
+        velocity_loss, divergence_loss = self.adapt(weighted_velocity), self.adapt(weighted_divergence)
         return Terms(
             velocity_loss + divergence_loss,
             velocity_loss,
@@ -145,7 +147,8 @@ class Weighting:
         length = torch.where(s == t, self.diagonal / rate.clamp(min=1.0), t - s)
         return (length[:, None] * baseline.deviations(error, t)).square().sum(-1), length
 
-    def _adapt(self, error: Tensor) -> Tensor:
+    def adapt(self, error: Tensor) -> Tensor:
+        """Mean of errors ``(B,)``, each a square with its weight, adapted."""
         if self.adaptive:
             error = error / (error.detach() + 1e-3) ** self.adaptive
         return error.mean()

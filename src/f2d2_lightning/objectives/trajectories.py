@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, JointMap
@@ -56,21 +57,22 @@ class TrajectoryRegression(Objective):
         capacity: Most trajectories kept, per process.
         max_mib: Memory for them, in MiB, per process; the smaller of the two limits holds.
         refresh: New trajectories per training step once the pool is full, on average.
-        chunk: Trajectories integrated at a time.
+        chunk: Trajectories integrated at a time, begun at the data of as many batches as that takes.
         starts: Shares of where trajectories begin: ``"data"`` (the batch), ``"perturbed"`` (the batch plus noise),
             ``"mixed"`` (between a sample and one of its nearest neighbours in the batch: new samples that look like
             data, as test samples do), ``"path"`` (between noise and data, integrated both ways), ``"noise"`` (the
-            prior) and ``"student"`` (samples of the student: where its own path leads). Half data and half noise by
-            default; where data are few, ``"perturbed"`` in place of ``"data"`` keeps the student from learning them
-            by heart (docs/CALIBRATION.md), and is taken where ``nodes`` are measured and the training data are fewer
-            than ``capacity``.
+            prior), ``"wide"`` (noise up to twice as wide: it leads to states that are less likely than any sample of
+            the teacher, as points are that it has not seen) and ``"student"`` (samples of the student: where its own
+            path leads). Half data and half noise by default; where data are few, the student would learn them by
+            heart, and ``"wide"`` alone is taken where ``nodes`` are measured and the training data are fewer than
+            ``capacity``.
         perturbation: Smallest and largest standard deviation of the noise for ``"perturbed"``.
         quantization: Levels of discrete data: perturbed and mixed states are put back on levels and dequantized
             afresh, so that they look like data. ``None`` for continuous data; module and callback then give theirs.
         unroll: Last share of training in which whole paths are regressed, in [0, 1]; 0 for none.
         intervals: Distribution of ``(s, t)``; its diagonal share is regressed on the source at the batch's own
             noised states, its grids are those that are unrolled.
-        weighting: How errors become a loss.
+        weighting: How errors become a loss; adaptive at .5 by default, as a teacher's targets hardly scatter.
         path: Probability path.
         near_data: Share of the nodes close to the data, evenly spread in ``log(1 - t)``. Images with point masses
             (black background) need about half: without, targets are off by tenths of a bit per dimension. ``None``
@@ -108,7 +110,7 @@ class TrajectoryRegression(Objective):
         likelihood_of_data: bool = False,
         cache: str | Path | None = None,
     ) -> None:
-        super().__init__(intervals, weighting, path)
+        super().__init__(intervals, weighting or Weighting(adaptive=0.5), path)
         at_least(1, nodes=NODES if nodes is None else nodes, capacity=capacity, chunk=chunk)
         at_least(0, refresh=refresh)
         share(unroll=unroll)
@@ -125,6 +127,7 @@ class TrajectoryRegression(Objective):
         self._pool: TrajectoryPool | None = None
         self._saved_pool: Mapping[str, Any] | None = None
         self._due = 0.0
+        self._recent: tuple[Tensor, Tensor | None] | None = None  # data to begin at, of several batches
         self._stationary = True
         self.choice: TargetChoice | None = None
         """Nodes and their placing, where they were measured, and what was measured."""
@@ -134,10 +137,10 @@ class TrajectoryRegression(Objective):
         """Step counts whose times are among the nodes."""
         return self.intervals.steps if self.intervals.grid > 0 or self.unroll > 0 else ()
 
-    def begin_beside_few(self) -> None:
-        """Begin trajectories beside the data in place of at them, unless it was said where they begin."""
+    def begin_around_few(self) -> None:
+        """Begin trajectories where points like few data would lead to, unless it was said where they begin."""
         if not self._starts_given:
-            self.starts = {"perturbed": 0.5, "noise": 0.5}
+            self.starts = {"wide": 1.0}
 
     def _starts(self) -> Starts:
         steps, quantization = self.intervals.steps, self.quantization
@@ -190,33 +193,36 @@ class TrajectoryRegression(Objective):
         to_noise = Direction.TO_NOISE in self.directions
         grid = time_grid(steps, to_noise)
         teacher = self.pool(student).draw_whole(count, grid, to_noise and self.likelihood_of_data)
-        return whole_path_terms(student, teacher, grid, self.weighting.divergence, self.recompute)
+        return whole_path_terms(student, teacher, grid, self.weighting, self.recompute)
 
     def _refill(self, student: JointMap, batch: Batch) -> None:
         """Integrate what is due."""
-        source, data = batch.source, batch.data
+        source, data, cond = batch.source, batch.data, batch.cond
         self._stationary = source.stationary
         pool = self.pool(student)
         pool.restore(source, data.device)
+        self._due += self.refresh if pool.full else min(self.chunk, len(data))
+        if self._recent is not None:
+            before, labels = self._recent
+            data = torch.cat((before.to(data), data))
+            cond = None if cond is None or labels is None else torch.cat((labels.to(cond), cond))
         rows = min(self.chunk, len(data), pool.capacity_for(data))
-        x, cond = data[:rows], None if batch.cond is None else batch.cond[:rows]
-        chunks = 1
-        if pool.full:
-            self._due += self.refresh
-            chunks = int(self._due // rows)
-            self._due -= chunks * rows
-        for _ in range(chunks):
+        self._recent = x, cond = data[-rows:], None if cond is None else cond[-rows:]
+        while self._due >= rows:
+            self._due -= rows
             for node, (start, labels) in self._starts().draw(student, x, cond, pool.times).items():
                 pool.add(source, start, node, labels)
+        if pool.full and not self.refresh:
+            self._recent = None
 
     def state_dict(self) -> dict[str, Any]:
         pool = self._saved_pool if self._pool is None else self._pool.state_dict(whole=not self._stationary)
         chosen = None if self.choice is None else asdict(self.choice)
-        return {"pool": pool, "due": self._due, "targets": chosen, "starts": self.starts}
+        return {"pool": pool, "due": self._due, "recent": self._recent, "targets": chosen, "starts": self.starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._pool, self._saved_pool = None, state["pool"]
-        self._due = float(state["due"])
+        self._due, self._recent = float(state["due"]), state.get("recent")
         kept = state.get("targets")  # a run of version 0.1 measured nothing
         self.choice = None if kept is None else TargetChoice(**kept)
         if not self._starts_given:
