@@ -75,8 +75,8 @@ def lengths(dim: int, count: int) -> tuple[int, int]:
     """Training steps of teacher and student. A teacher of few points stops before it knows them by heart."""
     if dim > MEDIUM:
         return 2_500, 2_500
-    student = 3_000 if dim < 64 else 2_500
-    return min(student, max(500, 4 * count)), student
+    teacher, student = (3_000, 9_000) if dim < 64 else (2_500, 5_000)
+    return min(teacher, max(500, 4 * count)), student
 
 
 def tested(dim: int) -> int:

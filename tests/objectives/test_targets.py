@@ -64,11 +64,14 @@ def test_noise_is_the_scatter_of_the_estimator():
 
 def test_many_dimensions_are_measured_with_a_probe_that_stays():
     flow, x, baseline = mixture(100, 0.3)
+    truth = flow.log_prob(x, torch.ones(64))
+    few = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS, affordable=3.0 * NODES[0] + 8)
     choice = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS)
-    settings = (x, None, choice.nodes, choice.near_data, baseline, GRIDS)
-    off = target_log_prob(flow.velocity, Exact(), *settings, seed=0) - flow.log_prob(x, torch.ones(64))
-    assert choice.bias / 2 < float(off.abs().mean()) < 2 * choice.bias
-    assert choice.bias <= BIAS * choice.spread
+    for found, factor in ((few, 2), (choice, 4)):  # what is small beside the finest grid's own error is known less well
+        settings = (x, None, found.nodes, found.near_data, baseline, GRIDS)
+        off = float((target_log_prob(flow.velocity, Exact(), *settings, seed=0) - truth).abs().mean())
+        assert found.bias / factor < off < factor * found.bias
+    assert few.bias > BIAS * few.spread >= choice.bias
     # drawn anew each time, probes scatter by several times as much
     assert choice.probes == 0 or choice.noise * choice.probes**0.5 > 3 * choice.bias
 

@@ -27,7 +27,7 @@ NODES = (16, 24, 32, 48, 64, 96)
 """What is tried, cheapest first."""
 PLACINGS = (0.0, 0.5)
 """Shares of the nodes near the data that are tried."""
-BIAS, NOISE = 0.02, 0.1
+BIAS, NOISE = 0.005, 0.1
 """What is allowed of a trajectory's log p, in spreads: mean absolute bias, root mean square of noise."""
 EXACT_UP_TO = 64
 """Dimensions up to which bias is measured with exact divergences, and above with probes that stay as they are."""
