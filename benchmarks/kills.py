@@ -42,7 +42,7 @@ def command(folder: Path, teacher: Path, kind: str = "", count: int = 0, number:
     options = {
         "model.init_args.teacher": teacher,
         "model.init_args.flow_map.init_args.width": 32,
-        "model.init_args.head.init_args.features": 32,
+        "model.init_args.objective": "TrajectoryRegression",
         "model.init_args.objective.init_args.nodes": 8,
         "model.init_args.objective.init_args.capacity": 256,
         "model.init_args.objective.init_args.refresh": 64,

@@ -50,7 +50,7 @@ def run(tmp_path_factory):
         student = ["--config", CONFIGS / "digits_student.yaml"]
         for part in ("pictures", "quality", "tensorboard"):
             student += ["--config", CONFIGS / "evaluation" / f"{part}.yaml"]
-        student += [*QUIET, *SMALL, "--model.init_args.head.init_args.features=16",
+        student += [*QUIET, *SMALL, "--model.init_args.objective=TrajectoryRegression",
                     "--model.init_args.objective.init_args.capacity=64",
                     "--model.init_args.objective.init_args.nodes=8",
                     "--model.init_args.reference=f2d2_lightning.Reference", "--model.init_args.reference.steps=4",

@@ -1036,7 +1036,7 @@ def test_what_a_class_of_ones_own_makes_besides_is_its_own_business(tmp_path):
 
 def test_a_shipped_configuration_comes_back(tmp_path):
     tiny = ["--model.init_args.flow_map.init_args.width=16", "--model.init_args.flow_map.init_args.blocks=1"]
-    head = ["--model.init_args.head.init_args.features=16"]
+    objective = ["--model.init_args.objective=TrajectoryRegression"]
     pool = ["--model.init_args.objective.init_args.capacity=64", "--model.init_args.objective.init_args.nodes=8"]
     place = "runs/digits/{}/checkpoints/last.ckpt"
     module = trained("--config", CONFIGS / "digits_teacher.yaml", *tiny, "--trainer.max_steps=2")
@@ -1046,7 +1046,7 @@ def test_a_shipped_configuration_comes_back(tmp_path):
         assert torch.equal(again(x, 0.5), module(x, 0.5))
     teacher = f"--model.init_args.teacher={place.format('teacher')}"
     config = CONFIGS / "digits_student.yaml"
-    module = trained("--config", config, *tiny, *head, *pool, teacher, "--trainer.max_steps=2")
+    module = trained("--config", config, *tiny, *objective, *pool, teacher, "--trainer.max_steps=2")
     before = torch.get_rng_state()
     again = load_module(place.format("student"), f2.F2D2Module)
     assert torch.equal(torch.get_rng_state(), before)

@@ -23,6 +23,7 @@ QUICK = [
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.callbacks=[]",
     "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1",
 ]  # fmt: skip
+OBJECTIVE = "--model.init_args.objective"
 STUDENTS = sorted(p.name for p in CONFIGS.glob("*.yaml") if "teacher" not in p.name)
 
 
@@ -30,10 +31,12 @@ def small(name, *, teacher=None):
     """Options that make a configuration's networks and pools tiny."""
     options = ["--model.init_args.flow_map.init_args.width=16", "--model.init_args.flow_map.init_args.blocks=1"]
     if "teacher" not in name:
-        options += ["--model.init_args.head.init_args.features=16", f"--model.init_args.teacher={teacher}"]
+        options += [f"--model.init_args.teacher={teacher}"]
         options += ["--model.init_args.reference=f2d2_lightning.Reference", "--model.init_args.reference.steps=4"]
     if name.endswith("student.yaml"):
-        options += [f"--model.init_args.objective.init_args.{sizes}" for sizes in ("capacity=64", "nodes=8")]
+        given = "fashion" in name
+        options += ["--model.init_args.head.init_args.features=16"] if given else [f"{OBJECTIVE}=TrajectoryRegression"]
+        options += [f"{OBJECTIVE}.init_args.{sizes}" for sizes in ("capacity=64", "nodes=8")]
     if "fashion" in name:
         options += ["--data.init_args.val=40", "--data.init_args.test=30"]
     elif "digits" not in name:

@@ -45,6 +45,8 @@ WEIGHTS = {
 FIXED = tuple(WEIGHTS)
 EXACT_UP_TO = 128
 """Dimensions up to which a likelihood takes the exact divergence by default: one derivative a dimension."""
+AGAIN_EXACT_UP_TO = 16
+"""The same for likelihoods of whole data sets, at every validation."""
 
 
 class _Counted:
@@ -247,7 +249,8 @@ class Reference:
     Args:
         method: torchdiffeq's solver, as in :func:`reference_log_prob`.
         steps: Fixed steps; ``heun2`` evaluates twice a step, so 500 steps are 1,000 evaluations.
-        probes: Hutchinson probes per evaluation; 0 for the exact divergence.
+        probes: Hutchinson probes per evaluation; 0 for the exact divergence. ``None`` takes the exact one for states of
+            up to 16 dimensions, and one probe above: a reference is asked for whole data sets, again and again.
         rtol: Relative tolerance of adaptive solvers.
         atol: Absolute tolerance of adaptive solvers.
         seed: Of the probes, which are a function of it and of each sample: a reference is the same whenever it is
@@ -263,7 +266,7 @@ class Reference:
 
     method: str = "heun2"
     steps: int | None = 500
-    probes: int = 1
+    probes: int | None = None
     rtol: float = 1e-5
     atol: float = 1e-5
     seed: int = 0
@@ -274,17 +277,18 @@ class Reference:
     def __post_init__(self) -> None:
         check_mode(self.mode, self.step)
         one_of("method", self.method, (*FIXED, *ADAPTIVE))
-        at_least(0, probes=self.probes)
+        at_least(0, probes=self.probes or 0)
 
     @torch.no_grad()
     def __call__(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:
         """:func:`reference_log_prob` with these settings; draws no random numbers."""
         how = {"mode": self.mode, "step": self.step}
+        probes = (0 if x[0].numel() <= AGAIN_EXACT_UP_TO else 1) if self.probes is None else self.probes
         return reference_log_prob(
             velocity,
             x,
             cond,
-            divergence=Hutchinson(self.probes, **how) if self.probes else Exact(**how),  # type: ignore[arg-type]
+            divergence=Hutchinson(probes, **how) if probes else Exact(**how),  # type: ignore[arg-type]
             method=self.method,
             steps=None if self.method in ADAPTIVE else self.steps,
             rtol=self.rtol,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -25,7 +26,7 @@ from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.objectives.targets import PASSES, choose_targets
-from f2d2_lightning.objectives.trajectories import TrajectoryRegression
+from f2d2_lightning.objectives.trajectories import CAPACITY, TrajectoryRegression
 from f2d2_lightning.objectives.volume import VolumeRegression
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.processes import gather_states, own_state
@@ -38,6 +39,9 @@ MOST_AXES = 1024
 
 SHARE = 3.0
 """Evaluations that trajectories may take, in those of training; in large batches without gradients they are cheaper."""
+REUSED, STARTS = 16, 2**24
+"""Where more than the usual number of trajectories are kept: how often each is drawn from at least, and how many
+numbers their starts may be in a checkpoint."""
 MEASURED = 64
 """States that targets are measured on; a quarter of them where there are many dimensions."""
 
@@ -174,8 +178,9 @@ class DistilledModel(LikelihoodModel):
         # the states may come in other batches than those of training
         size = getattr(trainer.train_dataloader, "batch_size", None) or len(x)
         steps, count = trainer.estimated_stepping_batches, size * trainer.world_size
-        evaluations = PASSES * count * (steps if math.isfinite(steps) else 10_000)
-        trajectories = objective.capacity * trainer.world_size
+        steps = steps if math.isfinite(steps) else 10_000
+        evaluations = PASSES * count * steps
+        trajectories = (objective.capacity or CAPACITY) * trainer.world_size
         few = MEASURED if x[0].numel() <= MOST_AXES // 4 else MEASURED // 4
         device = x.device
         x, cond = trainer.strategy.broadcast((x[:few], None if cond is None else cond[:few]))
@@ -189,6 +194,9 @@ class DistilledModel(LikelihoodModel):
             estimator=self.estimator if self._estimator_given else None,
             mode=self.estimator.mode,
         )
+        if objective.capacity is None:
+            most = min(evaluations / choice.cost, count * steps / REUSED, STARTS / x[0].numel())
+            choice = replace(choice, trajectories=max(CAPACITY, int(most / trainer.world_size)))
         objective.choice = choice
         self._take_choice()
         if trainer.num_training_batches * count < trajectories:

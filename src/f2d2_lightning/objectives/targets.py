@@ -27,7 +27,7 @@ NODES = (16, 24, 32, 48, 64, 96)
 """What is tried, cheapest first."""
 PLACINGS = (0.0, 0.5)
 """Shares of the nodes near the data that are tried."""
-BIAS, NOISE = 0.005, 0.1
+BIAS, NOISE = 0.005, 0.3
 """What is allowed of a trajectory's log p, in spreads: mean absolute bias, root mean square of noise."""
 EXACT_UP_TO = 64
 """Dimensions up to which bias is measured with exact divergences, and above with probes that stay as they are."""
@@ -54,6 +54,8 @@ class TargetChoice:
     """Of a trajectory, in evaluations of the network."""
     affordable: float
     """Cost that was allowed."""
+    trajectories: int | None = None
+    """How many are kept by each process, where that was not said."""
 
     @property
     def good(self) -> bool:
@@ -69,9 +71,10 @@ class TargetChoice:
         probes = {None: "the divergence's estimator as given", 0: "exact divergence", 1: "1 probe of the divergence"}
         how = probes.get(self.probes, f"{self.probes} probes of the divergence")
         near = f", {self.near_data:.0%} of them near the data" if self.near_data else ""
+        many = "" if self.trajectories is None else f"{self.trajectories:,} trajectories of "
         return (
-            f"{self.nodes} nodes{near}, {how}: log p of a trajectory is off by {self.bias / self.spread:.1%} of its "
-            f"spread over data ({self.bias:.2g} of {self.spread:.3g} nats), and scatters by "
+            f"{many}{self.nodes} nodes{near}, {how}: log p of a trajectory is off by {self.bias / self.spread:.1%} of "
+            f"its spread over data ({self.bias:.2g} of {self.spread:.3g} nats), and scatters by "
             f"{self.noise / self.spread:.1%}"
         )
 

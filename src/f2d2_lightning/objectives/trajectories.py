@@ -39,7 +39,7 @@ from f2d2_lightning.utils.checks import at_least, share
 __all__ = ["TrajectoryRegression"]
 
 
-NODES = 16
+NODES, CAPACITY = 16, 12_000
 """Where nothing is said or measured."""
 
 
@@ -54,7 +54,8 @@ class TrajectoryRegression(Objective):
         nodes: Steps per trajectory, about, one teacher evaluation each; the likelihood grids' times are always among
             them. ``None`` takes what module and callback measure on the data before the first step
             (:func:`~f2d2_lightning.objectives.targets.choose_targets`), 16 where nothing is measured.
-        capacity: Most trajectories kept, per process.
+        capacity: Most trajectories kept, per process. ``None`` goes with ``nodes``: at least 12,000, and as many as
+            take no longer to integrate than training takes.
         max_mib: Memory for them, in MiB, per process; the smaller of the two limits holds.
         refresh: New trajectories per training step once the pool is full, on average.
         chunk: Trajectories integrated at a time, begun at the data of as many batches as that takes.
@@ -65,7 +66,7 @@ class TrajectoryRegression(Objective):
             the teacher, as points are that it has not seen) and ``"student"`` (samples of the student: where its own
             path leads). Half data and half noise by default; where data are few, the student would learn them by
             heart, and ``"wide"`` alone is taken where ``nodes`` are measured and the training data are fewer than
-            ``capacity``.
+            ``capacity``, or 12,000.
         perturbation: Smallest and largest standard deviation of the noise for ``"perturbed"``.
         quantization: Levels of discrete data: perturbed and mixed states are put back on levels and dequantized
             afresh, so that they look like data. ``None`` for continuous data; module and callback then give theirs.
@@ -94,7 +95,7 @@ class TrajectoryRegression(Objective):
     def __init__(
         self,
         nodes: int | None = None,
-        capacity: int = 12_000,
+        capacity: int | None = None,
         max_mib: float = 1024.0,
         refresh: float = 0.0,
         chunk: int = 512,
@@ -111,7 +112,8 @@ class TrajectoryRegression(Objective):
         cache: str | Path | None = None,
     ) -> None:
         super().__init__(intervals, weighting or Weighting(adaptive=0.5), path)
-        at_least(1, nodes=NODES if nodes is None else nodes, capacity=capacity, chunk=chunk)
+        at_least(1, nodes=NODES if nodes is None else nodes, capacity=CAPACITY if capacity is None else capacity)
+        at_least(1, chunk=chunk)
         at_least(0, refresh=refresh)
         share(unroll=unroll)
         if near_data is not None and not 0 <= near_data < 1:
@@ -152,6 +154,11 @@ class TrajectoryRegression(Objective):
         nodes, near_data = (NODES, 0.0) if self.choice is None else (self.choice.nodes, self.choice.near_data)
         return nodes if self.nodes is None else self.nodes, near_data if self.near_data is None else self.near_data
 
+    @property
+    def kept(self) -> int:
+        """Most trajectories kept: as given, else as measured."""
+        return self.capacity or (None if self.choice is None else self.choice.trajectories) or CAPACITY
+
     def times(self, student: JointMap) -> tuple[list[float], GaussianBaseline | None]:
         """Times at which trajectories are kept, ascending, and the Gaussian fit that they are integrated with."""
         baseline = baseline_of(student)
@@ -164,7 +171,7 @@ class TrajectoryRegression(Objective):
         """The pool, made on first use: its times depend on the student's baseline."""
         if self._pool is None:
             times, baseline = self.times(student)
-            self._pool = TrajectoryPool(times, self.max_mib, self.capacity, baseline, self.cache)
+            self._pool = TrajectoryPool(times, self.max_mib, self.kept, baseline, self.cache)
             if self._saved_pool is not None:
                 self._pool.load_state_dict(self._saved_pool)
                 self._saved_pool = None
