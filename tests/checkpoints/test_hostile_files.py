@@ -1036,7 +1036,7 @@ def test_what_a_class_of_ones_own_makes_besides_is_its_own_business(tmp_path):
 
 def test_a_shipped_configuration_comes_back(tmp_path):
     tiny = ["--model.init_args.flow_map.init_args.width=16", "--model.init_args.flow_map.init_args.blocks=1"]
-    objective = ["--model.init_args.objective=TrajectoryRegression"]
+    objective = ["--model.init_args.objective=TrajectoryRegression", "--model.init_args.optimizer=torch.optim.AdamW"]
     pool = ["--model.init_args.objective.init_args.capacity=64", "--model.init_args.objective.init_args.nodes=8"]
     place = "runs/digits/{}/checkpoints/last.ckpt"
     module = trained("--config", CONFIGS / "digits_teacher.yaml", *tiny, "--trainer.max_steps=2")

@@ -251,9 +251,17 @@ def test_one_probe_knows_its_standard_error(method):
     covariance = axes @ torch.diag(torch.linspace(0.1, 4.0, 6)) @ axes.T
     flow = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(torch.ones(6), covariance))
     x = torch.randn(200, 6)
-    answers = [f2.Reference(method, steps=24, seed=seed)(flow, x) for seed in range(12)]
+    answers = [f2.Reference(method, steps=24, probes=1, seed=seed)(flow, x) for seed in range(12)]
     values, errors = torch.stack([a.value for a in answers]), torch.stack([a.standard_error for a in answers])
     assert float((errors.square().mean() / values.var(0).mean()).sqrt()) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("dim", [16, 17])
+def test_a_reference_of_few_dimensions_is_exact(dim):
+    flow = gaussian(dim)
+    x = flow.sample(20, torch.Generator().manual_seed(1))
+    exact = f2.Reference(steps=8, probes=0)(flow, x).value
+    assert torch.equal(f2.Reference(steps=8)(flow, x).value, exact) == (dim == 16)
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
