@@ -225,7 +225,8 @@ class TrajectoryRegression(Objective):
     def state_dict(self) -> dict[str, Any]:
         pool = self._saved_pool if self._pool is None else self._pool.state_dict(whole=not self._stationary)
         chosen = None if self.choice is None else asdict(self.choice)
-        return {"pool": pool, "due": self._due, "recent": self._recent, "targets": chosen, "starts": self.starts}
+        recent = None if self._recent is None else tuple(v if v is None else v.cpu() for v in self._recent)
+        return {"pool": pool, "due": self._due, "recent": recent, "targets": chosen, "starts": self.starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._pool, self._saved_pool = None, state["pool"]
