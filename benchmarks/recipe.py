@@ -97,7 +97,7 @@ class Goals:
 
     @classmethod
     def of(cls, constant: bool, count: int) -> Goals:
-        """Issue 16: ``constant`` densities in nats, wider ones below :data:`FEW` training points."""
+        """For ``constant`` densities in nats; wider ones below :data:`FEW` training points."""
         if constant:
             return cls(0.05, 0.02, None)
         return cls(0.10, 0.05, 0.99) if count < FEW else cls(0.05, 0.02, 0.998)
