@@ -261,6 +261,19 @@ def test_refresh_rate(problem, refresh):
     assert abs(added - 20 * refresh) <= 16
 
 
+def test_a_full_pool_that_is_not_refreshed_stays_as_it_is(problem, source):
+    """Whatever was still due, and however small a batch is."""
+    objective = TrajectoryRegression(8, capacity=64, chunk=48, starts={"data": 1.0})
+    for _ in range(5):
+        objective.loss(problem.field, Batch(problem.states(32, 1.0), source))
+    pool = objective.pool(problem.field)
+    assert pool.full
+    before = pool.ring["states"].clone()
+    for count in (32, 8, 1):
+        objective.loss(problem.field, Batch(problem.states(count, 1.0), source))
+    assert torch.equal(pool.ring["states"], before)
+
+
 @pytest.mark.parametrize("kind", ["data", "perturbed", "mixed", "path", "noise", "wide", "student"])
 def test_starts(problem, source, kind):
     """Where trajectories begin, read from the pool's own ends."""

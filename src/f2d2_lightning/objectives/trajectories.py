@@ -208,6 +208,8 @@ class TrajectoryRegression(Objective):
         self._stationary = source.stationary
         pool = self.pool(student)
         pool.restore(source, data.device)
+        if pool.full and not self.refresh:
+            return
         self._due += self.refresh if pool.full else min(self.chunk, len(data))
         if self._recent is not None:
             before, labels = self._recent
