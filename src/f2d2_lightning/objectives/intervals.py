@@ -66,8 +66,7 @@ class Intervals:
             count: Number of intervals.
             structure: CPU generator that decides; the global one by default.
         """
-        expected = self.diagonal * count
-        return math.floor(expected + float(torch.rand((), generator=structure)))
+        return math.ceil(self.diagonal * count - float(torch.rand((), generator=structure)))
 
     def sample(
         self, count: int, device: torch.device | str | None = None, on_diagonal: int | None = None

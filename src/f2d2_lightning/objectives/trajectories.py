@@ -193,7 +193,7 @@ class TrajectoryRegression(Objective):
 
     def on_diagonal(self, count: int) -> int:
         # all or none: a teacher answers for a few states in much the time that it takes for a batch
-        return count if float(torch.rand((), generator=self.structure)) < self.intervals.diagonal else 0
+        return count * self.intervals.on_diagonal(1, self.structure)
 
     def whole_paths(self, student: JointMap, count: int, steps: int) -> Terms:
         """Error of the student's whole path in a number of steps, in natural units, on ``count`` trajectories."""
