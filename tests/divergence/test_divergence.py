@@ -117,6 +117,55 @@ def test_hutchinson_is_unbiased_and_knows_its_error(case, mode, distribution, gr
     close(v, field(x, t, cond).detach())
 
 
+class Matrix(torch.nn.Module):
+    """A linear velocity that stays, with a dense matrix."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.dim = torch.Size(shape).numel()
+        self.matrix = torch.randn(self.dim, self.dim, dtype=torch.float64)
+
+    def forward(self, x, t, cond=None):
+        return (x.flatten(1) @ self.matrix.mT).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("shape", "cycle"), [((1,), 1), ((2,), 2), ((5,), 8), ((16,), 16), ((2, 3, 4), 32)], ids=str)
+@pytest.mark.parametrize("probes", [1, 2, 4])
+def test_along_a_path_errors_cancel(shape, cycle, probes):
+    velocity = Matrix(shape)
+    point = Point(torch.randn(4000, *shape, dtype=torch.float64), torch.full((4000,), 0.5, dtype=torch.float64))
+    exact, path = velocity.matrix.trace(), Hutchinson(probes).along_path()
+    answers = torch.stack([path(velocity, point).divergence for _ in range(max(1, cycle // probes))])
+    close(answers.mean(0), exact.expand(4000))
+    if cycle > probes:  # each answer is random on its own, and unbiased
+        for answer in answers[:3]:
+            assert answer.std() > 0.1
+            assert z_score(answer - exact) < 4
+        assert not torch.equal(Hutchinson(probes).along_path()(velocity, point).divergence, answers[0])
+
+
+def test_first_rows_separate_neighbouring_pixels():
+    """Four evaluations are exact where the Jacobian reaches the next pixel alone, as a stencil does."""
+    kernel = torch.tensor([[0.3, 1.0, 0.2], [0.7, -2.0, 0.5], [0.1, 0.4, 0.6]], dtype=torch.float64)
+    velocity = lambda x, t, c=None: torch.nn.functional.conv2d(x, kernel.expand(1, 1, 3, 3), padding=1)  # noqa: E731
+    path = Hutchinson().along_path()
+    point = Point(torch.randn(3, 1, 7, 8, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    answers = torch.stack([path(velocity, point).divergence for _ in range(4)])
+    close(answers.mean(0), torch.full((3,), -2.0 * 56, dtype=torch.float64))
+    assert answers[0].std() > 0.1
+
+
+def test_what_draws_in_its_own_way_does_so_along_a_path():
+    class Ones(Hutchinson):
+        def draw(self, x):
+            return torch.ones(1, *x.shape, dtype=x.dtype)
+
+    for estimator in (Ones(), Hutchinson(distribution="gaussian"), Exact()):
+        assert estimator.along_path() is estimator
+    near = Hutchinson(3)
+    assert Conditional(near_data=near).along_path().probes == 3
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_exact_control_variate_leaves_no_variance(gaussian, mode):
     t = torch.linspace(0, 1, 6)

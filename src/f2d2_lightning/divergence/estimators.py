@@ -162,6 +162,13 @@ class DivergenceEstimator(ABC):
             point: States and times; only :class:`Conditional` needs the pair that the states were made from.
         """
 
+    def along_path(self) -> DivergenceEstimator:
+        """The estimator for one path of a batch, to be called at its points in their order.
+
+        What is random may then be drawn so that its errors cancel along the path; each answer is as good as before.
+        """
+        return self
+
 
 class Exact(DivergenceEstimator):
     """Full trace, one directional derivative per dimension: for small ``d`` and for tests.
@@ -264,6 +271,53 @@ class Hutchinson(DivergenceEstimator):
         error = None if self.probes == 1 else estimates.std(0) / self.probes**0.5
         return Divergence(v, estimates.mean(0), error)
 
+    def along_path(self) -> Hutchinson:
+        # a subclass may draw as it likes
+        return _AlongPath(self) if type(self) is Hutchinson and self.distribution == "rademacher" else self
+
+
+class _AlongPath(Hutchinson):
+    r"""Hutchinson's estimator whose errors cancel from one point of a path to the next.
+
+    Probe ``k`` is row ``k`` of a Hadamard matrix ``H``, its columns times random signs ``s`` that a sample keeps. An
+    entry :math:`J_{ij}` beside the diagonal comes in as :math:`s_i s_j H_{ki} H_{kj} J_{ij}`: zero on average, so that
+    each estimate is unbiased, and over as many rows as there are columns its sum is zero whatever the signs (Bekas,
+    Kokiopoulou and Saad, "An estimator for the diagonal of a matrix", 2007). Along a path the entries change slowly,
+    so most of an integral's error goes. The first rows already separate neighbours: pixels beside each other, then
+    those two apart, in all directions.
+    """
+
+    def __init__(self, estimator: Hutchinson) -> None:
+        super().__init__(
+            estimator.probes, estimator.distribution, estimator.mode, estimator.step, control=estimator.control
+        )
+        self._drawn = 0
+        self._signs: Tensor | None = None
+
+    def draw(self, x: Tensor) -> Tensor:
+        if self._signs is None:
+            self._signs = torch.randint(0, 2, x.shape, dtype=x.dtype, device=x.device) * 2 - 1
+        rows = [_hadamard_row(self._drawn + k, tuple(x.shape[1:]), x) for k in range(self.probes)]
+        self._drawn += self.probes
+        return torch.stack(rows)[:, None] * self._signs
+
+
+def _hadamard_row(number: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Row of the product of a Hadamard matrix for each axis, their finest differences first, of ``shape``."""
+    bits = [(side - 1).bit_length() for side in shape]
+    order = [(level, axis) for level in range(max(bits, default=0)) for axis in reversed(range(len(shape)))]
+    picked = [0] * len(shape)
+    for place, (level, axis) in enumerate((level, axis) for level, axis in order if level < bits[axis]):
+        picked[axis] |= (number >> place & 1) << level
+    row = torch.ones(shape, dtype=like.dtype, device=like.device)
+    for axis, side in enumerate(shape):
+        # an entry of a Hadamard matrix is the parity of the bits that its row and column share
+        signs = [1 - 2 * ((column & picked[axis]).bit_count() % 2) for column in range(side)]
+        row = row * torch.tensor(signs, dtype=like.dtype, device=like.device).reshape(
+            [-1 if other == axis else 1 for other in range(len(shape))]
+        )
+    return row
+
 
 class SampleProbes:
     """Probes that are a function of a seed, of each sample's own values and of how many were drawn before.
@@ -345,6 +399,9 @@ class Conditional(DivergenceEstimator):
                 v = v.index_copy(0, rows, part.velocity.to(v.dtype))  # lower under autocast
                 divergence = divergence.index_copy(0, rows, part.divergence)
         return Divergence(v, divergence)
+
+    def along_path(self) -> DivergenceEstimator:
+        return self.near_data.along_path()  # its points belong to no data pair
 
     @staticmethod
     def _from_pair(velocity: Callable[..., Tensor], point: Point) -> Divergence:

@@ -34,7 +34,7 @@ def integrate(
     (Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I", 1993, chapter III.1); twice as many, half
     as long steps for the cost of Heun's method. With a Gaussian fit the scheme is exponential: it integrates what the
     flow does beyond the fit's own, in whitened coordinates against the fit's angles, and is exact for Gaussian data in
-    one step. Every evaluation draws its own divergence probes, so that their errors are independent.
+    one step. Divergence probes differ from one evaluation to the next so that their errors cancel.
 
     Args:
         source: Gives ``(v, div v)`` anywhere.
@@ -46,7 +46,7 @@ def integrate(
     Returns:
         States ``(B, len(times), ...)`` and ``log p_t(x_t) - log p_{t_0}(x)``, ``(B, len(times))``, nats.
     """
-    chart = _Plain(x) if baseline is None else _Whitened(baseline)
+    chart, source = _Plain(x) if baseline is None else _Whitened(baseline), source.along_path()
     states, change = [x], [x.new_zeros(len(x))]
     if len(times) < 2:
         return torch.stack(states, 1), torch.stack(change, 1)

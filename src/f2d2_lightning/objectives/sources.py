@@ -5,6 +5,7 @@ A source answers ``g = (v, div v)`` at a point, always detached.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -30,6 +31,10 @@ class VelocitySource(ABC):
     @abstractmethod
     def __call__(self, point: Point) -> Joint:
         """``(v, div v)`` at a point, detached; shapes ``(B, ...)`` and ``(B,)``, nats per unit of time."""
+
+    def along_path(self) -> VelocitySource:
+        """The source for one path of a batch, see :meth:`DivergenceEstimator.along_path`."""
+        return self
 
 
 class TeacherSource(VelocitySource):
@@ -59,6 +64,11 @@ class TeacherSource(VelocitySource):
             estimator = estimator.near_data  # a point of a trajectory belongs to no data pair
         v, divergence, _ = estimator(self.velocity, point)
         return Joint(v, divergence)
+
+    def along_path(self) -> TeacherSource:
+        source = copy.copy(self)
+        source.estimator = self.estimator.along_path()
+        return source
 
 
 class DiagonalSource(VelocitySource):

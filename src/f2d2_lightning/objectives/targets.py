@@ -27,7 +27,7 @@ NODES = (16, 24, 32, 48, 64, 96)
 """What is tried, cheapest first."""
 PLACINGS = (0.0, 0.5)
 """Shares of the nodes near the data that are tried."""
-BIAS, NOISE = 0.005, 0.3
+BIAS, NOISE = 0.005, 0.1
 """What is allowed of a trajectory's log p, in spreads: mean absolute bias, root mean square of noise."""
 EXACT_UP_TO = 64
 """Dimensions up to which bias is measured with exact divergences, and above with probes that stay as they are."""
@@ -84,7 +84,7 @@ class TargetChoice:
         if self.bias > BIAS * self.spread:
             wanted.append(f"nodes={2 * self.nodes}")
         if self.noise > NOISE * self.spread:
-            probes = _probes_for(self.noise, self.probes or 1, self.spread)
+            probes = math.ceil((self.probes or 1) * (self.noise / (NOISE * self.spread)) ** 2)
             wanted.append(f"Hutchinson(probes={probes}) or Exact() as estimator")
         return " and ".join(wanted)
 
@@ -103,10 +103,6 @@ class StillProbe(Hutchinson):
 
     def draw(self, x: Tensor) -> Tensor:
         return self.probe
-
-
-def _probes_for(noise: float, probes: int, spread: float) -> int:
-    return max(1, math.ceil(probes * (noise / (NOISE * spread)) ** 2))
 
 
 def spread_of(values: Tensor) -> float:
@@ -178,26 +174,31 @@ def choose_targets(
         )
     spread = max(spread_of(truth[good]), 1e-2)
 
-    def measured(nodes: int, near_data: float) -> tuple[float, float, float]:
-        """Bias, noise of one probe, and cost with one."""
-        bias = (ask(still, nodes, near_data) - truth)[good]
-        one, other = (ask(estimator or _estimator(1, baseline, mode), nodes, near_data, seed)[good] for seed in (7, 8))
-        noise = float((one - other).square().mean().sqrt()) / 2**0.5
-        cost = PASSES * len(trajectory_times(nodes, grids, baseline, near_data))
-        return float(bias.abs().mean()), noise, cost
+    def noise_of(how: DivergenceEstimator, nodes: int, near_data: float) -> float:
+        one, other = (ask(how, nodes, near_data, seed)[good] for seed in (7, 8))
+        return float((one - other).square().mean().sqrt()) / 2**0.5
 
-    tried: list[tuple[float, float, float, int, float]] = []
+    tried: list[tuple[float, float, int, float]] = []  # bias, cost with one probe, nodes, near_data
     for nodes in NODES:
-        rows = [(*measured(nodes, near_data), nodes, near_data) for near_data in PLACINGS]
-        within = [row for row in rows if row[2] <= affordable]
+        rows = []
+        for near_data in PLACINGS:
+            bias = float((ask(still, nodes, near_data) - truth)[good].abs().mean())
+            rows.append((bias, PASSES * len(trajectory_times(nodes, grids, baseline, near_data)), nodes, near_data))
+        within = [row for row in rows if row[1] <= affordable]
         tried += within or (rows if not tried else [])
         if not within or min(row[0] for row in within) <= BIAS * spread:
             break
-    bias, noise, cost, nodes, near_data = min(tried, key=lambda row: (max(row[0], BIAS * spread), row[2], row[0]))
+    bias, cost, nodes, near_data = min(tried, key=lambda row: (max(row[0], BIAS * spread), row[1], row[0]))
     if estimator is not None:
+        noise = noise_of(estimator, nodes, near_data)
         return TargetChoice(nodes, near_data, None, bias, noise, spread, cost, affordable)
-    most = max(1, int(affordable // cost)) if math.isfinite(affordable) else dim
-    probes = min(_probes_for(noise, 1, spread), most)
-    if probes > dim / 2 and most >= dim:
+    # errors of a trajectory's probes cancel, so that twice as many can make a tenth of the noise: each is tried
+    probes = 1
+    while True:
+        noise = noise_of(_estimator(probes, baseline, mode), nodes, near_data)
+        if noise <= NOISE * spread or 2 * probes * cost > affordable or 2 * probes > dim:
+            break
+        probes *= 2
+    if noise > NOISE * spread and dim * cost <= affordable:
         return TargetChoice(nodes, near_data, 0, bias, 0.0, spread, cost * dim, affordable)
-    return TargetChoice(nodes, near_data, probes, bias, noise / probes**0.5, spread, cost * probes, affordable)
+    return TargetChoice(nodes, near_data, probes, bias, noise, spread, cost * probes, affordable)
