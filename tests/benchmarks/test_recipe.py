@@ -13,7 +13,7 @@ import f2d2_lightning as f2
 import recipe
 import recipe_data
 from f2d2_lightning.flows import GaussianFlow
-from f2d2_lightning.objectives.targets import spread_of
+from f2d2_lightning.utils.measuring import spread_of
 from problems import PROBLEMS
 from recipe import Goals, Run, compare, lengths, network, reference
 from recipe_data import SETS, resolution, table

@@ -32,6 +32,7 @@ __all__ = [
     "Exact",
     "Hutchinson",
     "SampleProbes",
+    "StillProbe",
     "check_mode",
     "instantaneous",
     "jacobian_product",
@@ -263,6 +264,18 @@ class Hutchinson(DivergenceEstimator):
         v, estimates = self.per_probe(velocity, point, self.draw(point.x))
         error = None if self.probes == 1 else estimates.std(0) / self.probes**0.5
         return Divergence(v, estimates.mean(0), error)
+
+
+class StillProbe(Hutchinson):
+    """One probe per state, the same at all times."""
+
+    def __init__(self, x: Tensor, baseline: GaussianBaseline | None, mode: str, step: float = 1e-2) -> None:
+        super().__init__(mode=mode, step=step, control=baseline)
+        generator = torch.Generator().manual_seed(0)
+        self.probe = (torch.randint(0, 2, (1, *x.shape), generator=generator) * 2 - 1).to(x)
+
+    def draw(self, x: Tensor) -> Tensor:
+        return self.probe
 
 
 class SampleProbes:
