@@ -61,7 +61,7 @@ FIRST_STEPS, MOST_EVALUATIONS, MOST_PROBES, CHOSEN_EXACT_UP_TO = 16, 1000, 16, 6
 """What is tried: steps, evaluations and probes; dimensions up to which the exact divergence may be taken."""
 PLACINGS = (0.0, 0.5)
 """Shares of the steps near the data that are tried."""
-TIMED = 2
+TIMED = 4
 """Steps that are timed."""
 NUMBERS = 2**18
 """In states and their tangents that are evaluated at once."""
