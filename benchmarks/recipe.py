@@ -35,12 +35,11 @@ from torch import Tensor
 import f2d2_lightning as f2
 from f2d2_lightning.callbacks.last_checkpoint import LastCheckpoint
 from f2d2_lightning.data import FlowDataModule
-from f2d2_lightning.divergence import Divergence, Exact, Hutchinson
 from f2d2_lightning.metrics.likelihood import agreement
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
-from f2d2_lightning.objectives.targets import StillProbe, spread_of
 from f2d2_lightning.training.loading import read_checkpoint
 from f2d2_lightning.utils.files import whole_file
+from f2d2_lightning.utils.measuring import spread_of
 from measuring import kept, markdown, quiet_trainer
 from recipe_data import SETS, DataSet, Splits
 
@@ -112,54 +111,17 @@ class Goals:
 # --- the reference ---
 
 
-EXACT_UP_TO = 64
-"""Dimensions in which the exact divergence is taken, unless it costs twice what probes cost that are fine enough."""
-FINE = 0.005
-"""The reference's own error per point, a tenth of the goal: of the spread of log p, of a nat where that is constant."""
-MOST_STEPS, MOST_PROBES, LOOKED_AT = 256, 16, 64
-
-
 @torch.no_grad()
-def reference(velocity: Callable[..., Tensor], x: Tensor, near_data: float, constant: bool) -> dict[str, Any]:
-    """The teacher's log-likelihood by a solver that is refined until its error is far below the goals.
-
-    Steps are doubled on a few points until these move by less than :data:`FINE`. A probe's standard error on them then
-    says how many bring it there; they are taken where the exact divergence would cost more than twice as much.
-    """
-    start, dim, few = time.process_time(), x[0].numel(), x[:LOOKED_AT]
-
-    def solve(points: Tensor, steps: int, divergence: Any) -> Any:
-        return f2.reference_log_prob(
-            velocity, points, divergence=divergence, method="rk4", steps=steps, near_data=near_data, seed=0
-        )
-
-    still = StillProbe(few, None, "forward")
-
-    def fixed(velocity: Callable[..., Tensor], point: Any) -> Divergence:
-        # of an estimator that it knows to be random, the reference draws the probes itself
-        return still(velocity, point)
-
-    steps, before = 16, solve(few, 16, fixed).value
-    while True:
-        steps *= 2
-        value = solve(few, steps, fixed).value
-        unit = 1.0 if constant else spread_of(value)
-        moved, before = float((value - before).abs().mean()), value
-        if moved <= FINE * unit or steps >= MOST_STEPS:
-            break
-    pilot = float(solve(few, steps, Hutchinson()).standard_error.mean()) / unit
-    probes = max(1, math.ceil((pilot / FINE) ** 2))
-    exact = dim <= min(EXACT_UP_TO, 2 * probes)
-    probes = 0 if exact else min(probes, MOST_PROBES)
-    estimator = Exact() if exact else Hutchinson(probes)
-    # parts that fit into memory: an exact divergence carries as many tangents as there are dimensions
-    answers = [solve(part, steps, estimator) for part in x.split(max(16, 16_384 // dim))]
-    value = torch.cat([a.value for a in answers])
-    unit = 1.0 if constant else spread_of(value)
-    noise = 0.0 if exact else float(torch.cat([a.standard_error for a in answers]).mean()) / unit
+def reference(velocity: Callable[..., Tensor], x: Tensor, constant: bool) -> dict[str, Any]:
+    """The teacher's log-likelihood by the solver that the package chooses, its own error far below the goals."""
+    start = time.process_time()
+    choice = f2.Reference().chosen(velocity, x)
+    how, answer = choice.reference, choice.reference(velocity, x)
+    unit = 1.0 if constant else spread_of(answer.value)
+    noise = 0.0 if answer.standard_error is None else float(answer.standard_error.mean())
     return {
-        "value": value, "unit": unit, "steps": steps, "probes": probes, "near_data": near_data,
-        "error": math.hypot(moved / unit, noise), "seconds": time.process_time() - start,
+        "value": answer.value, "unit": unit, "steps": how.steps, "probes": how.probes, "near_data": how.near_data,
+        "error": math.hypot(choice.moved, noise) / unit, "seconds": time.process_time() - start,
     }  # fmt: skip
 
 
@@ -266,10 +228,8 @@ class Run:
         return read_checkpoint(self.home / part / "last.ckpt")["callbacks"]["Seconds"]
 
     def reference(self, split: str) -> dict[str, Any]:
-        near_data = 0.0 if self.data.levels is None else 0.5
-
         def solve() -> dict[str, Any]:
-            return reference(self.teacher.average.velocity, self.points(split), near_data, self.set.constant)
+            return reference(self.teacher.average.velocity, self.points(split), self.set.constant)
 
         return kept(self.home / "teacher" / f"{split}.pt", solve)
 

@@ -21,9 +21,9 @@ from f2d2_lightning.callbacks import SampleQuality
 from f2d2_lightning.data import FashionMNIST
 from f2d2_lightning.flows import FlowMap
 from f2d2_lightning.nn import PreconditionedUNet
-from f2d2_lightning.objectives.targets import spread_of
 from f2d2_lightning.plots import sample_figure
 from f2d2_lightning.plots.likelihood import calibration_figure
+from f2d2_lightning.utils.measuring import spread_of
 from measuring import agreement, quiet_trainer
 from train_features import EPOCHS, SHIFT, train
 

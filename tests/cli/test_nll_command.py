@@ -164,6 +164,20 @@ def test_draws(models, tmp_path, capsys):
     assert "reference_bits_per_dim" in table
 
 
+def test_a_reference_that_was_left_open_is_chosen_on_the_first_batch_and_said(models, tmp_path, monkeypatch, capsys):
+    states = torch.randn(20, 2, generator=torch.Generator().manual_seed(1))
+    np.save(tmp_path / "x.npy", states.numpy())
+    monkeypatch.setattr(Untrained, "reference", property(lambda self: f2.Reference(), lambda self, given: None), False)
+    table = nll(models, "plane", "x.npy", "--reference", "true", "--batch_size", 16)
+    velocity = models["plane"][1].average.velocity
+    choice = f2.Reference().chosen(velocity, states[:16])
+    assert choice.states == 16
+    assert np.allclose(table["reference_log_prob"], choice.reference(velocity, states).value.numpy(), atol=1e-5)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"reference: {choice}; about" in said
+    assert " for 20 samples" in said
+
+
 def test_bounds_rise_to_the_probability_of_a_bin():
     # log p(x) = -x on [0, 1): the bin's probability is 1 - 1/e
     generator = torch.Generator().manual_seed(0)

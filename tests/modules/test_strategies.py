@@ -42,6 +42,15 @@ def test_figures_do_not_depend_on_the_number_of_processes(results, who):
         assert {name: other[name] for name in one} == pytest.approx(one, abs=1e-6)
 
 
+@pytest.mark.parametrize("who", ["teacher", "student", "callback"])
+def test_processes_take_the_reference_that_the_first_one_chose(results, who):
+    first, second = (get(results, f"2-{rank}", f"chosen {who}") for rank in (0, 1))
+    assert first == second
+    # no two processes measure the same time
+    assert first["steps"] in (32, 64)
+    assert first["seconds"] > 0
+
+
 @pytest.mark.parametrize("case", COMPARED)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_agree_with_each_other_and_with_one(results, strategy, case):

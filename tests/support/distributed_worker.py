@@ -253,11 +253,13 @@ class Odd(Pair):
         return {name: (values[:51], labels) for name, (values, labels) in super().splits().items()}
 
 
-def evaluate(folder: Path, name: str, replicas: int, who: str) -> dict[str, Any]:
+FEW_STEPS = f2.Reference(steps=4)
+
+
+def evaluate(folder: Path, name: str, replicas: int, who: str, reference: f2.Reference = FEW_STEPS) -> dict[str, Any]:
     """Figures of validation and test, with random probes and a reference of some samples."""
     data, added = Odd(), []
     data.eval_batch_size = 16 // replicas
-    reference = f2.Reference(steps=4)
     if who == "teacher":
         module: L.LightningModule = teacher()
         module.reference, module.validate_nll = reference, True
@@ -273,7 +275,8 @@ def evaluate(folder: Path, name: str, replicas: int, who: str) -> dict[str, Any]
         getattr(made, stage)(module, datamodule=data, verbose=False)
         kept = (n for n in made.callback_metrics if who != "callback" or "f2d2" in n)
         metrics |= {n: float(made.callback_metrics[n]) for n in kept}
-    return metrics
+    choice = (added[0] if added else module).reference_choice
+    return metrics if choice is None else metrics | {"steps": choice.reference.steps, "seconds": choice.seconds}
 
 
 def cases(replicas: int) -> dict[str, Any]:
@@ -293,6 +296,8 @@ def cases(replicas: int) -> dict[str, Any]:
     for who in ("teacher", "student", "callback"):
         made[f"evaluation {who}"] = lambda folder, w=who: evaluate(folder, names[0], replicas, w)
     if replicas == 2:
+        for name, who in (("ddp", "teacher"), ("ddp", "student"), ("fsdp", "callback")):
+            made[f"chosen {who}"] = lambda folder, n=name, w=who: evaluate(folder, n, 2, w, f2.Reference())
         for name in ("ddp", "fsdp", "fsdp-sharded"):
             for which in ("module", "callback"):
                 made[f"{name} resume {which}"] = lambda folder, n=name, w=which: resume(folder, n, replicas, w)

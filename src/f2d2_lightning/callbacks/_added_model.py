@@ -20,6 +20,7 @@ from f2d2_lightning.checkpoints.pretrained import save_pretrained
 from f2d2_lightning.flows._held import HeldFlowMap, evaluating
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.likelihood.reference import ReferenceChoice
 from f2d2_lightning.modules._teaching import KeptTeacher
 from f2d2_lightning.modules.distillation import DistilledModel, default_head
 from f2d2_lightning.nn.head import Head, JointFlowMap
@@ -270,6 +271,7 @@ class AddedModel(DistilledModel):
             "head": describe_head(self._head("live")),
             "added": self._added.state_dict(),
             "objective": self.objective_state(),
+            "reference": self.reference_choice and self.reference_choice.to_dict(),
             "version": 2,
         }
 
@@ -299,6 +301,7 @@ class AddedModel(DistilledModel):
                 f"{(self.levels, self.low, self.high)}; give it those of the run that is resumed"
             )
         self.run_seed.value = state["seed"]
+        self.reference_choice = ReferenceChoice.from_dict(state.get("reference"))
         self.added.load_state_dict(state["added"])
         self.load_objective_state(state["objective"], None if "version" in state else True)
         if "_source" in vars(self):

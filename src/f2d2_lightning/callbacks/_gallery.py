@@ -174,7 +174,8 @@ class Gallery:
         velocity, device = self.model.reference_velocity(), self.model.device
         if velocity is None:
             return None
-        return self.model.reference(velocity, x.to(device), None if cond is None else cond.to(device)).value.cpu()
+        cond = None if cond is None else cond.to(device)
+        return self.model.reference_log_prob(velocity, x.to(device), cond).value.cpu()
 
     def _reference(self, values: dict[int, Tensor]) -> Tensor | None:
         # what the evaluation has integrated already is not integrated again

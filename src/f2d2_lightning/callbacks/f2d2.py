@@ -155,7 +155,7 @@ class F2D2Callback(AddedModel, L.Callback):
         self.steps = tuple(steps)
         self.inversion = inversion or Inversion()
         # what the network can be differentiated by is the same for its targets and its likelihood
-        self.reference = reference or Reference(steps=50, mode=self.estimator.mode)
+        self.reference = reference or Reference(mode=self.estimator.mode)
         self.fit_samples, self.backward, self.check = fit_samples, backward, check
         check_draws(draws, self.quantization)
         self.draws, self.reference_samples = draws, reference_samples

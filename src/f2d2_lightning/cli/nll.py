@@ -145,7 +145,8 @@ def _nll(options: Any) -> None:
 def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: bool) -> list[_Likelihoods]:
     """Few-step likelihoods of all samples, and with ``reference`` its own besides."""
     few_step = lambda x, cond: module.log_prob(x, options.steps, cond)  # noqa: E731
-    exact = lambda x, cond: module.reference(module.joint_map.velocity, x, cond)  # noqa: E731
+    velocity = module.joint_map.velocity
+    exact = lambda x, cond: module.reference_log_prob(velocity, x, cond)  # noqa: E731
     kinds = (few_step, exact) if reference else (few_step,)
     found: list[list[_Likelihoods]] = [[] for _ in kinds]
     batches = (batch for draw in range(options.draws) for batch in points.batches(options.batch_size, draw))
@@ -159,6 +160,11 @@ def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: 
         if module.conditional and cond is not None:
             check_labels(module, cond, points.source)
         x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
+        if reference and module.reference.open and not found[0]:
+            # what a run chose was for its teacher
+            module.reference_choice = module.reference.chosen(velocity, x, cond)
+            answers = (1 + options.mirrored) * options.draws
+            say(module.reference_choice.said(math.nan if points.count is None else answers * points.count))
         for parts, kind in zip(found, kinds, strict=True):
             parts.append(_likelihoods(lambda state: kind(state, cond), x, options.mirrored))  # noqa: B023
     if not found[0]:

@@ -32,6 +32,7 @@ __all__ = [
     "Exact",
     "Hutchinson",
     "SampleProbes",
+    "StillProbe",
     "check_mode",
     "instantaneous",
     "jacobian_product",
@@ -317,6 +318,18 @@ def _hadamard_row(number: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
             [-1 if other == axis else 1 for other in range(len(shape))]
         )
     return row
+
+
+class StillProbe(Hutchinson):
+    """One probe per state, the same at all times."""
+
+    def __init__(self, x: Tensor, baseline: GaussianBaseline | None, mode: str, step: float = 1e-2) -> None:
+        super().__init__(mode=mode, step=step, control=baseline)
+        generator = torch.Generator().manual_seed(0)
+        self.probe = (torch.randint(0, 2, (1, *x.shape), generator=generator) * 2 - 1).to(x)
+
+    def draw(self, x: Tensor) -> Tensor:
+        return self.probe
 
 
 class SampleProbes:

@@ -13,7 +13,7 @@ from f2d2_lightning.likelihood.quantization import (
     dequantization_bounds,
     state_images,
 )
-from f2d2_lightning.likelihood.reference import Reference, reference_log_prob, reference_sample
+from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice, reference_log_prob, reference_sample
 from f2d2_lightning.likelihood.sampling import Samples, sample
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "LogProb",
     "Quantization",
     "Reference",
+    "ReferenceChoice",
     "Samples",
     "SelfGuidance",
     "bits_per_dim",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
 from f2d2_lightning.likelihood.guidance import SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
-from f2d2_lightning.likelihood.reference import Reference
+from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.likelihood.sampling import Samples, draw_noise, sample
 from f2d2_lightning.utils.checks import check_shape
 
@@ -45,7 +46,9 @@ class LikelihoodModel(ABC):
     inversion: Inversion | None
     """How a map that only goes to data is inverted."""
     reference: Reference
-    """Solver of the reference likelihood."""
+    """Solver of the reference likelihood, which may leave things open."""
+    reference_choice: ReferenceChoice | None = None
+    """What was chosen of :attr:`reference`, once something was."""
     class_names: list[str] | None = None
     """Names of the classes in the order of their labels, see :mod:`f2d2_lightning.utils.class_names`."""
     name: str = ""
@@ -151,6 +154,20 @@ class LikelihoodModel(ABC):
         inversion = None if Direction.TO_NOISE in joint.directions else self.inversion
         with self.evaluating():
             return log_prob(joint, self._fitting(x), steps, cond, inversion=inversion)
+
+    def settled_reference(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> Reference:
+        """:attr:`reference` with what it leaves open chosen on the first states that come here, ``(B, *shape)``."""
+        if not getattr(self.reference, "open", False):
+            return self.reference
+        if self.reference_choice is None or not self.reference.allows(self.reference_choice.reference):
+            self.reference_choice = self.reference.chosen(velocity, x, cond)
+            if not self.reference_choice.good:
+                warnings.warn(self.reference_choice.said(), stacklevel=3)
+        return self.reference_choice.reference
+
+    def reference_log_prob(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:
+        """Log-likelihood of states ``(B, *shape)`` at ``t = 1`` by :meth:`settled_reference`, nats."""
+        return self.settled_reference(velocity, x, cond)(velocity, x, cond)
 
     def sample(
         self,

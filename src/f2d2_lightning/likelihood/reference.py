@@ -9,9 +9,11 @@ Ordinary Differential Equations", 2018, https://arxiv.org/abs/1806.07366; https:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from f2d2_lightning.divergence.estimators import (
     Exact,
     Hutchinson,
     SampleProbes,
+    StillProbe,
     check_mode,
     instantaneous,
 )
@@ -30,8 +33,9 @@ from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.sampling import Samples, check_cond, check_state, normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
 from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.measuring import clock, spread_of
 
-__all__ = ["ADAPTIVE", "FIXED", "Reference", "reference_log_prob", "reference_sample"]
+__all__ = ["ADAPTIVE", "FIXED", "Reference", "ReferenceChoice", "reference_log_prob", "reference_sample"]
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
 WEIGHTS = {
@@ -47,6 +51,20 @@ EXACT_UP_TO = 128
 """Dimensions up to which a likelihood takes the exact divergence by default: one derivative a dimension."""
 AGAIN_EXACT_UP_TO = 16
 """The same for likelihoods of whole data sets, at every validation."""
+LOOKED_AT, FEWEST = 64, 8
+"""States that a reference is chosen on: at most, and at least."""
+FINE = 0.005
+"""What is allowed, in spreads of log p: of the last doubling of the steps, and of the probes' standard error."""
+LEAST_SPREAD = 0.1
+"""Nats that a spread counts as: where all data are as likely, an error of less than a thousandth of a nat is none."""
+FIRST_STEPS, MOST_EVALUATIONS, MOST_PROBES, CHOSEN_EXACT_UP_TO = 16, 1000, 16, 64
+"""What is tried: steps, evaluations and probes; dimensions up to which the exact divergence may be taken."""
+PLACINGS = (0.0, 0.5)
+"""Shares of the steps near the data that are tried."""
+TIMED = 4
+"""Steps that are timed."""
+NUMBERS = 2**18
+"""In states and their tangents that are evaluated at once."""
 
 
 class _Counted:
@@ -161,7 +179,7 @@ def reference_log_prob(
     if isinstance(estimator, Hutchinson):
         probes = estimator.probes
         drawn = SampleProbes(estimator, x, seed)
-        fixed_probes = drawn.draw() if method in ADAPTIVE else None
+        fixed_probes = drawn.draw() if method in ADAPTIVE or isinstance(estimator, StillProbe) else None
     calls, scatter = 0, _Scatter(method)
 
     def right_side(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -246,53 +264,270 @@ def reference_sample(
 class Reference:
     """Settings of a reference likelihood, to be given to a module or to the command line.
 
+    Without ``steps`` they are chosen by measurement (:meth:`chosen`): by a module, a callback or the command line on
+    the first states that they ask for, once; by a call of this object on the states of the call. What is given stays.
+
     Args:
-        method: torchdiffeq's solver, as in :func:`reference_log_prob`.
-        steps: Fixed steps; ``heun2`` evaluates twice a step, so 500 steps are 1,000 evaluations.
-        probes: Hutchinson probes per evaluation; 0 for the exact divergence. ``None`` takes the exact one for states of
-            up to 16 dimensions, and one probe above: a reference is asked for whole data sets, again and again.
+        method: torchdiffeq's solver, as in :func:`reference_log_prob`. By default ``"rk4"`` where steps are chosen,
+            ``"heun2"`` where they are given.
+        steps: Fixed steps; ``heun2`` evaluates twice a step, so 500 steps are 1,000 evaluations. ``None`` chooses them.
+        probes: Hutchinson probes per evaluation; 0 for the exact divergence. ``None`` chooses them with the steps; with
+            given steps it takes the exact one for states of up to 16 dimensions, and one probe above.
         rtol: Relative tolerance of adaptive solvers.
         atol: Absolute tolerance of adaptive solvers.
         seed: Of the probes, which are a function of it and of each sample: a reference is the same whenever it is
             computed, in whatever batch and process.
-        near_data: Share of fixed steps spread evenly in ``log(1 - t)`` near the data.
+        near_data: Share of fixed steps spread evenly in ``log(1 - t)`` near the data. ``None`` chooses it among 0 and
+            .5 with the steps; with given steps it is 0.
         mode: How the network is differentiated, ``"forward"``, ``"reverse"`` or ``"finite"``, as in
             :class:`~f2d2_lightning.Hutchinson`.
         step: Half-width of finite differences, in units of the state.
+        batch: Most states at a time; ``None`` for all, or, where probes are chosen, as many as need little memory.
 
     Raises:
         ValueError: If the method or the mode is unknown, or a number out of range.
     """
 
-    method: str = "heun2"
-    steps: int | None = 500
+    method: str | None = None
+    steps: int | None = None
     probes: int | None = None
     rtol: float = 1e-5
     atol: float = 1e-5
     seed: int = 0
-    near_data: float = 0.0
+    near_data: float | None = None
     mode: str = "forward"
     step: float = 1e-2
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         check_mode(self.mode, self.step)
-        one_of("method", self.method, (*FIXED, *ADAPTIVE))
+        one_of("method", self.method or "rk4", (*FIXED, *ADAPTIVE))
         at_least(0, probes=self.probes or 0)
+        at_least(1, batch=1 if self.batch is None else self.batch)
+
+    @property
+    def open(self) -> bool:
+        """Whether the steps are left to be chosen."""
+        return self.steps is None and self.method not in ADAPTIVE
+
+    def allows(self, other: Reference) -> bool:
+        """Whether ``other`` is this one, with what it leaves open."""
+        return all(getattr(self, f.name) in (None, getattr(other, f.name)) for f in fields(self))
 
     @torch.no_grad()
     def __call__(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:
         """:func:`reference_log_prob` with these settings; draws no random numbers."""
-        how = {"mode": self.mode, "step": self.step}
+        if self.open:
+            choice = self.chosen(velocity, x, cond)
+            if not choice.good:
+                warnings.warn(choice.said(), stacklevel=2)
+            return choice.reference(velocity, x, cond)
         probes = (0 if x[0].numel() <= AGAIN_EXACT_UP_TO else 1) if self.probes is None else self.probes
-        return reference_log_prob(
-            velocity,
-            x,
-            cond,
-            divergence=Hutchinson(probes, **how) if probes else Exact(**how),  # type: ignore[arg-type]
-            method=self.method,
-            steps=None if self.method in ADAPTIVE else self.steps,
-            rtol=self.rtol,
-            atol=self.atol,
-            near_data=0.0 if self.method in ADAPTIVE else self.near_data,
-            seed=self.seed,
+        size = self.batch or max(1, len(x))
+        answers = [
+            reference_log_prob(
+                velocity,
+                part,
+                None if cond is None else cond[start : start + size],
+                divergence=self.divergence(probes),
+                method=self.method or "heun2",
+                steps=None if self.method in ADAPTIVE else self.steps,
+                rtol=self.rtol,
+                atol=self.atol,
+                near_data=0.0 if self.method in ADAPTIVE else self.near_data or 0.0,
+                seed=self.seed,
+            )
+            for start, part in zip(itertools.count(0, size), x.split(size))
+        ]
+        if len(answers) == 1:
+            return answers[0]
+        errors = [answer.standard_error for answer in answers if answer.standard_error is not None]
+        return LogProb(
+            torch.cat([answer.value for answer in answers]),
+            torch.cat([answer.noise for answer in answers]),
+            answers[0].evaluations,
+            standard_error=torch.cat(errors) if errors else None,
         )
+
+    def divergence(self, probes: int) -> DivergenceEstimator:
+        """The estimator of so many probes; the exact one for 0."""
+        return Hutchinson(probes, mode=self.mode, step=self.step) if probes else Exact(mode=self.mode, step=self.step)
+
+    @torch.no_grad()
+    def chosen(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> ReferenceChoice:
+        """What is left open, chosen such that log p is off by little beside its spread over data.
+
+        Steps are doubled, evenly spread and with half of them near the data, until the states move by less than .5 %
+        of the spread, at most to 1,000 evaluations. A probe's standard error then says how many probes bring it there
+        too, 16 at most; the exact divergence is taken in up to 64 dimensions where it costs no more than twice as much.
+
+        Args:
+            velocity: ``(x, t, cond) -> v``, as in :func:`reference_log_prob`.
+            x: Data at ``t = 1``, ``(B, ...)``; the first 64 are looked at. Fewer than 8, or fewer with a finite
+                likelihood, say too little: 500 steps are taken then.
+            cond: Conditioning, first axis ``B``.
+
+        Returns:
+            The choice; draws no random numbers from the global generator. With given steps there is nothing to choose
+            and to measure.
+        """
+        if not self.open:
+            return ReferenceChoice(self, 0)
+        few, of_few = x[:LOOKED_AT], None if cond is None else cond[:LOOKED_AT]
+        found = _Search(self, velocity, few, of_few).choice() if len(few) >= FEWEST else None
+        as_before = replace(self, method=self.method or "heun2", steps=500, near_data=self.near_data or 0.0)
+        return found or ReferenceChoice(as_before, len(few))
+
+
+@dataclass(frozen=True)
+class ReferenceChoice:
+    """Settings of a reference, and how far off it is; NaN where that was not measured."""
+
+    reference: Reference
+    """With nothing left open."""
+    states: int
+    """That it was chosen on."""
+    moved: float = math.nan
+    """Mean change of log p per state by the last doubling of the steps, in nats: more than what is left of it."""
+    noise: float = math.nan
+    """Mean standard error of log p over probes, in nats; 0 for the exact divergence."""
+    spread: float = math.nan
+    """Interquartile range of log p over the states / 1.35, at least .1, in nats."""
+    seconds: float = math.nan
+    """That a state takes, on the device and in a batch of the states that it was chosen on."""
+
+    @property
+    def error(self) -> float:
+        """Of log p per state by steps and probes, in nats."""
+        return math.hypot(self.moved, self.noise)
+
+    @property
+    def evaluations(self) -> int | None:
+        """Of the network with its derivative, for a likelihood; ``None`` for adaptive solvers."""
+        method, steps = self.reference.method or "heun2", self.reference.steps
+        return None if method in ADAPTIVE or steps is None else steps * len(WEIGHTS[method])
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is known to be off by more than is allowed."""
+        return not max(self.moved, self.noise) > FINE * self.spread
+
+    def remedy(self) -> str:
+        """The reference that would be within what is allowed, as far as that can be told."""
+        how, probes = self.reference, self.reference.probes
+        if self.noise > FINE * self.spread:
+            probes = _probes_for(self.noise, probes or 1, self.spread)
+        steps = (how.steps or 0) * (2 if self.moved > FINE * self.spread else 1)
+        return f"Reference(method={how.method!r}, steps={steps}, probes={probes}, near_data={how.near_data})"
+
+    def __str__(self) -> str:
+        """In words, for a log."""
+        how = self.reference
+        divergences = {None: "", 0: ", exact divergence", 1: ", 1 probe of the divergence"}
+        divergence = divergences.get(how.probes, f", {how.probes} probes of the divergence")
+        steps = "" if self.evaluations is None else f"{how.steps} steps of "
+        evaluations = "" if self.evaluations is None else f" ({self.evaluations:,} evaluations)"
+        near = f", {how.near_data:.0%} of them near the data" if how.near_data else ""
+        known = f"what it is off by cannot be told from {self.states} states"
+        if math.isfinite(self.error):
+            known = (
+                f"off by {100 * self.error / self.spread:.2g} % of the spread of log p ({self.error:.2g} of "
+                f"{self.spread:.3g} nats)"
+            )
+        return f"{steps}{how.method or 'heun2'}{evaluations}{near}{divergence}: {known}"
+
+    def said(self, samples: float = math.nan, processes: int = 1) -> str:
+        """The line for a log: what was chosen, about how long so many samples take, and what would be better."""
+        seconds = samples * self.seconds / processes
+        long = f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds / 60:,.0f} minutes"
+        lasts = f"; about {long} for {samples:,.0f} samples" if math.isfinite(seconds) else ""
+        return f"reference: {self}{lasts}" + ("" if self.good else f"; finer would be {self.remedy()}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any] | None) -> ReferenceChoice | None:
+        """Inverse of :meth:`to_dict`; ``None`` of ``None``."""
+        return None if kept is None else cls(**{**kept, "reference": Reference(**kept["reference"])})
+
+
+class _Search:
+    """For what a reference leaves open, on a few states."""
+
+    def __init__(self, given: Reference, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None) -> None:
+        self.given, self.velocity, self.x, self.cond = given, velocity, x, cond
+        self.method, self.dim = given.method or "rk4", x[0].numel()
+
+    def choice(self) -> ReferenceChoice | None:
+        """What is chosen; ``None`` if log p is finite for too few states."""
+        given = self.given
+        steps, near_data, moved, pilot = self._steps()
+        if not math.isfinite(moved):
+            return None
+        spread, probes, noise = _spread(pilot.value), given.probes, 0.0
+        if probes != 0:
+            noise = _mean(pilot.standard_error)
+        if probes is None:
+            enough = _probes_for(noise, 1, spread)
+            probes = 0 if self.dim <= min(CHOSEN_EXACT_UP_TO, 2 * enough) else min(enough, MOST_PROBES)
+            noise = noise / probes**0.5 if probes else 0.0
+        at_once = max(16, NUMBERS // (self.dim * (probes or min(self.dim, Exact().chunk))))
+        chosen = replace(
+            given, method=self.method, steps=steps, probes=probes, near_data=near_data, batch=given.batch or at_once
+        )
+        start = clock(self.x.device)
+        replace(chosen, steps=TIMED)(self.velocity, self.x, self.cond)
+        seconds = (clock(self.x.device) - start) * steps / TIMED / len(self.x)
+        return ReferenceChoice(chosen, len(self.x), moved, noise, spread, seconds)
+
+    def _steps(self) -> tuple[int, float, float, LogProb]:
+        """Steps, their placing, what their last doubling moved, and their answers with probes that are redrawn."""
+        given, most = self.given, MOST_EVALUATIONS // len(WEIGHTS[self.method])
+        # with one and the same probe all along, few and many steps differ by what the steps make
+        still: DivergenceEstimator = Exact(mode=given.mode, step=given.step)
+        if self.dim > AGAIN_EXACT_UP_TO:
+            still = StillProbe(self.x, None, given.mode, given.step)
+        steps, placings = FIRST_STEPS, PLACINGS if given.near_data is None else (given.near_data,)
+        before = {share: self._solve(still, steps, share).value for share in placings}
+        while True:
+            steps = min(2 * steps, most)
+            values = {share: self._solve(still, steps, share).value for share in before}
+            moves = {share: _mean((values[share] - before[share]).abs()) for share in before}
+            near_data = min(moves, key=lambda share: moves[share])
+            moved = moves[near_data]
+            if moved <= FINE * _spread(values[near_data]) or steps == most:
+                pilot = self._solve(given.divergence(given.probes or 1), steps, near_data)
+                # a probe that stays as it is scatters log p, which then looks wider than it is
+                if moved <= FINE * _spread(pilot.value) or steps == most:
+                    return steps, near_data, moved, pilot
+            # a placing that moves far more is not going to win
+            before = {share: values[share] for share in before if moves[share] <= 4 * moved}
+
+    def _solve(self, divergence: DivergenceEstimator, steps: int, near_data: float) -> LogProb:
+        return reference_log_prob(
+            self.velocity,
+            self.x,
+            self.cond,
+            divergence=divergence,
+            method=self.method,
+            steps=steps,
+            near_data=near_data,
+            seed=self.given.seed,
+        )
+
+
+def _mean(values: Tensor | None) -> float:
+    """Of those that are finite; infinite where they are too few."""
+    known = torch.empty(0) if values is None else values[values.isfinite()]
+    return float(known.double().mean()) if len(known) >= FEWEST else math.inf
+
+
+def _spread(values: Tensor) -> float:
+    known = values[values.isfinite()]
+    return max(spread_of(known), LEAST_SPREAD) if len(known) else LEAST_SPREAD
+
+
+def _probes_for(noise: float, probes: int, spread: float) -> int:
+    return max(1, math.ceil(probes * (noise / (FINE * spread)) ** 2))

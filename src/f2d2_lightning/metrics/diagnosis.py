@@ -27,18 +27,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from f2d2_lightning.divergence.estimators import Exact
+from f2d2_lightning.divergence.estimators import Exact, StillProbe
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import EXACT_UP_TO
 from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import time_grid
-from f2d2_lightning.metrics.evaluation import clock
 from f2d2_lightning.objectives.base import baseline_of
 from f2d2_lightning.objectives.integrator import integrated_log_prob
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
-from f2d2_lightning.objectives.targets import StillProbe, spread_of
+from f2d2_lightning.utils.measuring import clock, spread_of
 from f2d2_lightning.utils.seeding import own_random_state
 
 __all__ = ["Diagnosis", "Faults", "Taught", "TaughtPath", "diagnose", "faults", "taught_path"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,10 @@ from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.sampling import Samples
 from f2d2_lightning.metrics.likelihood import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError, doubt
+from f2d2_lightning.utils.measuring import clock
 from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
-__all__ = ["LikelihoodEvaluation", "check_draws", "clock", "draw_again"]
+__all__ = ["LikelihoodEvaluation", "check_draws", "draw_again"]
 
 COMPARED = ["gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"]
 
@@ -240,10 +240,3 @@ def draw_again(x: Tensor, quantization: Quantization, draw: int) -> Tensor:
     place = torch.arange(bits.shape[1], device=x.device)
     uniform = counter_uniform(bits + (place << 32), mix_seed("another draw", draw)).reshape(x.shape)
     return quantization.dequantize(quantization.quantize(x), uniform).to(x.dtype)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

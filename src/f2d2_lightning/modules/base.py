@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.gaussian import fit_baselines
 from f2d2_lightning.likelihood.model import LikelihoodModel
-from f2d2_lightning.likelihood.reference import Reference
+from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.likelihood.sampling import check_cond
 from f2d2_lightning.modules._checks import check_finite, check_same_model, not_finite
 from f2d2_lightning.modules._compile import compile_network
@@ -311,13 +311,15 @@ class FlowModule(L.LightningModule, LikelihoodModel):
         """
         check_finite(self)
         state = {"seed": self.run_seed.value, "averaged_steps": self._averaged_steps, "classes": self.class_names}
-        checkpoint["f2d2"] = state | {"version": 2}
+        reference = self.reference_choice and self.reference_choice.to_dict()
+        checkpoint["f2d2"] = state | {"reference": reference, "version": 2}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         mend_progress(checkpoint)
         state = checkpoint.get("f2d2", {})
         self.run_seed.value = state.get("seed", self.run_seed.value)
         self._averaged_steps = state.get("averaged_steps", 0)
+        self.reference_choice = ReferenceChoice.from_dict(state.get("reference"))
         names = as_names(state.get("classes"), "the checkpoint")
         self._follow_classes(self.class_names if names is None else names)
         check_same_model(self, checkpoint)

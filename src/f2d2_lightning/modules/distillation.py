@@ -300,7 +300,7 @@ class DistilledModel(LikelihoodModel):
             )
         if reference is None:
             with self.evaluating():
-                answer = self.reference(velocity, x, cond)
+                answer = self.reference_log_prob(velocity, x, cond)
             reference = self.nll(answer.value)
             if answer.standard_error is not None:
                 # of a normal error, the mean size

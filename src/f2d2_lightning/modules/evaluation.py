@@ -8,18 +8,62 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.flows.maps import Direction
-from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation, clock
+from f2d2_lightning.likelihood.model import LikelihoodModel
+from f2d2_lightning.likelihood.reference import LOOKED_AT, Reference
+from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation
 from f2d2_lightning.utils.fingerprints import fingerprint
-from f2d2_lightning.utils.processes import Places
+from f2d2_lightning.utils.measuring import clock
+from f2d2_lightning.utils.processes import Places, process_count
 from f2d2_lightning.utils.sharding import is_sharded
 
 if TYPE_CHECKING:
     from f2d2_lightning.modules.distillation import DistilledModel
+
+
+class SharedReference:
+    """What a reference leaves open, chosen on the first states of an evaluation, by all processes alike.
+
+    A fixed one keeps what was chosen first, in a resumed run too. The velocity of a model that trains is looked at
+    anew in every evaluation: it is smooth at the start, and what was enough for it then is not later.
+
+    Args:
+        model: Whose reference.
+        trainer: Its trainer, at the start of the evaluation.
+        most: Samples of a loader that are compared, the first ones; ``None`` for all.
+    """
+
+    def __init__(self, model: LikelihoodModel, trainer: L.Trainer, most: int | None = None) -> None:
+        self.model, self.trainer, self.most = model, trainer, most
+        self._settled = most == 0 or not getattr(model.reference, "open", False)
+
+    def settle(self, x: Tensor, cond: Tensor | None) -> None:
+        """Choose; nothing after the first time. Every process must call it, and the first one's states decide."""
+        velocity = None if self._settled else self.model.reference_velocity()
+        self._settled = True
+        if velocity is None:
+            return
+        model, strategy, known = self.model, self.trainer.strategy, self.model.reference_choice
+        kept = model.reference_fixed and known is not None and model.reference.allows(known.reference)
+        # a sharded network is called equally often by all processes
+        first = (known if kept else None, x[:LOOKED_AT], None if cond is None else cond[:LOOKED_AT])
+        choice, x, cond = strategy.broadcast(first)
+        if choice is None:
+            x, cond = x.to(model.device), None if cond is None else cond.to(model.device)
+            choice = strategy.broadcast(model.reference.chosen(velocity, x, cond))
+        model.reference_choice = choice
+        if known is None or known.reference != choice.reference:
+            said = choice.said(Places(self.trainer).expected(self.most), self.trainer.world_size)
+            (rank_zero_info if choice.good else rank_zero_warn)(said)
+
+    def finish(self) -> None:
+        """At the end: a process without samples takes part all the same, or the others would wait for it."""
+        if process_count() > 1:
+            self.settle(torch.zeros(0, device=self.model.device), None)
 
 
 class Evaluation:
@@ -43,6 +87,7 @@ class Evaluation:
         """Begin a pass over the data."""
         model = self.model
         self._places = Places(trainer)
+        self._shared = SharedReference(model, trainer, model.reference_samples)
         self._identity, self._checked = (None, None), None
         self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, model.draws)
         if not model.reference_fixed:
@@ -59,6 +104,7 @@ class Evaluation:
         compared = int((counted if most is None else counted & (place < most)).sum())
         velocity = model.reference_velocity()
         reference = error = None
+        self._shared.settle(x, cond)
         if compared > 0 and velocity is not None:
             # places ascend
             reference, error = self.reference(velocity, x[:compared], None if cond is None else cond[:compared])
@@ -69,6 +115,7 @@ class Evaluation:
         """Log what was gathered, under names that begin with ``prefix``, and say what is doubtful."""
         if self.likelihoods is None:
             return
+        self._shared.finish()
         results = self.likelihoods.results()
         if Direction.TO_NOISE in self.model.directions:
             # nothing is inverted, and a sample without a likelihood is an accident
@@ -91,17 +138,18 @@ class Evaluation:
         """
         owner = getattr(velocity, "__self__", velocity)
         identity = self._identity_of(owner)
-        key = identity and fingerprint(str(self.model.reference), identity, str(x.device), x, cond)
+        solver = self.model.settled_reference(velocity, x, cond)
+        key = identity and fingerprint(str(solver), identity, str(x.device), x, cond)
         if key in self._references:
             value, error = self._references[key]
             return value.to(x.device), None if error is None else error.to(x.device)
-        value, error = self._integrated(velocity, owner, x, cond)
+        value, error = self._integrated(solver, velocity, owner, x, cond)
         if key is not None:
             self._references[key] = value.cpu(), None if error is None else error.cpu()
         return value, error
 
     def _integrated(
-        self, velocity: Callable[..., Tensor], owner: Any, x: Tensor, cond: Tensor | None
+        self, solver: Reference, velocity: Callable[..., Tensor], owner: Any, x: Tensor, cond: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         # a callback wraps its network anew for every batch
         asked = owner if self.model.reference_fixed else self.model
@@ -109,7 +157,7 @@ class Evaluation:
             check_differentiable(velocity, x, cond, getattr(self.model.reference, "mode", "forward"))
             self._checked = asked
         start = clock(x.device)
-        answer = self.model.reference(velocity, x, cond)
+        answer = solver(velocity, x, cond)
         self._cost = (self._cost[0] + clock(x.device) - start, answer.evaluations)
         return answer.value, answer.standard_error
 

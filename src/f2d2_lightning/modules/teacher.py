@@ -22,6 +22,7 @@ from f2d2_lightning.likelihood.sampling import Samples, draw_noise
 from f2d2_lightning.metrics.likelihood import MeanLikelihood, doubt
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.ema import copy_frozen
+from f2d2_lightning.modules.evaluation import SharedReference
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.seeding import counter_normal, counter_uniform, mix_seed, row_keys
 
@@ -120,7 +121,7 @@ class FlowMatchingModule(FlowModule):
 
     def log_prob(self, x: Tensor, steps: Any = None, cond: Tensor | None = None) -> LogProb:
         """Reference log-likelihood of states at ``t = 1``, nats; ``steps`` are those of :attr:`reference`."""
-        return self.reference(self.average.velocity, self._fitting(x), cond)
+        return self.reference_log_prob(self.average.velocity, self._fitting(x), cond)
 
     def sample(
         self,
@@ -186,6 +187,7 @@ class FlowMatchingModule(FlowModule):
 
     def on_validation_epoch_start(self) -> None:
         self._places = Places(self.trainer)
+        self._shared = SharedReference(self, self.trainer, None if self._wants_nll else 0)
         self._nll = MeanLikelihood(self.dim, self.quantization).to(self.device)
         self._mean_loss = MeanMetric().to(self.device)
 
@@ -204,7 +206,8 @@ class FlowMatchingModule(FlowModule):
         if self._wants_nll:
             if not bool(self._nll.count > 0):
                 check_differentiable(self.average.velocity, x, cond, getattr(self.reference, "mode", "forward"))
-            self._nll.update(self.reference(self.average.velocity, x, cond).value[counted])
+            self._shared.settle(x, cond)
+            self._nll.update(self.reference_log_prob(self.average.velocity, x, cond).value[counted])
 
     test_step = validation_step
 
@@ -213,6 +216,7 @@ class FlowMatchingModule(FlowModule):
         self.log(f"{stage}/loss", self._mean_loss.compute(), prog_bar=True)
         if not self._wants_nll:
             return
+        self._shared.finish()
         mean, error, _ = self._nll.compute()
         if said := doubt({"nll": float(mean)}, self.levels is not None):
             rank_zero_warn(f"the teacher's likelihood is doubtful: {said}")

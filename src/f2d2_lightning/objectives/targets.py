@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, Hutchinson
+from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, Hutchinson, StillProbe
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.objectives.integrator import integrated_log_prob, trajectory_times
 from f2d2_lightning.objectives.sources import TeacherSource
+from f2d2_lightning.utils.measuring import spread_of
 from f2d2_lightning.utils.seeding import own_random_state
 
 NODES = (16, 24, 32, 48, 64, 96)
@@ -91,24 +92,6 @@ class TargetChoice:
 
 def _estimator(probes: int, baseline: GaussianBaseline | None, mode: str) -> DivergenceEstimator:
     return Hutchinson(probes, control=baseline, mode=mode) if probes else Exact(mode=mode)
-
-
-class StillProbe(Hutchinson):
-    """One probe per state, the same at all times."""
-
-    def __init__(self, x: Tensor, baseline: GaussianBaseline | None, mode: str, step: float = 1e-2) -> None:
-        super().__init__(mode=mode, step=step, control=baseline)
-        generator = torch.Generator().manual_seed(0)
-        self.probe = (torch.randint(0, 2, (1, *x.shape), generator=generator) * 2 - 1).to(x)
-
-    def draw(self, x: Tensor) -> Tensor:
-        return self.probe
-
-
-def spread_of(values: Tensor) -> float:
-    """Interquartile range / 1.35: the standard deviation of a normal distribution, and deaf to outliers."""
-    first, third = torch.quantile(values.double(), torch.tensor([0.25, 0.75]).to(values.device, torch.float64))
-    return float(third - first) / 1.35
 
 
 @torch.no_grad()

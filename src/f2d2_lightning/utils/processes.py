@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -58,6 +59,17 @@ class Places:
             return place, torch.ones(count, dtype=torch.bool)
         place = place * sampler.num_replicas + sampler.rank
         return place, place < len(sampler.dataset)  # type: ignore[arg-type]
+
+    def expected(self, most: int | None = None) -> float:
+        """Samples to come on all processes, at most so many of a loader; infinite if neither says."""
+        trainer = self.trainer
+        batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        counts = []
+        for loader, count in zip(self._loaders(), batches):
+            dataset, size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None) or math.inf
+            whole = len(dataset) if isinstance(dataset, Sized) else math.inf
+            counts.append(min(whole, count * size * trainer.world_size, math.inf if most is None else most))
+        return sum(counts)
 
     def _loaders(self) -> list[Any]:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders

@@ -1,0 +1,119 @@
+"""A reference that chooses its own solver, in runs: once, kept, and said."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+import torch
+
+import f2d2_lightning as f2
+from command_line import single_precision  # noqa: F401
+from foreign import MeanFlowModule, callback
+from lightning_parts import fit, student, teacher
+
+OPEN = f2.Reference()
+
+
+class Said(logging.Handler):
+    """What a run says of its reference."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        if record.getMessage().startswith("reference:"):
+            self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def said():
+    handler, logger = Said(), logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Choices that were made."""
+    made, original = [], f2.Reference.chosen
+
+    def counting(self, velocity, x, cond=None):
+        made.append(original(self, velocity, x, cond))
+        return made[-1]
+
+    monkeypatch.setattr(f2.Reference, "chosen", counting)
+    return made
+
+
+def learning(with_callback, **kwargs):
+    """A module, the model of which is evaluated, and the callbacks that it takes."""
+    if not with_callback:
+        module = student(reference=OPEN, **kwargs)
+        return module, module, []
+    added = callback(reference=OPEN, teacher=teacher().average.velocity, **kwargs)
+    return MeanFlowModule(), added, [added]
+
+
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_a_run_chooses_once_and_a_resumed_one_not_again(tmp_path, chosen, said, with_callback):
+    module, model, callbacks = learning(with_callback)
+    run = fit(tmp_path, module, *callbacks, max_epochs=2)
+    (choice,) = chosen
+    assert model.reference_choice is choice
+    assert choice.states == 40
+    assert model.reference == OPEN
+    assert said == [choice.said(50)]
+    assert "evaluations), exact divergence: off by" in said[0]
+    assert " for 50 samples" in said[0]
+    row = model.agreement_table()[-1]
+    assert row["evaluations"] == choice.evaluations
+    path = tmp_path / "x.ckpt"
+    run.save_checkpoint(path)
+    module, again, callbacks = learning(with_callback)
+    fit(tmp_path, module, *callbacks, max_epochs=3, ckpt_path=path)
+    assert again.reference_choice == choice
+    assert len(chosen) == len(said) == 1
+    # what a configuration says now counts more than what was chosen before
+    module, other, callbacks = learning(with_callback)
+    other.reference = f2.Reference(method="heun3")
+    fit(tmp_path, module, *callbacks, max_epochs=3, ckpt_path=path)
+    assert other.reference_choice.reference.method == "heun3"
+    assert len(chosen) == len(said) == 2
+
+
+def test_a_velocity_that_trains_is_looked_at_in_every_evaluation(tmp_path, chosen, said):
+    network = f2.nn.MLP((2,), width=16, blocks=1)
+    module = f2.F2D2Module(network, (2,), steps=(1, 2), reference_samples=20, reference=OPEN)
+    fit(tmp_path, module, max_epochs=3, num_sanity_val_steps=1)
+    assert len(chosen) == 4
+    assert module.reference_choice is chosen[-1]
+    # said again where something else is taken
+    changes = sum(one.reference != other.reference for one, other in itertools.pairwise(chosen))
+    assert len(said) == 1 + changes
+    assert " for 20 samples" in said[0]
+
+
+def test_a_teacher_says_its_likelihood_by_what_was_chosen(tmp_path, chosen):
+    module = teacher(reference=OPEN, validate_nll=True)
+    run = fit(tmp_path, module, max_epochs=2)
+    assert len(chosen) == 2
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = f2.FlowMatchingModule.load_from_checkpoint(tmp_path / "x.ckpt", flow_map=teacher().flow_map, reference=OPEN)
+    x = torch.randn(5, 2)
+    answer = again.log_prob(x)
+    assert torch.equal(answer.value, module.log_prob(x).value)
+    assert answer.evaluations == chosen[-1].evaluations
+    assert len(chosen) == 2
+    fresh = teacher()
+    fresh.log_prob(torch.randn(20, 2)), fresh.log_prob(x)
+    assert len(chosen) == 3
+
+
+def test_nothing_is_chosen_where_all_is_given_or_nothing_compared(tmp_path, chosen, said):
+    for settings in ({"reference": f2.Reference(steps=4)}, {"reference": OPEN, "reference_samples": 0}):
+        fit(tmp_path, student(**settings))
+    assert chosen == said == []
