@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from f2d2_lightning.likelihood.model import LikelihoodModel
-from f2d2_lightning.likelihood.reference import reference_sample
+from f2d2_lightning.likelihood.ode import reference_sample
 from f2d2_lightning.plots import (
     Figure,
     calibration_figure,

@@ -8,7 +8,7 @@ import lightning as L
 
 from f2d2_lightning.callbacks.f2d2 import F2D2Callback
 from f2d2_lightning.likelihood.model import LikelihoodModel
-from f2d2_lightning.likelihood.reference import FIXED
+from f2d2_lightning.likelihood.ode import FIXED
 from f2d2_lightning.modules import FlowMatchingModule
 
 

@@ -6,6 +6,7 @@ from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
+from f2d2_lightning.likelihood.ode import reference_log_prob, reference_sample
 from f2d2_lightning.likelihood.quantization import (
     DequantizationBounds,
     Quantization,
@@ -13,7 +14,7 @@ from f2d2_lightning.likelihood.quantization import (
     dequantization_bounds,
     state_images,
 )
-from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice, reference_log_prob, reference_sample
+from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.likelihood.sampling import Samples, sample
 
 __all__ = [

@@ -17,7 +17,8 @@ from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.flows.paths import LinearPath, Path
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.guidance import SelfGuidance
-from f2d2_lightning.likelihood.reference import Reference, reference_sample
+from f2d2_lightning.likelihood.ode import reference_sample
+from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.likelihood.sampling import Samples, draw_noise
 from f2d2_lightning.metrics.likelihood import MeanLikelihood, doubt
 from f2d2_lightning.modules.base import FlowModule, object_names
