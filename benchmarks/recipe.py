@@ -60,9 +60,9 @@ def network(shape: Sequence[int], count: int, levels: int | None) -> f2.FlowMap:
     dim, dropout = math.prod(shape), 0.3 if count < FEW else 0.0
     if dim > MEDIUM and len(shape) == 3:
         return PreconditionedUNet(shape, levels=levels, width=32, blocks=1, patch=2, dropout=dropout)
-    if dim <= SMALL:
-        return PreconditionedMLP(shape, width=128, blocks=3, expansion=2, dropout=dropout)
-    return PreconditionedMLP(shape, width=256 if dim < 64 else 512, dropout=dropout)
+    if dim < 64:
+        return PreconditionedMLP(shape, width=128 if dim <= SMALL else 256, blocks=3, expansion=2, dropout=dropout)
+    return PreconditionedMLP(shape, dropout=dropout)
 
 
 def batch_size(dim: int) -> int:
