@@ -486,7 +486,7 @@ def test_levels_and_range_are_those_of_the_data(tmp_path, who):
     assert model.quantization == found
     assert nll_of(again, who) == pytest.approx(nll_of(first, who), abs=1e-6)
     if who != "callback":
-        assert {name: module.hparams[name] for name in told} == told
+        assert torch.load(path, weights_only=True)["hyper_parameters"].items() >= told.items()
         kept = type(module).load_from_checkpoint(path, flow_map=small())
         assert kept.quantization == found
     # what was said holds

@@ -191,10 +191,6 @@ class FlowModule(L.LightningModule, RangedModel):
             for part in (self.live, self.average):
                 compile_network(part.flow_map if isinstance(part, JointFlowMap) else part, self.compile_how)
 
-    def _set_range(self, levels: int | None, low: float | None, high: float | None) -> None:
-        super()._set_range(levels, low, high)
-        self.hparams.update({name: getattr(self, name) for name in RANGE if name in self.hparams})
-
     def setup(self, stage: str) -> None:
         """Take over what the data module says and the module was not told, and compare the rest."""
         # the average evaluates on purpose, and Lightning takes that for a mistake
@@ -313,9 +309,12 @@ class FlowModule(L.LightningModule, RangedModel):
         """
         check_finite(self)
         state = {"seed": self.run_seed.value, "averaged_steps": self._averaged_steps, "classes": self.class_names}
-        state["range"] = [getattr(self, name) for name in RANGE]
         reference = self.reference_choice and self.reference_choice.to_dict()
-        checkpoint["f2d2"] = state | {"reference": reference, "version": 2}
+        found = {name: getattr(self, name) for name in RANGE}
+        checkpoint["f2d2"] = state | {"range": list(found.values()), "reference": reference, "version": 2}
+        # the arguments of a subclass may be others
+        said = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        said.update({name: value for name, value in found.items() if name in said})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         mend_progress(checkpoint)
