@@ -291,7 +291,7 @@ HOSTILE = {
                part(STUDENT, shape=[2], flow_map=MAP, trust=["subprocess"], teacher="trap.ckpt")),
         "a whole and no part"),
     # numbers that are none
-    "no shape": (called("net(x, t)") | {"shape": None}, "shape"),
+    "no network": ({"flow_map": None, "shape": None}, "flow_map is needed"),
     "a number as a shape": ({"shape": 3}, "does not hold all"),
     **each("is for states of shape (", lambda side: {"shape": [side]}, 2.5, -2, True, float("nan"), float("inf")),
     **each("does not fit F2D2Module", lambda value: {"flow_map": value}, 5, {"a": 1}),
