@@ -523,6 +523,18 @@ def test_what_was_trained_in_nats_is_not_taken_for_a_model_of_levels(tmp_path, w
             fit(tmp_path, untold(who)[0], data=continuous)
 
 
+class Fixed(f2.FlowMatchingModule):
+    """Arguments of its own, none of them levels."""
+
+    def __init__(self, width=8):
+        super().__init__(MLP((2,), width, 1), warmup=2)
+
+
+def test_a_checkpoint_says_levels_whatever_the_arguments_of_its_class(tmp_path):
+    fit(tmp_path, Fixed(), data=Levels(0.0, 2.0), max_steps=1).save_checkpoint(tmp_path / "fixed.ckpt")
+    assert Fixed.load_from_checkpoint(tmp_path / "fixed.ckpt").quantization == f2.Quantization(17, 0.0, 2.0)
+
+
 def test_the_shape_is_that_of_the_network():
     for network in (small(), PreconditionedMLP((2,), width=8)):
         module = f2.FlowMatchingModule(network)

@@ -80,7 +80,8 @@ class RangedModel(LikelihoodModel):
             # of a module that was told its levels, older checkpoints do not always say them
             unsaid = came is None and (name != "levels" or not self._from_data)
             if self.levels is not None and not unsaid and came != mine:
+                remedy = f"give it {name}={came} (in a configuration: model.init_args.{name})"
                 raise ValueError(
                     f"the checkpoint is of a model with {name}={came}, and {self.title} has {name}={mine}: bits per "
-                    f"dimension would be others; give it {name}={came} (in a configuration: model.init_args.{name})"
+                    f"dimension would be others; {'take the data of that model' if self._from_data else remedy}"
                 )
