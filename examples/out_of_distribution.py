@@ -99,23 +99,18 @@ def train(steps: int, widen: float) -> f2.F2D2Module:
     backbone = PreconditionedMLP(SHAPE, width=256, dropout=0.4)
     teacher = f2.FlowMatchingModule(
         backbone,
-        SHAPE,
-        levels=LEVELS,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3, weight_decay=2.0, betas=(0.9, 0.99)),
         ema_decay=0.998,
     )
     fit(teacher, f2.data.Digits(batch_size=256))
     student = f2.F2D2Module(
         PreconditionedMLP(SHAPE, width=256),
-        SHAPE,
         teacher=teacher,
-        levels=LEVELS,
         head=f2.DivergenceHead(256, layers=0, per_axis=True, baseline=copy.deepcopy(backbone.baseline)),
         objective=f2.TrajectoryRegression(
             nodes=40,
             capacity=6000,
             starts={"data": 0.6, "perturbed": 0.1, "mixed": 0.1, "path": 0.05, "noise": 0.15},
-            quantization=f2.Quantization(LEVELS),
             unroll=0.5,
         ),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.99)),

@@ -24,7 +24,7 @@ class MixtureStudent(f2.F2D2Module):
 
     def __init__(self, mixture: f2.flows.MixtureFlow, **kwargs: Any) -> None:
         backbone = PreconditionedMLP((2,), covariance="full", width=128, blocks=3, expansion=2)
-        super().__init__(flow_map=backbone, shape=(2,), **kwargs)
+        super().__init__(flow_map=backbone, **kwargs)
         self.mixture = mixture
 
     def teacher_velocity(self) -> Any:

@@ -291,7 +291,7 @@ HOSTILE = {
                part(STUDENT, shape=[2], flow_map=MAP, trust=["subprocess"], teacher="trap.ckpt")),
         "a whole and no part"),
     # numbers that are none
-    "no shape": ({"shape": None}, "shape"),
+    "no network": ({"flow_map": None, "shape": None}, "flow_map is needed"),
     "a number as a shape": ({"shape": 3}, "does not hold all"),
     **each("is for states of shape (", lambda side: {"shape": [side]}, 2.5, -2, True, float("nan"), float("inf")),
     **each("does not fit F2D2Module", lambda value: {"flow_map": value}, 5, {"a": 1}),
@@ -1008,7 +1008,7 @@ def test_a_scripts_subclass_needs_no_trust(tmp_path):
     plain = f2.F2D2Module(MLP((2,), 12, 1), (2,), head=f2.DivergenceHead(12, 4, 1), warmup=3, optimizer=torch.optim.SGD)
     script.strategy.connect(plain)
     script.save_checkpoint(tmp_path / "b.ckpt")
-    with pytest.raises(ValueError, match=r"flow_map and shape are needed|pass the missing objects"):
+    with pytest.raises(ValueError, match=r"flow_map is needed|pass the missing objects"):
         f2.F2D2Module.load_from_checkpoint(tmp_path / "b.ckpt")
     again = f2.F2D2Module.load_from_checkpoint(
         tmp_path / "b.ckpt", flow_map=MLP((2,), 12, 1), head=f2.DivergenceHead(12, 4, 1)

@@ -224,7 +224,7 @@ def test_full_size_answers(name):
     arguments = written(name)["model"]["init_args"]
     with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network, head = made(arguments["flow_map"]), made(arguments["head"])
-        x, s, t = torch.zeros(1, *arguments["shape"]), torch.zeros(1), torch.ones(1)
+        x, s, t = torch.zeros(1, *arguments["flow_map"]["init_args"]["shape"]), torch.zeros(1), torch.ones(1)
         velocity, features = network.forward_features(x, s, t)
         count = counter.get_total_flops()
         assert velocity.shape == x.shape
@@ -253,7 +253,7 @@ def test_students_train_both_directions_and_weigh_the_divergence(name):
     assert bool((s < t).float().mean() > 0.15)
     assert ("teacher" in arguments) == (name in DISTILLED)
     if not name.endswith("/f2d2.yaml"):
-        dim = math.prod(arguments["shape"])
+        dim = math.prod(arguments["flow_map"]["init_args"]["shape"])
         # 1 / factor^2 per sample, as a share of the mean over dimensions
         assert objective.weighting.divergence == pytest.approx(dim / FACTOR[name.split("/")[0]] ** 2, rel=0.01)
 

@@ -235,7 +235,7 @@ class Wrong(Pair):
             lambda p: student(objective=f2.objectives.Semigroup(intervals=f2.Intervals("to_data"))),
             "directions of both alike",
         ),
-        (lambda p: f2.F2D2Module(), "flow_map and shape are needed"),
+        (lambda p: f2.F2D2Module(), "flow_map is needed"),
         (lambda p: student(ema_decay=1.0), r"ema_decay=1.0 lies in \[0, 1\)"),
         (lambda p: fit(p, student(), data=Wrong()), r"shape=\(2,\), but Wrong has shape=\(3,\)"),
         (lambda p: fit(p, student(levels=17), data=f2.data.Digits()), "make them agree"),

@@ -22,11 +22,11 @@ from f2d2_lightning.divergence.estimators import SampleProbes
 from f2d2_lightning.flows import Point
 from f2d2_lightning.metrics import LikelihoodEvaluation
 from f2d2_lightning.metrics.likelihood import doubt
-from f2d2_lightning.nn import MLP
+from f2d2_lightning.nn import MLP, PreconditionedMLP
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.seeding import row_keys
 from foreign import MeanFlowModule, callback
-from lightning_parts import Pair, fit, student, teacher, trainer
+from lightning_parts import Pair, fit, same, student, teacher, trainer
 
 MODES = ("forward", "reverse", "finite")
 pytestmark = pytest.mark.usefixtures("single_precision")
@@ -435,17 +435,112 @@ def test_ranges_are_compared_with_the_data_in_every_stage(tmp_path, stage):
     for module in (teacher(levels=17), student(teacher(levels=17))):
         with pytest.raises(ValueError, match=r"low=-1\.0, but Levels has low=0\.0"):
             getattr(trainer(tmp_path), stage)(module, datamodule=wrong)
-    with pytest.raises(ValueError, match=r"F2D2Callback has low=-1\.0, but Levels has low=0\.0"):
+    with pytest.raises(ValueError, match=r"F2D2Callback\('net'\) has low=-1\.0, but Levels has low=0\.0"):
         getattr(trainer(tmp_path, callbacks=[callback(levels=17)]), stage)(MeanFlowModule(), datamodule=wrong)
 
 
-def test_a_callback_takes_levels_and_range_of_the_data(tmp_path):
-    added = callback()
-    run = fit(tmp_path, MeanFlowModule(), added, data=Levels(0.0, 2.0))
-    assert added.quantization == added.objective.quantization == f2.Quantization(17, 0.0, 2.0)
-    x = torch.stack(list(Levels(0.0, 2.0).dataset("val")))
-    bits = f2.bits_per_dim(added.log_prob(x, 1).value, 2, 17, 0.0, 2.0).mean()
-    assert float(run.callback_metrics["val/f2d2_nll_1"]) == pytest.approx(float(bits), abs=1e-4)
+def untold(who, **said):
+    """What is trained and what answers: told nothing of the data but what is ``said``."""
+    torch.manual_seed(0)
+    cheap = {"reference": f2.Reference(steps=8, probes=0), **said}
+    if who == "callback":
+        added = callback(**cheap)
+        return MeanFlowModule(), added, [added]
+    if who == "teacher":
+        module = teacher(validate_nll=True, **cheap)
+    else:
+        module = student(lambda x, t, cond: -x, flow_map=small(), **({"draws": 2} | cheap))
+    return module, module, []
+
+
+def nll_of(run, who):
+    return float(
+        run.callback_metrics[{"teacher": "val/nll", "student": "val/nll_1", "callback": "val/f2d2_nll_1"}[who]]
+    )
+
+
+@pytest.mark.parametrize("who", ["teacher", "student", "callback"])
+def test_levels_and_range_are_those_of_the_data(tmp_path, who):
+    found, told = f2.Quantization(17, 0.0, 2.0), {"levels": 17, "low": 0.0, "high": 2.0}
+
+    def run(said, steps, **kwargs):
+        module, model, callbacks = untold(who, **said)
+        data = Levels(0.0, 2.0)
+        kwargs |= {"max_steps": steps, "val_check_interval": 1, "num_sanity_val_steps": 1}
+        made = fit(tmp_path, module, *callbacks, data=data, **kwargs)
+        assert model.quantization == found
+        assert who == "teacher" or model.objective.quantization == found
+        return made, module, model
+
+    first, module, _ = run({}, 2)
+    other, same_module, _ = run(told, 2)
+    assert same(module, same_module)
+    assert nll_of(first, who) == nll_of(other, who)
+    # the checkpoint says them to whoever was told nothing, with the data module and without
+    path = tmp_path / "found.ckpt"
+    first.save_checkpoint(path)
+    run({}, 3, ckpt_path=path)
+    module, model, callbacks = untold(who)
+    again = trainer(tmp_path, callbacks=callbacks)
+    again.validate(module, Levels(0.0, 2.0).val_dataloader(), ckpt_path=path, verbose=False)
+    assert model.quantization == found
+    assert nll_of(again, who) == pytest.approx(nll_of(first, who), abs=1e-6)
+    if who != "callback":
+        assert torch.load(path, weights_only=True)["hyper_parameters"].items() >= told.items()
+        kept = type(module).load_from_checkpoint(path, flow_map=small())
+        assert kept.quantization == found
+    # what was said holds
+    for said, message in (({"levels": 5}, "levels=5"), ({"low": 0.5}, "low=0.5")):
+        module, model, callbacks = untold(who, **said)
+        with pytest.raises(ValueError, match=f"{message}, but Levels has"):
+            fit(tmp_path, module, *callbacks, data=Levels(0.0, 2.0))
+    module, model, callbacks = untold(who, levels=5)
+    again = trainer(tmp_path, callbacks=callbacks)
+    with pytest.raises(ValueError, match=r"the checkpoint is of a model with levels=17, and .* has levels=5"):
+        again.validate(module, Levels(0.0, 2.0).val_dataloader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_what_was_trained_in_nats_is_not_taken_for_a_model_of_levels(tmp_path, who):
+    continuous, discrete = Pair(), Levels()
+    module = untold(who, **({} if who == "teacher" else {"draws": 1}))[0]
+    run = fit(tmp_path, module, data=continuous, max_steps=1)
+    run.save_checkpoint(tmp_path / "nats.ckpt")
+    for trained in (module, type(module).load_from_checkpoint(tmp_path / "nats.ckpt", flow_map=small())):
+        with pytest.raises(ValueError, match="has levels=None, but Levels has levels=17"):
+            trainer(tmp_path).test(trained, discrete)
+    with pytest.raises(ValueError, match=r"the checkpoint is of a model with levels=None, and .* has levels=17"):
+        trainer(tmp_path).test(untold(who)[0], discrete, ckpt_path=tmp_path / "nats.ckpt")
+    if who == "student":
+        with pytest.raises(ValueError, match=r"teacher was trained on None, the model is for .*levels=17"):
+            fit(tmp_path, student(fitted := teacher()), data=discrete)
+        # one that has yet to learn of its data says them later
+        early = student(fitted)
+        fit(tmp_path, fitted, data=Levels(0.0, 2.0), max_steps=1)
+        fit(tmp_path, early, data=Levels(0.0, 2.0), max_steps=1)
+        assert early.quantization == early.objective.quantization == f2.Quantization(17, 0.0, 2.0)
+        with pytest.raises(ValueError, match="draws=2 and levels=None"):
+            fit(tmp_path, untold(who)[0], data=continuous)
+
+
+class Fixed(f2.FlowMatchingModule):
+    """Arguments of its own, none of them levels."""
+
+    def __init__(self, width=8):
+        super().__init__(MLP((2,), width, 1), warmup=2)
+
+
+def test_a_checkpoint_says_levels_whatever_the_arguments_of_its_class(tmp_path):
+    fit(tmp_path, Fixed(), data=Levels(0.0, 2.0), max_steps=1).save_checkpoint(tmp_path / "fixed.ckpt")
+    assert Fixed.load_from_checkpoint(tmp_path / "fixed.ckpt").quantization == f2.Quantization(17, 0.0, 2.0)
+
+
+def test_the_shape_is_that_of_the_network():
+    for network in (small(), PreconditionedMLP((2,), width=8)):
+        module = f2.FlowMatchingModule(network)
+        assert module.shape == module.hparams.shape == f2.F2D2Module(network).shape == (2,)
+    with pytest.raises(ValueError, match=r"does not say the shape of its states; give shape="):
+        f2.FlowMatchingModule(Adapter("net(x, t)", directions="none")(nn.Identity()))
 
 
 def test_an_empty_range_is_refused():

@@ -70,7 +70,7 @@ def same(one: Any, other: Any) -> bool:
 def teacher(**kwargs: Any) -> f2.FlowMatchingModule:
     """An untrained teacher for :class:`Pair`."""
     torch.manual_seed(1)
-    return f2.FlowMatchingModule(MLP((2,), width=16, blocks=1), shape=(2,), warmup=2, **kwargs)
+    return f2.FlowMatchingModule(MLP((2,), width=16, blocks=1), warmup=2, **kwargs)
 
 
 def student(of: Any = None, **kwargs: Any) -> f2.F2D2Module:

@@ -19,13 +19,13 @@ from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, describe_head, des
 from f2d2_lightning.checkpoints.pretrained import save_pretrained
 from f2d2_lightning.flows._held import HeldFlowMap, evaluating
 from f2d2_lightning.flows.maps import Direction
-from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.reference import ReferenceChoice
+from f2d2_lightning.modules._ranges import RANGE
 from f2d2_lightning.modules._teaching import KeptTeacher
 from f2d2_lightning.modules.distillation import DistilledModel, default_head
 from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.objectives.sources import TeacherSource
-from f2d2_lightning.training.batches import HALF, BatchStates, FirstLook, compare_ranges, training_batches
+from f2d2_lightning.training.batches import HALF, BatchStates, FirstLook, training_batches
 from f2d2_lightning.utils.sharding import whole_state
 
 
@@ -52,10 +52,6 @@ class AddedModel(DistilledModel):
         self._module: Any = None
         self._look = FirstLook()
         self._student: JointFlowMap | None = None
-
-    def _quantize(self, levels: int | None, low: float, high: float) -> None:
-        self.levels, self.low, self.high = levels, low, high
-        self.take_range(self.teacher)
 
     # --- as a model with likelihoods ---
 
@@ -174,11 +170,7 @@ class AddedModel(DistilledModel):
                 "those of its rounded answers, off by a percent of their divergence; head and states stay in float32. "
                 "'bf16-mixed' and '32-true' keep weights whole"
             )
-        data = getattr(trainer, "datamodule", None)
-        theirs = getattr(data, "quantization", None)
-        if self.levels is None and isinstance(theirs, Quantization):
-            self._quantize(theirs.levels, theirs.low, theirs.high)
-        compare_ranges("F2D2Callback", self.quantization, data)
+        self.agree_with_data(getattr(trainer, "datamodule", None))
 
     def _find(self, pl_module: L.LightningModule) -> None:
         network = find_submodule(pl_module, self.flow_map)
@@ -292,14 +284,10 @@ class AddedModel(DistilledModel):
             raise ValueError(
                 f"the checkpoint's head is for states of shape {tuple(state['shape'])}, the data have {self.shape}"
             )
-        kept = tuple(state.get("range", (self.levels, self.low, self.high)))
-        if self.levels is None and kept[0] is not None:
-            self._quantize(*kept)
-        if kept[0] is not None and kept != (self.levels, self.low, self.high):
-            raise ValueError(
-                f"the checkpoint's head is for levels, low and high {kept}, F2D2Callback has "
-                f"{(self.levels, self.low, self.high)}; give it those of the run that is resumed"
-            )
+        kept = dict(zip(RANGE, state.get("range", ())))
+        # a head that was trained in nats may go on in bits
+        if kept.get("levels") is not None:
+            self.agree_with_checkpoint(kept)
         self.run_seed.value = state["seed"]
         self.reference_choice = ReferenceChoice.from_dict(state.get("reference"))
         self.added.load_state_dict(state["added"])

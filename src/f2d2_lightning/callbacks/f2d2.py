@@ -35,6 +35,7 @@ from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.training.batches import BatchStates, FirstLook, training_batches
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.seeding import mix_seed, own_random_state
 
 
@@ -76,8 +77,8 @@ class F2D2Callback(AddedModel, L.Callback):
             sequence.
         levels: Levels of discrete data: likelihoods are logged in bits per dimension; ``None`` takes those and the
             range of a teacher or a data module of this package, else likelihoods are in nats.
-        low: Lower edge of the range that the levels fill.
-        high: Upper edge.
+        low: Lower edge of the range that the levels fill; ``None`` takes it likewise, else -1.
+        high: Upper edge; ``None`` takes it likewise, else 1.
         steps: Step counts that validation and test report.
         draws: Dequantization draws per sample that validation averages few-step likelihoods over.
         inversion: How maps that only go to data are inverted.
@@ -111,8 +112,8 @@ class F2D2Callback(AddedModel, L.Callback):
         ema_decay: float = 0.999,
         data_to_state: Callable[[Any], tuple[Tensor, Tensor | None]] | str | None = None,
         levels: int | None = None,
-        low: float = -1.0,
-        high: float = 1.0,
+        low: float | None = None,
+        high: float | None = None,
         steps: Sequence[int] = (1, 2, 4, 8),
         draws: int = 1,
         inversion: Inversion | None = None,
@@ -126,8 +127,6 @@ class F2D2Callback(AddedModel, L.Callback):
         theirs = getattr(teacher, "quantization", None)
         if levels is None and isinstance(theirs, Quantization):
             levels, low, high = theirs.levels, theirs.low, theirs.high
-        if not low < high:
-            raise ValueError(f"low={low} and high={high} are the edges of the data's range; low < high is needed")
         if not 0 <= ema_decay < 1 or not weight > 0 or fit_samples < 2 or reference_samples < 0:
             raise ValueError(
                 f"ema_decay={ema_decay} lies in [0, 1), weight={weight} is positive, fit_samples={fit_samples} is at "
@@ -147,7 +146,8 @@ class F2D2Callback(AddedModel, L.Callback):
             )
         self.run_seed = RunSeed()
         self.distill(objective, estimator, directions, teacher is None)
-        self._quantize(levels, low, high)
+        self.say_range(levels, low, high)
+        self.take_range()
         self.frozen, self.weight = frozen, weight
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
         self.follow_schedule, self.gradient_clip, self.ema_decay = follow_schedule, gradient_clip, ema_decay
@@ -157,7 +157,7 @@ class F2D2Callback(AddedModel, L.Callback):
         # what the network can be differentiated by is the same for its targets and its likelihood
         self.reference = reference or Reference(mode=self.estimator.mode)
         self.fit_samples, self.backward, self.check = fit_samples, backward, check
-        check_draws(draws, self.quantization)
+        at_least(1, draws=draws)
         self.draws, self.reference_samples = draws, reference_samples
         self.evaluation = Evaluation(self, check)
         self._wrapped: Wrapped | None = None
@@ -234,6 +234,7 @@ class F2D2Callback(AddedModel, L.Callback):
                 self._restore_pending()
             elif self.added.steps == 0:
                 self._fit(trainer)
+        check_draws(self.draws, self.quantization)
 
     # --- training ---
 

@@ -89,7 +89,7 @@ def save_pretrained(
         FileExistsError: If ``folder`` is a file.
     """
     about = DataDescription(
-        tuple(_shape(model) if shape is None else shape), levels, float(low), float(high), model.directions.label
+        tuple(state_shape(model) if shape is None else shape), levels, float(low), float(high), model.directions.label
     )
     content = describe_model(model)
     tensors, shared = _once(whole_state(model, network_state))
@@ -172,7 +172,7 @@ def read_description(folder: str | FilePath) -> DataDescription:
     return _read(folder)[1]
 
 
-def _shape(model: nn.Module) -> Sequence[int]:
+def state_shape(model: nn.Module) -> Sequence[int]:
     """Shape of one state, from the model or from the network inside it, if that is of this package."""
     part: Any = model
     while isinstance(part, nn.Module) and not isinstance(part, AdaptedFlowMap):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from f2d2_lightning.modules._ranges import RANGE
 from f2d2_lightning.utils.processes import gather_states
 from f2d2_lightning.utils.sharding import all_finite
 
@@ -15,20 +16,14 @@ if TYPE_CHECKING:
 
 
 def check_same_model(module: FlowModule, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another model.
+    """Refuse a checkpoint of another model; levels and range that were not said are its.
 
     Raises:
         ValueError: If range, names or shapes of weights are others. Says which.
     """
-    said = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    if said.get("levels") is not None or module.levels is not None:
-        for name in ("levels", "low", "high"):
-            if name in said and said[name] is not None and said[name] != getattr(module, name):
-                raise ValueError(
-                    f"the checkpoint is of a model with {name}={said[name]}, and this module has "
-                    f"{name}={getattr(module, name)}: bits per dimension would be others; give it "
-                    f"{name}={said[name]} (in a configuration: model.init_args.{name})"
-                )
+    kept = checkpoint.get("f2d2", {}).get("range")
+    said = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {}) if kept is None else dict(zip(RANGE, kept))
+    module.agree_with_checkpoint(said)
     mine, theirs = module.state_dict(), checkpoint.get("state_dict", {})
     if theirs and not mine.keys() & theirs.keys():
         name = checkpoint.get("hyper_parameters", {}).get("_class_path", "another class")

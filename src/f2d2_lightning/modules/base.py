@@ -16,15 +16,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from f2d2_lightning.flows.gaussian import fit_baselines
-from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.likelihood.sampling import check_cond
 from f2d2_lightning.modules._checks import check_finite, check_same_model, not_finite
 from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.modules._optimization import make_optimizers
+from f2d2_lightning.modules._ranges import RANGE, RangedModel
 from f2d2_lightning.modules.ema import update_average, warmed_decay
 from f2d2_lightning.nn.head import JointFlowMap
-from f2d2_lightning.training.batches import FirstLook, all_training_batches, check_precision, compare_ranges
+from f2d2_lightning.training.batches import FirstLook, all_training_batches, check_precision
 from f2d2_lightning.training.loading import read_checkpoint, restore_module
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class FlowModule(L.LightningModule, LikelihoodModel):
+class FlowModule(L.LightningModule, RangedModel):
     """What teacher and student share: optimisation, weight average, reproducible steps, data, likelihood metrics.
 
     Each training step seeds the random state from (seed, epoch, batch, process), so that a resumed run draws what the
@@ -56,8 +56,8 @@ class FlowModule(L.LightningModule, LikelihoodModel):
         self,
         shape: Sequence[int],
         levels: int | None,
-        low: float,
-        high: float,
+        low: float | None,
+        high: float | None,
         optimizer: OptimizerCallable | None,
         lr_scheduler: LRSchedulerCallable | None,
         warmup: int,
@@ -69,10 +69,8 @@ class FlowModule(L.LightningModule, LikelihoodModel):
         super().__init__()
         if not 0 <= ema_decay < 1 or warmup < 0:
             raise ValueError(f"ema_decay={ema_decay} lies in [0, 1) and warmup={warmup} is at least 0")
-        if not low < high:
-            raise ValueError(f"low={low} and high={high} are the edges of the data's range; low < high is needed")
         self.shape = tuple(shape)
-        self.levels, self.low, self.high = levels, low, high
+        self.say_range(levels, low, high)
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.ema_decay = ema_decay
         self.reference = reference or Reference()
@@ -194,12 +192,12 @@ class FlowModule(L.LightningModule, LikelihoodModel):
                 compile_network(part.flow_map if isinstance(part, JointFlowMap) else part, self.compile_how)
 
     def setup(self, stage: str) -> None:
-        """Compare the module's data settings with the data module's."""
+        """Take over what the data module says and the module was not told, and compare the rest."""
         # the average evaluates on purpose, and Lightning takes that for a mistake
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
         check_precision(self.trainer)
         self._look = FirstLook()
-        compare_ranges("the module", self.quantization, getattr(self.trainer, "datamodule", None), self.shape)
+        self.agree_with_data(getattr(self.trainer, "datamodule", None), self.shape, take=not self.trained)
         self._follow_classes(self.class_names)
 
     def _follow_classes(self, known: list[str] | None) -> None:
@@ -312,7 +310,11 @@ class FlowModule(L.LightningModule, LikelihoodModel):
         check_finite(self)
         state = {"seed": self.run_seed.value, "averaged_steps": self._averaged_steps, "classes": self.class_names}
         reference = self.reference_choice and self.reference_choice.to_dict()
-        checkpoint["f2d2"] = state | {"reference": reference, "version": 2}
+        found = {name: getattr(self, name) for name in RANGE}
+        checkpoint["f2d2"] = state | {"range": list(found.values()), "reference": reference, "version": 2}
+        # the arguments of a subclass may be others
+        said = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        said.update({name: value for name, value in found.items() if name in said})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         mend_progress(checkpoint)

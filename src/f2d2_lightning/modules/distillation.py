@@ -15,9 +15,9 @@ from f2d2_lightning.adapters import AdaptedFlowMap, check_convention, check_diff
 from f2d2_lightning.divergence.estimators import DivergenceEstimator, Hutchinson
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, FlowMap
-from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.metrics.diagnosis import Diagnosis, Taught, diagnose
+from f2d2_lightning.modules._ranges import RangedModel
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
@@ -73,7 +73,7 @@ def default_head(channels: int, shape: tuple[int, ...], flow_map: FlowMap) -> Di
     return DivergenceHead(channels, baseline=baseline)
 
 
-class DistilledModel(LikelihoodModel):
+class DistilledModel(RangedModel):
     """A model whose likelihoods are trained and evaluated here: a student module, or what a callback adds."""
 
     joint: Any
@@ -124,14 +124,24 @@ class DistilledModel(LikelihoodModel):
             )
         self._objective = objective
 
-    def take_range(self, of_teacher: Any) -> None:
+    @property
+    def known_teacher(self) -> Any:
+        """The teacher as far as it is known: ``None`` for a file that was not read yet."""
+        return self.teacher
+
+    def quantize(self, levels: int | None, low: float | None, high: float | None) -> None:
+        super().quantize(levels, low, high)
+        self.take_range()
+
+    def take_range(self) -> None:
         """Make levels and range of the data the objective's as well.
 
         Raises:
             ValueError: If the objective has others, or the teacher, where it says them.
         """
-        theirs = getattr(of_teacher, "quantization", None)
-        says = isinstance(theirs, Quantization) or isinstance(of_teacher, L.LightningModule)
+        teacher = self.known_teacher
+        theirs = getattr(teacher, "quantization", None)
+        says = isinstance(theirs, Quantization) or isinstance(teacher, L.LightningModule)
         if says and theirs != self.quantization:
             raise ValueError(
                 f"the teacher was trained on {theirs}, the model is for {self.quantization}; make them agree, or leave "

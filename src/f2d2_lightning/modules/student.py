@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from f2d2_lightning.checkpoints.pretrained import state_shape
 from f2d2_lightning.checkpoints.trust import packages_of
 from f2d2_lightning.divergence.estimators import DivergenceEstimator
 from f2d2_lightning.flows.maps import FlowMap
@@ -28,6 +29,7 @@ from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.nn.second_time import one_time_state
 from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.objectives.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.sharding import load_whole
 
 
@@ -42,7 +44,7 @@ class F2D2Module(FlowModule, DistilledModel):
 
     Args:
         flow_map: Backbone of the student; ``None`` takes a copy of the teacher's, without its dropout.
-        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the teacher's.
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the teacher's, else the backbone's.
         teacher: A trained :class:`FlowMatchingModule`, a flow map or velocity ``(x, t, cond) -> v``, or the path of a
             checkpoint of the first. It is not part of this module's checkpoint and is needed only to train and to
             compare. ``None`` distils the student's own diagonal, trained by flow matching.
@@ -61,9 +63,10 @@ class F2D2Module(FlowModule, DistilledModel):
         draws: Dequantization draws per sample that validation averages few-step likelihoods over.
         reference_samples: Samples per evaluation compared with the reference, the data's first; ``None`` for all.
         inversion: For maps that only go to data: how validation and :meth:`log_prob` invert them.
-        levels: Levels of discrete data, for bits per dimension; ``None`` takes the teacher's, if any, else nats.
-        low: Lower edge of the range that the levels fill; ``None`` takes the teacher's, else -1.
-        high: Upper edge; ``None`` takes the teacher's, else 1.
+        levels: Levels of discrete data, for bits per dimension; ``None`` takes the teacher's, if any, else those of the
+            data module or of the checkpoint; where these say none, data are continuous and reported in nats.
+        low: Lower edge of the range that the levels fill; ``None`` takes it likewise, else -1.
+        high: Upper edge; ``None`` takes it likewise, else 1.
         optimizer: Makes the optimiser; AdamW at 1e-3 by default.
         lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
         warmup: Steps of linear rise of the default schedule.
@@ -111,22 +114,23 @@ class F2D2Module(FlowModule, DistilledModel):
         kept = KeptTeacher(teacher)
         if isinstance(teacher, FlowMatchingModule):
             shape = shape or teacher.shape
-            levels = teacher.levels if levels is None else levels
-            low, high = teacher.low if low is None else low, teacher.high if high is None else high
+            if teacher.levels is not None:
+                levels = teacher.levels if levels is None else levels
+                low, high = teacher.low if low is None else low, teacher.high if high is None else high
             if flow_map is None or share_weights(teacher, flow_map):
                 # training must not change the teacher
                 copied = without_dropout(teacher.average) if flow_map is None else copy.deepcopy(flow_map)
                 flow_map = copied.requires_grad_(True).train()
-        if flow_map is None or shape is None:
-            raise ValueError("flow_map and shape are needed where the teacher is not a FlowMatchingModule object")
+        if flow_map is None:
+            raise ValueError("flow_map is needed where the teacher is not a FlowMatchingModule object")
+        shape = state_shape(flow_map) if shape is None else shape
+        at_least(1, draws=draws)
         parameters = list(flow_map.parameters())
         if not frozen and parameters and not any(p.requires_grad for p in parameters):
             raise ValueError(
                 f"no parameter of the student's backbone ({type(flow_map).__name__}) requires gradients, so it would "
                 "not be trained: flow_map.requires_grad_(True), or frozen=True to train the head only"
             )
-        given = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
-        low, high = -1.0 if low is None else low, 1.0 if high is None else high
         if reference is None:
             # what the network can be differentiated by is the same for its targets and its likelihood
             reference = Reference() if estimator is None else Reference(mode=estimator.mode)
@@ -141,11 +145,11 @@ class F2D2Module(FlowModule, DistilledModel):
                 f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
                 f"{type(self.objective.path).__name__}; give both the same path"
             )
-        self._given = given  # edges of the range that were said, and not taken from the teacher
         self.draws = draws
         head = head or default_head(_feature_channels(flow_map), self.shape, flow_map)
         self.joint = JointFlowMap(flow_map, head, frozen)
-        self._inherit(teacher)
+        self.kept_teacher = kept
+        self._inherit()
         shared = {id(flow_map): flow_map} if frozen else {}
         self.average = copy_frozen(self.joint, shared)
         self.steps = tuple(steps)
@@ -158,7 +162,7 @@ class F2D2Module(FlowModule, DistilledModel):
         self.off_diagonal = off_diagonal
         self._sources: tuple[VelocitySource, VelocitySource] | None = None
         self.trust = (*trust, *packages_of(*(type(part) for part in flow_map.modules())))
-        self.kept_teacher, kept.trust = kept, self.trust
+        kept.trust = self.trust
         kept.keep_apart(flow_map)
         self._speed_up()
 
@@ -205,7 +209,8 @@ class F2D2Module(FlowModule, DistilledModel):
     def setup(self, stage: str) -> None:
         """Load the teacher where it is needed, and compare shapes."""
         if stage != "predict" or not self.trained:
-            self._inherit(self.teacher)
+            _ = self.teacher  # a file is read
+            self._inherit()
         super().setup(stage)
         if stage == "predict":
             return
@@ -232,22 +237,22 @@ class F2D2Module(FlowModule, DistilledModel):
             )
         self._follow_classes(theirs)
 
-    def _inherit(self, teacher: Any) -> None:
+    @property
+    def known_teacher(self) -> Any:
+        return self.kept_teacher.known
+
+    def _inherit(self) -> None:
         """Levels and range of the teacher, which are the objective's as well.
 
         Raises:
             ValueError: If they, or the shapes, are not the same.
         """
+        teacher = self.known_teacher
         if isinstance(teacher, FlowMatchingModule):
             check_teacher(teacher, self)
             if self.levels is None:
-                self.levels = teacher.levels
-                self.low, self.high = (self._given.get(name, getattr(teacher, name)) for name in ("low", "high"))
-        if self.levels is not None or not isinstance(teacher, (str, Path)):
-            check_draws(self.draws, self.quantization)
-        # what a checkpoint says of the data is then whole
-        self.hparams.update({name: getattr(self, name) for name in ("levels", "low", "high")})
-        self.take_range(teacher)
+                self._set_range(teacher.levels, teacher.low, teacher.high)
+        self.take_range()
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -278,6 +283,7 @@ class F2D2Module(FlowModule, DistilledModel):
 
     def on_fit_start(self) -> None:
         """Make the targets' source anew: teacher and device may be others than in the last run."""
+        check_draws(self.draws, self.quantization)
         self._sources = None
 
     def _targets(self) -> tuple[VelocitySource, VelocitySource]:

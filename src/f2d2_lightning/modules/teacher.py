@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from f2d2_lightning.adapters import check_differentiable
+from f2d2_lightning.checkpoints.pretrained import state_shape
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.flows.paths import LinearPath, Path
@@ -37,10 +38,11 @@ class FlowMatchingModule(FlowModule):
 
     Args:
         flow_map: Backbone; it is trained, and later evaluated, at ``s = t``.
-        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
-        levels: Levels of discrete data, for bits per dimension; ``None`` for continuous data, reported in nats.
-        low: Lower edge of the range that the levels fill.
-        high: Upper edge.
+        shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the backbone's.
+        levels: Levels of discrete data, for bits per dimension; ``None`` takes those of the data module, or of the
+            checkpoint; where these say none, data are continuous and reported in nats.
+        low: Lower edge of the range that the levels fill; ``None`` takes it likewise, else -1.
+        high: Upper edge; ``None`` takes it likewise, else 1.
         path: Probability path; the linear one by default.
         optimizer: Makes the optimiser; AdamW at 1e-3 by default.
         lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
@@ -66,10 +68,10 @@ class FlowMatchingModule(FlowModule):
     def __init__(
         self,
         flow_map: FlowMap,
-        shape: Sequence[int],
+        shape: Sequence[int] | None = None,
         levels: int | None = None,
-        low: float = -1.0,
-        high: float = 1.0,
+        low: float | None = None,
+        high: float | None = None,
         path: Path | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -86,6 +88,7 @@ class FlowMatchingModule(FlowModule):
             raise ValueError(f"units is {units!r}; it is 'natural' or 'velocity'")
         if not 0 <= near_data <= 1:
             raise ValueError(f"near_data is {near_data}; it is a share, in [0, 1]")
+        shape = state_shape(flow_map) if shape is None else shape
         super().__init__(
             shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
         )

@@ -38,31 +38,6 @@ def check_precision(trainer: L.Trainer) -> None:
         )
 
 
-def compare_ranges(
-    who: str, quantization: Quantization | None, data: Any, shape: tuple[int, ...] | None = None
-) -> None:
-    """Refuse data that say other levels, another range or another shape than the model's.
-
-    ``data`` is a data module with ``quantization``, or with some of ``levels``, ``low``, ``high`` and ``shape``; or
-    anything else, which says nothing.
-
-    Raises:
-        ValueError: Says of ``who`` and of the data what differs.
-    """
-    theirs = getattr(data, "quantization", None)
-    for name in ("levels", "low", "high", "shape"):
-        came = getattr(data, name, getattr(theirs, name, None))
-        came = tuple(came) if name == "shape" and came is not None else came
-        mine = shape if name == "shape" else getattr(quantization, name, None)
-        # a range is that of levels, and continuous data have none
-        if came is None or came == mine or (mine is None and name != "levels"):
-            continue
-        raise ValueError(
-            f"{who} has {name}={mine}, but {type(data).__name__} has {name}={came}; make them agree, such as by "
-            f"{name}={came} (in a configuration: model.init_args.{name})"
-        )
-
-
 def check_values(x: Tensor, quantization: Quantization | None) -> None:
     """Look at the first states of a run, ``(B, ...)``: are they what ``levels``, ``low`` and ``high`` say?
 
