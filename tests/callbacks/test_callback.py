@@ -400,9 +400,9 @@ def test_likelihoods_of_a_trained_toy_are_right(tmp_path):
     mix = torch.tensor([[1.0, 0.0], [0.8, 0.3]])
     truth = torch.distributions.MultivariateNormal(torch.tensor([0.5, -1.0]), mix @ mix.T)
     x = truth.sample((400,))
-    for steps in (1, 4):
+    for steps, gap in ((1, 0.35), (4, 0.1)):  # after 320 steps the longest jump still falls short of the noise
         # a flipped sign of the divergence costs twice the 2.4 nats that the flow contracts volume by
-        assert abs(float(made.callback_metrics[f"val/f2d2_gap_{steps}"])) < 0.2
+        assert abs(float(made.callback_metrics[f"val/f2d2_gap_{steps}"])) < gap
         assert float(made.callback_metrics[f"val/f2d2_correlation_{steps}"]) > 0.93
         with torch.no_grad():
             value = f2d2.log_prob(x, steps).value
