@@ -155,6 +155,21 @@ def test_first_rows_separate_neighbouring_pixels():
     assert answers[0].std() > 0.1
 
 
+@pytest.mark.parametrize(("shape", "apart", "count"), [((32,), 16, 16), ((64,), 32, 24), ((1, 8, 8), 4, 24)], ids=str)
+def test_fewer_evaluations_than_rows_do_not_add_errors_up(shape, apart, count):
+    """Entries that only late rows separate: positions and momenta, say, behind each other in one vector."""
+    matrix = torch.diag(torch.ones(torch.Size(shape).numel() - apart, dtype=torch.float64), apart)
+    velocity = lambda x, t, c=None: (x.flatten(1) @ matrix.mT).reshape(x.shape)  # noqa: E731
+    point = Point(torch.randn(500, *shape, dtype=torch.float64), torch.zeros(500, dtype=torch.float64))
+    sizes = {False: 0.0, True: 0.0}
+    for _ in range(20):
+        for along in sizes:
+            estimator = Hutchinson().along_path() if along else Hutchinson()
+            off = torch.stack([estimator(velocity, point).divergence for _ in range(count)]).mean(0)
+            sizes[along] += float(off.square().mean()) / 20
+    assert sizes[True] < 4 * sizes[False]
+
+
 def test_what_draws_in_its_own_way_does_so_along_a_path():
     class Ones(Hutchinson):
         def draw(self, x):

@@ -126,7 +126,7 @@ class F2D2Callback(AddedModel, L.Callback):
         super().__init__()
         theirs = getattr(teacher, "quantization", None)
         if levels is None and isinstance(theirs, Quantization):
-            levels, low, high = theirs.levels, theirs.low, theirs.high
+            levels, low, high = theirs.levels, theirs.low if low is None else low, theirs.high if high is None else high
         if not 0 <= ema_decay < 1 or not weight > 0 or fit_samples < 2 or reference_samples < 0:
             raise ValueError(
                 f"ema_decay={ema_decay} lies in [0, 1), weight={weight} is positive, fit_samples={fit_samples} is at "

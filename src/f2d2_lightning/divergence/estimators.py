@@ -280,12 +280,14 @@ class Hutchinson(DivergenceEstimator):
 class _AlongPath(Hutchinson):
     r"""Hutchinson's estimator whose errors cancel from one point of a path to the next.
 
-    Probe ``k`` is row ``k`` of a Hadamard matrix ``H``, its columns times random signs ``s`` that a sample keeps. An
-    entry :math:`J_{ij}` beside the diagonal comes in as :math:`s_i s_j H_{ki} H_{kj} J_{ij}`: zero on average, so that
-    each estimate is unbiased, and over as many rows as there are columns its sum is zero whatever the signs (Bekas,
+    A probe is a row of a Hadamard matrix ``H``, its columns times random signs ``s`` that a sample keeps. An entry
+    :math:`J_{ij}` beside the diagonal comes in as :math:`s_i s_j H_{ki} H_{kj} J_{ij}`: zero on average, so that each
+    estimate is unbiased, and over as many rows as there are columns its sum is zero whatever the signs (Bekas,
     Kokiopoulou and Saad, "An estimator for the diagonal of a matrix", 2007). Along a path the entries change slowly,
-    so most of an integral's error goes. The first rows already separate neighbours: pixels beside each other, then
-    those two apart, in all directions.
+    so most of an integral's error goes.
+
+    Rows come four at a time, which separate neighbours: columns, or pixels in both directions, next to each other. The
+    fours come in a random order: in their own, entries that only later rows separate would add up until then.
     """
 
     def __init__(self, estimator: Hutchinson) -> None:
@@ -294,11 +296,19 @@ class _AlongPath(Hutchinson):
         )
         self._drawn = 0
         self._signs: Tensor | None = None
+        self._order = [0]
 
     def draw(self, x: Tensor) -> Tensor:
+        shape = tuple(x.shape[1:])
         if self._signs is None:
             self._signs = torch.randint(0, 2, x.shape, dtype=x.dtype, device=x.device) * 2 - 1
-        rows = [_hadamard_row(self._drawn + k, tuple(x.shape[1:]), x) for k in range(self.probes)]
+            fours = 2 ** sum((side - 1).bit_length() for side in shape) // 4
+            if fours > 1:
+                self._order = torch.randperm(fours).tolist()
+        rows = []
+        for drawn in range(self._drawn, self._drawn + self.probes):
+            four, row = divmod(drawn, 4)
+            rows.append(_hadamard_row(4 * self._order[four % len(self._order)] + row, shape, x))
         self._drawn += self.probes
         return torch.stack(rows)[:, None] * self._signs
 

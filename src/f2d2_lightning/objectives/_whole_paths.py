@@ -36,7 +36,7 @@ def whole_path_terms(
         # the whole error of the log-likelihood, the prior's share included
         difference = difference + normal_log_prob(states[:, -1]) - normal_log_prob(x)
     velocity_loss = weighting.adapt(position_error)
-    divergence_loss = weighting.adapt(weighting.divergence * difference.square())
+    divergence_loss = weighting.adapt(weighting.of_divergence(x[0].numel()) * difference.square())
     return Terms(
         velocity_loss + divergence_loss,
         velocity_loss,

@@ -91,7 +91,8 @@ class Weighting:
     value to the power ``adaptive`` (Geng et al., 2024, https://arxiv.org/abs/2406.14548).
 
     Args:
-        divergence: Weight of the divergence error.
+        divergence: Weight of the divergence error. ``None``: .1 up to 16 dimensions, and as the inverse of their number
+            beyond, where the map needs more of what is learned (docs/RECIPE.md).
         adaptive: 0 for plain squared errors, up to 1 for errors that count alike whatever their size; at .5 an error
             counts by its size, as it does in the mean error of a likelihood. What is learned from targets that scatter
             (conditional velocities) is then no longer their mean.
@@ -102,13 +103,13 @@ class Weighting:
         ValueError: If a weight is negative or the units unknown.
     """
 
-    divergence: float = 0.1
+    divergence: float | None = 0.1
     adaptive: float = 0.0
     units: str = "natural"
     diagonal: float = 0.3
 
     def __post_init__(self) -> None:
-        at_least(0, divergence=self.divergence)
+        at_least(0, divergence=self.of_divergence(1))
         share(adaptive=self.adaptive)
         positive(diagonal=self.diagonal)
         one_of("units", self.units, ("natural", "velocity"))
@@ -124,12 +125,13 @@ class Weighting:
         velocity_error = predicted.velocity - examples.target.velocity.detach()
         divergence_error = predicted.divergence - examples.target.divergence.detach()
         velocity_squared = velocity_error.flatten(1).square().mean(-1)
+        weight = self.of_divergence(velocity_error[0].numel())
         if self.units == "velocity":
             weighted_velocity = velocity_squared
-            weighted_divergence = self.divergence * divergence_error.square() / velocity_error[0].numel()
+            weighted_divergence = weight * divergence_error.square() / velocity_error[0].numel()
         else:
             weighted_velocity, length = self._natural(velocity_error, examples, baseline)
-            weighted_divergence = self.divergence * (length * divergence_error).square()
+            weighted_divergence = weight * (length * divergence_error).square()
         velocity_loss, divergence_loss = self.adapt(weighted_velocity), self.adapt(weighted_divergence)
         return Terms(
             velocity_loss + divergence_loss,
@@ -138,6 +140,10 @@ class Weighting:
             velocity_squared.detach().mean(),
             divergence_error.detach().square().mean(),
         )
+
+    def of_divergence(self, dim: int) -> float:
+        """Weight of the divergence error of states of so many dimensions."""
+        return 0.1 * min(1.0, 16 / dim) if self.divergence is None else self.divergence
 
     def _natural(self, error: Tensor, examples: Examples, baseline: GaussianBaseline | None) -> tuple[Tensor, Tensor]:
         """Squared position error in standard deviations, ``(B,)``, and the length of the jumps, ``(B,)``."""

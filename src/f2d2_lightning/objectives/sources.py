@@ -67,7 +67,8 @@ class TeacherSource(VelocitySource):
 
     def along_path(self) -> TeacherSource:
         source = copy.copy(self)
-        source.estimator = self.estimator.along_path()
+        if isinstance(self.estimator, DivergenceEstimator):  # a plain function has nothing to remember
+            source.estimator = self.estimator.along_path()
         return source
 
 

@@ -85,8 +85,7 @@ class TargetChoice:
         if self.bias > BIAS * self.spread:
             wanted.append(f"nodes={2 * self.nodes}")
         if self.noise > NOISE * self.spread:
-            probes = math.ceil((self.probes or 1) * (self.noise / (NOISE * self.spread)) ** 2)
-            wanted.append(f"Hutchinson(probes={probes}) or Exact() as estimator")
+            wanted.append(f"Hutchinson(probes={2 * (self.probes or 1)}) or Exact() as estimator")
         return " and ".join(wanted)
 
 

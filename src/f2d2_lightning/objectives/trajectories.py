@@ -73,7 +73,8 @@ class TrajectoryRegression(Objective):
         unroll: Last share of training in which whole paths are regressed, in [0, 1]; 0 for none.
         intervals: Distribution of ``(s, t)``; its diagonal share is regressed on the source at the batch's own
             noised states, its grids are those that are unrolled.
-        weighting: How errors become a loss; adaptive at .5 by default, as a teacher's targets hardly scatter.
+        weighting: How errors become a loss; by default adaptive at .5, as a teacher's targets hardly scatter, and
+            with a weight of the divergence by dimension.
         path: Probability path.
         near_data: Share of the nodes close to the data, evenly spread in ``log(1 - t)``. Images with point masses
             (black background) need about half: without, targets are off by tenths of a bit per dimension. ``None``
@@ -111,7 +112,7 @@ class TrajectoryRegression(Objective):
         likelihood_of_data: bool = False,
         cache: str | Path | None = None,
     ) -> None:
-        super().__init__(intervals, weighting or Weighting(adaptive=0.5), path)
+        super().__init__(intervals, weighting or Weighting(None, adaptive=0.5), path)
         at_least(1, nodes=NODES if nodes is None else nodes, capacity=CAPACITY if capacity is None else capacity)
         at_least(1, chunk=chunk)
         at_least(0, refresh=refresh)

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.objectives.integrator import VERSION
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.utils.files import whole_file
 from f2d2_lightning.utils.fingerprints import fingerprint
@@ -24,8 +25,9 @@ class TrajectoryCache:
     """A folder of integrated chunks, each named by a fingerprint of all that decides its numbers.
 
     Those are the teacher's weights, the divergence estimator, the starting points, the seed of the probes, the times,
-    the baseline, the kind of device and torch's version. What is read is therefore what would have been computed, and
-    training goes on to the same numbers with and without. Files are never removed; the folder may be at any time.
+    the baseline, the kind of device, torch's version and the integrator's. What is read is therefore what would have
+    been computed, and training goes on to the same numbers with and without. Files are never removed; the folder may be
+    at any time.
 
     Args:
         folder: Where; made when first written to. A trajectory takes ``4 * nodes * d`` bytes.
@@ -48,7 +50,7 @@ class TrajectoryCache:
             ValueError: If the source has no weights that could be told apart, or changes in training.
         """
         x = entry["x"]
-        where = (x.device.type, torch.__version__)
+        where = (x.device.type, torch.__version__, VERSION)
         parts = (self._of(source), entry["node"], entry["seed"], list(times), where, x, entry["cond"], baseline)
         return self.folder / f"{fingerprint(parts)}.safetensors"
 
