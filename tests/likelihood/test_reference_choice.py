@@ -1,5 +1,6 @@
 """A reference that chooses its own solver: as far off as it says, on densities that are known."""
 
+import math
 import warnings
 
 import pytest
@@ -137,3 +138,58 @@ def test_a_choice_in_a_file_and_in_words():
     )
     assert "about 2 minutes for 6,000 samples" in choice.said(6000, processes=2)
     assert "about" not in choice.said(float("inf"))
+
+
+def growing(dim, wave, rate=1.0):
+    """``v = rate (1 + cos(2 pi wave t)) x``: even steps that take every wave at its crest see twice the growth."""
+
+    def velocity(x, t, cond=None):
+        return rate * (1 + torch.cos(2 * math.pi * wave * t)).reshape(-1, *(1,) * (x.dim() - 1)) * x
+
+    torch.manual_seed(0)
+    x = torch.randn(64, dim, dtype=torch.float64)
+    exact = -0.5 * (x * math.exp(-rate)).square().sum(1) - dim * (0.5 * math.log(2 * math.pi) + rate)
+    return velocity, x, exact
+
+
+def test_a_doubling_that_moves_little_by_accident_is_not_believed():
+    velocity, x, exact = growing(3, wave=96)
+    first = [Reference("rk4", steps, near_data=0.0)(velocity, x).value for steps in (16, 32)]
+    assert torch.allclose(*first)
+    assert float((first[0] - exact).abs().mean()) > 1
+    choice = Reference().chosen(velocity, x)
+    assert choice.good
+    assert float((choice.reference(velocity, x).value - exact).abs().mean()) < choice.error
+
+
+@pytest.mark.parametrize(("dim", "probes"), [(16, None), (100, 50), (64, 0)])
+def test_a_search_needs_little_memory(monkeypatch, dim, probes):
+    tangents, rows = probes or min(dim, 32), []
+    monkeypatch.setattr(reference, "NUMBERS", 20 * dim * tangents)
+
+    def counting(x, t, cond=None):
+        rows.append(len(x))
+        return 0.1 * x
+
+    for batch, most in ((None, 20), (3, 3)):
+        rows.clear()
+        assert Reference(probes=probes, batch=batch).chosen(counting, torch.randn(64, dim)).good
+        assert max(rows) == most * tangents
+
+
+@pytest.mark.parametrize("dim", [10, 40])
+def test_probes_do_not_widen_the_spread(dim):
+    """There and back, without a trace: log p is that of the prior, and probes scatter as much as it is wide."""
+    generator = torch.Generator().manual_seed(0)
+    mix = 8 / dim * torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    mix = (mix + mix.T) * (1 - torch.eye(dim)) / 2**0.5
+    x, wide = (torch.randn(64, size, generator=generator, dtype=torch.float64) for size in (dim, 1))
+    x = x / x.norm(dim=1, keepdim=True) * (dim + 2 * wide.clamp(-2, 2)).sqrt()
+
+    def velocity(x, t, cond=None):
+        return torch.cos(2 * math.pi * t).reshape(-1, 1) * (x @ mix)
+
+    choice, exact = Reference().chosen(velocity, x), reference._spread(-x.square().sum(1) / 2)
+    pilot = reference._spread(Reference("rk4", choice.reference.steps, 1)(velocity, x).value)
+    assert pilot > 1.2 * exact
+    assert choice.spread == pytest.approx(exact, rel=1e-3 if dim <= 16 else 0.1)
