@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -131,13 +132,41 @@ def test_few_states_say_too_little(finite):
 
 def test_a_choice_in_a_file_and_in_words():
     choice = ReferenceChoice(Reference("rk4", 32, 0, near_data=0.5), 64, 0.001, 0.0, 1.0, 0.04)
-    assert ReferenceChoice.from_dict(choice.to_dict()) == choice
+    assert ReferenceChoice.from_dict(choice.to_dict(), Reference()) == choice
+    assert ReferenceChoice.from_dict(None, Reference()) is None
+    # where nothing is left open, nothing was chosen
+    assert ReferenceChoice.from_dict(choice.to_dict(), Reference(steps=3)) is None
     assert choice.said(300) == (
         "reference: 32 steps of rk4 (128 evaluations), 50% of them near the data, exact divergence: off by 0.1 % of "
         "the spread of log p (0.001 of 1 nats); about 12 s for 300 samples"
     )
     assert "about 2 minutes for 6,000 samples" in choice.said(6000, processes=2)
     assert "about" not in choice.said(float("inf"))
+
+
+@dataclass(frozen=True)
+class Halved(Reference):
+    """Somebody's own."""
+
+    share: float = 0.5
+
+
+def test_a_choice_of_a_subclass_in_a_file():
+    velocity, x, _ = gaussian(3)
+    given = Halved(share=0.25, seed=3)
+    choice = given.chosen(velocity, x)
+    kept = choice.to_dict()
+    assert ReferenceChoice.from_dict(kept, given) == choice
+    assert set(kept["reference"]) == {"method", "steps", "probes", "near_data", "batch"}
+    settings = kept["reference"]
+    wrong = [5, {}, kept | {"reference": 5}, kept | {"states": "a"}, kept | {"moved": None}, kept | {"identity": 3}]
+    bad = [{"method": "foo"}, {"steps": "a"}, {"steps": 0}, {"steps": True}, {"probes": -1}, {"near_data": 1.5}]
+    wrong += [kept | {"reference": settings | one} for one in (*bad, {"near_data": "b"}, {"batch": 0}, {"batch": 0.5})]
+    for values in wrong:
+        with pytest.raises(
+            ValueError, match=r"the choice of a reference in a file|method|steps|probes|near_data|batch"
+        ):
+            ReferenceChoice.from_dict(values, given)
 
 
 def growing(dim, wave, rate=1.0):

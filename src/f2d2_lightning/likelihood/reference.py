@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, Hutchinson, StillProbe, check_mode
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.ode import ADAPTIVE, FIXED, WEIGHTS, reference_log_prob
-from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.checks import at_least, one_of, share
 from f2d2_lightning.utils.measuring import clock, spread_of
 
 __all__ = ["Reference", "ReferenceChoice"]
@@ -36,6 +36,14 @@ TIMED = 4
 """Steps that are timed."""
 NUMBERS = 2**18
 """In states and their tangents that are evaluated at once."""
+OPEN: Mapping[str, Any] = {
+    "method": str,
+    "steps": int,
+    "probes": (int, type(None)),
+    "near_data": (int, float),
+    "batch": (int, type(None)),
+}
+"""What a reference may leave open, and what it is once chosen."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +173,18 @@ class ReferenceChoice:
     """Interquartile range of log p over the states / 1.35, at least .1, in nats."""
     seconds: float = math.nan
     """That a state takes, on the device and in a batch of the states that it was chosen on."""
+    identity: str | None = None
+    """A fingerprint of the network that it was chosen for, where that stays as it is and is known."""
 
     @property
     def error(self) -> float:
         """Of log p per state by steps and probes, in nats."""
         return math.hypot(self.moved, self.noise)
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is known how far off it is."""
+        return math.isfinite(self.error)
 
     @property
     def evaluations(self) -> int | None:
@@ -199,7 +214,7 @@ class ReferenceChoice:
         evaluations = "" if self.evaluations is None else f" ({self.evaluations:,} evaluations)"
         near = f", {how.near_data:.0%} of them near the data" if how.near_data else ""
         known = f"what it is off by cannot be told from {self.states} states"
-        if math.isfinite(self.error):
+        if self.measured:
             known = (
                 f"off by {100 * self.error / self.spread:.2g} % of the spread of log p ({self.error:.2g} of "
                 f"{self.spread:.3g} nats)"
@@ -215,12 +230,25 @@ class ReferenceChoice:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return asdict(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"reference": {name: getattr(self.reference, name) for name in OPEN}}
 
     @classmethod
-    def from_dict(cls, kept: Mapping[str, Any] | None) -> ReferenceChoice | None:
-        """Inverse of :meth:`to_dict`; ``None`` of ``None``."""
-        return None if kept is None else cls(**{**kept, "reference": Reference(**kept["reference"])})
+    def from_dict(cls, kept: Mapping[str, Any] | None, given: Reference) -> ReferenceChoice | None:
+        """Inverse of :meth:`to_dict`, for the reference that left things open; ``None`` of ``None``.
+
+        Raises:
+            ValueError: If values are not of the kind that :meth:`to_dict` gives.
+        """
+        if kept is None or not getattr(given, "open", False):
+            return None
+        reference = _checked(kept, {"reference": Mapping})["reference"]
+        own = _checked(kept, {"states": int, "identity": (str, type(None))})
+        own |= _checked(kept, dict.fromkeys(("moved", "noise", "spread", "seconds"), (int, float)))
+        chosen = _checked(reference, OPEN)
+        at_least(1, steps=chosen["steps"])
+        share(near_data=chosen["near_data"])
+        return cls(replace(given, **chosen), **own)
 
 
 class _Search:
@@ -305,6 +333,16 @@ class _Search:
     def _at_once(self, probes: int) -> int:
         """States: as many as need little memory, but not so few that a device has nothing to do."""
         return self.given.batch or max(16, NUMBERS // (self.dim * (probes or min(self.dim, Exact().chunk))))
+
+
+def _checked(kept: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a file, by name; no file of ours lacks one or has one of another kind."""
+    if not isinstance(kept, Mapping):
+        raise ValueError(f"the choice of a reference in a file is {kept!r}; it holds values by name")
+    for name, kind in kinds.items():
+        if not isinstance(kept.get(name), kind) or isinstance(kept.get(name), bool):
+            raise ValueError(f"the choice of a reference in a file has {name}={kept.get(name)!r}, which it cannot be")
+    return {name: kept[name] for name in kinds}
 
 
 def _in_parts(solve: Callable[[Tensor, Tensor | None], LogProb], x: Tensor, cond: Tensor | None, size: int) -> LogProb:
