@@ -1,6 +1,8 @@
 """A reference that chooses its own solver: as far off as it says, on densities that are known."""
 
+import math
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -130,10 +132,93 @@ def test_few_states_say_too_little(finite):
 
 def test_a_choice_in_a_file_and_in_words():
     choice = ReferenceChoice(Reference("rk4", 32, 0, near_data=0.5), 64, 0.001, 0.0, 1.0, 0.04)
-    assert ReferenceChoice.from_dict(choice.to_dict()) == choice
+    assert ReferenceChoice.from_dict(choice.to_dict(), Reference()) == choice
+    assert ReferenceChoice.from_dict(None, Reference()) is None
+    # where nothing is left open, nothing was chosen
+    assert ReferenceChoice.from_dict(choice.to_dict(), Reference(steps=3)) is None
     assert choice.said(300) == (
         "reference: 32 steps of rk4 (128 evaluations), 50% of them near the data, exact divergence: off by 0.1 % of "
         "the spread of log p (0.001 of 1 nats); about 12 s for 300 samples"
     )
     assert "about 2 minutes for 6,000 samples" in choice.said(6000, processes=2)
     assert "about" not in choice.said(float("inf"))
+
+
+@dataclass(frozen=True)
+class Halved(Reference):
+    """Somebody's own."""
+
+    share: float = 0.5
+
+
+def test_a_choice_of_a_subclass_in_a_file():
+    velocity, x, _ = gaussian(3)
+    given = Halved(share=0.25, seed=3)
+    choice = given.chosen(velocity, x)
+    kept = choice.to_dict()
+    assert ReferenceChoice.from_dict(kept, given) == choice
+    assert set(kept["reference"]) == {"method", "steps", "probes", "near_data", "batch"}
+    settings = kept["reference"]
+    wrong = [5, {}, kept | {"reference": 5}, kept | {"states": "a"}, kept | {"moved": None}, kept | {"identity": 3}]
+    bad = [{"method": "foo"}, {"steps": "a"}, {"steps": 0}, {"steps": True}, {"probes": -1}, {"near_data": 1.5}]
+    wrong += [kept | {"reference": settings | one} for one in (*bad, {"near_data": "b"}, {"batch": 0}, {"batch": 0.5})]
+    for values in wrong:
+        with pytest.raises(
+            ValueError, match=r"the choice of a reference in a file|method|steps|probes|near_data|batch"
+        ):
+            ReferenceChoice.from_dict(values, given)
+
+
+def growing(dim, wave, rate=1.0):
+    """``v = rate (1 + cos(2 pi wave t)) x``: even steps that take every wave at its crest see twice the growth."""
+
+    def velocity(x, t, cond=None):
+        return rate * (1 + torch.cos(2 * math.pi * wave * t)).reshape(-1, *(1,) * (x.dim() - 1)) * x
+
+    torch.manual_seed(0)
+    x = torch.randn(64, dim, dtype=torch.float64)
+    exact = -0.5 * (x * math.exp(-rate)).square().sum(1) - dim * (0.5 * math.log(2 * math.pi) + rate)
+    return velocity, x, exact
+
+
+def test_a_doubling_that_moves_little_by_accident_is_not_believed():
+    velocity, x, exact = growing(3, wave=96)
+    first = [Reference("rk4", steps, near_data=0.0)(velocity, x).value for steps in (16, 32)]
+    assert torch.allclose(*first)
+    assert float((first[0] - exact).abs().mean()) > 1
+    choice = Reference().chosen(velocity, x)
+    assert choice.good
+    assert float((choice.reference(velocity, x).value - exact).abs().mean()) < choice.error
+
+
+@pytest.mark.parametrize(("dim", "probes"), [(16, None), (100, 50), (64, 0)])
+def test_a_search_needs_little_memory(monkeypatch, dim, probes):
+    tangents, rows = probes or min(dim, 32), []
+    monkeypatch.setattr(reference, "NUMBERS", 20 * dim * tangents)
+
+    def counting(x, t, cond=None):
+        rows.append(len(x))
+        return 0.1 * x
+
+    for batch, most in ((None, 20), (3, 3)):
+        rows.clear()
+        assert Reference(probes=probes, batch=batch).chosen(counting, torch.randn(64, dim)).good
+        assert max(rows) == most * tangents
+
+
+@pytest.mark.parametrize("dim", [10, 40])
+def test_probes_do_not_widen_the_spread(dim):
+    """There and back, without a trace: log p is that of the prior, and probes scatter as much as it is wide."""
+    generator = torch.Generator().manual_seed(0)
+    mix = 8 / dim * torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    mix = (mix + mix.T) * (1 - torch.eye(dim)) / 2**0.5
+    x, wide = (torch.randn(64, size, generator=generator, dtype=torch.float64) for size in (dim, 1))
+    x = x / x.norm(dim=1, keepdim=True) * (dim + 2 * wide.clamp(-2, 2)).sqrt()
+
+    def velocity(x, t, cond=None):
+        return torch.cos(2 * math.pi * t).reshape(-1, 1) * (x @ mix)
+
+    choice, exact = Reference().chosen(velocity, x), reference._spread(-x.square().sum(1) / 2)
+    pilot = reference._spread(Reference("rk4", choice.reference.steps, 1)(velocity, x).value)
+    assert pilot > 1.2 * exact
+    assert choice.spread == pytest.approx(exact, rel=1e-3 if dim <= 16 else 0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from foreign import MeanFlowModule, callback
-from lightning_parts import fit, student, teacher
+from lightning_parts import Pair, fit, student, teacher, trainer
 
 OPEN = f2.Reference()
 
@@ -63,7 +64,8 @@ def test_a_run_chooses_once_and_a_resumed_one_not_again(tmp_path, chosen, said, 
     module, model, callbacks = learning(with_callback)
     run = fit(tmp_path, module, *callbacks, max_epochs=2)
     (choice,) = chosen
-    assert model.reference_choice is choice
+    assert replace(model.reference_choice, identity=None) == choice
+    assert model.reference_choice.identity is not None
     assert choice.states == 40
     assert model.reference == OPEN
     assert said == [choice.said(50)]
@@ -75,7 +77,7 @@ def test_a_run_chooses_once_and_a_resumed_one_not_again(tmp_path, chosen, said, 
     run.save_checkpoint(path)
     module, again, callbacks = learning(with_callback)
     fit(tmp_path, module, *callbacks, max_epochs=3, ckpt_path=path)
-    assert again.reference_choice == choice
+    assert again.reference_choice == model.reference_choice
     assert len(chosen) == len(said) == 1
     # what a configuration says now counts more than what was chosen before
     module, other, callbacks = learning(with_callback)
@@ -90,7 +92,7 @@ def test_a_velocity_that_trains_is_looked_at_in_every_evaluation(tmp_path, chose
     module = f2.F2D2Module(network, (2,), steps=(1, 2), reference_samples=20, reference=OPEN)
     fit(tmp_path, module, max_epochs=3, num_sanity_val_steps=1)
     assert len(chosen) == 4
-    assert module.reference_choice is chosen[-1]
+    assert module.reference_choice == chosen[-1]
     # said again where something else is taken
     changes = sum(one.reference != other.reference for one, other in itertools.pairwise(chosen))
     assert len(said) == 1 + changes
@@ -117,3 +119,57 @@ def test_nothing_is_chosen_where_all_is_given_or_nothing_compared(tmp_path, chos
     for settings in ({"reference": f2.Reference(steps=4)}, {"reference": OPEN, "reference_samples": 0}):
         fit(tmp_path, student(**settings))
     assert chosen == said == []
+
+
+@pytest.mark.parametrize("who", ["teacher", "student", "alone", "callback"])
+def test_what_was_chosen_before_training_is_not_taken_after_it(tmp_path, chosen, who):
+    """Unless it is that of a teacher, which stays as it is."""
+    module, callbacks = MeanFlowModule(), []
+    if who == "teacher":
+        model = module = teacher(reference=OPEN)
+    elif who == "student":
+        model = module = student(reference=OPEN, reference_samples=0)
+    elif who == "alone":
+        model = module = f2.F2D2Module(f2.nn.MLP((2,), 16, 1), (2,), reference=OPEN, reference_samples=0)
+    else:
+        model = callback(reference=OPEN, reference_samples=0)
+        callbacks, velocity = [model], teacher().average.velocity
+    x = torch.randn(20, 2)
+    model.reference_log_prob(velocity if who == "callback" else model.reference_velocity(), x)
+    assert model.reference_choice == chosen[0]
+    fit(tmp_path, module, *callbacks)
+    assert len(chosen) == 1
+    assert model.reference_choice == (chosen[0] if who == "student" else None)
+
+
+def test_a_reference_that_was_chosen_for_another_teacher_is_not_taken(tmp_path, chosen, said):
+    module, path = student(reference=OPEN), tmp_path / "x.ckpt"
+    fit(tmp_path, module).save_checkpoint(path)
+    for scale in (1.0, 8.0):
+        of = teacher()
+        with torch.no_grad():
+            for p in of.average.parameters():
+                p.mul_(scale).add_(0.1 * (scale - 1))
+        again = student(of, reference=OPEN)
+        trainer(tmp_path).validate(again, Pair(), ckpt_path=path, verbose=False)
+        assert len(chosen) == len(said) == (1 if scale == 1 else 2)
+        # and neither by a diagnosis, or any other that asks before an evaluation
+        loaded = f2.F2D2Module.load_from_checkpoint(path, teacher=of, objective=module.objective, reference=OPEN)
+        solver = loaded.evaluation.settled(loaded.reference_velocity(), Pair().splits()["val"][0][:40], None)
+        assert solver == again.reference_choice.reference
+        chosen[1 if scale == 1 else 2 :] = []
+    assert "chosen anew" in said[1]
+    assert again.reference_choice.error == chosen[1].error != chosen[0].error
+
+
+def test_few_states_settle_nothing_for_the_next_ones(tmp_path, chosen):
+    module = teacher(reference=OPEN, validate_nll=True)
+    few = Pair()
+    few.eval_batch_size = 4
+    assert module.log_prob(torch.randn(1, 2)).evaluations == 1000
+    assert module.reference_choice is None
+    trainer(tmp_path, limit_val_batches=1).validate(module, few, verbose=False)
+    assert len(chosen) == 2
+    assert module.reference_choice is None
+    assert module.log_prob(torch.randn(20, 2)).evaluations == chosen[-1].evaluations < 1000
+    assert module.reference_choice.measured

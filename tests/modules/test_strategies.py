@@ -51,6 +51,13 @@ def test_processes_take_the_reference_that_the_first_one_chose(results, who):
     assert first["seconds"] > 0
 
 
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_a_process_without_samples_takes_part_in_the_choice(results, who):
+    first, second = (get(results, f"2-{rank}", f"alone {who}") for rank in (0, 1))
+    assert first == second
+    assert first["steps"] in (32, 64)
+
+
 @pytest.mark.parametrize("case", COMPARED)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_agree_with_each_other_and_with_one(results, strategy, case):

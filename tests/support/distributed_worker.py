@@ -253,12 +253,40 @@ class Odd(Pair):
         return {name: (values[:51], labels) for name, (values, labels) in super().splits().items()}
 
 
+class FirstAlone(Odd):
+    """Samples that the first process has alone."""
+
+    def val_dataloader(self) -> Any:
+        x = self.splits()["val"][0]
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return torch.utils.data.DataLoader(Streamed(x if rank == 0 else x[:0]), batch_size=16)
+
+    test_dataloader = val_dataloader
+
+
+class Streamed(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Rows of a tensor, which nothing deals to the processes."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __iter__(self) -> Any:
+        return iter(self.x)
+
+
 FEW_STEPS = f2.Reference(steps=4)
 
 
-def evaluate(folder: Path, name: str, replicas: int, who: str, reference: f2.Reference = FEW_STEPS) -> dict[str, Any]:
+def evaluate(
+    folder: Path,
+    name: str,
+    replicas: int,
+    who: str,
+    reference: f2.Reference = FEW_STEPS,
+    data: Pair | None = None,
+) -> dict[str, Any]:
     """Figures of validation and test, with random probes and a reference of some samples."""
-    data, added = Odd(), []
+    data, added = data or Odd(), []
     data.eval_batch_size = 16 // replicas
     if who == "teacher":
         module: L.LightningModule = teacher()
@@ -298,6 +326,8 @@ def cases(replicas: int) -> dict[str, Any]:
     if replicas == 2:
         for name, who in (("ddp", "teacher"), ("ddp", "student"), ("fsdp", "callback")):
             made[f"chosen {who}"] = lambda folder, n=name, w=who: evaluate(folder, n, 2, w, f2.Reference())
+        for who in ("teacher", "student"):
+            made[f"alone {who}"] = lambda folder, w=who: evaluate(folder, "ddp", 2, w, f2.Reference(), FirstAlone())
         for name in ("ddp", "fsdp", "fsdp-sharded"):
             for which in ("module", "callback"):
                 made[f"{name} resume {which}"] = lambda folder, n=name, w=which: resume(folder, n, replicas, w)

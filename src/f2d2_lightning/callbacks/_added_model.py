@@ -289,7 +289,7 @@ class AddedModel(DistilledModel):
         if kept.get("levels") is not None:
             self.agree_with_checkpoint(kept)
         self.run_seed.value = state["seed"]
-        self.reference_choice = ReferenceChoice.from_dict(state.get("reference"))
+        self.reference_choice = ReferenceChoice.from_dict(state.get("reference"), self.reference)
         self.added.load_state_dict(state["added"])
         self.load_objective_state(state["objective"], None if "version" in state else True)
         if "_source" in vars(self):

@@ -282,6 +282,7 @@ class F2D2Callback(AddedModel, L.Callback):
     def _step_head(self, trainer: L.Trainer) -> None:
         followed = trainer.optimizers[0] if self.follow_schedule and trainer.optimizers else None
         self.added.step(self._gradient_scale, followed)
+        self.forget_reference()
 
     # --- evaluation ---
 

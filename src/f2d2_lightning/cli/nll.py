@@ -160,7 +160,7 @@ def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: 
         if module.conditional and cond is not None:
             check_labels(module, cond, points.source)
         x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
-        if reference and module.reference.open and not found[0]:
+        if reference and getattr(module.reference, "open", False) and not found[0]:
             # what a run chose was for its teacher
             module.reference_choice = module.reference.chosen(velocity, x, cond)
             answers = (1 + options.mirrored) * options.draws

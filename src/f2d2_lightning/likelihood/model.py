@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,8 @@ class LikelihoodModel(ABC):
     """Solver of the reference likelihood, which may leave things open."""
     reference_choice: ReferenceChoice | None = None
     """What was chosen of :attr:`reference`, once something was."""
+    said_reference: Reference | None = None
+    """The one that an evaluation said last: it is said again where it is another."""
     class_names: list[str] | None = None
     """Names of the classes in the order of their labels, see :mod:`f2d2_lightning.utils.class_names`."""
     name: str = ""
@@ -155,15 +158,28 @@ class LikelihoodModel(ABC):
         with self.evaluating():
             return log_prob(joint, self._fitting(x), steps, cond, inversion=inversion)
 
-    def settled_reference(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> Reference:
-        """:attr:`reference` with what it leaves open chosen on the first states that come here, ``(B, *shape)``."""
+    def settled_reference(
+        self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None, identity: str | None = None
+    ) -> Reference:
+        """:attr:`reference` with what it leaves open chosen on the first states that come here, ``(B, *shape)``.
+
+        Where an ``identity`` of the velocity is given, what was chosen for another is not taken.
+        """
         if not getattr(self.reference, "open", False):
             return self.reference
-        if self.reference_choice is None or not self.reference.allows(self.reference_choice.reference):
-            self.reference_choice = self.reference.chosen(velocity, x, cond)
-            if not self.reference_choice.good:
-                warnings.warn(self.reference_choice.said(), stacklevel=3)
-        return self.reference_choice.reference
+        known = self.reference_choice
+        if known is None or not self.reference.allows(known.reference) or identity not in (None, known.identity):
+            known = replace(self.reference.chosen(velocity, x, cond), identity=identity)
+            # too few states say nothing of the next ones
+            self.reference_choice = known if known.measured else None
+            if not known.good:
+                warnings.warn(known.said(), stacklevel=3)
+        return known.reference
+
+    def forget_reference(self) -> None:
+        """To be called where weights change: what was chosen for a velocity that moves was for the one before."""
+        if not self.reference_fixed:
+            self.reference_choice = None
 
     def reference_log_prob(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:
         """Log-likelihood of states ``(B, *shape)`` at ``t = 1`` by :meth:`settled_reference`, nats."""

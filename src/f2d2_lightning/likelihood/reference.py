@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, Hutchinson, StillProbe, check_mode
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.ode import ADAPTIVE, FIXED, WEIGHTS, reference_log_prob
-from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.checks import at_least, one_of, share
 from f2d2_lightning.utils.measuring import clock, spread_of
 
 __all__ = ["Reference", "ReferenceChoice"]
@@ -36,6 +36,14 @@ TIMED = 4
 """Steps that are timed."""
 NUMBERS = 2**18
 """In states and their tangents that are evaluated at once."""
+OPEN: Mapping[str, Any] = {
+    "method": str,
+    "steps": int,
+    "probes": (int, type(None)),
+    "near_data": (int, float),
+    "batch": (int, type(None)),
+}
+"""What a reference may leave open, and what it is once chosen."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,9 @@ class Reference:
             given steps it takes the exact one for states of up to 16 dimensions, and one probe above.
         rtol: Relative tolerance of adaptive solvers.
         atol: Absolute tolerance of adaptive solvers.
-        seed: Of the probes, which are a function of it and of each sample: a reference is the same whenever it is
-            computed, in whatever batch and process.
+        seed: Of the probes, which are a function of it and of each sample: with given steps and probes a reference is
+            the same whenever it is computed, in whatever batch and process. What is left open is chosen on the first
+            states, and differs where they do.
         near_data: Share of fixed steps spread evenly in ``log(1 - t)`` near the data. ``None`` chooses it among 0 and
             .5 with the steps; with given steps it is 0.
         mode: How the network is differentiated, ``"forward"``, ``"reverse"`` or ``"finite"``, as in
@@ -101,12 +110,12 @@ class Reference:
                 warnings.warn(choice.said(), stacklevel=2)
             return choice.reference(velocity, x, cond)
         probes = (0 if x[0].numel() <= AGAIN_EXACT_UP_TO else 1) if self.probes is None else self.probes
-        size = self.batch or max(1, len(x))
-        answers = [
-            reference_log_prob(
+
+        def solve(part: Tensor, of_part: Tensor | None) -> LogProb:
+            return reference_log_prob(
                 velocity,
                 part,
-                None if cond is None else cond[start : start + size],
+                of_part,
                 divergence=self.divergence(probes),
                 method=self.method or "heun2",
                 steps=None if self.method in ADAPTIVE else self.steps,
@@ -115,17 +124,8 @@ class Reference:
                 near_data=0.0 if self.method in ADAPTIVE else self.near_data or 0.0,
                 seed=self.seed,
             )
-            for start, part in zip(itertools.count(0, size), x.split(size))
-        ]
-        if len(answers) == 1:
-            return answers[0]
-        errors = [answer.standard_error for answer in answers if answer.standard_error is not None]
-        return LogProb(
-            torch.cat([answer.value for answer in answers]),
-            torch.cat([answer.noise for answer in answers]),
-            answers[0].evaluations,
-            standard_error=torch.cat(errors) if errors else None,
-        )
+
+        return _in_parts(solve, x, cond, self.batch or max(1, len(x)))
 
     def divergence(self, probes: int) -> DivergenceEstimator:
         """The estimator of so many probes; the exact one for 0."""
@@ -173,11 +173,18 @@ class ReferenceChoice:
     """Interquartile range of log p over the states / 1.35, at least .1, in nats."""
     seconds: float = math.nan
     """That a state takes, on the device and in a batch of the states that it was chosen on."""
+    identity: str | None = None
+    """A fingerprint of the network that it was chosen for, where that stays as it is and is known."""
 
     @property
     def error(self) -> float:
         """Of log p per state by steps and probes, in nats."""
         return math.hypot(self.moved, self.noise)
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is known how far off it is."""
+        return math.isfinite(self.error)
 
     @property
     def evaluations(self) -> int | None:
@@ -207,7 +214,7 @@ class ReferenceChoice:
         evaluations = "" if self.evaluations is None else f" ({self.evaluations:,} evaluations)"
         near = f", {how.near_data:.0%} of them near the data" if how.near_data else ""
         known = f"what it is off by cannot be told from {self.states} states"
-        if math.isfinite(self.error):
+        if self.measured:
             known = (
                 f"off by {100 * self.error / self.spread:.2g} % of the spread of log p ({self.error:.2g} of "
                 f"{self.spread:.3g} nats)"
@@ -223,12 +230,25 @@ class ReferenceChoice:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return asdict(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"reference": {name: getattr(self.reference, name) for name in OPEN}}
 
     @classmethod
-    def from_dict(cls, kept: Mapping[str, Any] | None) -> ReferenceChoice | None:
-        """Inverse of :meth:`to_dict`; ``None`` of ``None``."""
-        return None if kept is None else cls(**{**kept, "reference": Reference(**kept["reference"])})
+    def from_dict(cls, kept: Mapping[str, Any] | None, given: Reference) -> ReferenceChoice | None:
+        """Inverse of :meth:`to_dict`, for the reference that left things open; ``None`` of ``None``.
+
+        Raises:
+            ValueError: If values are not of the kind that :meth:`to_dict` gives.
+        """
+        if kept is None or not getattr(given, "open", False):
+            return None
+        reference = _checked(kept, {"reference": Mapping})["reference"]
+        own = _checked(kept, {"states": int, "identity": (str, type(None))})
+        own |= _checked(kept, dict.fromkeys(("moved", "noise", "spread", "seconds"), (int, float)))
+        chosen = _checked(reference, OPEN)
+        at_least(1, steps=chosen["steps"])
+        share(near_data=chosen["near_data"])
+        return cls(replace(given, **chosen), **own)
 
 
 class _Search:
@@ -241,59 +261,105 @@ class _Search:
     def choice(self) -> ReferenceChoice | None:
         """What is chosen; ``None`` if log p is finite for too few states."""
         given = self.given
-        steps, near_data, moved, pilot = self._steps()
-        if not math.isfinite(moved):
+        steps, near_data, moved, spread, pilot = self._steps()
+        probes = given.probes
+        noise = 0.0 if probes == 0 else _mean(pilot.standard_error)
+        if not math.isfinite(moved + noise):
             return None
-        spread, probes, noise = _spread(pilot.value), given.probes, 0.0
-        if probes != 0:
-            noise = _mean(pilot.standard_error)
         if probes is None:
             enough = _probes_for(noise, 1, spread)
             probes = 0 if self.dim <= min(CHOSEN_EXACT_UP_TO, 2 * enough) else min(enough, MOST_PROBES)
             noise = noise / probes**0.5 if probes else 0.0
-        at_once = max(16, NUMBERS // (self.dim * (probes or min(self.dim, Exact().chunk))))
-        chosen = replace(
-            given, method=self.method, steps=steps, probes=probes, near_data=near_data, batch=given.batch or at_once
-        )
+        at_once = self._at_once(probes)
+        chosen = replace(given, method=self.method, steps=steps, probes=probes, near_data=near_data, batch=at_once)
         start = clock(self.x.device)
         replace(chosen, steps=TIMED)(self.velocity, self.x, self.cond)
         seconds = (clock(self.x.device) - start) * steps / TIMED / len(self.x)
         return ReferenceChoice(chosen, len(self.x), moved, noise, spread, seconds)
 
-    def _steps(self) -> tuple[int, float, float, LogProb]:
-        """Steps, their placing, what their last doubling moved, and their answers with probes that are redrawn."""
+    def _steps(self) -> tuple[int, float, float, float, LogProb]:
+        """Steps, their placing, what is left of their error, the spread, and answers with probes that are redrawn."""
         given, most = self.given, MOST_EVALUATIONS // len(WEIGHTS[self.method])
-        # with one and the same probe all along, few and many steps differ by what the steps make
-        still: DivergenceEstimator = Exact(mode=given.mode, step=given.step)
-        if self.dim > AGAIN_EXACT_UP_TO:
-            still = StillProbe(self.x, None, given.mode, given.step)
         steps, placings = FIRST_STEPS, PLACINGS if given.near_data is None else (given.near_data,)
-        before = {share: self._solve(still, steps, share).value for share in placings}
+        before = {share: self._solve(steps, share).value for share in placings}
         while True:
             steps = min(2 * steps, most)
-            values = {share: self._solve(still, steps, share).value for share in before}
+            values = {share: self._solve(steps, share).value for share in before}
             moves = {share: _mean((values[share] - before[share]).abs()) for share in before}
             near_data = min(moves, key=lambda share: moves[share])
-            moved = moves[near_data]
+            # a doubling can move little by accident; the other placing then lies elsewhere
+            apart = [_mean((values[share] - values[near_data]).abs()) for share in values if share != near_data]
+            moved = max([moves[near_data], *apart])
             if moved <= FINE * _spread(values[near_data]) or steps == most:
-                pilot = self._solve(given.divergence(given.probes or 1), steps, near_data)
-                # a probe that stays as it is scatters log p, which then looks wider than it is
-                if moved <= FINE * _spread(pilot.value) or steps == most:
-                    return steps, near_data, moved, pilot
+                pilot = self._solve(steps, near_data, 1 if given.probes is None else given.probes)
+                spread = self._spread(values[near_data], pilot)
+                if moved <= FINE * spread or steps == most:
+                    return steps, near_data, moved, spread, pilot
             # a placing that moves far more is not going to win
-            before = {share: values[share] for share in before if moves[share] <= 4 * moved}
+            before = {share: values[share] for share in before if moves[share] <= 4 * moves[near_data]}
 
-    def _solve(self, divergence: DivergenceEstimator, steps: int, near_data: float) -> LogProb:
-        return reference_log_prob(
-            self.velocity,
-            self.x,
-            self.cond,
-            divergence=divergence,
-            method=self.method,
-            steps=steps,
-            near_data=near_data,
-            seed=self.given.seed,
-        )
+    def _spread(self, still: Tensor, pilot: LogProb) -> float:
+        """Of log p: of exact values where there are some, else without what probes scatter."""
+        if self.dim <= AGAIN_EXACT_UP_TO:
+            return _spread(still)
+        # a probe that stays as it is scatters log p more than one that is redrawn
+        error = pilot.standard_error
+        noise = 0.0 if error is None else _mean(error.square())
+        return max(math.sqrt(max(0.0, _spread(pilot.value) ** 2 - noise)), LEAST_SPREAD)
+
+    def _solve(self, steps: int, near_data: float, probes: int | None = None) -> LogProb:
+        """With so many probes that are redrawn, 0 for the exact divergence; ``None``: without their noise.
+
+        With one and the same probe all along, few and many steps differ by what the steps make.
+        """
+        given, exact = self.given, self.dim <= AGAIN_EXACT_UP_TO
+
+        def solve(part: Tensor, of_part: Tensor | None) -> LogProb:
+            still = probes is None and not exact
+            divergence = StillProbe(part, None, given.mode, given.step) if still else given.divergence(probes or 0)
+            return reference_log_prob(
+                self.velocity,
+                part,
+                of_part,
+                divergence=divergence,
+                method=self.method,
+                steps=steps,
+                near_data=near_data,
+                seed=given.seed,
+            )
+
+        return _in_parts(solve, self.x, self.cond, self._at_once(probes if probes is not None else 1 - exact))
+
+    def _at_once(self, probes: int) -> int:
+        """States: as many as need little memory, but not so few that a device has nothing to do."""
+        return self.given.batch or max(16, NUMBERS // (self.dim * (probes or min(self.dim, Exact().chunk))))
+
+
+def _checked(kept: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a file, by name; no file of ours lacks one or has one of another kind."""
+    if not isinstance(kept, Mapping):
+        raise ValueError(f"the choice of a reference in a file is {kept!r}; it holds values by name")
+    for name, kind in kinds.items():
+        if not isinstance(kept.get(name), kind) or isinstance(kept.get(name), bool):
+            raise ValueError(f"the choice of a reference in a file has {name}={kept.get(name)!r}, which it cannot be")
+    return {name: kept[name] for name in kinds}
+
+
+def _in_parts(solve: Callable[[Tensor, Tensor | None], LogProb], x: Tensor, cond: Tensor | None, size: int) -> LogProb:
+    """Answers for so many states at a time, joined."""
+    answers = [
+        solve(part, None if cond is None else cond[start : start + size])
+        for start, part in zip(itertools.count(0, size), x.split(size))
+    ]
+    if len(answers) == 1:
+        return answers[0]
+    errors = [answer.standard_error for answer in answers if answer.standard_error is not None]
+    return LogProb(
+        torch.cat([answer.value for answer in answers]),
+        torch.cat([answer.noise for answer in answers]),
+        answers[0].evaluations,
+        standard_error=torch.cat(errors) if errors else None,
+    )
 
 
 def _mean(values: Tensor | None) -> float:

@@ -299,6 +299,7 @@ class FlowModule(L.LightningModule, RangedModel):
         """The optimiser's step, then the average's: before any checkpoint of this step is written."""
         super().optimizer_step(*args, **kwargs)
         self._averaged_steps += 1
+        self.forget_reference()
         update_average(self.average, self.live, warmed_decay(self.ema_decay, self._averaged_steps))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -321,7 +322,7 @@ class FlowModule(L.LightningModule, RangedModel):
         state = checkpoint.get("f2d2", {})
         self.run_seed.value = state.get("seed", self.run_seed.value)
         self._averaged_steps = state.get("averaged_steps", 0)
-        self.reference_choice = ReferenceChoice.from_dict(state.get("reference"))
+        self.reference_choice = ReferenceChoice.from_dict(state.get("reference"), self.reference)
         names = as_names(state.get("classes"), "the checkpoint")
         self._follow_classes(self.class_names if names is None else names)
         check_same_model(self, checkpoint)

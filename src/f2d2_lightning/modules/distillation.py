@@ -310,7 +310,7 @@ class DistilledModel(RangedModel):
             )
         if reference is None:
             with self.evaluating():
-                answer = self.reference_log_prob(velocity, x, cond)
+                answer = self.evaluation.settled(velocity, x, cond)(velocity, x, cond)
             reference = self.nll(answer.value)
             if answer.standard_error is not None:
                 # of a normal error, the mean size

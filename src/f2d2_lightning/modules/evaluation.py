@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -35,10 +36,17 @@ class SharedReference:
         model: Whose reference.
         trainer: Its trainer, at the start of the evaluation.
         most: Samples of a loader that are compared, the first ones; ``None`` for all.
+        identify: What a velocity's answers depend on, as a fingerprint; ``None`` where that is not known.
     """
 
-    def __init__(self, model: LikelihoodModel, trainer: L.Trainer, most: int | None = None) -> None:
-        self.model, self.trainer, self.most = model, trainer, most
+    def __init__(
+        self,
+        model: LikelihoodModel,
+        trainer: L.Trainer,
+        most: int | None = None,
+        identify: Callable[[Callable[..., Tensor]], str | None] = lambda velocity: None,
+    ) -> None:
+        self.model, self.trainer, self.most, self.identify = model, trainer, most, identify
         self._settled = most == 0 or not getattr(model.reference, "open", False)
 
     def settle(self, x: Tensor, cond: Tensor | None) -> None:
@@ -48,22 +56,33 @@ class SharedReference:
         if velocity is None:
             return
         model, strategy, known = self.model, self.trainer.strategy, self.model.reference_choice
-        kept = model.reference_fixed and known is not None and model.reference.allows(known.reference)
-        # a sharded network is called equally often by all processes
-        first = (known if kept else None, x[:LOOKED_AT], None if cond is None else cond[:LOOKED_AT])
-        choice, x, cond = strategy.broadcast(first)
+        identity = self.identify(velocity)
+        fits = known is not None and known.measured and model.reference.allows(known.reference)
+        kept = known if model.reference_fixed and fits else None
+        other = kept is not None and kept.identity != identity
+        # a sharded network is called equally often by all processes; each has a device of its own
+        few = (x[:LOOKED_AT].cpu(), None if cond is None else cond[:LOOKED_AT].cpu())
+        choice, (x, cond) = strategy.broadcast((None if other else kept, few))
         if choice is None:
             x, cond = x.to(model.device), None if cond is None else cond.to(model.device)
-            choice = strategy.broadcast(model.reference.chosen(velocity, x, cond))
+            choice = strategy.broadcast(replace(model.reference.chosen(velocity, x, cond), identity=identity))
         model.reference_choice = choice
-        if known is None or known.reference != choice.reference:
+        before = model.said_reference if known is None else known.reference
+        model.said_reference = choice.reference
+        if other or before != choice.reference:
             said = choice.said(Places(self.trainer).expected(self.most), self.trainer.world_size)
+            if other:
+                said += "; chosen anew, since the teacher is not the one that it was chosen for before"
             (rank_zero_info if choice.good else rank_zero_warn)(said)
 
     def finish(self) -> None:
         """At the end: a process without samples takes part all the same, or the others would wait for it."""
         if process_count() > 1:
             self.settle(torch.zeros(0, device=self.model.device), None)
+        choice = self.model.reference_choice
+        if choice is not None and not choice.measured:
+            # too few states say nothing of the next ones
+            self.model.reference_choice = None
 
 
 class Evaluation:
@@ -87,7 +106,7 @@ class Evaluation:
         """Begin a pass over the data."""
         model = self.model
         self._places = Places(trainer)
-        self._shared = SharedReference(model, trainer, model.reference_samples)
+        self._shared = SharedReference(model, trainer, model.reference_samples, self._identity_of)
         self._identity, self._checked = (None, None), None
         self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, model.draws)
         if not model.reference_fixed:
@@ -136,23 +155,26 @@ class Evaluation:
 
         Computed once per batch of points, and kept while what answers stays the same.
         """
-        owner = getattr(velocity, "__self__", velocity)
-        identity = self._identity_of(owner)
-        solver = self.model.settled_reference(velocity, x, cond)
+        identity = self._identity_of(velocity)
+        solver = self.settled(velocity, x, cond)
         key = identity and fingerprint(str(solver), identity, str(x.device), x, cond)
         if key in self._references:
             value, error = self._references[key]
             return value.to(x.device), None if error is None else error.to(x.device)
-        value, error = self._integrated(solver, velocity, owner, x, cond)
+        value, error = self._integrated(solver, velocity, x, cond)
         if key is not None:
             self._references[key] = value.cpu(), None if error is None else error.cpu()
         return value, error
 
+    def settled(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None) -> Reference:
+        """The model's reference with nothing left open, chosen for this velocity."""
+        return self.model.settled_reference(velocity, x, cond, self._identity_of(velocity))
+
     def _integrated(
-        self, solver: Reference, velocity: Callable[..., Tensor], owner: Any, x: Tensor, cond: Tensor | None
+        self, solver: Reference, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         # a callback wraps its network anew for every batch
-        asked = owner if self.model.reference_fixed else self.model
+        asked = getattr(velocity, "__self__", velocity) if self.model.reference_fixed else self.model
         if self.check and self._checked is not asked:
             check_differentiable(velocity, x, cond, getattr(self.model.reference, "mode", "forward"))
             self._checked = asked
@@ -161,8 +183,9 @@ class Evaluation:
         self._cost = (self._cost[0] + clock(x.device) - start, answer.evaluations)
         return answer.value, answer.standard_error
 
-    def _identity_of(self, owner: Any) -> str | None:
+    def _identity_of(self, velocity: Callable[..., Tensor]) -> str | None:
         """What a velocity's answers depend on: its weights; ``None`` if that is not known, or changes anyway."""
+        owner = getattr(velocity, "__self__", velocity)
         if not self.model.reference_fixed or not isinstance(owner, nn.Module) or is_sharded(owner):
             return None
         if self.likelihoods is None or self._identity[0] is not owner:

@@ -217,10 +217,11 @@ class FlowMatchingModule(FlowModule):
 
     def on_validation_epoch_end(self) -> None:
         stage = "test" if self.trainer.testing else "val"
+        # before anything that processes compute together: the others broadcast in their first step
+        self._shared.finish()
         self.log(f"{stage}/loss", self._mean_loss.compute(), prog_bar=True)
         if not self._wants_nll:
             return
-        self._shared.finish()
         mean, error, _ = self._nll.compute()
         if said := doubt({"nll": float(mean)}, self.levels is not None):
             rank_zero_warn(f"the teacher's likelihood is doubtful: {said}")
