@@ -94,7 +94,7 @@ def test_what_was_planted_is_named(case):
 def test_noise_that_a_student_kept_is_that_of_its_probes(monkeypatch):
     """A head that is off at random by as much as is left of one probe's scatter; with exact targets it is its own."""
     monkeypatch.setattr("f2d2_lightning.metrics.diagnosis.GOAL", 1e-3)
-    noisy = Taught(TeacherSource(FLOW.velocity, f2.Hutchinson(1)), FINE, 64)
+    noisy = Taught(TeacherSource(FLOW.velocity, f2.Hutchinson(1, "gaussian")), FINE, 64)
     scatter = diagnosed(Bent(), noisy).scatter
     student = Bent(ripple=KEPT * scatter * math.pi / 2)  # the mean size of a sine is 2 / pi
     (found,) = diagnosed(student, noisy, count=200, steps=(1,)).rows
