@@ -173,3 +173,16 @@ def test_few_states_settle_nothing_for_the_next_ones(tmp_path, chosen):
     assert module.reference_choice is None
     assert module.log_prob(torch.randn(20, 2)).evaluations == chosen[-1].evaluations < 1000
     assert module.reference_choice.measured
+
+
+def test_a_step_does_not_go_through_the_teacher(tmp_path, monkeypatch):
+    asked, original = [], f2.modules._teaching.KeptTeacher.get
+    monkeypatch.setattr(
+        f2.modules._teaching.KeptTeacher, "get", lambda self, *where: asked.append(where) or original(self, *where)
+    )
+    counts = []
+    for steps in (2, 6):
+        asked.clear()
+        fit(tmp_path, student(reference=OPEN), max_epochs=-1, max_steps=steps, limit_val_batches=0)
+        counts.append(len(asked))
+    assert counts[0] == counts[1] > 0

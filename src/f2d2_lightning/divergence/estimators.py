@@ -36,6 +36,8 @@ __all__ = [
     "check_mode",
     "instantaneous",
     "jacobian_product",
+    "probes_in_words",
+    "with_probes",
 ]
 
 MODES = ("forward", "reverse", "finite")
@@ -316,9 +318,9 @@ class _AlongPath(Hutchinson):
 def _hadamard_row(number: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Row of the product of a Hadamard matrix for each axis, their finest differences first, of ``shape``."""
     bits = [(side - 1).bit_length() for side in shape]
-    order = [(level, axis) for level in range(max(bits, default=0)) for axis in reversed(range(len(shape)))]
+    levels, axes = range(max(bits, default=0)), range(len(shape))[::-1]
     picked = [0] * len(shape)
-    for place, (level, axis) in enumerate((level, axis) for level, axis in order if level < bits[axis]):
+    for place, (level, axis) in enumerate((level, axis) for level in levels for axis in axes if level < bits[axis]):
         picked[axis] |= (number >> place & 1) << level
     row = torch.ones(shape, dtype=like.dtype, device=like.device)
     for axis, side in enumerate(shape):
@@ -340,6 +342,19 @@ class StillProbe(Hutchinson):
 
     def draw(self, x: Tensor) -> Tensor:
         return self.probe
+
+
+def with_probes(
+    probes: int, mode: str = "forward", step: float = 1e-2, control: GaussianBaseline | None = None
+) -> DivergenceEstimator:
+    """Hutchinson's estimator with so many probes, or the exact one for 0; arguments as of :class:`Hutchinson`."""
+    return Hutchinson(probes, mode=mode, step=step, control=control) if probes else Exact(mode=mode, step=step)
+
+
+def probes_in_words(probes: int) -> str:
+    """How :func:`with_probes` estimates, for a log."""
+    words = {0: "exact divergence", 1: "1 probe of the divergence"}
+    return words.get(probes, f"{probes} probes of the divergence")
 
 
 class SampleProbes:

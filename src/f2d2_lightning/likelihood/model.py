@@ -178,7 +178,7 @@ class LikelihoodModel(ABC):
 
     def forget_reference(self) -> None:
         """To be called where weights change: what was chosen for a velocity that moves was for the one before."""
-        if not self.reference_fixed:
+        if self.reference_choice is not None and not self.reference_fixed:
             self.reference_choice = None
 
     def reference_log_prob(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, Hutchinson, StillProbe, check_mode
+from f2d2_lightning.divergence.estimators import Exact, StillProbe, check_mode, probes_in_words, with_probes
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.ode import ADAPTIVE, FIXED, WEIGHTS, reference_log_prob
+from f2d2_lightning.likelihood.time_grids import PLACINGS
 from f2d2_lightning.utils.checks import at_least, one_of, share
 from f2d2_lightning.utils.measuring import clock, spread_of
 
@@ -30,8 +31,6 @@ LEAST_SPREAD = 0.1
 """Nats that a spread counts as: where all data are as likely, an error of less than a thousandth of a nat is none."""
 FIRST_STEPS, MOST_EVALUATIONS, MOST_PROBES, CHOSEN_EXACT_UP_TO = 16, 1000, 16, 64
 """What is tried: steps, evaluations and probes; dimensions up to which the exact divergence may be taken."""
-PLACINGS = (0.0, 0.5)
-"""Shares of the steps near the data that are tried."""
 TIMED = 4
 """Steps that are timed."""
 NUMBERS = 2**18
@@ -116,7 +115,7 @@ class Reference:
                 velocity,
                 part,
                 of_part,
-                divergence=self.divergence(probes),
+                divergence=with_probes(probes, self.mode, self.step),
                 method=self.method or "heun2",
                 steps=None if self.method in ADAPTIVE else self.steps,
                 rtol=self.rtol,
@@ -126,10 +125,6 @@ class Reference:
             )
 
         return _in_parts(solve, x, cond, self.batch or max(1, len(x)))
-
-    def divergence(self, probes: int) -> DivergenceEstimator:
-        """The estimator of so many probes; the exact one for 0."""
-        return Hutchinson(probes, mode=self.mode, step=self.step) if probes else Exact(mode=self.mode, step=self.step)
 
     @torch.no_grad()
     def chosen(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> ReferenceChoice:
@@ -208,8 +203,7 @@ class ReferenceChoice:
     def __str__(self) -> str:
         """In words, for a log."""
         how = self.reference
-        divergences = {None: "", 0: ", exact divergence", 1: ", 1 probe of the divergence"}
-        divergence = divergences.get(how.probes, f", {how.probes} probes of the divergence")
+        divergence = "" if how.probes is None else f", {probes_in_words(how.probes)}"
         steps = "" if self.evaluations is None else f"{how.steps} steps of "
         evaluations = "" if self.evaluations is None else f" ({self.evaluations:,} evaluations)"
         near = f", {how.near_data:.0%} of them near the data" if how.near_data else ""
@@ -316,12 +310,12 @@ class _Search:
 
         def solve(part: Tensor, of_part: Tensor | None) -> LogProb:
             still = probes is None and not exact
-            divergence = StillProbe(part, None, given.mode, given.step) if still else given.divergence(probes or 0)
+            redrawn = with_probes(probes or 0, given.mode, given.step)
             return reference_log_prob(
                 self.velocity,
                 part,
                 of_part,
-                divergence=divergence,
+                divergence=StillProbe(part, None, given.mode, given.step) if still else redrawn,
                 method=self.method,
                 steps=steps,
                 near_data=near_data,

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from f2d2_lightning.utils.checks import at_least
 
-__all__ = ["time_grid", "times_near_data"]
+__all__ = ["PLACINGS", "time_grid", "times_near_data"]
+
+PLACINGS = (0.0, 0.5)
+"""Shares of times near the data that are tried where they are chosen."""
 
 
 def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[float]:

@@ -37,6 +37,11 @@ class KeptTeacher:
         """The teacher, as far as it is known: not loaded yet where it is a file."""
         self.trust = tuple(trust)
 
+    @property
+    def there(self) -> bool:
+        """Whether there is one, loaded or not."""
+        return self.known is not None or self.path is not None
+
     def keep_apart(self, network: nn.Module) -> None:
         """See to it that training ``network`` does not change the teacher: one that holds it stays as it is now."""
         self.known = None if self.known is None else kept_apart(self.known, network)

@@ -193,6 +193,11 @@ class F2D2Module(FlowModule, DistilledModel):
     def reference_velocity(self) -> Any:
         return self.teacher_velocity()
 
+    @property
+    def reference_fixed(self) -> bool:
+        # asked at every step: :attr:`teacher` would go through all its modules to move them
+        return self.kept_teacher.there
+
     def make_source(self) -> tuple[VelocitySource, VelocitySource]:
         """Where targets come from: ``(source, anchor)``, see :class:`~f2d2_lightning.objectives.Batch`."""
         if self.teacher is not None:

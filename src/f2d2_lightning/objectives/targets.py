@@ -17,8 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, Hutchinson, StillProbe
+from f2d2_lightning.divergence.estimators import (
+    DivergenceEstimator,
+    Exact,
+    StillProbe,
+    probes_in_words,
+    with_probes,
+)
 from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.likelihood.time_grids import PLACINGS
 from f2d2_lightning.objectives.integrator import integrated_log_prob, trajectory_times
 from f2d2_lightning.objectives.sources import TeacherSource
 from f2d2_lightning.utils.measuring import spread_of
@@ -26,8 +33,6 @@ from f2d2_lightning.utils.seeding import own_random_state
 
 NODES = (16, 24, 32, 48, 64, 96)
 """What is tried, cheapest first."""
-PLACINGS = (0.0, 0.5)
-"""Shares of the nodes near the data that are tried."""
 BIAS, NOISE = 0.005, 0.1
 """What is allowed of a trajectory's log p, in spreads: mean absolute bias, root mean square of noise."""
 EXACT_UP_TO = 64
@@ -65,12 +70,11 @@ class TargetChoice:
 
     def estimator(self, baseline: GaussianBaseline | None, mode: str = "forward") -> DivergenceEstimator:
         """The divergence estimator that was chosen."""
-        return _estimator(self.probes or 0, baseline, mode)
+        return with_probes(self.probes or 0, mode, control=baseline)
 
     def __str__(self) -> str:
         """In words, for a log."""
-        probes = {None: "the divergence's estimator as given", 0: "exact divergence", 1: "1 probe of the divergence"}
-        how = probes.get(self.probes, f"{self.probes} probes of the divergence")
+        how = "the divergence's estimator as given" if self.probes is None else probes_in_words(self.probes)
         near = f", {self.near_data:.0%} of them near the data" if self.near_data else ""
         many = "" if self.trajectories is None else f"{self.trajectories:,} trajectories of "
         return (
@@ -87,10 +91,6 @@ class TargetChoice:
         if self.noise > NOISE * self.spread:
             wanted.append(f"Hutchinson(probes={2 * (self.probes or 1)}) or Exact() as estimator")
         return " and ".join(wanted)
-
-
-def _estimator(probes: int, baseline: GaussianBaseline | None, mode: str) -> DivergenceEstimator:
-    return Hutchinson(probes, control=baseline, mode=mode) if probes else Exact(mode=mode)
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def choose_targets(
     # errors of a trajectory's probes cancel, so that twice as many can make a tenth of the noise: each is tried
     probes = 1
     while True:
-        noise = noise_of(_estimator(probes, baseline, mode), nodes, near_data)
+        noise = noise_of(with_probes(probes, mode, control=baseline), nodes, near_data)
         if noise <= NOISE * spread or 2 * probes * cost > affordable or 2 * probes > dim:
             break
         probes *= 2
