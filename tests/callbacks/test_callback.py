@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import types
 
 import lightning as L
@@ -408,6 +409,19 @@ def test_likelihoods_of_a_trained_toy_are_right(tmp_path):
             value = f2d2.log_prob(x, steps).value
         assert float((value - truth.log_prob(x)).mean().abs()) < 0.4
         assert float(torch.corrcoef(torch.stack((value, truth.log_prob(x))))[0, 1]) > 0.9
+
+
+@pytest.mark.parametrize("covariance", [None, "full", "diagonal"])
+def test_a_network_that_has_a_gaussian_fit_shares_it_with_its_head(tmp_path, covariance):
+    """A network that starts as the flow of its fit has that fit's likelihood before anything is learned."""
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    module = f2.FlowMatchingModule(f2.nn.PreconditionedMLP((2,), covariance, width=8), optimizer=still)
+    f2d2 = f2.F2D2Callback("flow_map", optimizer=still, ema_decay=0.0, check=False)
+    train(tmp_path, module, f2d2, max_steps=1)
+    x = torch.randn(9, 2)
+    right = module.flow_map.baseline.log_prob(x, torch.ones(9))
+    with torch.no_grad():
+        torch.testing.assert_close(f2d2.log_prob(x, 2).value, right)
 
 
 # --- wrong use: an error before the first step ---

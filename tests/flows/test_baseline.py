@@ -7,6 +7,8 @@ import warnings
 
 import numpy
 import pytest
+import scipy.fft
+import sklearn.datasets
 import torch
 
 from f2d2_lightning import GaussianBaseline
@@ -92,8 +94,22 @@ def test_diagonal_is_the_limit(gaussian, t):
         close(gaussian.field(x, t, beside).divergence, divergence, rtol=0, atol=1e4 * h + 1e-11)
 
 
+def waves(shape):
+    """Matrix from flat images to cosine waves, by frequency and then by channel; and the blocks of one frequency."""
+    every = torch.eye(math.prod(shape)).reshape(-1, *shape).numpy()
+    matrix = torch.from_numpy(scipy.fft.dctn(every, axes=(2, 3), norm="ortho")).flatten(2).transpose(1, 2).flatten(1).T
+    place = torch.arange(len(matrix)) // shape[0]
+    return matrix, place[:, None] == place
+
+
+def in_waves(covariance, shape):
+    """What is left of a covariance where waves of different frequencies are independent."""
+    matrix, same = waves(shape)
+    return matrix.T @ torch.where(same, matrix @ covariance @ matrix.T, 0.0) @ matrix
+
+
 def baselines(gaussian):
-    """The three covariances, each with its own Gaussian."""
+    """Every kind of covariance, each with its own Gaussian."""
     mean, full = gaussian.means[0], gaussian.covariances[0]
     yield GaussianBaseline.from_covariance(mean, full, gaussian.path, gaussian.shape), full
     for kind, variances in (("diagonal", full.diagonal()), ("isotropic", full.diagonal().mean().expand(gaussian.dim))):
@@ -101,6 +117,12 @@ def baselines(gaussian):
         baseline.mean.copy_(mean)
         baseline.variances.copy_(variances[: len(baseline.variances)])
         yield baseline, torch.diag(variances)
+    if len(gaussian.shape) == 3:
+        channels, (matrix, _) = gaussian.shape[0], waves(gaussian.shape)
+        blocks = (matrix @ full @ matrix.T).unfold(0, channels, channels).unfold(1, channels, channels)
+        baseline = GaussianBaseline(gaussian.shape, "cosine", gaussian.path)
+        baseline._set(mean, blocks.diagonal().permute(2, 0, 1))
+        yield baseline, in_waves(full, gaussian.shape)
 
 
 def test_every_covariance_is_the_full_one(gaussian):
@@ -153,8 +175,10 @@ def test_jacobian_product_and_whitening(gaussian):
     close(gaussian.baseline.whiten(x, s).square().sum(-1), mahalanobis)
 
 
-@pytest.mark.parametrize("kind", ["full", "diagonal", "isotropic"])
-@pytest.mark.parametrize("shape", [(3,), (3, 2, 1)])
+FITS = [(kind, shape) for shape in ((3,), (3, 2, 1)) for kind in ("full", "diagonal", "isotropic")]
+
+
+@pytest.mark.parametrize(("kind", "shape"), [*FITS, ("cosine", (3, 2, 1)), ("cosine", (2, 4, 3))])
 def test_fit_is_the_moments(kind, shape):
     dim = math.prod(shape)
     data = 100 + torch.randn(500, dim) @ (rotation(dim, 1) * torch.linspace(0.2, 2, dim)).T
@@ -165,8 +189,10 @@ def test_fit_is_the_moments(kind, shape):
         covariance = torch.diag(covariance.diagonal())
     elif kind == "isotropic":
         covariance = covariance.diagonal().mean() * torch.eye(dim)
+    elif kind == "cosine":
+        covariance = in_waves(covariance, shape)
     close(baseline.mean, data.mean(0))
-    axes = torch.eye(dim) if baseline.axes is None else baseline.axes
+    axes = baseline.to_axes(torch.eye(dim).reshape(-1, *shape))
     close((axes * baseline.variances) @ axes.T, covariance, rtol=1e-6, atol=1e-7)
     assert bool(baseline.fitted)
 
@@ -448,10 +474,40 @@ def test_copies_and_levels_leave_a_fit_of_numbers(rows, kind):
 def test_states_of_twelve_thousand_dimensions_take_a_few_mebibytes():
     shape = (3, 64, 64)
     with pytest.raises(ValueError, match=r"0\.6 GiB"):
-        GaussianBaseline(shape)
+        GaussianBaseline(shape, "full")
     network = UNet(shape, width=8)
     head = default_head(network.features, shape, network)
-    assert head.baseline.covariance == "diagonal"
-    assert sum(value.nbytes for value in head.state_dict().values()) < 2**20
+    assert head.baseline.covariance == "cosine"
+    assert sum(value.nbytes for value in head.state_dict().values()) < 2**21
     x = torch.rand(64, *shape)
-    close(head.baseline.fit(x.split(16)).variances.reshape(shape), x.var(0))
+    # axes are turned, not stretched
+    close(head.baseline.fit(x.split(16)).variances.sum(), x.var(0).sum())
+
+
+def test_waves_are_better_axes_of_photographs_than_pixels():
+    """Log-likelihood of fresh patches of a photograph, more than the axes of few patches give too."""
+    photograph = torch.from_numpy(sklearn.datasets.load_sample_image("china.jpg")).permute(2, 0, 1) / 255.0
+    patches = photograph.unfold(1, 16, 16).unfold(2, 16, 16).flatten(1, 2).transpose(0, 1)
+    patches = patches[torch.randperm(len(patches))] + torch.rand(len(patches), 3, 16, 16) / 256
+    known, fresh = patches[:400], patches[400:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few samples
+        fits = {kind: GaussianBaseline((3, 16, 16), kind).fit([known]) for kind in ("cosine", "full", "diagonal")}
+    values = {kind: float(fit.log_prob(fresh, torch.ones(len(fresh))).mean()) / 768 for kind, fit in fits.items()}
+    assert values["cosine"] > values["full"] > values["diagonal"] + 1, values
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 2, 3)])
+def test_the_usual_covariance_is_full_of_many_samples_and_diagonal_of_few(shape):
+    dim = math.prod(shape)
+    data = (torch.randn(2000, dim) @ rotation(dim, 1) * torch.linspace(0.2, 2, dim) + 1).reshape(-1, *shape)
+    for count, kind in ((2000, "full"), (1999, "diagonal")):
+        usual, own = (GaussianBaseline(shape, name).fit([data[:count]]) for name in (None, kind))
+        x, t = torch.randn(9, *shape), torch.rand(9)
+        close(usual.log_prob(x, t), own.log_prob(x, t))
+        close(usual.whiten(x, t).abs(), own.whiten(x, t).abs())
+
+
+def test_waves_are_of_images():
+    with pytest.raises(ValueError, match=r"cosine.*images.*shape \(5,\)"):
+        GaussianBaseline((5,), "cosine")

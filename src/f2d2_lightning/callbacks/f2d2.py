@@ -60,8 +60,8 @@ class F2D2Callback(AddedModel, L.Callback):
             (:class:`~f2d2_lightning.adapters.AddedInterval`), for networks whose second time cannot say a direction.
         teacher: Velocity ``(x, t, cond) -> v``, flow map or module to learn from; by default the model's own diagonal
             as it trains. One that holds the network itself is kept as it is when training starts.
-        head: Divergence head; by default one on the network's features, with a Gaussian baseline of full covariance up
-            to 1,024 dimensions, diagonal above.
+        head: Divergence head; by default one on the network's features and a Gaussian baseline, of the usual covariance
+            (:class:`~f2d2_lightning.flows.gaussian.GaussianBaseline`) or of the kind that the network has.
         objective: What relates ``(u, D)`` to the velocity; trajectory regression by default.
         estimator: Divergence estimator of the targets, by default as in ``F2D2Module``.
         frozen: The added loss trains the head alone and leaves the network to the module's own loss. Declare no
@@ -84,7 +84,8 @@ class F2D2Callback(AddedModel, L.Callback):
         inversion: How maps that only go to data are inverted.
         reference: Solver of the likelihood of the network's own velocity, for comparison.
         reference_samples: Samples per evaluation that are compared with it, the first ones of the data; 0 for none.
-        fit_samples: Samples that the baseline and the head's scale are set from, once.
+        fit_samples: Samples that the head's scale is set from, once, and its baseline, of a full covariance from four a
+            dimension at least.
         backward: Which ``manual_backward`` of a training step carries the added loss, from 0, in manual optimisation;
             by default the first one while the network's parameters require gradients (a GAN's generator).
         check: Compare the adapter with the network and a batch before the first step.

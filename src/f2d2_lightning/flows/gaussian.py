@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,10 @@ from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["GaussianBaseline", "GaussianFlow", "fit_baselines"]
 
-ENOUGH = 4
-"""Samples per dimension from which a full covariance is taken as it is."""
+ENOUGH, PLENTY = 4, 64
+"""Samples per dimension from which a full covariance is fitted without a warning, and taken as it is."""
+FOLDS = 4
+"""Parts of few samples, each of which is left out in turn; a power of two, at most 8."""
 FEWEST = 16
 """Samples from which a variance per coordinate is taken without a warning."""
 NARROWEST = 1e-9
@@ -45,6 +47,16 @@ FAR = 1e3
 """Distance from zero, in units of the data and in deviations, from which sums are taken around the data."""
 WIDEST = 4096
 """Dimensions of a full covariance: its axes are a 64 MiB buffer there, and grow with the square."""
+USUAL, MANY = 1024, 2000
+"""Dimensions up to which (axes of 4 MiB), and samples from which, a full covariance is the usual one."""
+
+
+def _cosines(count: int) -> Tensor:
+    """Orthonormal cosine waves over so many places, the rows of ``(count, count)``, from the slowest on."""
+    wave = torch.arange(count, dtype=torch.float64)
+    waves = (2 / count) ** 0.5 * torch.cos(math.pi / count * torch.outer(wave, wave + 0.5))
+    waves[0] /= 2**0.5
+    return waves
 
 
 def _log1p_ratio(y: Tensor) -> Tensor:
@@ -62,23 +74,34 @@ class GaussianBaseline(nn.Module, Configured):
 
     Args:
         shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
-        covariance: ``"full"`` keeps principal axes, ``"diagonal"`` a variance per coordinate, ``"isotropic"`` one.
+        covariance: ``"full"`` keeps principal axes; ``"cosine"``, of images, takes cosine waves (DCT-II) for them, and
+            each wave's own principal colours: close to the principal axes of photographs (Ahmed, Natarajan and Rao,
+            1974, https://doi.org/10.1109/T-C.1974.223784) at the memory of a few images; ``"diagonal"`` has a variance
+            per coordinate, ``"isotropic"`` one. ``None``, of up to 1,024 dimensions: full if there are 2,000 samples to
+            fit it to, or else of axes along the coordinates (in units of narrow axes a network learns few samples by
+            heart: docs/RECIPE.md); of more dimensions: ``"cosine"`` for images, ``"diagonal"`` for vectors.
         path: Probability path; the linear one by default.
 
     Raises:
-        ValueError: If there is no such covariance, or the full one of so many dimensions would fill the memory.
+        ValueError: If there is no such covariance, none of states of this shape, or the full one of so many dimensions
+            would fill the memory.
     """
 
     mean: Tensor
     variances: Tensor
     axes: Tensor | None
     fitted: Tensor
+    rows: Tensor
+    columns: Tensor
 
-    def __init__(self, shape: Iterable[int], covariance: str = "full", path: Path | None = None) -> None:
+    def __init__(self, shape: Iterable[int], covariance: str | None = None, path: Path | None = None) -> None:
         super().__init__()
-        one_of("covariance", covariance, ("full", "diagonal", "isotropic"))
         self.shape = tuple(shape)
         self.dim = math.prod(self.shape)
+        self.by_count = covariance is None and self.dim <= USUAL
+        if covariance is None:
+            covariance = "full" if self.by_count else "cosine" if len(self.shape) == 3 else "diagonal"
+        one_of("covariance", covariance, ("full", "cosine", "diagonal", "isotropic"))
         self.covariance = covariance
         if covariance == "full" and self.dim > WIDEST:
             raise ValueError(
@@ -89,7 +112,15 @@ class GaussianBaseline(nn.Module, Configured):
         self.path = path or LinearPath()
         self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("variances", torch.ones(1 if covariance == "isotropic" else self.dim))
-        self.register_buffer("axes", torch.eye(self.dim) if covariance == "full" else None)
+        axes = torch.eye(self.dim) if covariance == "full" else None
+        if covariance == "cosine":
+            if len(self.shape) != 3:
+                raise ValueError(f"covariance='cosine' is of images (C, H, W); states have shape {self.shape}")
+            channels, height, width = self.shape
+            axes = torch.eye(channels).repeat(height * width, 1, 1)
+            self.register_buffer("rows", _cosines(height).to(torch.get_default_dtype()))
+            self.register_buffer("columns", _cosines(width).to(torch.get_default_dtype()))
+        self.register_buffer("axes", axes)
         self.register_buffer("fitted", torch.tensor(False))
 
     @classmethod
@@ -110,8 +141,8 @@ class GaussianBaseline(nn.Module, Configured):
     ) -> GaussianBaseline:
         """Set mean and covariance from data, in one pass with float64 sums.
 
-        Of fewer than four samples a dimension, a full covariance is shrunk towards its diagonal, and a warning says so:
-        the sample covariance of fewer samples than dimensions has no variance at all along some axes.
+        Of fewer than 64 samples a dimension, a full covariance is shrunk towards its diagonal, or, of images, its
+        cosine waves, as suits samples that are left out; of fewer than four a warning says so.
 
         Args:
             batches: States ``(B, *shape)``, dequantized as in training.
@@ -126,32 +157,43 @@ class GaussianBaseline(nn.Module, Configured):
         batches = iter(batches)
         first = [self._rows(batch) for batch in itertools.islice(batches, 1)]
         origin = self._origin(first, reduce)
-        count, total = 0, torch.zeros(self.dim, dtype=torch.float64)
-        moment = torch.zeros((self.dim, self.dim) if full else self.dim, dtype=torch.float64)
+        # of parts, each of which may be left out
+        parts = FOLDS if full else 1
+        counts, totals = torch.zeros(parts, dtype=torch.float64), torch.zeros(parts, self.dim, dtype=torch.float64)
+        moments = torch.zeros(parts, *self._moment(totals).shape, dtype=torch.float64)
         for flat in itertools.chain(first, map(self._rows, batches)):
             flat = flat - origin
-            count += len(flat)
-            total += flat.sum(0)
-            moment += flat.T @ flat if full else flat.square().sum(0)
+            own = _folds(flat) if full else torch.zeros(len(flat))
+            for part in range(parts):
+                rows = flat[own == part]
+                counts[part] += len(rows)
+                totals[part] += rows.sum(0)
+                moments[part] += self._moment(rows)
         if reduce is not None:
-            total, moment = reduce(total), reduce(moment)
-            count = int(reduce(torch.tensor(float(count), dtype=torch.float64)))
+            totals, moments, counts = reduce(totals), reduce(moments), reduce(counts)
+        count = int(counts.sum())
         if count < 2:
             raise ValueError(f"a Gaussian fit needs at least two samples, got {count}")
-        mean = total / count
-        square = torch.outer(mean, mean) if full else mean.square()
-        covariance = (moment - count * square) / (count - 1)
+        mean = totals.sum(0) / count
+        covariance = (moments.sum(0) - count * self._moment(mean[None])) / (count - 1)
         mean = mean + origin
-        if full and count < ENOUGH * self.dim:
-            covariance, weight = _shrunk(covariance, count, _rounding(mean, floor))
-            warnings.warn(
-                f"a full covariance of {self.dim:,} dimensions is fitted to {count:,} samples; of "
-                f"{ENOUGH * self.dim:,} or more it would be their own, and here it is shrunk towards its diagonal "
-                f"(weight {weight:.2g}), so that fresh data keep a likelihood: give more samples, or "
-                "covariance='diagonal'",
-                stacklevel=3,
+        if self.by_count and count < MANY:
+            covariance = covariance.diagonal()
+        elif full and count < self.enough:
+            targets = {"its diagonal": lambda known: known.diagonal().diag()}
+            if len(self.shape) == 3:
+                targets["cosine waves"] = GaussianBaseline(self.shape, "cosine").to(torch.float64)._in_waves
+            covariance, chosen, weight = _shrunk(
+                counts, totals, moments, list(targets.values()), _rounding(mean, floor)
             )
-        elif self.covariance == "diagonal" and count < FEWEST:
+            if count < ENOUGH * self.dim:
+                warnings.warn(
+                    f"a full covariance of {self.dim:,} dimensions is fitted to {count:,} samples, and therefore "
+                    f"shrunk towards {list(targets)[chosen]} (weight {weight:.2g}), so that fresh data keep a "
+                    f"likelihood: give {ENOUGH * self.dim:,} or more, or covariance='diagonal'",
+                    stacklevel=3,
+                )
+        if count < FEWEST and (self.by_count or self.covariance in ("diagonal", "cosine")):
             warnings.warn(
                 f"a variance for each of {self.dim:,} coordinates is fitted to {count} samples, and some come out far "
                 f"too small: fresh data get too low a likelihood. Give {FEWEST} samples or more, or "
@@ -160,6 +202,43 @@ class GaussianBaseline(nn.Module, Configured):
             )
         self._set(mean, covariance, floor)
         return self
+
+    @property
+    def enough(self) -> int:
+        """Samples from which the covariance is taken as it is."""
+        if self.covariance != "full":
+            return FEWEST
+        return max(PLENTY * self.dim, MANY if self.by_count else 0)
+
+    def _moment(self, flat: Tensor) -> Tensor:
+        """Sum of products of coordinates of flat states that the covariance has: all, of a wave's colours, squares."""
+        if self.covariance == "full":
+            return flat.T @ flat
+        if self.covariance == "cosine":
+            waves = self._waves(flat)
+            return torch.einsum("bpi, bpj -> pij", waves, waves)
+        return flat.square().sum(0)
+
+    def _waves(self, flat: Tensor) -> Tensor:
+        """Amplitudes of cosine waves in each colour, ``(B, dim) -> (B, H W, C)``."""
+        waves = self.rows.to(flat.dtype) @ flat.reshape(-1, *self.shape) @ self.columns.to(flat.dtype).T
+        return waves.flatten(2).transpose(1, 2)
+
+    def _pixels(self, waves: Tensor) -> Tensor:
+        """Inverse of :meth:`_waves`, ``(B, H W, C) -> (B, dim)``."""
+        waves = waves.transpose(1, 2).reshape(-1, *self.shape)
+        return (self.rows.to(waves.dtype).T @ waves @ self.columns.to(waves.dtype)).flatten(1)
+
+    def _in_waves(self, covariance: Tensor) -> Tensor:
+        """What is left of a covariance ``(d, d)`` where waves of different frequencies are independent."""
+        channels = self.shape[0]
+        waves = self._waves(self._waves(covariance).flatten(1).T).unflatten(0, (-1, channels))
+        place = torch.arange(len(waves))
+        kept = torch.zeros_like(waves)
+        kept[place, :, place] = waves[place, :, place]
+        # one side, then the other
+        half = self._pixels(kept.reshape(self.dim, -1, channels)).T
+        return self._pixels(half.reshape(self.dim, -1, channels))
 
     def _rows(self, batch: Tensor) -> Tensor:
         """Flat states, ``(B, dim)``, in double precision.
@@ -186,8 +265,11 @@ class GaussianBaseline(nn.Module, Configured):
 
     def _set(self, mean: Tensor, covariance: Tensor, floor: float = SMALLEST) -> None:
         variances, least = covariance, _rounding(mean, floor)
-        if self.axes is not None:
+        if self.axes is not None and covariance.ndim == 1:
+            self.axes.copy_(torch.eye(self.dim))
+        elif self.axes is not None:
             variances, axes = torch.linalg.eigh(covariance.to(torch.float64))
+            variances = variances.flatten()
             if float(variances.min()) < -1e-6 * float(variances.max()):
                 raise ValueError(f"the covariance has a negative eigenvalue ({float(variances.min()):.3g})")
             self.axes.copy_(axes)
@@ -210,18 +292,24 @@ class GaussianBaseline(nn.Module, Configured):
         """Coordinates along the principal axes, ``(B, *shape) -> (B, dim)``."""
         self.check(x)
         flat = x.reshape(len(x), -1)
-        return flat if self.axes is None else self._turn(flat, self.axes)
+        return flat if self.axes is None else self._turn(flat)
 
     def from_axes(self, z: Tensor) -> Tensor:
         """Inverse of :meth:`to_axes`, ``(B, dim) -> (B, *shape)``."""
-        flat = z if self.axes is None else self._turn(z, self.axes.T)
+        flat = z if self.axes is None else self._turn(z, back=True)
         return flat.reshape(len(z), *self.shape)
 
-    @staticmethod
-    def _turn(x: Tensor, axes: Tensor) -> Tensor:
+    def _turn(self, x: Tensor, back: bool = False) -> Tensor:
+        """Flat states to the axes, or back from there, ``(B, dim)``."""
+        assert self.axes is not None
         # in half precision, wide axes would drown narrow ones
         with torch.autocast(x.device.type, enabled=False):
-            return x.to(axes.dtype) @ axes
+            x, axes = x.to(self.axes.dtype), self.axes.mT if back else self.axes
+            if self.covariance == "full":
+                return x @ axes
+            if not back:
+                return torch.einsum("bpi, pij -> bpj", self._waves(x), axes).flatten(1)
+            return self._pixels(torch.einsum("bpi, pij -> bpj", x.reshape(len(x), *axes.shape[:2]), axes))
 
     def marginal_variances(self, t: Tensor) -> Tensor:
         """``w(t) = sigma^2 + alpha^2 lambda`` along the axes, ``(B,) -> (B or 1, dim or 1)``."""
@@ -338,32 +426,55 @@ def _rounding(mean: Tensor, floor: float) -> Tensor:
     return (SMALLEST * mean.square()).clamp(min=SMALLEST).clamp(max=floor)
 
 
-def _shrunk(covariance: Tensor, count: int, rounding: Tensor) -> tuple[Tensor, float]:
-    """A sample covariance of few samples, its correlations shrunk towards none, and the weight of none, in (0, 1].
+def _folds(flat: Tensor) -> Tensor:
+    """The part that each flat state belongs to, ``(B,)``, from its bits: the same in any order, and for copies."""
+    bits = flat.view(torch.int64).sum(1) * 0x1E3779B97F4A7C15  # odd, so that all bits reach the highest
+    return (bits >> 61) & (FOLDS - 1)
 
-    The weight is the one under which the average sample is likeliest by the covariance of the others. For a covariance
-    ``S + g I`` of ``n`` samples, leaving a sample out takes its squared length ``q`` to ``q / (1 - a / n)`` with ``a``
-    the sum of ``l / (l + g)`` over eigenvalues of ``S`` (generalised cross-validation: Golub, Heath and Wahba, 1979,
-    https://doi.org/10.1080/00401706.1979.10489751), so that sums over the data are enough. The weight that is best in
-    squares (OAS, Chen et al., 2010, https://doi.org/10.1109/TSP.2010.2053029) is too small by far where all
-    coordinates share one factor, as the pixels of light and dark pictures do. Coordinates whose variance is within
-    ``rounding`` do not vary and have no correlations.
+
+def _shrunk(
+    counts: Tensor, totals: Tensor, moments: Tensor, targets: Sequence[Callable[[Tensor], Tensor]], floor: Tensor
+) -> tuple[Tensor, int, float]:
+    """A covariance of few samples, shrunk towards the target, with the weight, that suit samples left out of it best.
+
+    Sums are enough: of a part that is left out, the squared lengths by the covariance of the others. (The weight that
+    is best in squares, OAS, Chen et al., 2010, https://doi.org/10.1109/TSP.2010.2053029, and what generalised
+    cross-validation gives are too small by far for pixels, which share a factor and have heavy tails.)
+
+    Args:
+        counts: Samples in each part, ``(K,)``.
+        totals: Their sums, ``(K, d)``.
+        moments: Their sums of products, ``(K, d, d)``.
+        targets: Covariances that take the place of a sample covariance altogether, made from it.
+        floor: Variances below which coordinates do not vary, ``(d,)``.
+
+    Returns:
+        Covariance ``(d, d)``, the target's number, and its weight in (0, 1].
     """
-    moving = covariance.diagonal() > rounding
-    deviation = torch.maximum(covariance.diagonal(), rounding).sqrt()
-    scale = torch.outer(deviation, deviation)
-    correlation = torch.where(torch.outer(moving, moving), covariance / scale, torch.zeros_like(covariance))
-    values = torch.linalg.eigvalsh(correlation[moving][:, moving]).clamp(min=0)
-    weights = torch.logspace(-6, 0, 121, dtype=torch.float64)
-    kept = (1 - weights)[:, None] * values
-    mixed = kept + weights[:, None]
-    share = (kept / mixed).sum(-1) / (count - 1)
-    loss = (values / mixed).sum(-1) / (1 - share) + mixed.log().sum(-1)
-    # no samples are left of a sample that has an axis to itself
-    weight = weights[torch.where(share < 1, loss, torch.inf).argmin()]
-    correlation = (1 - weight) * correlation
-    correlation.fill_diagonal_(1.0)
-    return correlation * scale, float(weight)
+    count, total, moment = counts.sum(), totals.sum(0), moments.sum(0)
+    weights = torch.logspace(-6, 0, 61, dtype=torch.float64)
+    losses = torch.zeros(len(targets), len(weights), dtype=torch.float64)
+    for own, sums, products in zip(counts, totals, moments, strict=True):
+        if not 0 < own < count - 1:
+            continue
+        mean = (total - sums) / (count - own)
+        known = (moment - products) / (count - own) - torch.outer(mean, mean)
+        known *= (count - own) / (count - own - 1)
+        left_out = products - torch.outer(sums, mean) - torch.outer(mean, sums) + own * torch.outer(mean, mean)
+        for loss, target in zip(losses, targets, strict=True):
+            root = torch.linalg.cholesky(target(known) + floor.diag())
+            inside, outside = (torch.linalg.solve_triangular(root, part, upper=False) for part in (known, left_out))
+            inside, outside = (torch.linalg.solve_triangular(root, part.mT, upper=False) for part in (inside, outside))
+            values, axes = torch.linalg.eigh((inside + inside.mT) / 2)
+            lengths = ((outside @ axes) * axes).sum(0)
+            mixed = (1 - weights)[:, None] * values.clamp(min=0) + weights[:, None]
+            loss += (lengths / mixed).sum(-1) + own * (mixed.log().sum(-1) + 2 * root.diagonal().log().sum())
+    # of too few to leave any out nothing is known about correlations
+    losses[0, -1] -= 1e-9
+    best = int(losses.argmin())
+    chosen, weight = best // len(weights), float(weights[best % len(weights)])
+    covariance = (moment - torch.outer(total, total) / count) / (count - 1)
+    return (1 - weight) * covariance + weight * targets[chosen](covariance), chosen, weight
 
 
 @torch.no_grad()
@@ -382,7 +493,8 @@ def fit_baselines(
         if baseline.fitted:
             continue
         # the head's and the backbone's are often alike; one pass then serves both
-        twins = [b for b in baselines if b.fitted and (b.shape, b.covariance) == (baseline.shape, baseline.covariance)]
+        kind = (baseline.shape, baseline.covariance, baseline.by_count)
+        twins = [b for b in baselines if b.fitted and (b.shape, b.covariance, b.by_count) == kind]
         if twins:
             baseline.load_state_dict(twins[0].state_dict())
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -33,17 +34,13 @@ from f2d2_lightning.utils.processes import gather_states, own_state
 
 PATH_NODES = 64
 """Of the teacher's path in a diagnosis, for objectives without trajectories."""
-MOST_AXES = 1024
-"""Dimensions up to which the default head fits a full covariance."""
-
-
 SHARE = 3.0
 """Evaluations that trajectories may take, in those of training; in large batches without gradients they are cheaper."""
 REUSED, STARTS = 16, 2**24
 """Where more than the usual number of trajectories are kept: how often each is drawn from at least, and how many
 numbers their starts may be in a checkpoint."""
-MEASURED = 64
-"""States that targets are measured on; a quarter of them where there are many dimensions."""
+MEASURED, MANY = 64, 256
+"""States that targets are measured on, and dimensions above which a quarter of them are."""
 
 
 def default_objective(directions: Direction, moving: bool) -> Objective:
@@ -65,12 +62,10 @@ def default_objective(directions: Direction, moving: bool) -> Objective:
 
 
 def default_head(channels: int, shape: tuple[int, ...], flow_map: FlowMap) -> DivergenceHead:
-    """A head on a backbone's features, with the kind of covariance that a Gaussian fit of the backbone's own has."""
-    own = getattr(flow_map, "baseline", None)
-    # principal axes of a large state are as many numbers as a network has weights
-    covariance = "full" if math.prod(shape) <= MOST_AXES else "diagonal"
-    baseline = GaussianBaseline(shape, own.covariance if isinstance(own, GaussianBaseline) else covariance)
-    return DivergenceHead(channels, baseline=baseline)
+    """A head on a backbone's features, with the Gaussian fit that the backbone has, or else one of its own."""
+    # an adapted network of this package has its fit inside
+    fits = (part for part in flow_map.modules() if isinstance(part, GaussianBaseline) and part.shape == shape)
+    return DivergenceHead(channels, baseline=copy.deepcopy(next(fits, None)) or GaussianBaseline(shape))
 
 
 class DistilledModel(RangedModel):
@@ -191,7 +186,7 @@ class DistilledModel(RangedModel):
         steps = steps if math.isfinite(steps) else 10_000
         evaluations = PASSES * count * steps
         trajectories = (objective.capacity or CAPACITY) * trainer.world_size
-        few = MEASURED if x[0].numel() <= MOST_AXES // 4 else MEASURED // 4
+        few = MEASURED if x[0].numel() <= MANY else MEASURED // 4
         device = x.device
         x, cond = trainer.strategy.broadcast((x[:few], None if cond is None else cond[:few]))
         choice = choose_targets(

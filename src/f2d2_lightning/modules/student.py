@@ -50,7 +50,7 @@ class F2D2Module(FlowModule, DistilledModel):
             compare. ``None`` distils the student's own diagonal, trained by flow matching.
         trust: Packages whose classes the teacher's checkpoint may name, such as the one that your own backbone is in;
             that of ``flow_map`` is trusted already. See :mod:`f2d2_lightning.checkpoints.trust`.
-        head: Divergence head; by default on the backbone's features, with a Gaussian fit, diagonal above 1,024 axes.
+        head: Divergence head; by default on the backbone's features, with the Gaussian fit that it has.
         objective: Training objective; trajectory regression in both directions by default.
         estimator: Divergence estimator of the targets; by default measured with the nodes, or Hutchinson's, one probe.
         frozen: Train the head only; backbone and samples stay bit for bit as they were.

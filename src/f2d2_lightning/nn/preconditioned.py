@@ -35,14 +35,19 @@ class GaussianPreconditioned(FlowMap):
     """A backbone in whitened coordinates on top of the Gaussian flow map.
 
     Args:
-        network: Flow map on states of the same shape, in coordinates along the principal axes.
+        network: Flow map on states of the same shape, in whitened coordinates.
         baseline: Gaussian fit, fitted on the training data before training starts.
+        pixels: Turn whitened coordinates from the principal axes back to those of the data, and the network's answers
+            from there to the axes: the symmetric root of the covariance, under which a pixel stays where it is, as
+            convolutions need. (Bell and Sejnowski, "The independent components of natural scenes are edge filters",
+            1997, https://doi.org/10.1016/S0042-6989(97)00121-1, call it ZCA.)
     """
 
-    def __init__(self, network: FlowMap, baseline: GaussianBaseline) -> None:
+    def __init__(self, network: FlowMap, baseline: GaussianBaseline, pixels: bool = False) -> None:
         super().__init__()
         self.network = network
         self.baseline = baseline
+        self.pixels = pixels
         self.directions: Direction = network.directions
 
     @property
@@ -61,12 +66,14 @@ class GaussianPreconditioned(FlowMap):
         baseline = self.baseline
         residual, features = self.network.forward_features(self.inputs(x, s), s, t, cond)
         scale = baseline.marginal_variances(t).sqrt() * baseline.angle_rate(s, t)
-        correction = baseline.from_axes(scale * residual.reshape(len(x), -1))
+        along = baseline.to_axes(residual) if self.pixels else residual.reshape(len(x), -1)
+        correction = baseline.from_axes(scale * along)
         return baseline.average_velocity(x, s, t) + correction, features
 
     def inputs(self, x: Tensor, s: Tensor) -> Tensor:
         """What the network sees of a state at times ``(B,)``; the whitened state, shape of ``x``, by default."""
-        return self.baseline.whiten(x, s).reshape(x.shape)
+        white = self.baseline.whiten(x, s)
+        return self.baseline.from_axes(white) if self.pixels else white.reshape(x.shape)
 
 
 class AngleEmbedding(nn.Module, Configured):
@@ -116,7 +123,7 @@ class PreconditionedMLP(GaussianPreconditioned):
 
     Args:
         shape: Shape of one state, ``(d,)`` or ``(C, H, W)``.
-        covariance: Of the Gaussian fit: ``"diagonal"``, ``"full"`` or ``"isotropic"``.
+        covariance: Of the Gaussian fit, as for :class:`~f2d2_lightning.flows.gaussian.GaussianBaseline`.
         width: Features of the residual stream.
         blocks: Residual blocks.
         expansion: Width of a block's hidden layer, in units of ``width``.
@@ -128,7 +135,7 @@ class PreconditionedMLP(GaussianPreconditioned):
     def __init__(
         self,
         shape: Sequence[int],
-        covariance: str = "diagonal",
+        covariance: str | None = None,
         width: int = 512,
         blocks: int = 2,
         expansion: int = 1,
@@ -153,7 +160,7 @@ class PreconditionedUNet(GaussianPreconditioned):
 
     Args:
         shape: Shape of one image, ``(C, H, W)``.
-        covariance: Of the Gaussian fit: ``"diagonal"`` or ``"isotropic"``, whose axes are pixels.
+        covariance: Of the Gaussian fit, as for :class:`~f2d2_lightning.flows.gaussian.GaussianBaseline`.
         levels: Levels of the discrete data, for the distances from the edges; ``None`` for no such features.
         low: Lower edge of the range that the levels fill.
         high: Upper edge.
@@ -169,13 +176,13 @@ class PreconditionedUNet(GaussianPreconditioned):
         checkpointing: Recompute activations in the backward pass.
 
     Raises:
-        ValueError: If the covariance is a full one, whose axes are no pixels, or the sizes do not fit.
+        ValueError: If the sizes do not fit.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        covariance: str = "diagonal",
+        covariance: str | None = None,
         levels: int | None = None,
         low: float = -1.0,
         high: float = 1.0,
@@ -190,10 +197,6 @@ class PreconditionedUNet(GaussianPreconditioned):
         directions: str = "both",
         checkpointing: bool = False,
     ) -> None:
-        if covariance == "full":
-            raise ValueError(
-                "covariance is 'full'; a convolution needs axes that are pixels: 'diagonal' or 'isotropic'"
-            )
         baseline = GaussianBaseline(shape, covariance)
         network = UNet(
             shape,
@@ -211,7 +214,7 @@ class PreconditionedUNet(GaussianPreconditioned):
             inputs=shape[0] * (1 if levels is None else 3),
             checkpointing=checkpointing,
         )
-        super().__init__(network, baseline)
+        super().__init__(network, baseline, pixels=True)
         self.edges: tuple[float, ...] = ()
         if levels is not None:
             width_of_level = (high - low) / levels
