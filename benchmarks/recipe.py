@@ -8,6 +8,7 @@ count by :func:`network`, :func:`batch_size` and :func:`lengths`; nothing is set
     python benchmarks/recipe.py --validate --sets digits --seeds 0 --name try
     python benchmarks/recipe.py                                # on test points, once there is nothing left to choose
     python benchmarks/recipe.py --validate --report_only       # the table of what is there
+    python benchmarks/recipe.py --way callback --name callback # the same by F2D2Callback on a module of its own
     python benchmarks/recipe.py --tiny --sets wine             # seconds: whether it runs
 
 Under ``FOLDER/SET/seedN`` are the teacher, its reference likelihoods (which do not depend on the recipe and are made
@@ -17,6 +18,7 @@ once) and a folder for each ``--name`` of a recipe. What is there is not made ag
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -34,6 +36,7 @@ from torch import Tensor
 
 import f2d2_lightning as f2
 from f2d2_lightning.callbacks.last_checkpoint import LastCheckpoint
+from f2d2_lightning.checkpoints.export import load_joint
 from f2d2_lightning.data import FlowDataModule
 from f2d2_lightning.metrics.likelihood import agreement
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
@@ -47,6 +50,10 @@ Module = TypeVar("Module", bound=L.LightningModule)
 STEPS = (1, 2, 4, 8)
 FEW = 2_000
 """Training points below which the wider goals hold, and a network drops units."""
+WAYS = ("module", "callback", "alone")
+"""How a student is made: ``F2D2Module(teacher=teacher)``; flow matching that goes on from the teacher's weights with
+``F2D2Callback(..., teacher=teacher)``; the same without a teacher, learning from its own velocity, which is then its
+reference."""
 TINY = {"train": 192, "val": 48, "test": 48}
 SMALL, MEDIUM = 8, 256
 """Dimensions up to which a small perceptron, and a perceptron at all, is the network."""
@@ -198,14 +205,16 @@ class Run:
         dataset = self.data.dataset(split)
         return dataset.__getitems__(list(range(min(tested(self.dim), len(dataset)))))
 
-    def fitted(self, make: Callable[[], Module], steps: int, folder: Path) -> Module:
+    def fitted(
+        self, make: Callable[[], Module], steps: int, folder: Path, callbacks: Sequence[L.Callback] = ()
+    ) -> Module:
         """A module trained for so many steps, whose checkpoint is kept; one that is there goes on to its end."""
         last = folder / "last.ckpt"
         if not last.exists() or read_checkpoint(last)["global_step"] < steps:
             L.seed_everything(self.seed, verbose=False)
             keep = LastCheckpoint(max(1, steps // 4), folder)
             # as a user's own: nothing clipped, nothing else set
-            own = {"gradient_clip_val": None, "enable_checkpointing": True, "callbacks": [Seconds(), keep]}
+            own = {"gradient_clip_val": None, "enable_checkpointing": True, "callbacks": [Seconds(), *callbacks, keep]}
             begun = last if last.exists() else None
             quiet_trainer(steps, **own).fit(make(), self.data, ckpt_path=begun, weights_only=True)
         module, checkpoint = make(), read_checkpoint(last)
@@ -227,38 +236,64 @@ class Run:
         """Of the teacher's training, or of a recipe's."""
         return read_checkpoint(self.home / part / "last.ckpt")["callbacks"]["Seconds"]
 
-    def reference(self, split: str) -> dict[str, Any]:
-        def solve() -> dict[str, Any]:
-            return reference(self.teacher.average.velocity, self.points(split), self.set.constant)
+    def attached(self, name: str, taught: bool) -> f2.JointFlowMap:
+        """A student that an ``F2D2Callback`` makes of a module that trains flow matching on from the teacher's weights.
 
-        return kept(self.home / "teacher" / f"{split}.pt", solve)
+        Args:
+            name: Of the recipe: its folder.
+            taught: Whether the callback is given the teacher.
+        """
+        teacher, levels = self.teacher.average, self.data.levels
+        callback = f2.F2D2Callback("flow_map", teacher=teacher if taught else None)
+        host = self.fitted(
+            lambda: f2.FlowMatchingModule(copy.deepcopy(teacher).requires_grad_(True), self.data.shape, levels),
+            self.lengths[1],
+            self.home / name,
+            [callback],
+        )
+        return load_joint(self.home / name / "last.ckpt", host.flow_map, "flow_map").eval()
+
+    def reference(self, split: str, velocity: Callable[..., Tensor], folder: str) -> dict[str, Any]:
+        return kept(
+            self.home / folder / f"{split}.pt", lambda: reference(velocity, self.points(split), self.set.constant)
+        )
 
     def measure(
-        self, split: str, name: str = "defaults", make: Callable[..., f2.F2D2Module] = f2.F2D2Module
+        self,
+        split: str,
+        name: str = "defaults",
+        way: str = "module",
+        make: Callable[..., f2.F2D2Module] = f2.F2D2Module,
     ) -> dict[str, Any]:
         """Everything the table shows, from the file where it is kept.
 
         Args:
             split: ``"val"`` to choose by, ``"test"`` for the table.
             name: Of the recipe: its folder.
-            make: Makes the student, ``make(teacher=...)``; anything but the default is an experiment.
+            way: One of :data:`WAYS`.
+            make: Makes the student of the first way, ``make(teacher=...)``; anything but the default is an experiment.
         """
         file = self.home / name / f"{split}.json"
         if file.exists():
             return json.loads(file.read_text())
         teacher = self.teacher
-        student = self.fitted(lambda: make(teacher=teacher), self.lengths[1], self.home / name)
-        seconds, answer, x = self.seconds(name), self.reference(split), self.points(split)
+        if way == "module":
+            student = self.fitted(lambda: make(teacher=teacher), self.lengths[1], self.home / name).average
+        else:
+            student = self.attached(name, taught=way == "callback")
+        judge, folder = (teacher.average, "teacher") if way != "alone" else (student.flow_map, name)
+        seconds, answer, x = self.seconds(name), self.reference(split, judge.velocity, folder), self.points(split)
         truth = None if self.set.log_prob is None else self.set.log_prob(x.double())
         result = {
-            "set": self.name, "seed": self.seed, "split": split, "name": name, "count": self.count, "dim": self.dim,
-            "points": len(x), "lengths": self.lengths, "levels": self.data.levels, "constant": self.set.constant,
+            "set": self.name, "seed": self.seed, "split": split, "name": name, "way": way, "count": self.count,
+            "dim": self.dim, "points": len(x), "lengths": self.lengths, "levels": self.data.levels,
+            "constant": self.set.constant,
             "spread": spread_of(answer["value"]), "nll": -float(answer["value"].mean()),
             "truth": None if truth is None else -float(truth.mean()),
             "reference": {key: value for key, value in answer.items() if key != "value"},
             "seconds": {"choosing": seconds["before"], "training": seconds["total"] - seconds["before"],
                         "teacher": self.seconds("teacher")["total"]},
-            "steps": {k: compare(student.average, x, answer["value"], answer["unit"], k) for k in STEPS},
+            "steps": {k: compare(student, x, answer["value"], answer["unit"], k) for k in STEPS},
         }  # fmt: skip
         with whole_file(file) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -361,6 +396,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="three by default, one for Fashion-MNIST")
     parser.add_argument("--folder", type=Path, default=Path("runs/recipe"), help="where everything is kept")
     parser.add_argument("--name", default="defaults", help="of the recipe: another one is trained anew")
+    parser.add_argument("--way", choices=WAYS, default=WAYS[0], help="how students are made; give it a --name")
     parser.add_argument("--validate", action="store_true", help="compare on validation points")
     parser.add_argument("--tiny", action="store_true", help="few points and steps, for a test of the command")
     parser.add_argument("--threads", type=int, default=1)
@@ -373,7 +409,7 @@ def main() -> None:
             run = Run(name, SETS[name], seed, options.folder / "tiny" if options.tiny else options.folder, options.tiny)
             if options.report_only and not (run.home / options.name / f"{split}.json").exists():
                 continue
-            results.append(run.measure(split, options.name))
+            results.append(run.measure(split, options.name, options.way))
             print(f"{time.strftime('%H:%M:%S')} {name} {seed}", file=sys.stderr, flush=True)
     print(report(results))
 
