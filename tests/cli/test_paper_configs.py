@@ -59,11 +59,14 @@ def small(name):
                     "--model.init_args.flow_map.init_args.multipliers=[1,1,1,1]",
                     "--model.init_args.flow_map.init_args.attention=[16]"]  # fmt: skip
     if name in STUDENTS:
-        options += ["--model.init_args.head.init_args.features=4", "--model.init_args.reference.steps=1",
+        options += ["--model.init_args.reference=f2d2_lightning.Reference", "--model.init_args.reference.steps=1",
                     "--model.init_args.steps=[1,2]", "--model.init_args.reference_samples=3"]  # fmt: skip
     if name.endswith("/f2d2.yaml"):
         options += ["--model.init_args.objective.init_args.nodes=2", "--model.init_args.objective.init_args.capacity=8",
+                    "--model.init_args.objective.init_args.intervals=f2d2_lightning.Intervals",
                     "--model.init_args.objective.init_args.intervals.init_args.steps=[1,2]"]  # fmt: skip
+    elif name in STUDENTS:
+        options += ["--model.init_args.head.init_args.features=4"]
     return options
 
 
@@ -219,7 +222,9 @@ def test_full_size(name):
     assert f"| {count / 1e6:.1f} |" in row_of(folder)
 
 
-@pytest.mark.parametrize("name", ["cifar10/shortcut_f2d2.yaml", "imagenet64/f2d2.yaml", "celeba64/lsd_f2d2.yaml"])
+@pytest.mark.parametrize(
+    "name", ["cifar10/shortcut_f2d2.yaml", "imagenet64/meanflow_f2d2.yaml", "celeba64/lsd_f2d2.yaml"]
+)
 def test_full_size_answers(name):
     arguments = written(name)["model"]["init_args"]
     with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
