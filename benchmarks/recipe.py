@@ -9,6 +9,7 @@ count by :func:`network`, :func:`batch_size` and :func:`lengths`; nothing is set
     python benchmarks/recipe.py                                # on test points, once there is nothing left to choose
     python benchmarks/recipe.py --validate --report_only       # the table of what is there
     python benchmarks/recipe.py --way callback --name callback # the same by F2D2Callback on a module of its own
+    python benchmarks/recipe.py --validate --fixed             # each automatic choice against its fixed value
     python benchmarks/recipe.py --tiny --sets wine             # seconds: whether it runs
 
 Under ``FOLDER/SET/seedN`` are the teacher, its reference likelihoods (which do not depend on the recipe and are made
@@ -40,6 +41,8 @@ from f2d2_lightning.checkpoints.export import load_joint
 from f2d2_lightning.data import FlowDataModule
 from f2d2_lightning.metrics.likelihood import agreement
 from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
+from f2d2_lightning.objectives import TrajectoryRegression, Weighting
+from f2d2_lightning.objectives.trajectories import CAPACITY
 from f2d2_lightning.training.loading import read_checkpoint
 from f2d2_lightning.utils.files import whole_file
 from f2d2_lightning.utils.measuring import spread_of
@@ -54,6 +57,14 @@ WAYS = ("module", "callback", "alone")
 """How a student is made: ``F2D2Module(teacher=teacher)``; flow matching that goes on from the teacher's weights with
 ``F2D2Callback(..., teacher=teacher)``; the same without a teacher, learning from its own velocity, which is then its
 reference."""
+FIXED: dict[str, tuple[str, Callable[[], TrajectoryRegression]]] = {
+    "targets": ("16 nodes, one probe, 12,000 trajectories", lambda: TrajectoryRegression(nodes=16)),
+    "trajectories": ("12,000 trajectories", lambda: TrajectoryRegression(capacity=CAPACITY)),
+    "starts": ("half data, half noise", lambda: TrajectoryRegression(starts={"data": 0.5, "noise": 0.5})),
+    "errors": ("squared errors", lambda: TrajectoryRegression(weighting=Weighting(None))),
+    "weight": ("weight .1 of the divergence", lambda: TrajectoryRegression(weighting=Weighting(0.1, adaptive=0.5))),
+}
+"""What the package chooses by itself: a fixed value of each, in words, and the objective that has it."""
 TINY = {"train": 192, "val": 48, "test": 48}
 SMALL, MEDIUM = 8, 256
 """Dimensions up to which a small perceptron, and a perceptron at all, is the network."""
@@ -295,8 +306,8 @@ class Run:
                         "teacher": self.seconds("teacher")["total"]},
             "steps": {k: compare(student, x, answer["value"], answer["unit"], k) for k in STEPS},
         }  # fmt: skip
-        with whole_file(file) as partial:
-            partial.write_text(json.dumps(result, indent=1) + "\n")
+        with whole_file(file) as unfinished:
+            unfinished.write_text(json.dumps(result, indent=1) + "\n")
         return json.loads(file.read_text())
 
 
@@ -390,6 +401,21 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join((markdown(columns, rows), said, markdown(more, [about(runs) for runs in by_set.values()])))
 
 
+def ablations(results: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> str:
+    """Markdown: of each choice and set errors per point and seconds as chosen, then with the fixed value."""
+
+    def cells(result: dict[str, Any]) -> tuple[str, str]:
+        errors = " / ".join(f"{result['steps'][str(k)]['error']:.3f}" for k in STEPS)
+        return errors, f"{sum(result['seconds'][part] for part in ('choosing', 'training')):.0f}"
+
+    rows = [
+        [FIXED[name][0], chosen["set"], *(text for pair in zip(cells(chosen), cells(fixed)) for text in pair)]
+        for name, chosen, fixed in results
+    ]
+    steps = " / ".join(map(str, STEPS))
+    return markdown(["fixed", "set", f"error at {steps}, chosen", "fixed", "seconds, chosen", "fixed"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
@@ -398,12 +424,16 @@ def main() -> None:
     parser.add_argument("--name", default="defaults", help="of the recipe: another one is trained anew")
     parser.add_argument("--way", choices=WAYS, default=WAYS[0], help="how students are made; give it a --name")
     parser.add_argument("--validate", action="store_true", help="compare on validation points")
+    parser.add_argument(
+        "--fixed", nargs="*", choices=list(FIXED), help="compare these choices, or all, with fixed values instead"
+    )
     parser.add_argument("--tiny", action="store_true", help="few points and steps, for a test of the command")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report_only", action="store_true", help="make nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    split, results = "val" if options.validate else "test", []
+    split, results, compared = "val" if options.validate else "test", [], []
+    fixed = None if options.fixed is None else options.fixed or list(FIXED)
     for name in options.sets:
         for seed in options.seeds or SETS[name].seeds:
             run = Run(name, SETS[name], seed, options.folder / "tiny" if options.tiny else options.folder, options.tiny)
@@ -411,7 +441,13 @@ def main() -> None:
                 continue
             results.append(run.measure(split, options.name, options.way))
             print(f"{time.strftime('%H:%M:%S')} {name} {seed}", file=sys.stderr, flush=True)
-    print(report(results))
+            for choice in fixed or ():
+                if options.report_only and not (run.home / f"fixed-{choice}" / f"{split}.json").exists():
+                    continue
+                made = FIXED[choice][1]
+                make = lambda teacher, made=made: f2.F2D2Module(teacher=teacher, objective=made())  # noqa: E731
+                compared.append((choice, results[-1], run.measure(split, f"fixed-{choice}", make=make)))
+    print(report(results) if fixed is None else ablations(sorted(compared, key=lambda row: fixed.index(row[0]))))
 
 
 if __name__ == "__main__":

@@ -216,6 +216,28 @@ def test_the_command_on_a_plane_and_a_table(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("single")
+def test_by_a_callback_and_with_fixed_choices(monkeypatch, capsys, tmp_path):
+    """Six steps change little: all ways begin at the Gaussian fit's likelihood."""
+    begin = ("--validate", "--sets", "two moons")
+    for way in ("callback", "alone"):
+        told = ask(monkeypatch, capsys, tmp_path, *begin, "--way", way, "--name", way)
+        assert told.count("| 0.10, 0.05, 0.99 |") == 4
+    homes = [tmp_path / "tiny/two-moons/seed0" / name for name in ("teacher", "callback", "alone")]
+    assert [(home / "val.pt").exists() for home in homes] == [True, False, True]  # whose reference it is
+    for home in homes[1:]:
+        result = json.loads((home / "val.json").read_text())
+        assert result["way"] == home.name
+        assert max(row["error"] for row in result["steps"].values()) < 0.1
+    told = ask(monkeypatch, capsys, tmp_path, *begin, "--fixed", "errors", "weight")
+    assert [line.split(" | ")[0] for line in told.splitlines()[2:]] == [
+        "| squared errors",
+        "| weight .1 of the divergence",
+    ]
+    fixed = json.loads((tmp_path / "tiny/two-moons/seed0/fixed-errors/val.json").read_text())
+    assert f"{fixed['steps']['1']['error']:.3f} / {fixed['steps']['2']['error']:.3f}" in told
+
+
+@pytest.mark.usefixtures("single")
 def test_training_that_was_stopped_goes_on_to_the_same(monkeypatch, tmp_path):
     whole = Run("wine", SETS["wine"], 0, tmp_path / "whole", tiny=True).teacher.state_dict()
     run = Run("wine", SETS["wine"], 0, tmp_path / "stopped", tiny=True)
