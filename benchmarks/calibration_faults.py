@@ -12,7 +12,6 @@ minutes.
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 
 import torch
@@ -22,13 +21,11 @@ import f2d2_lightning as f2
 from calibration import PROBLEMS, Problem
 from f2d2_lightning.divergence import Exact
 from f2d2_lightning.likelihood import JointModel
-from f2d2_lightning.likelihood.sampling import normal_log_prob
-from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.metrics.diagnosis import Taught, TaughtPath, faults, taught_path
 from f2d2_lightning.objectives import TeacherSource
 from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.training.loading import load_module
-from measuring import log_determinant, markdown
+from measuring import markdown
 
 PARTS = {
     "all": "student minus teacher",
@@ -74,11 +71,7 @@ def all_faults(
     x = path.states[:, 0]
     truth = problem.reference["value"][: len(x)]
     some = len(x) if determinants is None else min(determinants, len(x))
-    volume, state = torch.zeros(some), x[:some]
-    for s, t in itertools.pairwise(time_grid(steps, to_noise=True)):
-        volume = volume + log_determinant(lambda y, s=s, t=t: joint.jump(y, s, t, None).state, state)  # type: ignore[misc]
-        state = joint.jump(state, s, t, None).state
-    exact = normal_log_prob(state) + volume
+    exact = f2.log_prob(joint, x[:some], steps, determinant="exact").value
     nats = {
         "probes": path.scatter,
         "own": f2.log_prob(joint, x[:some], steps).value - exact,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning import DivergenceHead, FlowMap, GaussianBaseline, JointFlowMap
-from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.nn import DiT, PreconditionedMLP, ResNet, UNet
 from f2d2_lightning.utils.files import whole_file
 
@@ -145,13 +144,6 @@ def resident_mib(*modules: nn.Module, optimizer: torch.optim.Optimizer | None = 
         states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         total += sum(v.numel() * v.element_size() for v in states)
     return total / 2**20
-
-
-def log_determinant(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``log |det|`` of a function's Jacobian at states ``(B, ...)``, ``(B,)``; one derivative per dimension."""
-    # in parts: a Jacobian has d^2 numbers
-    parts = (map_jacobian(function, part)[1] for part in x.split(max(1, 4096 // x[0].numel())))
-    return torch.cat([torch.linalg.slogdet(slope.double()).logabsdet.to(x) for slope in parts])
 
 
 def agreement(value: Tensor, reference: Tensor) -> dict[str, float]:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import f2d2_lightning as f2
 import measuring
 from f2d2_lightning.adapters import AdaptedFlowMap, Consistency, Denoiser, MeanFlow, Shortcut, TwoTime
-from measuring import kept, log_determinant, quiet_trainer
+from measuring import kept, quiet_trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import third_party_models as third_party
@@ -290,24 +290,10 @@ def own_density(frozen: f2.JointFlowMap, reference: Tensor, x: Tensor) -> dict[s
     """The head's figure and the reference beside the sampler's own density, by change of variables with every jump."""
     inversion, result = f2.Inversion(max_iterations=60), {}
     for k in STEPS:
-        state, good = x, torch.ones(len(x), dtype=torch.bool)
-        exact, head = torch.zeros(2, len(x))
-        for step in reversed(range(k)):
-            s, t = step / k, (step + 1) / k
-
-            def jump(y: Tensor, s: float = s, t: float = t) -> Tensor:
-                return y + (t - s) * frozen.flow_map(y, s, t)
-
-            solution = inversion.solve(lambda y, jump=jump: jump(y) - y, state)
-            state, good = solution.state, good & solution.converged
-            head = head - (t - s) * frozen(state, s, t).divergence
-            exact = exact - log_determinant(jump, state)
-        prior = f2.sampling.normal_log_prob(state)
-        missing = torch.where(good, 0.0, math.nan)
-        result[str(k)] = {
-            "head": agreement(prior + head + missing, prior + exact),
-            "exact": agreement(prior + exact + missing, reference),
-        }
+        head = f2.log_prob(frozen, x, k, inversion=inversion)
+        exact = f2.sample(frozen, head.noise, k, with_log_prob=True, determinant="exact").log_prob
+        exact = torch.where(head.value.isfinite(), exact, math.nan)
+        result[str(k)] = {"head": agreement(head.value, exact), "exact": agreement(exact, reference)}
     return result
 
 

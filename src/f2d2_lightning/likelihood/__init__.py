@@ -2,6 +2,7 @@
 
 from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
 from f2d2_lightning.likelihood.data_checks import Finding, check_data
+from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
@@ -19,6 +20,7 @@ from f2d2_lightning.likelihood.sampling import Samples, sample
 
 __all__ = [
     "DequantizationBounds",
+    "Determinant",
     "Finding",
     "GuidedSamples",
     "Inversion",

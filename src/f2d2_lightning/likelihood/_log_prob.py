@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction, JointMap
+from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.inversion import Inversion
-from f2d2_lightning.likelihood.sampling import check_cond, check_state, normal_log_prob
+from f2d2_lightning.likelihood.sampling import check_cond, check_state, normal_log_prob, walk
 from f2d2_lightning.likelihood.time_grids import time_grid
 
 
@@ -44,6 +45,7 @@ def log_prob(
     cond: Tensor | None = None,
     *,
     inversion: Inversion | None = None,
+    determinant: Determinant | str | None = None,
 ) -> LogProb:
     """Log-likelihood of data.
 
@@ -54,6 +56,10 @@ def log_prob(
         cond: Conditioning, first axis ``B``.
         inversion: Invert the map's steps to data instead of using its steps to noise. Unconverged samples get
             NaN, ``converged`` says which, and a warning counts them.
+        determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: take the change of volume of the map's own
+            jumps in the place of what the head says of them, without gradients. With ``inversion`` that is the density
+            of the sampler itself; of a map to noise the density that it pulls back, of which a sampler that it inverts
+            draws.
 
     Returns:
         ``value`` in nats, ``(B,)``; one evaluation per step without inversion. Under ``torch.no_grad`` or with
@@ -74,25 +80,28 @@ def log_prob(
             "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
         )
     check_cond(cond, len(x), joint_map)
-    grid = time_grid(steps, to_noise=True)
+    grid, determinant = time_grid(steps, to_noise=True), Determinant.said(determinant)
     if inversion is not None:
-        return _by_inversion(joint_map, x, grid, cond, inversion)
+        return _by_inversion(joint_map, x, grid, cond, inversion, determinant)
     if Direction.TO_NOISE not in joint_map.directions:
         raise ValueError(
             f"{type(joint_map).__name__} only goes to data (directions={joint_map.directions}), and the likelihood of "
             "data needs the way to noise; pass inversion=Inversion(), or train the map in both directions"
         )
-    state, change = x, x.new_zeros(len(x))
-    for s, t in itertools.pairwise(grid):
-        state, delta = joint_map.jump(state, s, t, cond)
-        change = change + delta
-    return LogProb(normal_log_prob(state) - change, state, len(grid) - 1)
+    way = walk(joint_map, x, grid, cond, determinant)
+    value = normal_log_prob(way.state) - way.change
+    return LogProb(value, way.state, way.evaluations, standard_error=way.standard_error)
 
 
 def _by_inversion(
-    joint_map: JointMap, x: Tensor, grid: list[float], cond: Tensor | None, inversion: Inversion
+    joint_map: JointMap,
+    x: Tensor,
+    grid: list[float],
+    cond: Tensor | None,
+    inversion: Inversion,
+    determinant: Determinant | None,
 ) -> LogProb:
-    state, change, evaluations = x, x.new_zeros(len(x)), 0
+    state, change, evaluations, variance = x, x.new_zeros(len(x)), 0, None
     converged = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for t, s in itertools.pairwise(grid):
 
@@ -102,8 +111,11 @@ def _by_inversion(
         solution = inversion.solve(displacement, state)
         state = solution.state
         converged = converged & solution.converged
-        change = change - (t - s) * joint_map(state, s, t, cond).divergence
-        evaluations += solution.evaluations + 1
+        way = walk(joint_map, state, [s, t], cond, determinant)
+        change = change + way.change
+        evaluations += solution.evaluations + way.evaluations
+        if way.standard_error is not None:
+            variance = way.standard_error.square() + (0.0 if variance is None else variance)
     value = normal_log_prob(state) + change
     if not bool(converged.all()):
         warnings.warn(
@@ -112,4 +124,4 @@ def _by_inversion(
             stacklevel=3,
         )
         value = torch.where(converged, value, torch.full_like(value, torch.nan))
-    return LogProb(value, state, evaluations, converged)
+    return LogProb(value, state, evaluations, converged, None if variance is None else variance.sqrt())

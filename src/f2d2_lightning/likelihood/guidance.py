@@ -127,10 +127,10 @@ class SelfGuidance:
             moved,
             made.evaluations + guided_forward + checked,
             made.log_prob if with_log_prob else None,
-            guided_forward,
-            noise,
-            before,
-            after,
+            backward_evaluations=guided_forward,
+            unguided_noise=noise,
+            log_prob_before=before,
+            log_prob_after=after,
         )
 
     def _gradient(self, joint_map: JointMap, noise: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:

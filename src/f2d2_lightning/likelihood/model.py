@@ -15,6 +15,7 @@ from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction, JointMap
 from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
+from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.guidance import SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
@@ -147,7 +148,14 @@ class LikelihoodModel(ABC):
         """Evaluation mode for a while, where the map is one that trains."""
         return nullcontext()
 
-    def log_prob(self, x: Tensor, steps: int | Sequence[float] = 4, cond: Tensor | None = None) -> LogProb:
+    def log_prob(
+        self,
+        x: Tensor,
+        steps: int | Sequence[float] = 4,
+        cond: Tensor | None = None,
+        *,
+        determinant: Determinant | str | None = None,
+    ) -> LogProb:
         """Log-likelihood of states at ``t = 1``, nats; see :func:`f2d2_lightning.log_prob`.
 
         Raises:
@@ -156,7 +164,7 @@ class LikelihoodModel(ABC):
         joint = self.joint_map
         inversion = None if Direction.TO_NOISE in joint.directions else self.inversion
         with self.evaluating():
-            return log_prob(joint, self._fitting(x), steps, cond, inversion=inversion)
+            return log_prob(joint, self._fitting(x), steps, cond, inversion=inversion, determinant=determinant)
 
     def settled_reference(
         self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None, identity: str | None = None
@@ -192,6 +200,7 @@ class LikelihoodModel(ABC):
         cond: Tensor | None = None,
         *,
         with_log_prob: bool = False,
+        determinant: Determinant | str | None = None,
         guidance: SelfGuidance | None = None,
     ) -> Samples:
         """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`.
@@ -204,8 +213,10 @@ class LikelihoodModel(ABC):
         noise = self._fitting(noise)
         with self.evaluating():
             if guidance is not None:
+                if determinant is not None:
+                    raise ValueError("guidance climbs the head's likelihood; determinant= is for samples without it")
                 return guidance(joint, noise, steps, cond, with_log_prob=with_log_prob)
-            return sample(joint, noise, steps, cond, with_log_prob=with_log_prob)
+            return sample(joint, noise, steps, cond, with_log_prob=with_log_prob, determinant=determinant)
 
     def _fitting(self, x: Tensor) -> Tensor:
         """States of the model's shape."""

@@ -6,12 +6,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.maps import FlowMap, JointMap
 from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.utils.checks import at_least
 
@@ -30,6 +32,8 @@ class Samples:
     """Network evaluations per sample."""
     log_prob: Tensor | None = None
     """Log-density of each sample, ``(B,)``, nats."""
+    standard_error: Tensor | None = None
+    """Of :attr:`log_prob` over random probes, ``(B,)``, nats; ``None`` if nothing was random or it is not known."""
 
 
 def normal_log_prob(z: Tensor) -> Tensor:
@@ -89,6 +93,36 @@ def check_cond(cond: object, count: int, model: object = None) -> None:
         )
 
 
+class Way(NamedTuple):
+    """Several jumps, one after the other."""
+
+    state: Tensor
+    """Where they lead, shape of the states."""
+    change: Tensor
+    """Of the log-density, ``(B,)``, nats."""
+    evaluations: int
+    """Of the network, per sample."""
+    standard_error: Tensor | None
+    """Of ``change`` over random probes, ``(B,)``; ``None`` if nothing was random or it is not known."""
+
+
+def walk(
+    joint_map: JointMap, x: Tensor, grid: Sequence[float], cond: Tensor | None, determinant: Determinant | None
+) -> Way:
+    """Jump from time to time, with the head's changes of log-density or those of the jumps' own volumes."""
+    change, evaluations, variances = x.new_zeros(len(x)), 0, []
+    for s, t in itertools.pairwise(grid):
+        evaluations += 1
+        if determinant is None:
+            x, delta = joint_map.jump(x, s, t, cond)
+        else:
+            (x, delta), volume = determinant.jump(joint_map, x, s, t, cond)
+            evaluations += volume.evaluations
+            variances += [] if volume.standard_error is None else [volume.standard_error.square()]
+        change = change + delta
+    return Way(x, change, evaluations, torch.stack(variances).sum(0).sqrt() if variances else None)
+
+
 def sample(
     flow_map: FlowMap | JointMap,
     noise: Tensor,
@@ -96,6 +130,7 @@ def sample(
     cond: Tensor | None = None,
     *,
     with_log_prob: bool = False,
+    determinant: Determinant | str | None = None,
 ) -> Samples:
     """Samples from noise in a few evaluations.
 
@@ -105,6 +140,9 @@ def sample(
         steps: Number of uniform steps from ``t = 0`` to ``t = 1``, or the times themselves.
         cond: Conditioning, first axis ``B``.
         with_log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
+        determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: the log-density by the change of volume of
+            the map's own jumps, which is that of the sampler itself, in the place of what the head says; without
+            gradients.
 
     Returns:
         Samples at ``t = 1``; one evaluation per step. Under ``torch.no_grad`` or with gradients, as the caller says.
@@ -126,12 +164,13 @@ def sample(
             "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
         )
     grid = time_grid(steps)
-    x, change = noise, noise.new_zeros(len(noise))
+    if determinant is not None and not with_log_prob:
+        raise ValueError(f"determinant={determinant!r} is of a log-density; ask for it: with_log_prob=True")
+    if isinstance(flow_map, JointMap):
+        way = walk(flow_map, noise, grid, cond, Determinant.said(determinant))
+        density = normal_log_prob(noise) + way.change if with_log_prob else None
+        return Samples(way.state, noise, way.evaluations, density, way.standard_error)
+    x = noise
     for s, t in itertools.pairwise(grid):
-        if isinstance(flow_map, JointMap):
-            x, delta = flow_map.jump(x, s, t, cond)
-            change = change + delta
-        else:
-            x = flow_map.jump(x, expand_time(s, x), expand_time(t, x), cond)
-    density = normal_log_prob(noise) + change if with_log_prob else None
-    return Samples(x, noise, len(grid) - 1, density)
+        x = flow_map.jump(x, expand_time(s, x), expand_time(t, x), cond)
+    return Samples(x, noise, len(grid) - 1)

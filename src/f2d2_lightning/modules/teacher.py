@@ -17,6 +17,7 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.flows.paths import LinearPath, Path
 from f2d2_lightning.likelihood._log_prob import LogProb
+from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.guidance import SelfGuidance
 from f2d2_lightning.likelihood.ode import reference_sample
 from f2d2_lightning.likelihood.reference import Reference
@@ -123,8 +124,21 @@ class FlowMatchingModule(FlowModule):
     def reference_velocity(self) -> Callable[..., Tensor]:
         return self.average.velocity
 
-    def log_prob(self, x: Tensor, steps: Any = None, cond: Tensor | None = None) -> LogProb:
-        """Reference log-likelihood of states at ``t = 1``, nats; ``steps`` are those of :attr:`reference`."""
+    def log_prob(
+        self,
+        x: Tensor,
+        steps: Any = None,
+        cond: Tensor | None = None,
+        *,
+        determinant: Determinant | str | None = None,
+    ) -> LogProb:
+        """Reference log-likelihood of states at ``t = 1``, nats; ``steps`` are those of :attr:`reference`.
+
+        Raises:
+            ValueError: If determinants are asked for, which are of a few-step map's jumps.
+        """
+        if determinant is not None:
+            raise ValueError(f"determinant={determinant!r} is of a few-step map's jumps, and the teacher makes none")
         return self.reference_log_prob(self.average.velocity, self._fitting(x), cond)
 
     def sample(
@@ -134,6 +148,7 @@ class FlowMatchingModule(FlowModule):
         cond: Tensor | None = None,
         *,
         with_log_prob: bool = False,
+        determinant: Determinant | str | None = None,
         guidance: SelfGuidance | None = None,
     ) -> Samples:
         """Samples by :attr:`method` in a number of steps.
@@ -141,7 +156,7 @@ class FlowMatchingModule(FlowModule):
         Raises:
             ValueError: If likelihoods or guidance are asked for, which need a head, or the times themselves.
         """
-        if with_log_prob or guidance is not None or not isinstance(steps, int):
+        if with_log_prob or determinant or guidance is not None or not isinstance(steps, int):
             raise ValueError(
                 "the teacher draws samples in a number of solver steps, without likelihoods and guidance; distil it "
                 "(F2D2Module), or use reference_sample and reference_log_prob"

@@ -1,0 +1,198 @@
+r"""The density that a map's own jumps have, whatever its divergence head says.
+
+A jump :math:`X_{s \to t}(x) = x + (t - s)\,u(x, s, t)` takes a density along by the change of variables, and what a
+few-step sampler draws from is the density of its jumps, not the one that a head was taught:
+
+.. math:: \log |\det A|, \qquad A = I + (t - s)\,\frac{\partial u}{\partial x}.
+
+Exactly it takes as many directional derivatives as a state has dimensions. In many dimensions it is estimated: with
+:math:`A_0` the Jacobian of the Gaussian fit's jump, whose determinant is known, and :math:`B = A_0^{-1} A`,
+
+.. math:: \log |\det A| = \log \det A_0 + \tfrac12 \operatorname{tr} \log B^\top B
+
+and the trace by stochastic Lanczos quadrature (Ubaru, Chen and Saad, "Fast Estimation of tr(f(A)) via Stochastic
+Lanczos Quadrature", 2017, https://doi.org/10.1137/16M1104974). Jumps are far from the identity along narrow axes of the
+data and close to the Gaussian's everywhere, so that few of its steps are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.divergence.estimators import jacobian_product
+from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.maps import JointMap, Jump
+from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.utils.checks import at_least
+
+__all__ = ["Determinant", "Volume"]
+
+EXACT_UP_TO = 256
+"""Dimensions up to which determinants are exact where nothing is said."""
+ROWS = 1024
+"""States that pass through the network at a time; of exact determinants, Jacobians of so many numbers a dimension."""
+NEGLIGIBLE = 1e-6
+"""Share of a vector that is left after its projections are taken away, where Lanczos' steps have found all."""
+
+
+class Volume(NamedTuple):
+    """Logarithms of changes of volume."""
+
+    value: Tensor
+    """``log |det A|``, ``(B,)``, nats."""
+    standard_error: Tensor | None
+    """Over probes, ``(B,)``, nats; ``None`` of what is exact, and of a single probe."""
+    evaluations: int
+    """Derivatives per sample, each of which costs about as much as an evaluation or two."""
+
+
+@dataclass(frozen=True)
+class Determinant:
+    """How ``log |det|`` of a jump's Jacobian is found.
+
+    Args:
+        probes: Random vectors of the estimate; 0 for the exact determinant; ``None`` for the exact one up to 256
+            dimensions, four probes above.
+        lanczos: Lanczos steps per probe, each of a derivative along a vector and one of a product; more of them take
+            away what the probes' standard error does not show.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    probes: int | None = None
+    lanczos: int = 12
+
+    def __post_init__(self) -> None:
+        at_least(1, lanczos=self.lanczos)
+        if self.probes is not None:
+            at_least(0, probes=self.probes)
+
+    @classmethod
+    def said(cls, said: Determinant | str | None) -> Determinant | None:
+        """What a user says: one of these, ``"exact"``, ``"estimate"``, or ``None`` for the head's divergence.
+
+        Raises:
+            ValueError: If it is none of them.
+        """
+        if said is None or isinstance(said, Determinant):
+            return said
+        if said not in ("exact", "estimate"):
+            raise ValueError(
+                f"determinant is {said!r}; it is 'exact', 'estimate', a Determinant(probes=...), or None for what the "
+                "head says"
+            )
+        return cls(0 if said == "exact" else 4)
+
+    @torch.no_grad()
+    def jump(
+        self, joint_map: JointMap, x: Tensor, s: float, t: float, cond: Tensor | None = None
+    ) -> tuple[Jump, Volume]:
+        """A jump whose change of log-density is that of its own volume, without gradients; and that volume."""
+        start, end = expand_time(s, x), expand_time(t, x)
+        state, baseline = joint_map.jump(x, s, t, cond).state, _fit(joint_map)
+
+        def part(rows: slice) -> Callable[[Tensor], Tensor]:
+            # the same rows, as often as there are vectors
+            def moved(y: Tensor) -> Tensor:
+                times = len(y) // len(start[rows])
+                own = None if cond is None else cond[rows].repeat(times, *(1 for _ in cond.shape[1:]))
+                return y + (t - s) * joint_map(y, start[rows].repeat(times), end[rows].repeat(times), own).velocity
+
+            return moved
+
+        dim = x[0].numel()
+        probes = (0 if dim <= EXACT_UP_TO else 4) if self.probes is None else self.probes
+        size = max(1, ROWS // (probes or dim))
+        found = []
+        for first in range(0, len(x), size):
+            rows = slice(first, first + size)
+            function = part(rows)
+            if not probes:
+                found.append(Volume(_exact(function, x[rows]), None, dim))
+            else:
+                found.append(_estimate(function, x[rows], baseline, start[rows], end[rows], probes, self.lanczos))
+        errors = [part.standard_error for part in found if part.standard_error is not None]
+        value = torch.cat([part.value for part in found])
+        return Jump(state, -value), Volume(value, torch.cat(errors) if errors else None, found[0].evaluations)
+
+
+def _fit(joint_map: JointMap) -> GaussianBaseline | None:
+    """The Gaussian fit of a joint map's head, if it has a fitted one."""
+    baseline = getattr(getattr(joint_map, "head", None), "baseline", None)
+    return baseline if isinstance(baseline, GaussianBaseline) and bool(baseline.fitted) else None
+
+
+def _exact(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``log |det|`` of a function's Jacobian at states ``(B, ...)``, ``(B,)``; one derivative a dimension."""
+    count, dim = len(x), x[0].numel()
+    group = max(1, min(dim, ROWS // count))
+    units, columns = torch.eye(dim, dtype=x.dtype, device=x.device), []
+    for vectors in units.split(group):
+        tangents = vectors.repeat_interleave(count, 0).reshape(-1, *x.shape[1:])
+        states = x.repeat(len(vectors), *(1 for _ in x.shape[1:]))
+        product = jacobian_product(function, states, tangents)[1]
+        columns.append(product.reshape(len(vectors), count, dim))
+    # (d, B, d), each row an image of a unit vector: transposed Jacobians
+    return torch.linalg.slogdet(torch.cat(columns).transpose(0, 1).double()).logabsdet.to(x)
+
+
+def _estimate(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    baseline: GaussianBaseline | None,
+    s: Tensor,
+    t: Tensor,
+    probes: int,
+    steps: int,
+) -> Volume:
+    """Stochastic Lanczos quadrature of ``log |det|`` at states ``(B, ...)``, relative to the Gaussian fit's."""
+    count, dim = len(x), x[0].numel()
+    steps = min(steps, dim)
+    states = x.repeat(probes, *(1 for _ in x.shape[1:]))
+    known, ratio = x.new_zeros(()), None
+    if baseline is not None:
+        known = (baseline.divergence(s, t) * (t - s)).to(x)
+        ratio = (baseline.marginal_variances(t) / baseline.marginal_variances(s)).sqrt().expand(count, -1)
+        ratio = ratio.repeat(probes, 1).to(x)
+
+    def square(v: Tensor) -> Tensor:
+        """``B^T B v``, ``(P B, d)``, in the fit's axes."""
+        along = v.reshape(states.shape) if baseline is None else baseline.from_axes(v).to(x)
+        image = jacobian_product(function, states, along)[1].reshape(len(v), dim)
+        if baseline is not None and ratio is not None:
+            image = baseline.to_axes(image.reshape(states.shape)).to(x) / ratio.square()
+            image = baseline.from_axes(image).to(x)
+        with torch.inference_mode(False), torch.enable_grad():
+            point = states.clone().requires_grad_(True)
+            (back,) = torch.autograd.grad(function(point), point, image.clone().reshape(states.shape))
+        return back.reshape(len(v), dim) if baseline is None else baseline.to_axes(back).to(x)
+
+    vectors = (torch.randint(0, 2, (len(states), dim), device=x.device).to(x) * 2 - 1) / dim**0.5
+    basis, diagonal, beside = [vectors], [], []
+    for _ in range(steps):
+        image = square(basis[-1])
+        diagonal.append((image * basis[-1]).sum(-1))
+        for _ in range(2):  # twice is enough (Kahan; Parlett)
+            for vector in basis:
+                image = image - (image * vector).sum(-1, keepdim=True) * vector
+        length = image.norm(dim=-1)
+        # of a sample that has no further directions the rest of the matrix is cut off
+        going = length > NEGLIGIBLE * diagonal[-1].abs()
+        beside.append(torch.where(going, length, torch.zeros_like(length)))
+        basis.append(torch.where(going, 1 / length, torch.zeros_like(length))[:, None] * image)
+    small = torch.diag_embed(torch.stack(diagonal, -1).double())
+    if steps > 1:
+        off = torch.stack(beside[:-1], -1).double()
+        small = small + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    values, axes = torch.linalg.eigh(small)
+    shares = axes[:, 0].square()
+    logs = torch.where(shares > 0, values.clamp(min=torch.finfo(torch.float64).tiny).log(), torch.zeros_like(values))
+    traces = (0.5 * dim * (shares * logs).sum(-1)).reshape(probes, count).to(x)
+    error = traces.std(0) / probes**0.5 if probes > 1 else None
+    return Volume(known + traces.mean(0), error, 2 * steps * probes)
