@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -267,3 +268,25 @@ def test_the_default_student_drops_nothing():
     assert rates(student(of).joint) == {0.0}
     assert rates(of) == {0.3}
     assert rates(student(of, flow_map=copy.deepcopy(network)).joint.flow_map) == {0.3}
+
+
+@pytest.mark.parametrize("levels", [None, 16])
+def test_the_head_is_compared_with_the_maps_own_density(tmp_path, levels):
+    """Of the first samples, in the unit of likelihoods; one tenth more divergence is a tenth of a nat above."""
+    module = f2.F2D2Module(f2.nn.PreconditionedMLP((2,), width=8), levels=levels, low=-9.0, high=9.0, steps=(1, 2))
+    run = trainer(tmp_path)
+    metrics = []
+    for lift in (0.0, 0.1):
+        torch.nn.init.constant_(module.average.head.out.bias, lift / float(module.average.head.scale))
+        metrics.append(run.validate(module, datamodule=Pair(), verbose=False)[0])
+    x = Pair().dataset("val").values
+    unit = 1.0 if levels is None else 2 * math.log(2)
+    for k in (1, 2):
+        above = module.log_prob(x, k, determinant="exact").value - module.log_prob(x, k).value
+        assert metrics[1][f"val/own_density_gap_{k}"] == pytest.approx(float(above.detach().mean()) / unit, abs=1e-5)
+        error = metrics[1][f"val/own_density_error_{k}"]
+        assert error == pytest.approx(float(above.detach().abs().mean()) / unit, abs=1e-5)
+        # to noise the elapsed time is -1
+        assert metrics[1][f"val/own_density_gap_{k}"] - metrics[0][f"val/own_density_gap_{k}"] == pytest.approx(
+            0.1 / unit, abs=1e-5
+        )

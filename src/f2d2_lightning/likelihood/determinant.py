@@ -47,8 +47,6 @@ class Volume(NamedTuple):
     """``log |det A|``, ``(B,)``, nats."""
     standard_error: Tensor | None
     """Over probes, ``(B,)``, nats; ``None`` of what is exact, and of a single probe."""
-    evaluations: int
-    """Derivatives per sample, each of which costs about as much as an evaluation or two."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,13 @@ class Determinant:
             )
         return cls(0 if said == "exact" else 4)
 
+    def derivatives(self, dim: int) -> int:
+        """Derivatives along a vector, and products with one, that a jump of so many dimensions takes."""
+        return 2 * min(self.lanczos, dim) * self._probes(dim) or dim
+
+    def _probes(self, dim: int) -> int:
+        return (0 if dim <= EXACT_UP_TO else 4) if self.probes is None else self.probes
+
     @torch.no_grad()
     def jump(
         self, joint_map: JointMap, x: Tensor, s: float, t: float, cond: Tensor | None = None
@@ -107,19 +112,19 @@ class Determinant:
             return moved
 
         dim = x[0].numel()
-        probes = (0 if dim <= EXACT_UP_TO else 4) if self.probes is None else self.probes
+        probes = self._probes(dim)
         size = max(1, ROWS // (probes or dim))
         found = []
         for first in range(0, len(x), size):
             rows = slice(first, first + size)
             function = part(rows)
             if not probes:
-                found.append(Volume(_exact(function, x[rows]), None, dim))
+                found.append(Volume(_exact(function, x[rows]), None))
             else:
                 found.append(_estimate(function, x[rows], baseline, start[rows], end[rows], probes, self.lanczos))
         errors = [part.standard_error for part in found if part.standard_error is not None]
         value = torch.cat([part.value for part in found])
-        return Jump(state, -value), Volume(value, torch.cat(errors) if errors else None, found[0].evaluations)
+        return Jump(state, -value), Volume(value, torch.cat(errors) if errors else None)
 
 
 def _fit(joint_map: JointMap) -> GaussianBaseline | None:
@@ -195,4 +200,4 @@ def _estimate(
     logs = torch.where(shares > 0, values.clamp(min=torch.finfo(torch.float64).tiny).log(), torch.zeros_like(values))
     traces = (0.5 * dim * (shares * logs).sum(-1)).reshape(probes, count).to(x)
     error = traces.std(0) / probes**0.5 if probes > 1 else None
-    return Volume(known + traces.mean(0), error, 2 * steps * probes)
+    return Volume(known + traces.mean(0), error)

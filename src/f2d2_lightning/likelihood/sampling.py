@@ -117,7 +117,7 @@ def walk(
             x, delta = joint_map.jump(x, s, t, cond)
         else:
             (x, delta), volume = determinant.jump(joint_map, x, s, t, cond)
-            evaluations += volume.evaluations
+            evaluations += determinant.derivatives(x[0].numel())
             variances += [] if volume.standard_error is None else [volume.standard_error.square()]
         change = change + delta
     return Way(x, change, evaluations, torch.stack(variances).sum(0).sqrt() if variances else None)

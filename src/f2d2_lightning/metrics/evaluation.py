@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.quantization import Quantization
@@ -46,6 +46,8 @@ class LikelihoodEvaluation:
         self.quantization = quantization
         self._all = {k: MeanLikelihood(dim, quantization).to(device) for k in self.steps}
         self._compared = {k: LikelihoodAgreement(dim, quantization).to(device) for k in self.steps}
+        self._own_gaps = {k: MeanMetric().to(device) for k in self.steps}
+        self._own_errors = {k: MeanMetric().to(device) for k in self.steps}
         self._negative = {k: MeanMetric().to(device) for k in self.steps}
         self._failed = {k: MeanMetric().to(device) for k in self.steps}
         self._counts = {k: SumMetric().to(device) for k in self.steps}
@@ -55,7 +57,10 @@ class LikelihoodEvaluation:
         self._moments = [MeanMetric(nan_strategy="error").to(device) for _ in range(2)]
         # a process without samples takes part in gathering all the same, or the others would wait for it
         nothing = torch.zeros(0, device=device)
-        of_steps = (self._all, self._negative, self._failed, self._counts, self._round_trips)
+        of_steps: tuple[Mapping[int, Metric], ...] = (
+            *(self._all, self._negative, self._failed, self._counts, self._round_trips),
+            *(self._own_gaps, self._own_errors),
+        )
         for metric in (self._reference_errors, self._reference_failed, *self._moments):
             metric.update(nothing)
         for k in self.steps:
@@ -76,6 +81,7 @@ class LikelihoodEvaluation:
         reference: Tensor | None,
         reference_error: Tensor | None = None,
         counted: Tensor | None = None,
+        own: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Likelihoods of a batch at every step count, and its way to noise and back.
 
@@ -87,6 +93,7 @@ class LikelihoodEvaluation:
             reference: The reference's log-likelihoods of the first samples, ``(C,)``, nats, ``C <= B``.
             reference_error: Their standard errors over random probes, ``(C,)``, nats, where they are known.
             counted: Which samples count, ``(B,)`` bool: repeated ones, at the end, do not. All by default.
+            own: Log-likelihoods of the first samples by the map's own changes of volume, by step count, ``(D,)``, nats.
         """
         values, errors = {}, {}
         for k in self.steps:
@@ -98,6 +105,10 @@ class LikelihoodEvaluation:
             if sample is not None:
                 returned = sample(answer.noise, k, cond).state
                 errors[k] = (returned - x).flatten(1).double().square().mean(1)
+            if own is not None:
+                above = (own[k] - answer.value[: len(own[k])]) / self._all[k].unit
+                self._own_gaps[k].update(above[above.isfinite()])
+                self._own_errors[k].update(above[above.isfinite()].abs())
         for draw in range(1, self.draws):
             assert self.quantization is not None
             again = draw_again(x, self.quantization, draw)
@@ -152,14 +163,16 @@ class LikelihoodEvaluation:
         square per dimension, in units of the state, of data to noise to data in k steps each way; ``unconverged_k``
         is the share of samples without a likelihood; ``reference_error`` the root mean square of the standard errors
         that each sample's reference has over random probes; ``doubtful_k`` is 1 where
-        :func:`~f2d2_lightning.metrics.likelihood.doubt` finds something (:meth:`doubts`). What no sample has is left
-        out.
+        :func:`~f2d2_lightning.metrics.likelihood.doubt` finds something (:meth:`doubts`). ``own_density_gap_k`` and
+        ``own_density_error_k`` compare the head's likelihoods with those of the map's own changes of volume, as gap and
+        absolute error do with the reference. What no sample has is left out.
         """
         named: dict[str, float] = {}
         for row in self.rows():
             names = ["unconverged"]
             names += ["nll", "nll_standard_error"] if not math.isnan(row["nll"]) else []
             names += COMPARED if not math.isnan(row["gap"]) else []
+            names += ["own_density_gap", "own_density_error"] if not math.isnan(row["own_density_gap"]) else []
             names += ["round_trip"] if math.isfinite(row["round_trip"]) else []
             named |= {f"{name}_{row['steps']}": row[name] for name in names}
             named |= {f"doubtful_{row['steps']}": 1.0} if row["doubt"] else {}
@@ -184,6 +197,8 @@ class LikelihoodEvaluation:
                 row |= {name: float(value) for name, value in self._compared[k].compute()._asdict().items()}
             mean, error, _ = self._all[k].compute()
             row |= {
+                "own_density_gap": float(self._own_gaps[k].compute()),
+                "own_density_error": float(self._own_errors[k].compute()),
                 "nll": float(mean),
                 "nll_standard_error": float(error),
                 "round_trip": float(self._round_trips[k].compute()),

@@ -13,13 +13,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import check_differentiable
+from f2d2_lightning.divergence._tangents import DerivativeError
 from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import LOOKED_AT, Reference
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.measuring import clock
 from f2d2_lightning.utils.processes import Places, process_count
+from f2d2_lightning.utils.seeding import own_random_state
 from f2d2_lightning.utils.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -85,6 +88,10 @@ class SharedReference:
             self.model.reference_choice = None
 
 
+OWN, OWN_IN_TEST = 2**12, 2**18
+"""Derivatives that a validation, and a test, may take to compare the head with the map's own changes of volume."""
+
+
 class Evaluation:
     """What a module and a callback do in validation and test.
 
@@ -101,6 +108,7 @@ class Evaluation:
         # whose derivative was compared with differences
         self._checked: Any = None
         self._cost = (0.0, 0)  # seconds, evaluations per sample
+        self._owned = 0
 
     def start(self, trainer: L.Trainer) -> None:
         """Begin a pass over the data."""
@@ -109,6 +117,10 @@ class Evaluation:
         self._shared = SharedReference(model, trainer, model.reference_samples, self._identity_of)
         self._identity, self._checked = (None, None), None
         self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, model.draws)
+        derivatives = Determinant().derivatives(model.dim) * sum(model.steps)
+        # all processes must call a sharded network equally often
+        sharded = process_count() > 1 and is_sharded(model.joint)
+        self._owned = 0 if sharded else min(64, (OWN_IN_TEST if trainer.testing else OWN) // derivatives)
         if not model.reference_fixed:
             # the model's own diagonal has changed since
             self._cost = (0.0, 0)
@@ -128,7 +140,22 @@ class Evaluation:
             # places ascend
             reference, error = self.reference(velocity, x[:compared], None if cond is None else cond[:compared])
         sample = model.sample if Direction.TO_DATA in model.directions else None
-        self.likelihoods.evaluate(model.log_prob, sample, x, cond, reference, error, counted)
+        few = int((counted & (place < self._owned)).sum())
+        own = self._own_density(x[:few], None if cond is None else cond[:few]) if few else None
+        self.likelihoods.evaluate(model.log_prob, sample, x, cond, reference, error, counted, own)
+
+    def _own_density(self, x: Tensor, cond: Tensor | None) -> dict[int, Tensor] | None:
+        """Log-likelihoods by the changes of volume of the map's own jumps, by step count, ``(B,)``, nats.
+
+        ``None``, with a warning, where the network has no derivative by which to find them.
+        """
+        try:
+            with own_random_state(x.device, 0):
+                return {k: self.model.log_prob(x, k, cond, determinant=Determinant()).value for k in self.model.steps}
+        except DerivativeError as error:
+            rank_zero_warn(f"the head is not compared with the map's own density: {error}")
+            self._owned = 0
+            return None
 
     def log(self, log: Callable[[str, Tensor], None], prefix: str) -> None:
         """Log what was gathered, under names that begin with ``prefix``, and say what is doubtful."""
