@@ -48,7 +48,8 @@ FAR = 1e3
 WIDEST = 4096
 """Dimensions of a full covariance: its axes are a 64 MiB buffer there, and grow with the square."""
 USUAL, MANY = 1024, 2000
-"""Dimensions up to which (axes of 4 MiB), and samples from which, a full covariance is the usual one."""
+"""Dimensions up to which (axes of 4 MiB), and samples from which, a full covariance is the usual one, in few dimensions
+:data:`PLENTY` a dimension."""
 
 
 def _cosines(count: int) -> Tensor:
@@ -78,8 +79,8 @@ class GaussianBaseline(nn.Module, Configured):
             each wave's own principal colours: close to the principal axes of photographs (Ahmed, Natarajan and Rao,
             1974, https://doi.org/10.1109/T-C.1974.223784) at the memory of a few images; ``"diagonal"`` has a variance
             per coordinate, ``"isotropic"`` one. ``None``, of up to 1,024 dimensions: full if there are 2,000 samples to
-            fit it to, or else of axes along the coordinates (in units of narrow axes a network learns few samples by
-            heart: docs/RECIPE.md); of more dimensions: ``"cosine"`` for images, ``"diagonal"`` for vectors.
+            fit it to, or 64 a dimension, or else of axes along the coordinates (in units of narrow axes a network
+            learns few samples by heart: docs/RECIPE.md); of more: ``"cosine"`` for images, ``"diagonal"`` for vectors.
         path: Probability path; the linear one by default.
 
     Raises:
@@ -177,7 +178,7 @@ class GaussianBaseline(nn.Module, Configured):
         mean = totals.sum(0) / count
         covariance = (moments.sum(0) - count * self._moment(mean[None])) / (count - 1)
         mean = mean + origin
-        if self.by_count and count < MANY:
+        if self.by_count and count < min(MANY, PLENTY * self.dim):
             covariance = covariance.diagonal()
         elif full and count < self.enough:
             targets = {"its diagonal": lambda known: known.diagonal().diag()}
@@ -208,7 +209,7 @@ class GaussianBaseline(nn.Module, Configured):
         """Samples from which the covariance is taken as it is."""
         if self.covariance != "full":
             return FEWEST
-        return max(PLENTY * self.dim, MANY if self.by_count else 0)
+        return PLENTY * self.dim
 
     def _moment(self, flat: Tensor) -> Tensor:
         """Sum of products of coordinates of flat states that the covariance has: all, of a wave's colours, squares."""
