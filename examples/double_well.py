@@ -15,15 +15,13 @@ which few dimensions allow. Takes about two minutes on one core; ``--steps 20`` 
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
 import f2d2_lightning as f2
-from f2d2_lightning.likelihood.inversion import map_jacobian
-from f2d2_lightning.likelihood.sampling import normal_log_prob
+from f2d2_lightning.likelihood import ImportanceWeights
 from f2d2_lightning.nn import PreconditionedMLP
 
 
@@ -75,33 +73,6 @@ class DoubleWell(f2.data.FlowDataModule):
         return {name: (draw(count), None) for name, count in {"train": self.count, "val": 1000, "test": 1000}.items()}
 
 
-class Estimate(NamedTuple):
-    """What weighted samples say."""
-
-    ess: float
-    """Kish's effective sample size ``(sum w)^2 / sum w^2``, as a share of the samples."""
-    log_z: float
-    log_z_error: float
-    """Standard error, from the spread of the weights."""
-    left: float
-    """Probability of the left well."""
-
-
-def reweigh(x: Tensor, log_q: Tensor) -> Estimate:
-    """Importance sampling of ``exp(-U)`` from samples ``(N, 2)`` and their log-likelihoods ``(N,)``."""
-    log_w = -DoubleWell.energy(x.double()) - log_q.double()
-    w = (log_w - log_w.max()).exp()
-    ess = float(w.sum().square() / w.square().sum()) / len(w)
-    log_z = float(log_w.max() + w.mean().log())
-    return Estimate(ess, log_z, ((1 / ess - 1) / len(w)) ** 0.5, float(w[x[:, 0] < 0].sum() / w.sum()))
-
-
-def exact_log_prob(student: f2.F2D2Module, noise: Tensor, steps: int) -> Tensor:
-    """Density of the few-step map's own samples, from the Jacobian determinant of all its steps, ``(B,)``, nats."""
-    _, jacobian = map_jacobian(lambda z: student.sample(z, steps).state, noise)
-    return normal_log_prob(noise) - torch.linalg.slogdet(jacobian).logabsdet
-
-
 def train(module: f2.modules.FlowModule, data: DoubleWell, steps: int) -> None:
     """Train quietly."""
     trainer = L.Trainer(
@@ -145,12 +116,15 @@ def main() -> None:
     train(student, data, options.steps)
 
     def say(name: str, x: Tensor, log_q: Tensor, exact: Tensor | None = None) -> None:
-        text = f"log p {float(log_q.mean()):.3f}, left well unweighted {float((x[:, 0] < 0).double().mean()):.3f}"
+        in_left = x[:, 0] < 0
+        text = f"log p {float(log_q.mean()):.3f}, left well unweighted {float(in_left.double().mean()):.3f}"
         for source, log_density in (("weighted", log_q), ("by the exact determinant", exact)):
             if log_density is not None:
-                found = reweigh(x, log_density)
-                text += f"; {source} {found.left:.3f}, ESS {found.ess:.3f}, "
-                text += f"log Z error {found.log_z - data.log_z:+.4f} ± {found.log_z_error:.4f}"
+                weights = ImportanceWeights(-data.energy(x.double()), log_density)
+                log_z, log_z_error = weights.log_normalizer
+                text += f"; {source} {float(weights.mean(in_left).value):.3f}, "
+                text += f"ESS {float(weights.effective_sample_size) / len(x):.3f}, "
+                text += f"log Z error {float(log_z) - data.log_z:+.4f} ± {float(log_z_error):.4f}"
         print(f"{name}: {text}")
 
     generator = torch.Generator().manual_seed(1)
@@ -162,12 +136,8 @@ def main() -> None:
         say("teacher, 100 evaluations", made.state, log_q)
         for steps in (1, 2, 4, 8):
             few = student.sample(noise, steps, with_log_prob=True)
-            say(
-                f"{steps} step{'s' if steps > 1 else ''}",
-                few.state,
-                few.log_prob,
-                exact_log_prob(student, noise, steps),
-            )
+            exact = student.sample(noise, steps, with_log_prob=True, determinant="exact")
+            say(f"{steps} step{'s' if steps > 1 else ''}", few.state, few.log_prob, exact.log_prob)
 
 
 if __name__ == "__main__":

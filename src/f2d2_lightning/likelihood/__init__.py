@@ -4,6 +4,7 @@ from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
 from f2d2_lightning.likelihood.data_checks import Finding, check_data
 from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
+from f2d2_lightning.likelihood.importance import ImportanceWeights
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
@@ -23,6 +24,7 @@ __all__ = [
     "Determinant",
     "Finding",
     "GuidedSamples",
+    "ImportanceWeights",
     "Inversion",
     "JointModel",
     "LikelihoodModel",

@@ -1,0 +1,102 @@
+r"""Importance weights: samples of a model whose density is known, as samples of another density.
+
+Of samples :math:`x_i \sim q` and a density :math:`\tilde p = Z p` that is known up to its constant, the weights
+:math:`w_i = \tilde p(x_i) / q(x_i)` give
+
+.. math::
+    Z \approx \frac1N \sum_i w_i, \qquad \mathbb E_p[f] \approx \frac{\sum_i w_i f(x_i)}{\sum_i w_i}.
+
+``q`` is the density that the samples were drawn with: ``sample(..., with_log_prob=True, determinant="exact")``. A wrong
+one biases both, and the effective sample size does not show it. (Owen, "Monte Carlo theory, methods and examples",
+2013, chapter 9, https://artowen.su.domains/mc/Ch-var-is.pdf.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Estimate", "ImportanceWeights"]
+
+
+class Estimate(NamedTuple):
+    """An estimate and its standard error over samples, each ``(...)``, float64."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """Weights of samples.
+
+    >>> weights = ImportanceWeights(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]))
+    >>> float(weights.effective_sample_size)
+    2.0
+
+    Args:
+        log_target: ``log`` of the density that is wanted, up to a constant, ``(N,)``, nats; ``-inf`` where it is zero.
+        log_prob: The samples' own log-density, ``(N,)``, nats.
+
+    Raises:
+        ValueError: If the shapes differ or are no ``(N,)``, a value is NaN or infinite (but for targets of zero), or
+            the target is zero everywhere.
+    """
+
+    log_target: Tensor
+    log_prob: Tensor
+
+    def __post_init__(self) -> None:
+        target, own = self.log_target, self.log_prob
+        if target.shape != own.shape or target.ndim != 1 or len(target) == 0:
+            raise ValueError(
+                f"log_target has shape {tuple(target.shape)} and log_prob {tuple(own.shape)}; both are (N,), N >= 1"
+            )
+        if not bool((own.isfinite() & (target.isfinite() | (target == -torch.inf))).all()):
+            raise ValueError("log_target or log_prob holds NaN or infinity; leave out samples without a likelihood")
+        if not bool(target.isfinite().any()):
+            raise ValueError("log_target is -inf for every sample: none of them has a weight")
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log w``, ``(N,)``, float64."""
+        return self.log_target.double() - self.log_prob.double()
+
+    @property
+    def normalized(self) -> Tensor:
+        """Weights that add to 1, ``(N,)``, float64."""
+        return self.log_weights.softmax(0)
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """Kish's, ``(sum w)^2 / sum w^2``, between 1 and ``N``."""
+        return 1 / self.normalized.square().sum()
+
+    @property
+    def log_normalizer(self) -> Estimate:
+        """``log Z``, nats; its standard error is that of ``Z`` as a share, to first order."""
+        count = len(self.log_weights)
+        value = self.log_weights.logsumexp(0) - torch.tensor(float(count), dtype=torch.float64).log()
+        share = (count / self.effective_sample_size - 1).clamp(min=0) / max(1, count - 1)
+        return Estimate(value, share.sqrt())
+
+    def mean(self, values: Tensor) -> Estimate:
+        """Mean under the target of something that each sample has.
+
+        Args:
+            values: ``(N, ...)``.
+
+        Returns:
+            Estimates ``(...)``; standard errors by the delta method.
+
+        Raises:
+            ValueError: If there are not ``N`` of them.
+        """
+        if len(values) != len(self.log_prob):
+            raise ValueError(f"there are {len(values)} values and {len(self.log_prob)} weights")
+        weights = self.normalized.reshape(-1, *(1 for _ in values.shape[1:]))
+        mean = (weights * values.double()).sum(0)
+        return Estimate(mean, (weights * (values.double() - mean)).square().sum(0).sqrt())

@@ -1,0 +1,79 @@
+"""Importance weights against closed forms of Gaussians, and their errors against repetitions."""
+
+import math
+
+import pytest
+import torch
+
+from f2d2_lightning.likelihood import ImportanceWeights
+
+WIDE, NARROW = (torch.distributions.Normal(*torch.tensor(own, dtype=torch.float64)) for own in ((0.0, 1.5), (0.3, 1.0)))
+
+
+def drawn(count):
+    x = WIDE.sample((count,))
+    return x, ImportanceWeights(NARROW.log_prob(x) + 2.0, WIDE.log_prob(x))
+
+
+def test_estimates_and_their_errors_are_those_of_many_repetitions():
+    """Normaliser, a mean, a share and the effective sample size, ``E_q[w]^2 / E_q[w^2]``."""
+    exact = {"z": 2.0, "mean": 0.3, "share": float(0.5 * math.erfc(-0.3 / 2**0.5))}
+    found, errors, sizes = {name: [] for name in exact}, {name: [] for name in exact}, []
+    for _ in range(400):
+        x, weights = drawn(500)
+        both = weights.mean(torch.stack((x, (x > 0).double()), 1))
+        for name, value, error in zip(
+            exact,
+            (weights.log_normalizer.value, *both.value),
+            (weights.log_normalizer.standard_error, *both.standard_error),
+            strict=True,
+        ):
+            found[name].append(float(value))
+            errors[name].append(float(error))
+        sizes.append(float(weights.effective_sample_size))
+    for name, truth in exact.items():
+        values = torch.tensor(found[name])
+        assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / 20
+        assert float(torch.tensor(errors[name]).mean()) == pytest.approx(float(values.std()), rel=0.12)
+    grid = torch.linspace(-15, 15, 20_001)
+    square = torch.trapezoid((2 * NARROW.log_prob(grid) - WIDE.log_prob(grid)).exp(), grid)
+    assert float(torch.tensor(sizes).mean()) == pytest.approx(500 / float(square), rel=0.01)
+
+
+def test_weights_of_any_size_and_targets_of_zero():
+    x, weights = drawn(50)
+    shifted = ImportanceWeights(weights.log_target - 5000, weights.log_prob)
+    torch.testing.assert_close(shifted.normalized, weights.normalized, rtol=1e-9, atol=0)
+    torch.testing.assert_close(shifted.log_normalizer.value, weights.log_normalizer.value - 5000)
+    cut = ImportanceWeights(torch.where(x > 0, weights.log_target, -torch.inf), weights.log_prob)
+    assert bool((cut.normalized[x <= 0] == 0).all())
+    assert float(cut.mean(x > 0).value) == pytest.approx(1)
+    assert float(cut.mean(x > 0).standard_error) == pytest.approx(0, abs=1e-12)
+
+
+def test_equal_weights_are_as_many_as_there_are():
+    weights = ImportanceWeights(torch.zeros(7), torch.zeros(7))
+    assert float(weights.effective_sample_size) == pytest.approx(7)
+    assert float(weights.log_normalizer.standard_error) == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "own", "match"),
+    [
+        (torch.zeros(3), torch.zeros(4), "shape"),
+        (torch.zeros(0), torch.zeros(0), "shape"),
+        (torch.zeros(3, 1), torch.zeros(3, 1), "shape"),
+        (torch.tensor([0.0, torch.nan]), torch.zeros(2), "NaN"),
+        (torch.zeros(2), torch.tensor([0.0, -torch.inf]), "infinity"),
+        (torch.tensor([0.0, torch.inf]), torch.zeros(2), "infinity"),
+        (torch.full((2,), -torch.inf), torch.zeros(2), "every sample"),
+    ],
+)
+def test_what_has_no_weight(target, own, match):
+    with pytest.raises(ValueError, match=match):
+        ImportanceWeights(target, own)
+
+
+def test_values_of_other_samples():
+    with pytest.raises(ValueError, match="3 values and 2 weights"):
+        ImportanceWeights(torch.zeros(2), torch.zeros(2)).mean(torch.zeros(3))
