@@ -94,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
     data = DoubleWell()
-    backbone = PreconditionedMLP((2,), covariance="full", width=96, blocks=2, expansion=2)
+    backbone = PreconditionedMLP((2,), width=96, blocks=2, expansion=2)
     adam = lambda parameters: torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99))  # noqa: E731
     teacher = f2.FlowMatchingModule(backbone, optimizer=adam, ema_decay=0.998)
     train(teacher, data, options.steps)

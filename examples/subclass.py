@@ -23,7 +23,7 @@ class MixtureStudent(f2.F2D2Module):
     """A student whose teacher is the exact velocity of a Gaussian mixture."""
 
     def __init__(self, mixture: f2.flows.MixtureFlow, **kwargs: Any) -> None:
-        backbone = PreconditionedMLP((2,), covariance="full", width=128, blocks=3, expansion=2)
+        backbone = PreconditionedMLP((2,), width=128, blocks=3, expansion=2)
         super().__init__(flow_map=backbone, **kwargs)
         self.mixture = mixture
 
