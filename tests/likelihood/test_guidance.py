@@ -93,6 +93,24 @@ def test_gradient_against_finite_differences(shape, likelihood_steps, frozen, mo
     assert all(parameter.grad is None for parameter in joint.parameters())
 
 
+@pytest.mark.parametrize("shape", [(2,), (1, 4, 4)])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("scale", [0.05, -0.05])
+def test_adam_is_that_of_torch(shape, steps, scale):
+    joint, noise = mixture(shape), torch.randn(3, *shape)
+    with torch.inference_mode():
+        made = SelfGuidance(scale, steps, method="adam")(joint, noise, 1)
+    moved = noise.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([moved], lr=abs(scale), maximize=scale > 0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        f2.sample(joint, moved, 1, with_log_prob=True).log_prob.sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(made.noise, moved.detach())
+    if steps == 1:
+        torch.testing.assert_close((made.noise - noise).abs(), torch.full_like(noise, abs(scale)), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("guidance_steps", [1, 3])
 @pytest.mark.parametrize("likelihood_steps", [1, 2])

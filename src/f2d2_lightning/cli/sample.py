@@ -37,6 +37,7 @@ def sample_command(arguments: list[str]) -> None:
         ("scale", 0.0, "step size of a gradient step towards higher likelihood; 0 for no guidance"),
         ("steps", 1, "gradient steps towards higher likelihood, 0 for none"),
         ("keep_norm", False, "leave guided noise at its distance from the origin"),
+        ("method", "ascent", "ascent, along the gradient, or adam, the paper's"),
     ):
         option = f"--guidance_{name}"
         parser.add_argument(option, option.replace("_", "-"), type=type(default), default=default, help=meaning)
@@ -69,8 +70,10 @@ def _sample(options: Any) -> None:
         raise ValueError(f"--out is {out}; .png (a picture) and .npz (arrays) can be written")
     guidance = None
     if options.guidance_scale != 0 and options.guidance_steps != 0:
-        keep_norm = options.guidance_keep_norm
-        guidance = SelfGuidance(options.guidance_scale, options.guidance_steps, keep_norm=keep_norm, measure=True)
+        keep_norm, method = options.guidance_keep_norm, options.guidance_method
+        guidance = SelfGuidance(
+            options.guidance_scale, options.guidance_steps, keep_norm=keep_norm, measure=True, method=method
+        )
     refuse_to_overwrite(out, options.overwrite)
     module = load_model(options)
     # drawn on the CPU, so that a seed gives the same samples on any device
