@@ -502,6 +502,7 @@ BOMBS = {
     "a number beyond all": (mapped(width=10**40), LARGE),
     "blocks": (mapped(blocks=100_000), LARGE),
     "width": (mapped(width=10**6), LARGE),
+    "waves": (mapped("PreconditionedMLP", shape=[1, 4096, 4096]), LARGE),
     "a preconditioner": (mapped("PreconditionedMLP", shape=[4_000], covariance="full"), LARGE),
     "places": (mapped("DiT", shape=[1, 10**5, 10**5], patch=1, width=12, heads=2), LARGE),
     "multipliers": (mapped("UNet", shape=[1, 8, 8], width=8, multipliers=[10**6], blocks=10**9), LARGE),

@@ -512,3 +512,5 @@ def test_the_usual_covariance_is_full_of_many_samples_and_diagonal_of_few(shape)
 def test_waves_are_of_images():
     with pytest.raises(ValueError, match=r"cosine.*images.*shape \(5,\)"):
         GaussianBaseline((5,), "cosine")
+    with pytest.raises(ValueError, match="square of each side; up to 4,096"):
+        GaussianBaseline((1, 100_000, 1), "cosine")

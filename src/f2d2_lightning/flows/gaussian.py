@@ -118,6 +118,11 @@ class GaussianBaseline(nn.Module, Configured):
             if len(self.shape) != 3:
                 raise ValueError(f"covariance='cosine' is of images (C, H, W); states have shape {self.shape}")
             channels, height, width = self.shape
+            if max(self.shape) > WIDEST:
+                raise ValueError(
+                    f"cosine waves and colours of images of shape {self.shape} are matrices of the square of each side; "
+                    f"up to {WIDEST:,} are taken: set covariance='diagonal'"
+                )
             axes = torch.eye(channels).repeat(height * width, 1, 1)
             self.register_buffer("rows", _cosines(height).to(torch.get_default_dtype()))
             self.register_buffer("columns", _cosines(width).to(torch.get_default_dtype()))
