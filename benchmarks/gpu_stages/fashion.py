@@ -179,13 +179,10 @@ def study(folder: Path, images_folder: Path, device: torch.device, sizes: Sizes,
         weighting=f2.Weighting(divergence=weight, adaptive=0.5),
         intervals=f2.Intervals(grid=0.3, to_noise=0.5 if head else 0.0),
     )
-    covariance = f2.GaussianBaseline(SHAPE, "diagonal")
-    covariance.load_state_dict(network.baseline.state_dict())
     module = f2.F2D2Module(
         network,
         SHAPE,
         teacher=teacher,
-        head=f2.DivergenceHead(network.features, hidden=64, layers=1, per_axis=True, patch=2, baseline=covariance),
         objective=objective,
         levels=LEVELS,
         reference_samples=0,  # its likelihoods are compared below, on more images and probes

@@ -187,7 +187,9 @@ def test_numbers_are_json_for_any_parser(tested):
     assert found["unit"] == "nats"
     assert [row["steps"] for row in found["rows"]] == [1, 2, None]
     assert found["rows"][1]["gap"] == pytest.approx(rows[1]["gap"], rel=1e-5)
-    assert found["metrics"] == {"fid_1": 10.0, "fid_2": 20.0, "real_images": 50.0}
+    others = {name: value for name, value in found["metrics"].items() if not name.startswith("own_density")}
+    assert others == {"fid_1": 10.0, "fid_2": 20.0, "real_images": 50.0}
+    assert found["metrics"].keys() - others == {f"own_density_{name}_{k}" for name in ("gap", "error") for k in (1, 2)}
     assert json.loads(to_json({"a": [math.nan, {"b": math.inf}], "c": 1})) == {"a": [None, {"b": None}], "c": 1}
 
 

@@ -120,8 +120,8 @@ class GaussianBaseline(nn.Module, Configured):
             channels, height, width = self.shape
             if max(self.shape) > WIDEST:
                 raise ValueError(
-                    f"cosine waves and colours of images of shape {self.shape} are matrices of the square of each side; "
-                    f"up to {WIDEST:,} are taken: set covariance='diagonal'"
+                    f"cosine waves of images of shape {self.shape} are matrices of the square of each side; up to "
+                    f"{WIDEST:,} are taken: set covariance='diagonal'"
                 )
             axes = torch.eye(channels).repeat(height * width, 1, 1)
             self.register_buffer("rows", _cosines(height).to(torch.get_default_dtype()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -151,7 +152,9 @@ class Evaluation:
         """
         try:
             with own_random_state(x.device, 0):
-                return {k: self.model.log_prob(x, k, cond, determinant=Determinant()).value for k in self.model.steps}
+                # a user's own log_prob need not know of determinants
+                own = partial(LikelihoodModel.log_prob, self.model, determinant=Determinant())
+                return {k: own(x, k, cond).value for k in self.model.steps}
         except DerivativeError as error:
             rank_zero_warn(f"the head is not compared with the map's own density: {error}")
             self._owned = 0
