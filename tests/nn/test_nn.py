@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from f2d2_lightning import DivergenceHead, GaussianBaseline, JointFlowMap
+from f2d2_lightning import DivergenceHead, FlowMap, GaussianBaseline, JointFlowMap
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows import TrigonometricPath
 from f2d2_lightning.nn import (
@@ -27,11 +27,11 @@ from problems import PROBLEMS, randomize, rotation
 close = torch.testing.assert_close
 
 
-def preconditioned(network, path=None):
+def preconditioned(network, path=None, pixels=False):
     dim = torch.Size(network.shape).numel()
     covariance = rotation(dim, 3) @ torch.diag(torch.logspace(-2, 0.5, dim)) @ rotation(dim, 3).T
     return GaussianPreconditioned(
-        network, GaussianBaseline.from_covariance(torch.linspace(-1, 1, dim), covariance, path, network.shape)
+        network, GaussianBaseline.from_covariance(torch.linspace(-1, 1, dim), covariance, path, network.shape), pixels
     )
 
 
@@ -57,6 +57,9 @@ NETWORKS = {
     "preconditioned mlp": lambda **k: preconditioned(MLP((3,), width=16, blocks=1, **k)),
     "preconditioned mlp by angles": lambda **k: by_angles(**k),
     "preconditioned image by angles": lambda **k: by_angles((1, 2, 2), "isotropic", **k),
+    "preconditioned unet": lambda **k: preconditioned(
+        UNet((1, 4, 4), width=8, multipliers=(1,), blocks=1, **k), pixels=True
+    ),
     "preconditioned dit": lambda **k: preconditioned(DiT((1, 2, 4), width=16, depth=1, heads=2, **k)),
     "preconditioned resnet": lambda **k: preconditioned(ResNet((1, 2, 4), width=8, blocks=1, **k)),
     "dit to noise": lambda **k: DiT((1, 8, 4), 4, width=16, depth=1, heads=4, directions="to_noise", **k),
@@ -271,3 +274,40 @@ def test_angle_embedding_goes_from_the_narrowest_axis_to_the_widest():
     ends = embedding(torch.tensor([0.999, 1.0]), torch.tensor([0.999, 1.0]))
     middle = embedding(torch.tensor([0.5, 0.501]), torch.tensor([0.5, 0.501]))
     assert (ends[0] - ends[1]).norm() > 5 * (middle[0] - middle[1]).norm()
+
+
+class Echo(FlowMap):
+    """Answers what it sees."""
+
+    features = 1
+
+    def forward_features(self, x, s, t, cond=None):
+        return x, x[:, :1]
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_a_preconditioner_whitens_along_axes_or_by_the_symmetric_root(pixels):
+    """Against matrices: a network along pixels sees ``C_s^(-1/2) (x - s m)``, and answers in the same coordinates."""
+    shape, s, t = (2, 3, 2), 0.4, 0.9
+    axes = rotation(12, 3)
+    deviations, mean = torch.logspace(-1.5, 0.3, 12), torch.linspace(-1, 1, 12)
+    baseline = GaussianBaseline.from_covariance(mean, (axes * deviations**2) @ axes.T, shape=shape)
+    x = torch.randn(4, *shape)
+    values = deviations.sort().values  # as a fit sorts them
+    axes = axes[:, deviations.argsort()]
+
+    def root(time):
+        return ((1 - time) ** 2 + time**2 * values**2).sqrt()
+
+    def angle(time):
+        return torch.atan2(time * values, torch.full_like(values, 1 - time))
+
+    z = (x.flatten(1) - s * mean) @ axes / root(s)
+    moved = z + (angle(t) - angle(s)) * z  # whitened states move by angle times answer
+    expected = moved * root(t) @ axes.T + t * mean
+    made = GaussianPreconditioned(Echo(), baseline, pixels)
+    u, seen = made.forward_features(x, torch.full((4,), s), torch.full((4,), t))
+    torch.testing.assert_close((x + (t - s) * u).flatten(1), expected)
+    white = (x.flatten(1) - s * mean) @ (axes / root(s)) @ axes.T if pixels else z
+    # the sign of an axis is anybody's
+    torch.testing.assert_close(seen.flatten(1).abs(), white.reshape(4, *shape)[:, :1].flatten(1).abs())
