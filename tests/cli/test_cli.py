@@ -34,8 +34,7 @@ def small(name, *, teacher=None):
         options += [f"--model.init_args.teacher={teacher}"]
         options += ["--model.init_args.reference=f2d2_lightning.Reference", "--model.init_args.reference.steps=4"]
     if name.endswith("student.yaml"):
-        given = "fashion" in name
-        options += ["--model.init_args.head.init_args.features=16"] if given else [f"{OBJECTIVE}=TrajectoryRegression"]
+        options += [] if "fashion" in name else [f"{OBJECTIVE}=TrajectoryRegression"]
         options += [f"{OBJECTIVE}.init_args.{sizes}" for sizes in ("capacity=64", "nodes=8")]
     if "fashion" in name:
         options += ["--data.init_args.val=40", "--data.init_args.test=30"]
