@@ -63,7 +63,12 @@ def test_a_process_without_samples_takes_part_in_the_choice(results, who):
 def test_two_processes_agree_with_each_other_and_with_one(results, strategy, case):
     first, second = (get(results, f"2-{rank}", f"{strategy} {case}") for rank in (0, 1))
     assert difference(first, second) == 0
-    assert difference(first, get(results, "1-0", f"one {case}")) < 1e-12
+    one = get(results, "1-0", f"one {case}")
+    if strategy == "fsdp":
+        # processes would ask a sharded network a different number of times
+        assert any("own_density" in name for name in one["metrics"])
+        one = one | {"metrics": {name: v for name, v in one["metrics"].items() if "own_density" not in name}}
+    assert difference(first, one) < 1e-12
     assert any(name.endswith("_2") or "nll" in name for name in first["metrics"])
 
 
