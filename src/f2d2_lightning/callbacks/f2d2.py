@@ -84,8 +84,8 @@ class F2D2Callback(AddedModel, L.Callback):
         inversion: How maps that only go to data are inverted.
         reference: Solver of the likelihood of the network's own velocity, for comparison.
         reference_samples: Samples per evaluation that are compared with it, the first ones of the data; 0 for none.
-        fit_samples: Samples that the head's scale is set from, once, and its baseline, of a full covariance from four a
-            dimension at least.
+        fit_samples: Samples that the head's scale is set from, once; its baseline, if of a full covariance, from 64 a
+            dimension where there are as many.
         backward: Which ``manual_backward`` of a training step carries the added loss, from 0, in manual optimisation;
             by default the first one while the network's parameters require gradients (a GAN's generator).
         check: Compare the adapter with the network and a batch before the first step.
