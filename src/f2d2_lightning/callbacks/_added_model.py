@@ -232,8 +232,9 @@ class AddedModel(DistilledModel):
         self._look.at_training_data(self.state, self.quantization, trainer)
         states = [self.state(batch) for batch in training_batches(trainer, self.fit_samples)]
         if head.baseline is not None and not bool(head.baseline.fitted):
-            count = max(self.fit_samples, head.baseline.enough)
-            head.baseline.fit(self.state(batch)[0] for batch in training_batches(trainer, count))
+            enough = head.baseline.enough
+            more = map(self.state, training_batches(trainer, enough)) if enough > self.fit_samples else states
+            head.baseline.fit(x for x, _ in more)
         if self.teacher is not None:
             self.measure_targets(trainer, self._source.velocity, *states[0])
             self._source.estimator = self.estimator

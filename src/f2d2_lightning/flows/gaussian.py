@@ -31,7 +31,7 @@ from f2d2_lightning.flows.paths import LinearPath, Path, distinct, like
 from f2d2_lightning.utils.checks import check_shape, one_of
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["GaussianBaseline", "GaussianFlow", "fit_baselines"]
+__all__ = ["GaussianBaseline", "GaussianFlow", "baseline_of", "fit_baselines"]
 
 ENOUGH, PLENTY = 4, 64
 """Samples per dimension from which a full covariance is fitted without a warning, and taken as it is."""
@@ -481,6 +481,12 @@ def _shrunk(
     chosen, weight = best // len(weights), float(weights[best % len(weights)])
     covariance = (moment - torch.outer(total, total) / count) / (count - 1)
     return (1 - weight) * covariance + weight * targets[chosen](covariance), chosen, weight
+
+
+def baseline_of(joint_map: JointMap) -> GaussianBaseline | None:
+    """The Gaussian fit of a joint map's divergence head, if it has one."""
+    baseline = getattr(getattr(joint_map, "head", None), "baseline", None)
+    return baseline if isinstance(baseline, GaussianBaseline) else None
 
 
 @torch.no_grad()

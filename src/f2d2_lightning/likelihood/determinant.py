@@ -19,34 +19,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import jacobian_product
-from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import JointMap, Jump
 from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.utils.checks import at_least
 
-__all__ = ["Determinant", "Volume"]
+__all__ = ["Determinant"]
 
 EXACT_UP_TO = 256
 """Dimensions up to which determinants are exact where nothing is said."""
-ROWS = 1024
-"""States that pass through the network at a time; of exact determinants, Jacobians of so many numbers a dimension."""
+ROWS, NUMBERS = 1024, 2**22
+"""States that pass through the network at a time, and numbers in the Jacobians of exact determinants."""
 NEGLIGIBLE = 1e-6
 """Share of a vector that is left after its projections are taken away, where Lanczos' steps have found all."""
-
-
-class Volume(NamedTuple):
-    """Logarithms of changes of volume."""
-
-    value: Tensor
-    """``log |det A|``, ``(B,)``, nats."""
-    standard_error: Tensor | None
-    """Over probes, ``(B,)``, nats; ``None`` of what is exact, and of a single probe."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +88,16 @@ class Determinant:
     @torch.no_grad()
     def jump(
         self, joint_map: JointMap, x: Tensor, s: float, t: float, cond: Tensor | None = None
-    ) -> tuple[Jump, Volume]:
-        """A jump whose change of log-density is that of its own volume, without gradients; and that volume."""
+    ) -> tuple[Jump, Tensor | None]:
+        """A jump whose change of log-density is that of its own volume, without gradients.
+
+        Returns:
+            The jump, and the standard error of the change over probes, ``(B,)``, nats; ``None`` of what is exact and of
+            a single probe.
+        """
         start, end = expand_time(s, x), expand_time(t, x)
-        state, baseline = joint_map.jump(x, s, t, cond).state, _fit(joint_map)
+        state, baseline = joint_map.jump(x, s, t, cond).state, baseline_of(joint_map)
+        fit = baseline if baseline is not None and bool(baseline.fitted) else None
 
         def part(rows: slice) -> Callable[[Tensor], Tensor]:
             # the same rows, as often as there are vectors
@@ -113,38 +110,18 @@ class Determinant:
 
         dim = x[0].numel()
         probes = self._probes(dim)
-        size = max(1, ROWS // (probes or dim))
-        found = []
+        size = max(1, ROWS // probes if probes else min(ROWS, NUMBERS // dim**2))
+        values, errors = [], []
         for first in range(0, len(x), size):
             rows = slice(first, first + size)
-            function = part(rows)
             if not probes:
-                found.append(Volume(_exact(function, x[rows]), None))
+                jacobian = map_jacobian(part(rows), x[rows], max(1, ROWS // len(x[rows])))[1]
+                values.append(torch.linalg.slogdet(jacobian.double()).logabsdet.to(x))
             else:
-                found.append(_estimate(function, x[rows], baseline, start[rows], end[rows], probes, self.lanczos))
-        errors = [part.standard_error for part in found if part.standard_error is not None]
-        value = torch.cat([part.value for part in found])
-        return Jump(state, -value), Volume(value, torch.cat(errors) if errors else None)
-
-
-def _fit(joint_map: JointMap) -> GaussianBaseline | None:
-    """The Gaussian fit of a joint map's head, if it has a fitted one."""
-    baseline = getattr(getattr(joint_map, "head", None), "baseline", None)
-    return baseline if isinstance(baseline, GaussianBaseline) and bool(baseline.fitted) else None
-
-
-def _exact(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``log |det|`` of a function's Jacobian at states ``(B, ...)``, ``(B,)``; one derivative a dimension."""
-    count, dim = len(x), x[0].numel()
-    group = max(1, min(dim, ROWS // count))
-    units, columns = torch.eye(dim, dtype=x.dtype, device=x.device), []
-    for vectors in units.split(group):
-        tangents = vectors.repeat_interleave(count, 0).reshape(-1, *x.shape[1:])
-        states = x.repeat(len(vectors), *(1 for _ in x.shape[1:]))
-        product = jacobian_product(function, states, tangents)[1]
-        columns.append(product.reshape(len(vectors), count, dim))
-    # (d, B, d), each row an image of a unit vector: transposed Jacobians
-    return torch.linalg.slogdet(torch.cat(columns).transpose(0, 1).double()).logabsdet.to(x)
+                value, error = _estimate(part(rows), x[rows], fit, start[rows], end[rows], probes, self.lanczos)
+                values.append(value)
+                errors += [] if error is None else [error]
+        return Jump(state, -torch.cat(values)), torch.cat(errors) if errors else None
 
 
 def _estimate(
@@ -155,8 +132,12 @@ def _estimate(
     t: Tensor,
     probes: int,
     steps: int,
-) -> Volume:
-    """Stochastic Lanczos quadrature of ``log |det|`` at states ``(B, ...)``, relative to the Gaussian fit's."""
+) -> tuple[Tensor, Tensor | None]:
+    """Stochastic Lanczos quadrature of ``log |det|`` at states ``(B, ...)``, relative to the Gaussian fit's.
+
+    Returns:
+        ``(B,)``, and its standard error over probes; ``None`` of a single one.
+    """
     count, dim = len(x), x[0].numel()
     steps = min(steps, dim)
     states = x.repeat(probes, *(1 for _ in x.shape[1:]))
@@ -200,4 +181,4 @@ def _estimate(
     logs = torch.where(shares > 0, values.clamp(min=torch.finfo(torch.float64).tiny).log(), torch.zeros_like(values))
     traces = (0.5 * dim * (shares * logs).sum(-1)).reshape(probes, count).to(x)
     error = traces.std(0) / probes**0.5 if probes > 1 else None
-    return Volume(known + traces.mean(0), error)
+    return known + traces.mean(0), error

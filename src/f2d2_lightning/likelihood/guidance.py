@@ -110,11 +110,11 @@ class SelfGuidance:
                 "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
             )
         moved, before = noise, None
-        moments: list[Tensor] = [torch.zeros_like(noise), torch.zeros_like(noise)]
-        for step in range(1, self.steps + 1):
+        adapt = _Adam(noise) if self.method == "adam" else None
+        for _ in range(self.steps):
             gradient, value = self._gradient(joint_map, moved, cond)
             before = value if before is None else before
-            moved = moved + self.scale * (self._adapted(gradient, moments, step) if self.method == "adam" else gradient)
+            moved = moved + self.scale * (gradient if adapt is None else adapt(gradient))
             if self.keep_norm:
                 moved = moved * _norm(noise) / _norm(moved).clamp_min(torch.finfo(noise.dtype).tiny)
         if not bool(moved.isfinite().all()):
@@ -139,17 +139,6 @@ class SelfGuidance:
             log_prob_after=after,
         )
 
-    @staticmethod
-    def _adapted(gradient: Tensor, moments: list[Tensor], step: int) -> Tensor:
-        """What Adam makes of a gradient (Kingma and Ba, 2014, https://arxiv.org/abs/1412.6980), with its usual numbers.
-
-        Not by ``torch.optim``, which changes tensors in place and takes none that were made in inference mode.
-        """
-        for index, (decay, power) in enumerate(((0.9, 1), (0.999, 2))):
-            moments[index] = decay * moments[index] + (1 - decay) * gradient**power
-        mean, square = moments[0] / (1 - 0.9**step), moments[1] / (1 - 0.999**step)
-        return mean / (square.sqrt() + 1e-8)
-
     def _gradient(self, joint_map: JointMap, noise: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gradient of the summed log-likelihood in the noise, and the log-likelihoods ``(B,)``."""
         # tensors made under inference_mode take part in no graph; a copy made outside of it does
@@ -170,3 +159,20 @@ class SelfGuidance:
 
 def _norm(x: Tensor) -> Tensor:
     return like(x.flatten(1).norm(dim=1), x)
+
+
+class _Adam:
+    """What Adam, in its usual numbers, makes of one gradient after the other: torch's step from zero at unit rate."""
+
+    def __init__(self, like: Tensor) -> None:
+        # what was made in inference mode cannot be changed in place outside of it
+        with torch.inference_mode(False):
+            self.step = torch.zeros_like(like.detach().clone())
+            self.optimizer = torch.optim.Adam([self.step], lr=1.0, maximize=True)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            self.step.zero_()
+            self.step.grad = gradient
+            self.optimizer.step()
+            return self.step.clone()

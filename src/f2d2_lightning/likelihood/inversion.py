@@ -214,12 +214,20 @@ def _solve_transposed(product: Callable[[Tensor], Tensor], gradient: Tensor) -> 
     return solved.reshape(gradient.shape).to(gradient.dtype)
 
 
-def map_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """``f(x)``, shape of ``x``, and the Jacobian, ``(B, d, d)``: one directional derivative per dimension."""
+def map_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, together: int = 1) -> tuple[Tensor, Tensor]:
+    """``f(x)``, shape of ``x``, and the Jacobian, ``(B, d, d)``: one directional derivative per dimension.
+
+    Args:
+        function: Of states ``(B, ...)``, or of so many copies of them, one after the other, where it is asked
+            ``together``.
+        x: Where.
+        together: Directions at a time; a few states take no longer with many than with one.
+    """
     columns, value = [], x
-    for i in range(x[0].numel()):
-        tangent = torch.zeros_like(x).reshape(len(x), -1)
-        tangent[:, i] = 1
-        value, column = jacobian_product(function, x, tangent.reshape(x.shape))
-        columns.append(column.reshape(len(x), -1))
-    return value, torch.stack(columns, -1)
+    for units in torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).split(together):
+        states = x.repeat(len(units), *(1 for _ in x.shape[1:]))
+        tangents = units.repeat_interleave(len(x), 0).reshape(states.shape)
+        values, products = jacobian_product(function, states, tangents)
+        value = values[: len(x)]
+        columns.append(products.reshape(len(units), len(x), -1))
+    return value, torch.cat(columns).permute(1, 2, 0)

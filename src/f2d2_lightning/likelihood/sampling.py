@@ -116,9 +116,9 @@ def walk(
         if determinant is None:
             x, delta = joint_map.jump(x, s, t, cond)
         else:
-            (x, delta), volume = determinant.jump(joint_map, x, s, t, cond)
+            (x, delta), error = determinant.jump(joint_map, x, s, t, cond)
             evaluations += determinant.derivatives(x[0].numel())
-            variances += [] if volume.standard_error is None else [volume.standard_error.square()]
+            variances += [] if error is None else [error.square()]
         change = change + delta
     return Way(x, change, evaluations, torch.stack(variances).sum(0).sqrt() if variances else None)
 

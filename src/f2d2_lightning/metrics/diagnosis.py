@@ -28,13 +28,12 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import Exact, StillProbe
-from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.ode import EXACT_UP_TO
 from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import time_grid
-from f2d2_lightning.objectives.base import baseline_of
 from f2d2_lightning.objectives.integrator import integrated_log_prob
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.utils.measuring import clock, spread_of

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from f2d2_lightning.adapters import AdaptedFlowMap, check_convention, check_differentiable
 from f2d2_lightning.divergence.estimators import DivergenceEstimator, Hutchinson
-from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.metrics.diagnosis import Diagnosis, Taught, diagnose
@@ -22,7 +22,7 @@ from f2d2_lightning.modules._ranges import RangedModel
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
-from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting, baseline_of
+from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting
 from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource

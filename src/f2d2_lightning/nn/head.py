@@ -219,11 +219,7 @@ class DivergenceHead(Head):
 def _check_patch(patch: int, per_axis: bool, baseline: GaussianBaseline | None) -> None:
     if not per_axis or baseline is None:
         raise ValueError(f"patch={patch} is for per_axis=True with a baseline; leave it out otherwise")
-    if (
-        baseline.covariance in ("full", "cosine")
-        or len(baseline.shape) != 3
-        or any(side % patch for side in baseline.shape[1:])
-    ):
+    if baseline.axes is not None or len(baseline.shape) != 3 or any(side % patch for side in baseline.shape[1:]):
         raise ValueError(
             f"patch={patch} needs a baseline of images (C, H, W) with H and W divisible by it, whose axes are pixels "
             f"('diagonal', 'isotropic'); this one is {baseline.covariance!r} of shape {baseline.shape}"

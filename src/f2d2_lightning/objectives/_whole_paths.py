@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from torch.utils.checkpoint import checkpoint
 
+from f2d2_lightning.flows.gaussian import baseline_of
 from f2d2_lightning.flows.maps import JointMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.objectives._pool import Trajectories
-from f2d2_lightning.objectives.base import Terms, Weighting, baseline_of, unit_baseline
+from f2d2_lightning.objectives.base import Terms, Weighting, unit_baseline
 
 
 def whole_path_terms(

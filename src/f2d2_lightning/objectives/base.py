@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
 from f2d2_lightning.flows.paths import LinearPath, Path, Point
 from f2d2_lightning.likelihood.quantization import Quantization
@@ -66,12 +66,6 @@ class Examples(NamedTuple):
     """Conditioning."""
     target: Joint
     """``(u, D)`` from ``s`` to ``t``, detached."""
-
-
-def baseline_of(student: JointMap) -> GaussianBaseline | None:
-    """The Gaussian fit of a student's divergence head, if it has one."""
-    baseline = getattr(getattr(student, "head", None), "baseline", None)
-    return baseline if isinstance(baseline, GaussianBaseline) else None
 
 
 def unit_baseline(x: Tensor) -> GaussianBaseline:

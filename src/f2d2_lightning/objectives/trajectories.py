@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.flows.gaussian import GaussianBaseline
+from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import Direction, JointMap
 from f2d2_lightning.flows.paths import Path as ProbabilityPath
 from f2d2_lightning.likelihood.quantization import Quantization
@@ -29,7 +29,7 @@ from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives._pool import TrajectoryPool
 from f2d2_lightning.objectives._starts import Starts
 from f2d2_lightning.objectives._whole_paths import whole_path_terms
-from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting, baseline_of
+from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting
 from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals, pick
 from f2d2_lightning.objectives.targets import TargetChoice
