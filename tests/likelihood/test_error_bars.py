@@ -1,0 +1,74 @@
+"""Error bars: they cover what they say of points like those that they were calibrated on, and grow with doubt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from f2d2_lightning.likelihood.error_bars import Disagreement, ErrorBars
+
+
+def points(count: int, seed: int) -> tuple[Disagreement, torch.Tensor]:
+    """Errors whose size is that of what a model disagrees with itself by, up to a factor."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(count, generator=generator).double()  # noqa: E731
+    size = (0.5 * draw()).exp()
+    return Disagreement(size * draw(), 0.01 * size * draw().abs()), 3.0 * size * draw()
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.98])
+def test_they_cover_what_they_say(coverage):
+    covered = []
+    for seed in range(40):
+        bars = ErrorBars.calibrated(*points(100, seed), coverage=coverage)
+        disagreement, error = points(2000, 1000 + seed)
+        covered.append(float((error.abs() <= bars(disagreement)).double().mean()))
+    # of one calibration by a hundred points the share scatters like a beta distribution, .03 at .9
+    expected = pytest.approx(coverage, abs=4 * (coverage * (1 - coverage) / 100 / 40) ** 0.5 + 1 / 101)
+    assert sum(covered) / len(covered) == expected
+
+
+def test_the_quantile_is_the_conformal_one():
+    # without any disagreement the bar is the score of rank ceil((n + 1) coverage)
+    nothing = Disagreement(torch.zeros(19), torch.zeros(19))
+    bars = ErrorBars.calibrated(nothing, torch.arange(1.0, 20.0) * -1, coverage=0.9)
+    assert bars(nothing)[0] == pytest.approx(18.0)
+    assert bars.count == 19
+
+
+def test_a_point_that_the_model_is_of_two_minds_about_has_a_wider_one():
+    bars = ErrorBars.calibrated(*points(200, 0))
+    usual = bars(Disagreement(torch.zeros(1), torch.zeros(1)))
+    assert float(usual) == pytest.approx(bars.width)
+    for unsure in (Disagreement(torch.full((1,), 30 * bars.finer), torch.zeros(1)),
+                   Disagreement(torch.zeros(1), torch.full((1,), 30 * bars.round_trip))):  # fmt: skip
+        assert float(bars(unsure)) == pytest.approx(bars.width * 901**0.5)
+
+
+def test_points_without_a_likelihood_are_left_out():
+    disagreement, error = points(64, 0)
+    error[:4] = torch.nan
+    assert ErrorBars.calibrated(disagreement, error) == ErrorBars.calibrated(
+        Disagreement(*(part[4:] for part in disagreement)), error[4:]
+    )
+
+
+def test_they_are_kept_as_plain_values():
+    bars = ErrorBars.calibrated(*points(64, 0))
+    assert ErrorBars.from_dict(bars.to_dict()) == bars
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ErrorBars.calibrated(*points(10, 0)), "10 points"),
+        (lambda: ErrorBars.calibrated(*points(20, 0), coverage=0.99), "coverage=0.99 of 20 points"),
+        (lambda: ErrorBars.calibrated(*points(20, 0), coverage=0.0), "coverage=0.0"),
+        (lambda: ErrorBars.from_dict({"width": "wide"}), "width"),
+        (lambda: ErrorBars.from_dict({"width": 1.0}), "width"),
+        (lambda: ErrorBars(1.0, 1.0, -1.0, 0.9, 100), "round_trip=-1.0"),
+    ],
+)
+def test_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
