@@ -3,8 +3,8 @@
 Time runs from ``t = 0`` (noise) to ``t = 1`` (data) throughout; log-densities are in nats, per sample.
 
 These are the names that most users need; the others are in folders (``f2d2_lightning.objectives``, ``.data``,
-``.callbacks`` and so on). The core needs no Lightning and does not import it: modules, callbacks and data are imported
-when first asked for.
+``.callbacks`` and so on). Everything is imported when it is first asked for: the core needs no Lightning, and the
+command line answers before torch is there.
 """
 
 from __future__ import annotations
@@ -14,41 +14,50 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from f2d2_lightning import _moved
-from f2d2_lightning.checkpoints import from_pretrained, load_joint, save_pretrained
-from f2d2_lightning.divergence import Hutchinson
-from f2d2_lightning.flows import Direction, FlowMap, GaussianBaseline, JointMap, as_flow_map
-from f2d2_lightning.likelihood import (
-    Inversion,
-    Quantization,
-    Reference,
-    SelfGuidance,
-    bits_per_dim,
-    log_prob,
-    reference_log_prob,
-    reference_sample,
-    sample,
-)
-from f2d2_lightning.nn import DivergenceHead, JointFlowMap
-from f2d2_lightning.objectives import Intervals, TrajectoryRegression, Weighting
 
 if TYPE_CHECKING:
     from f2d2_lightning.callbacks import F2D2Callback
+    from f2d2_lightning.checkpoints import from_pretrained, load_joint, save_pretrained
+    from f2d2_lightning.divergence import Hutchinson
+    from f2d2_lightning.flows import Direction, FlowMap, GaussianBaseline, JointMap, as_flow_map
+    from f2d2_lightning.likelihood import (
+        Inversion,
+        Quantization,
+        Reference,
+        SelfGuidance,
+        bits_per_dim,
+        log_prob,
+        reference_log_prob,
+        reference_sample,
+        sample,
+    )
     from f2d2_lightning.modules import F2D2Module, FlowMatchingModule, load
+    from f2d2_lightning.nn import DivergenceHead, JointFlowMap
+    from f2d2_lightning.objectives import Intervals, TrajectoryRegression, Weighting
 
 __version__ = version("f2d2-lightning")
 
-_LIGHTNING = {"F2D2Callback": "callbacks", "F2D2Module": "modules", "FlowMatchingModule": "modules", "load": "modules"}
-_FOLDERS = (
-    *("adapters", "callbacks", "checkpoints", "cli", "data", "divergence", "flows", "likelihood", "metrics", "modules"),
-    *("nn", "objectives", "plots", "testing"),
-)
+_NAMES = {
+    "callbacks": "F2D2Callback",
+    "checkpoints": "from_pretrained load_joint save_pretrained",
+    "divergence": "Hutchinson",
+    "flows": "Direction FlowMap GaussianBaseline JointMap as_flow_map",
+    "likelihood": (
+        "Inversion Quantization Reference SelfGuidance bits_per_dim log_prob reference_log_prob reference_sample sample"
+    ),
+    "modules": "F2D2Module FlowMatchingModule load",
+    "nn": "DivergenceHead JointFlowMap",
+    "objectives": "Intervals TrajectoryRegression Weighting",
+}
+_FOLDER = {name: folder for folder, names in _NAMES.items() for name in names.split()}
+_FOLDERS = (*_NAMES, "adapters", "cli", "data", "metrics", "plots", "testing")
 
 
 def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _LIGHTNING:
-        return getattr(importlib.import_module(f"{__name__}.{_LIGHTNING[name]}"), name)
+    if name in _FOLDER:
+        return getattr(importlib.import_module(f"{__name__}.{_FOLDER[name]}"), name)
     return _moved.from_door(name)
 
 

@@ -396,7 +396,7 @@ BAD = {
     "channels last": ("colour", ["--data", "last.npy"], r"shape \(3, 4, 3, 3\).*channels come first"),
     "text": ("grey", ["--data", "text.npy"], r"holds <U1; integers or floating numbers are needed"),
     "integers for states": ("plane", ["--data", "integers.npy"], r"the model is for continuous data"),
-    "no such class": ("plane", ["--data", "f2d2_lightning.Nothing"], r"cannot be imported"),
+    "no such class": ("plane", ["--data", "f2d2_lightning.Nothing"], r"f2d2_lightning has no Nothing"),
     "no such package": ("plane", ["--data", "nowhere.at_all.Data"], r"cannot be imported.*PYTHONPATH"),
     "no data module": ("plane", ["--data", "f2d2_lightning.Inversion"], r"class of a LightningDataModule is needed"),
     "wrong arguments": ("plane", ["--data", "mixture", "--data_args", '{"size": 3}'], r"GaussianMixture was not made"),

@@ -21,9 +21,9 @@ def single_precision(monkeypatch):
 
 
 def f2d2(*arguments):
-    """The command line as a user's shell would call it."""
-    before, sys.argv = sys.argv, ["f2d2", *map(str, arguments)]
-    try:
+    """The command line as a user's shell would call it; errors of a training are raised, as ``--debug`` does."""
+    debug = ["--debug"] if arguments[0] in ("fit", "validate", "test", "predict") else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["f2d2", *map(str, arguments), *debug])
+        patch.setenv("F2D2_DEBUG", "")
         main()
-    finally:
-        sys.argv = before

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import AdaptedFlowMap
+from f2d2_lightning.cli._configs import closest
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.modules.loading import load
@@ -23,6 +26,7 @@ def add_model(parser: ArgumentParser) -> None:
     """The options that :func:`load_model` reads."""
     parser.add_argument(
         "--ckpt",
+        "--ckpt_path",
         type=str,
         required=True,
         help="checkpoint of an F2D2Module or of a module with an F2D2Callback, or a folder that export wrote",
@@ -54,12 +58,46 @@ def load_model(options: Any) -> LikelihoodModel:
     return model.to(device)
 
 
+def imported(path: str, option: str, needed: str = "") -> Any:
+    """What a dotted path names, for the option that named it. The working directory is looked in last.
+
+    Raises:
+        ValueError: If there is nothing. Says what was probably meant, and what was ``needed``.
+    """
+    package, _, attribute = path.rpartition(".")
+    try:
+        with working_directory():
+            module = importlib.import_module(package)
+            return getattr(module, attribute)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{option} {path} cannot be imported ({error}){needed}; its package must be installed, on PYTHONPATH, or "
+            "in the working directory"
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f"{option} {path}: {package} has no {attribute}{closest(attribute, dir(module))}") from error
+
+
+@contextmanager
+def working_directory() -> Iterator[None]:
+    """Let modules of the working directory be imported, for a while, where no other has their name."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
 def _network(class_path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """A network by the path of its class or of a function that makes it, named by the user and not by a file."""
-    package, _, attribute = class_path.rpartition(".")
+    make = imported(class_path, "--network")
     try:
-        made = getattr(importlib.import_module(package), attribute)(**(arguments or {}))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        made = make(**(arguments or {}))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"the network {class_path} cannot be made with {dict(arguments or {})}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{class_path} makes a {type(made).__name__}; a torch.nn.Module is needed")
@@ -126,12 +164,3 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Something that the user should look at, where it does not end in a file of results."""
     Console(stderr=True).print("[bold yellow]warning:[/]", Text(message), highlight=False, soft_wrap=True)
-
-
-def run(command: Callable[[], None]) -> None:
-    """A user's mistake ends with its message, not with a traceback."""
-    try:
-        command()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
-        sys.exit(2)

@@ -1,44 +1,33 @@
-"""The command line: ``f2d2 fit | validate | test | sample | nll``.
-
-The first three are a LightningCLI; ``f2d2 fit --print_config`` shows every option. The last two use a checkpoint that
-``f2d2 fit`` wrote.
-"""
+"""``f2d2 fit | validate | test | predict``, a LightningCLI; ``f2d2 fit --print_config`` shows every option."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from f2d2_lightning import _moved
-from f2d2_lightning.callbacks.last_checkpoint import LastCheckpoint
+from f2d2_lightning.callbacks import JointSummary, LastCheckpoint, RunProgress, TestReport
+from f2d2_lightning.cli._common import working_directory
+from f2d2_lightning.cli._mistakes import in_a_line, suggesting
 from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.modules import FlowModule
 from f2d2_lightning.training.folders import run_folder
 from f2d2_lightning.training.loading import check_checkpoint
 from f2d2_lightning.utils.files import whole_file
-
-USAGE = """usage: f2d2 COMMAND ...
-
-commands:
-  fit        train a teacher or a student:  f2d2 fit --config configs/digits_teacher.yaml
-             the same command goes on with a run that was interrupted
-  validate   run the validation loop of a checkpoint:  f2d2 validate --config ... --ckpt_path last
-  test       run the test loop of one; a student writes a table and pictures
-  sample     draw samples from a student's checkpoint:  f2d2 sample --ckpt ... --steps 2 --num 64 --out grid.png
-  nll        log-likelihood of every sample of a data set:  f2d2 nll --ckpt ... --data digits --steps 4 --out nll.csv
-
-f2d2 COMMAND --help shows the options of a command, f2d2 fit --print_config a whole configuration."""
 
 CONFIG = "config.yaml"
 ELSEWHERE = (
@@ -102,7 +91,15 @@ class F2D2CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: {*LightningCLI.subcommands()[name], "weights_only"} for name in ("fit", "validate", "test")}
+        theirs = LightningCLI.subcommands()
+        skipped = {name: {*theirs[name], "weights_only"} for name in ("fit", "validate", "test", "predict")}
+        skipped["test"].add("verbose")
+        return skipped
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        commands = [name for name in sys.argv[1:2] if name in self._subcommand_parsers]
+        with suggesting(parser, *(self._subcommand_parsers[name] for name in commands)):
+            super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's puts the checkpoint's hyper-parameters in place of the configuration's."""
@@ -118,7 +115,40 @@ class F2D2CLI(LightningCLI):
         given = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         if config.enable_checkpointing is False or any(isinstance(callback, LastCheckpoint) for callback in given):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
+        callbacks += [] if config.callbacks == [] else self._shown(config, given)
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
+
+    def _shown(self, config: Any, given: list[Any]) -> list[L.Callback]:
+        """What a run shows of itself, unless something of the kind was given, or switched off."""
+        kinds: dict[type, tuple[bool, type[L.Callback]]] = {
+            ProgressBar: (config.enable_progress_bar is not False, RunProgress),
+            ModelSummary: (config.enable_model_summary is not False, JointSummary),
+            TestReport: (self.subcommand == "test" and bool(getattr(self.model, "steps", ())), TestReport),
+        }
+        return [
+            make() for kind, (wanted, make) in kinds.items() if wanted and not any(isinstance(c, kind) for c in given)
+        ]
+
+    def after_fit(self) -> None:
+        """Say where the model is, and what it is good for."""
+        newest, config = self._newest(), self.config["fit"].get("config")
+        if newest is None or getattr(self.trainer, "fast_dev_run", False):
+            return
+        say(f"trained: {newest}")
+        if getattr(self.model, "steps", ()):
+            named = " ".join(f"--config {path}" for path in config or ()) or "--config ..."
+            say(f"next: f2d2 test {named} --ckpt_path last")
+            self._say_uses(newest)
+
+    def after_test(self) -> None:
+        """Say where everything is."""
+        if getattr(self.model, "steps", ()):
+            say(f"report, tables and pictures: {run_folder(self.trainer)}")
+            self._say_uses(self.config_init["test"]["ckpt_path"])
+
+    def _say_uses(self, checkpoint: Any) -> None:
+        say(f"      f2d2 sample --ckpt {checkpoint} --steps 2 --num 64 --out samples.png")
+        say(f"      f2d2 nll --ckpt {checkpoint} --data DATA --steps 4 --out nll.csv")
 
     # --- going on ---
 
@@ -191,11 +221,15 @@ class F2D2CLI(LightningCLI):
         if config["ckpt_path"] is not None and not _is_elsewhere(config["ckpt_path"]):
             check_checkpoint(config["ckpt_path"])
 
-    before_validate = before_test = _before_evaluation
+    before_validate = before_test = before_predict = _before_evaluation
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # a checkpoint from anywhere is read as plain values
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        given = super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        if subcommand == "test":
+            # the report has a table of its own
+            given["verbose"] = not any(isinstance(c, TestReport) for c in getattr(self.trainer, "callbacks", ()))
+        return given
 
     def _newest(self) -> Path | None:
         callbacks = getattr(self.trainer, "callbacks", [])
@@ -220,30 +254,40 @@ class F2D2CLI(LightningCLI):
         super()._set_seed()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``f2d2``."""
-    given, arguments = arguments, sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if arguments[0] in ("sample", "nll"):
-        from f2d2_lightning.cli import nll_command, sample_command
-
-        {"sample": sample_command, "nll": nll_command}[arguments[0]](arguments[1:])
-        return
-    read_old_names()
-    today = [_moved.option(text) for text in arguments]
-    try:
-        F2D2CLI(
-            FlowModule,
-            FlowDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=_SaveConfig,
-            parser_kwargs={"parser_mode": "omegaconf"},
-            # Lightning takes what is given here for a program's, and warns
-            args=given if today == arguments else today,
+def _be_quiet() -> None:
+    """Leave out what others print that a user of these commands can do nothing about."""
+    for message in (
+        ".*LeafSpec",
+        ".*torch.jit.script",
+        ".*does not have many workers",
+        ".*logging interval",
+        ".*sync_dist",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(
+            lambda record: not str(record.msg).startswith(("\U0001f4a1", "TPU available"))
         )
+
+
+def lightning_command(arguments: list[str]) -> None:
+    """``f2d2 fit | validate | test | predict``."""
+    read_old_names()
+    _be_quiet()
+    # Lightning takes arguments for a program's, and warns; processes that it starts get these as well
+    before, sys.argv = sys.argv, [sys.argv[0], *(_moved.option(text) for text in arguments)]
+    try:
+        with in_a_line(), working_directory():
+            F2D2CLI(
+                FlowModule,
+                FlowDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=_SaveConfig,
+                parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
+            )
     except SIGTERMException as stop:
         # where Lightning raises it, before training began, it would end the process with 0
         sys.exit(stop.code or 128 + signal.SIGTERM)
+    finally:
+        sys.argv = before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +16,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from f2d2_lightning.cli._common import class_count, warn
+from f2d2_lightning.cli._common import class_count, imported, warn
 from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.data.images._reader import ImageFiles, read_images
 from f2d2_lightning.data.images._stores import SUFFIXES
 from f2d2_lightning.data.module import FlowDataModule
+from f2d2_lightning.data.table import Table, read_rows
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.training.batches import check_values
+from f2d2_lightning.training.loading import read_checkpoint
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.class_names import agree_on_classes, guessed_labels, labels_of
 
@@ -51,8 +52,21 @@ class Reading:
     seed: int = 0
     convert: bool = False
     resize: bool = False
+    square: bool = False
     requantize: bool = False
     """Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``."""
+    units: Table | None = None
+    """Of floating numbers, where the model was trained on a table that was standardised."""
+
+
+def units_of(checkpoint: str) -> Table | None:
+    """The units of the table that a checkpoint's model was trained on, if it was on one."""
+    kept = None if Path(checkpoint).is_dir() else read_checkpoint(checkpoint).get(Table.__qualname__)
+    if not isinstance(kept, Mapping) or "center" not in kept:
+        return None
+    units = Table("")
+    units.load_state_dict(kept)
+    return units
 
 
 @dataclass
@@ -67,6 +81,8 @@ class Points:
     """Of the samples, where they have any."""
     no_labels: str = "it holds none"
     """What to do where a conditional model finds no labels."""
+    log_scale: float = 0.0
+    """What log-likelihoods of the states are above those in the units of the source, nats."""
 
     @classmethod
     def of(cls, path: Any, dataset: DequantizedDataset, **kwargs: Any) -> Points:
@@ -123,23 +139,18 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
         raise ValueError(f"{name} is a file or a folder, which takes no arguments ({', '.join(arguments)} given)")
     if path.is_dir() or path.suffix.lower() in SUFFIXES:
         return _from_images(path, module, reading)
+    if path.suffix.lower() == ".csv":
+        return _from_rows(path, read_rows(path), None, module, reading)
     if path.suffix.lower() in ARRAYS:
         return _from_array(path, module, reading)
     raise ValueError(
-        f"--data is {name}; .npy and .npz files (an .npz holds its data as 'x', labels as 'y') and images "
+        f"--data is {name}; .csv, .npy and .npz files (an .npz holds its data as 'x', labels as 'y') and images "
         f"({', '.join(SUFFIXES)}) can be read"
     )
 
 
 def _class(path: str) -> type:
-    package, _, attribute = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(package), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"--data {path} cannot be imported ({error}); it is neither one of {', '.join(DATA)} nor a file, and as "
-            "the class path of a data module its package must be installed or on PYTHONPATH"
-        ) from error
+    found = imported(path, "--data", f", and is neither a file nor one of {', '.join(DATA)}")
     if not (isinstance(found, type) and issubclass(found, L.LightningDataModule)):
         raise ValueError(f"--data {path} is {found!r}; the class of a LightningDataModule is needed")
     return found
@@ -162,7 +173,8 @@ def _from_data_module(
         _check_data_module(name, data, module)
         data.setup()
         _agree_on_classes(data, module)
-        return Points.of(name, data.dataset(split), no_labels=no_labels)
+        dataset = data.dataset(split)
+        return Points.of(name, dataset, no_labels=no_labels, log_scale=getattr(data, "log_scale", 0.0))
     data.prepare_data()
     data.setup({"train": "fit", "val": "validate", "test": "test"}[split])
     _check_data_module(name, data, module)
@@ -208,30 +220,41 @@ def _check_data_module(name: str, data: L.LightningDataModule, module: Likelihoo
 def _from_array(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     arrays = read_numbers(path, ("x", "y"))
     loaded, labels = arrays["x"], arrays.get("y")
-    if loaded.shape[1:] != module.shape or len(loaded) == 0:
-        last = (*module.shape[1:], *module.shape[:1])
-        hint = "; channels come first" if len(last) == 3 and loaded.shape[1:] == last else ""
-        raise ValueError(f"{path} has shape {loaded.shape}; (N, {', '.join(map(str, module.shape))}) is needed{hint}")
+    if loaded.dtype.kind not in "iubf":
+        raise ValueError(f"{path} holds {loaded.dtype}; integers or floating numbers are needed")
     if labels is not None and (labels.shape != loaded.shape[:1] or labels.dtype.kind not in "iu"):
         raise ValueError(
             f"{path} has labels y of shape {labels.shape} and type {labels.dtype}; integers of shape "
             f"{loaded.shape[:1]} are needed"
         )
     classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    if loaded.dtype.kind == "f":
-        states = torch.from_numpy(loaded.astype(np.float32))
-        check_values(states, module.quantization)
-        dataset = DequantizedDataset(states, classes)
-    elif loaded.dtype.kind in "iub":
-        values = torch.from_numpy(loaded if loaded.dtype == np.uint8 else loaded.astype(np.int64))
-        dataset = _dequantized(path, values, classes, module, reading)
+    whole = loaded.dtype == np.uint8
+    numbers = torch.from_numpy(loaded if whole else loaded.astype(np.float32 if loaded.dtype.kind == "f" else np.int64))
+    return _from_rows(path, numbers, classes, module, reading)
+
+
+def _from_rows(path: Path, rows: Tensor, classes: Tensor | None, module: LikelihoodModel, reading: Reading) -> Points:
+    """Rows ``(N, ...)`` of a file, floating ones in the units of the table that the model was trained on."""
+    if tuple(rows.shape[1:]) != module.shape or len(rows) == 0:
+        last = (*module.shape[1:], *module.shape[:1])
+        hint = "; channels come first" if len(last) == 3 and tuple(rows.shape[1:]) == last else ""
+        raise ValueError(
+            f"{path} has shape {tuple(rows.shape)}; (N, {', '.join(map(str, module.shape))}) is needed{hint}"
+        )
+    log_scale = 0.0
+    if not rows.is_floating_point():
+        dataset = _dequantized(path, rows, classes, module, reading)
     else:
-        raise ValueError(f"{path} holds {loaded.dtype}; integers or floating numbers are needed")
-    return Points.of(path, dataset, no_labels="give an .npz file with labels y of shape (N,), integers")
+        if reading.units is not None:
+            rows, log_scale = reading.units.states(rows), reading.units.log_scale
+        check_values(rows, module.quantization)
+        dataset = DequantizedDataset(rows, classes)
+    no_labels = "give an .npz file with labels y of shape (N,), integers"
+    return Points.of(path, dataset, no_labels=no_labels, log_scale=log_scale)
 
 
 def _from_images(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
-    images = read_images(path, module.shape, convert=reading.convert, resize=reading.resize)
+    images = read_images(path, module.shape, convert=reading.convert, resize=reading.resize, square=reading.square)
     labels = _folder_labels(path, images, module) if module.conditional else None
     dataset = _dequantized(path, images.values, labels, module, reading, eight_bit=True)
     return Points.of(path, dataset, names=images.names)

@@ -14,8 +14,9 @@ from jsonargparse.typing import PositiveInt
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.cli._common import add_model, check_labels, load_model, run, say
-from f2d2_lightning.cli._points import DATA, Points, Reading, load_points
+from f2d2_lightning.cli._common import add_model, check_labels, load_model, say
+from f2d2_lightning.cli._mistakes import in_a_line, parsed
+from f2d2_lightning.cli._points import DATA, Points, Reading, load_points, units_of
 from f2d2_lightning.cli._tables import Column, check_table_path, write_table
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood._log_prob import LogProb
@@ -32,14 +33,17 @@ __all__ = ["nll_command"]
 REFERENCE_ERROR = "reference_standard_error"
 DATA_HELP = (
     f"{', '.join(DATA)}, or the class path of a data module (test split; digits:train, my.Data:val for others); "
-    ".npy or .npz: integers (dequantized here) or states as x, labels as y; an image, or a folder of images (PNG, "
+    ".npy or .npz: integers (dequantized here) or states as x, labels as y; .csv: rows; for a model of a Table "
+    "both are in the units of that table; an image, or a folder of images (PNG, "
     "JPEG, BMP, WebP, PPM, TIFF; recursive, in the order of their paths)"
 )
 
 
 def nll_command(arguments: list[str]) -> None:
     """``f2d2 nll``: one row a sample, and a summary with standard errors."""
-    parser = ArgumentParser(prog="f2d2 nll", description="Log-likelihood of every sample of a data set.")
+    parser = ArgumentParser(
+        prog="f2d2 nll", exit_on_error=False, description="Log-likelihood of every sample of a data set."
+    )
     add_model(parser)
     parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
     parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
@@ -71,6 +75,9 @@ def nll_command(arguments: list[str]) -> None:
     parser.add_argument("--convert", type=bool, default=False, help="convert images to the model's channels")
     parser.add_argument("--resize", type=bool, default=False, help="resize images, before dequantization")
     parser.add_argument(
+        "--square", type=bool, default=False, help="cut the largest square about the centre out of images first"
+    )
+    parser.add_argument(
         "--requantize", type=bool, default=False, help="bring 8-bit values to the model's levels: floor(v levels / 256)"
     )
     parser.add_argument(
@@ -83,8 +90,8 @@ def nll_command(arguments: list[str]) -> None:
     parser.add_argument("--batch_size", type=PositiveInt, default=512, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the dequantization of files")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
-    options = parser.parse_args(arguments)
-    run(lambda: _nll(options))
+    with in_a_line():
+        _nll(parsed(parser, arguments))
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,8 @@ def _nll(options: Any) -> None:
         if module.class_names and names != module.class_names:
             raise ValueError(f"--classes are {names}, and the checkpoint has {module.class_names}; leave --classes out")
         module.class_names = names
-    reading = Reading(options.seed, options.convert, options.resize, options.requantize)
+    reading = Reading(options.seed, options.convert, options.resize, options.square, options.requantize)
+    reading = replace(reading, units=units_of(options.ckpt))
     points, others = load_points(options.data, options.data_args, module, reading), None
     if options.compare is not None:
         reading = replace(reading, seed=mix_seed(options.seed, "compare"))
@@ -169,11 +177,11 @@ def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: 
             parts.append(_likelihoods(lambda state: kind(state, cond), x, options.mirrored))  # noqa: B023
     if not found[0]:
         raise ValueError(f"{points.source} gives no samples")
-    return [_joined(parts, options.draws) for parts in found]
+    return [_joined(parts, options.draws, points.log_scale) for parts in found]
 
 
-def _joined(parts: list[_Likelihoods], draws: int) -> _Likelihoods:
-    value = torch.cat([part.value for part in parts]).reshape(draws, -1)
+def _joined(parts: list[_Likelihoods], draws: int, log_scale: float) -> _Likelihoods:
+    value = torch.cat([part.value for part in parts]).reshape(draws, -1) - log_scale
     errors = [part.error for part in parts if part.error is not None]
     error = torch.cat(errors).reshape(draws, -1) if len(errors) == len(parts) else None
     return _Likelihoods(value, max(part.evaluations for part in parts), error)

@@ -13,7 +13,8 @@ from jsonargparse.typing import PositiveInt
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.cli._common import add_model, check_labels, load_model, run, say
+from f2d2_lightning.cli._common import add_model, check_labels, load_model, say
+from f2d2_lightning.cli._mistakes import in_a_line, parsed
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim
@@ -28,7 +29,9 @@ __all__ = ["sample_command"]
 
 def sample_command(arguments: list[str]) -> None:
     """``f2d2 sample``: draw samples, as a picture or as an array with their log-likelihoods."""
-    parser = ArgumentParser(prog="f2d2 sample", description="Draw samples from a student's checkpoint.")
+    parser = ArgumentParser(
+        prog="f2d2 sample", exit_on_error=False, description="Draw samples from a student's checkpoint."
+    )
     add_model(parser)
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
     parser.add_argument("--num", type=PositiveInt, default=64, help="samples")
@@ -46,8 +49,8 @@ def sample_command(arguments: list[str]) -> None:
     parser.add_argument("--batch_size", type=PositiveInt, default=256, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
-    options = parser.parse_args(arguments)
-    run(lambda: _sample(options))
+    with in_a_line():
+        _sample(parsed(parser, arguments))
 
 
 def _label(given: str, module: LikelihoodModel) -> int:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.checkpoints.pretrained import state_shape
 from f2d2_lightning.checkpoints.trust import packages_of
 from f2d2_lightning.divergence.estimators import DivergenceEstimator
@@ -43,7 +44,8 @@ class F2D2Module(FlowModule, DistilledModel):
     values come from.
 
     Args:
-        flow_map: Backbone of the student; ``None`` takes a copy of the teacher's, without its dropout.
+        flow_map: Backbone of the student; ``None`` takes a copy of the teacher's, without its dropout; its file
+            is then read at once.
         shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the teacher's, else the backbone's.
         teacher: A trained :class:`FlowMatchingModule`, a flow map or velocity ``(x, t, cond) -> v``, or the path of a
             checkpoint of the first. It is not part of this module's checkpoint and is needed only to train and to
@@ -111,7 +113,9 @@ class F2D2Module(FlowModule, DistilledModel):
     ) -> None:
         if off_diagonal not in ("teacher", "student"):
             raise ValueError(f"off_diagonal is {off_diagonal!r}; it is 'teacher' or 'student'")
-        kept = KeptTeacher(teacher)
+        kept = KeptTeacher(teacher, trust)
+        if flow_map is None and kept.path is not None:
+            teacher = kept.get(torch.device("cpu"))  # whose network is copied
         if isinstance(teacher, FlowMatchingModule):
             shape = shape or teacher.shape
             if teacher.levels is not None:
@@ -122,7 +126,10 @@ class F2D2Module(FlowModule, DistilledModel):
                 copied = without_dropout(teacher.average) if flow_map is None else copy.deepcopy(flow_map)
                 flow_map = copied.requires_grad_(True).train()
         if flow_map is None:
-            raise ValueError("flow_map is needed where the teacher is not a FlowMatchingModule object")
+            raise ValueError(
+                "flow_map is needed where the teacher is neither a FlowMatchingModule, whose network is copied, nor the "
+                "file of one"
+            )
         shape = state_shape(flow_map) if shape is None else shape
         at_least(1, draws=draws)
         parameters = list(flow_map.parameters())
@@ -146,7 +153,7 @@ class F2D2Module(FlowModule, DistilledModel):
                 f"{type(self.objective.path).__name__}; give both the same path"
             )
         self.draws = draws
-        head = head or default_head(_feature_channels(flow_map), self.shape, flow_map)
+        head = head or default_head(_feature_channels(flow_map, self.shape), self.shape, flow_map)
         self.joint = JointFlowMap(flow_map, head, frozen)
         self.kept_teacher = kept
         self._inherit()
@@ -344,7 +351,10 @@ class F2D2Module(FlowModule, DistilledModel):
         return {k: self.log_prob(x, k, cond).value for k in self.steps}
 
 
-def _feature_channels(flow_map: FlowMap) -> int:
+def _feature_channels(flow_map: FlowMap, shape: tuple[int, ...]) -> int:
+    if isinstance(flow_map, AdaptedFlowMap) and flow_map.adapter.conditional is False:
+        # one call says it, which needs nothing but states
+        return flow_map.probe(torch.zeros(2, *shape))
     channels = getattr(flow_map, "features", None)
     if not isinstance(channels, int):
         raise ValueError(

@@ -158,7 +158,9 @@ class ImageFiles:
         return [name.partition("/")[0] for name in self.names]
 
 
-def read_images(path: str | Path, shape: Sequence[int], *, convert: bool = False, resize: bool = False) -> ImageFiles:
+def read_images(
+    path: str | Path, shape: Sequence[int], *, convert: bool = False, resize: bool = False, square: bool = False
+) -> ImageFiles:
     """Read a folder of images, or one image.
 
     Args:
@@ -168,6 +170,7 @@ def read_images(path: str | Path, shape: Sequence[int], *, convert: bool = False
             Transparent pixels and more than 8 bits a value are refused all the same.
         resize: Bring images of another size to ``H x W``: bicubic with antialiasing, rounded to 8 bits, aspect ratio
             not kept.
+        square: Cut out the largest square about the centre first.
 
     Raises:
         FileNotFoundError: If there is neither a folder nor a file.
@@ -191,5 +194,5 @@ def read_images(path: str | Path, shape: Sequence[int], *, convert: bool = False
         except UnicodeEncodeError as error:
             raise ValueError(f"the name {name!r} is not Unicode and cannot go into a table; rename the file") from error
     channels, height, width = shape
-    framing = Framing((width, height), resize="bicubic" if resize else None)
+    framing = Framing((width, height), "square" if square else None, "bicubic" if resize else None)
     return ImageFiles(ImageReader(store, rows, channels, framing, convert)[:], names)

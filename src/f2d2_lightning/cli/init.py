@@ -1,0 +1,248 @@
+"""``f2d2 init``: configurations for one's own data, by what the data are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from f2d2_lightning.cli._common import imported, say
+from f2d2_lightning.cli._mistakes import in_a_line, parsed
+from f2d2_lightning.cli._points import DATA
+from f2d2_lightning.data.images._files import decoded
+from f2d2_lightning.data.images._stores import image_rows, open_store
+from f2d2_lightning.data.table import read_rows
+from f2d2_lightning.utils.files import whole_file
+
+__all__ = ["batch_size", "init_command", "lengths", "network"]
+
+SMALL, MEDIUM, FEW = 8, 256, 2_000
+"""Dimensions up to which a small perceptron, and a perceptron at all, is the network; training points below which it
+drops units."""
+LOOKED_AT, LARGEST = 64, 64
+"""Images that are opened to see what they are, and the side to which larger ones are resized."""
+
+
+def network(shape: Sequence[int], count: int, levels: int | None) -> tuple[str, dict[str, Any]]:
+    """The backbone for ``count`` states of a shape, as the name of a class of ``nn`` and its arguments.
+
+    By dimension a small perceptron, a wide one or a U-Net; with dropout where points are few (docs/RECIPE.md).
+    """
+    dim, dropout = math.prod(shape), 0.3 if count < FEW else 0.0
+    sizes: dict[str, Any] = {}
+    if dim > MEDIUM and len(shape) == 3:
+        # a side is halved by the patches and once more inside
+        halves = sum(all(side % 2**k == 0 for side in shape[1:]) for k in (1, 2))
+        sizes = {"levels": levels, "width": 32, "blocks": 1, "patch": 2 if halves == 2 else 1}
+        sizes |= {} if halves else {"multipliers": [1]}
+        return "PreconditionedUNet", {"shape": list(shape), **sizes, "dropout": dropout}
+    if dim < 64:
+        sizes = {"width": 128 if dim <= SMALL else 256, "blocks": 3, "expansion": 2}
+    return "PreconditionedMLP", {"shape": list(shape), **sizes, "dropout": dropout}
+
+
+def batch_size(dim: int) -> int:
+    """States of a training batch."""
+    return 256 if dim <= MEDIUM else 64
+
+
+def lengths(dim: int, count: int) -> tuple[int, int]:
+    """Training steps of teacher and student. A teacher of few points stops before it knows them by heart."""
+    teacher, student = (3_000, 9_000) if dim < 64 else (2_500, 5_000 if dim <= MEDIUM else 2_500)
+    return min(teacher, max(500, 4 * count)), student
+
+
+@dataclass(frozen=True)
+class Found:
+    """What data are."""
+
+    shape: tuple[int, ...]
+    count: int
+    """To train on."""
+    levels: int | None
+    data: dict[str, Any]
+    """The data module, as a configuration says it."""
+    said: str
+    """In words."""
+    options: str = ""
+    """Of ``f2d2 nll``, for the same data."""
+
+
+def init_command(arguments: list[str]) -> None:
+    """``f2d2 init``: look at data, and write a teacher's and a student's configuration."""
+    parser = ArgumentParser(
+        prog="f2d2 init",
+        exit_on_error=False,
+        description="Look at data, and write the configurations of a teacher and of its student to a folder.",
+    )
+    parser.add_argument("folder", type=str, help="where to write teacher.yaml and student.yaml; runs go there as well")
+    parser.add_argument(
+        "--data",
+        type=str,
+        required=True,
+        help=f"a folder (or zip) of images; a table: .csv, .npy or .npz with x; or {', '.join(DATA)}",
+    )
+    parser.add_argument("--size", type=int | None, default=None, help="side that images are brought to, pixels")
+    parser.add_argument(
+        "--network",
+        type=str | None,
+        default=None,
+        help="class of your own network, such as my_net.Net, called as net(x, s, t): states x at time s, and the time "
+        "t to go to, each time (B,), 0 for noise and 1 for data; it answers the velocity from s to t, shape of x",
+    )
+    parser.add_argument("--network_args", type=dict | None, default=None, help="arguments of that network, as JSON")
+    parser.add_argument("--overwrite", type=bool, default=False, help="write over configurations that are there")
+    with in_a_line():
+        _init(parsed(parser, arguments))
+
+
+def _init(options: Any) -> None:
+    folder = Path(options.folder)
+    files = {name: folder / f"{name}.yaml" for name in ("teacher", "student")}
+    there = [str(path) for path in files.values() if path.exists()]
+    if there and not options.overwrite:
+        raise FileExistsError(f"{' and '.join(there)} are there; give another folder, or --overwrite true")
+    found = _look(options.data, options.size)
+    dim = math.prod(found.shape)
+    steps = lengths(dim, found.count)
+    flow_map = _own_network(options.network, options.network_args) if options.network else None
+    if flow_map is None:
+        name, sizes = network(found.shape, found.count, found.levels)
+        flow_map = {"class_path": f"f2d2_lightning.nn.{name}", "init_args": sizes}
+    data = found.data | {"init_args": found.data["init_args"] | {"batch_size": batch_size(dim)}}
+    shape = {"shape": list(found.shape)} if options.network else {}
+    checkpoint = folder / "teacher" / "checkpoints" / "last.ckpt"
+    models: dict[str, dict[str, Any]] = {
+        "teacher": {"class_path": "f2d2_lightning.FlowMatchingModule", "init_args": {"flow_map": flow_map, **shape}},
+        "student": {"class_path": "f2d2_lightning.F2D2Module", "init_args": {"teacher": str(checkpoint)}},
+    }
+    if options.network:
+        # the network's code is yours, which the teacher's file may name
+        models["student"]["init_args"]["trust"] = [options.network.partition(".")[0]]
+    comments = {
+        "teacher": f"Flow-matching teacher on {options.data}: {found.said}.",
+        "student": "Few-step student of teacher.yaml: samples and log-likelihoods in 1 to 8 evaluations.",
+    }
+    for (name, path), length in zip(files.items(), steps, strict=True):
+        with whole_file(path) as partial:
+            partial.write_text(_written(comments[name], models[name], data, length, folder, name), encoding="utf-8")
+    say(f"{options.data}: {found.said}; {found.count:,} to train on")
+    say(f"wrote {files['teacher']} and {files['student']}. Next:")
+    for path in files.values():
+        say(f"  f2d2 fit --config {path}")
+    last = folder / "student" / "checkpoints" / "last.ckpt"
+    say(f"  f2d2 test --config {files['student']} --ckpt_path last")
+    say(f"  f2d2 nll --ckpt {last} --data {options.data}{found.options} --steps 4 --out {folder / 'nll.csv'}")
+
+
+def _written(comment: str, model: dict[str, Any], data: dict[str, Any], steps: int, folder: Path, name: str) -> str:
+    """A configuration."""
+    content = {
+        "seed_everything": 0,
+        "model": model,
+        "data": data,
+        "trainer": {
+            "max_steps": steps,
+            # batches are few or many: validation comes ten times in either case
+            "val_check_interval": max(1, steps // 10),
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 10,
+            "logger": {
+                "class_path": "f2d2_lightning.callbacks.RunLogger",
+                "init_args": {"save_dir": str(folder.parent), "name": folder.name, "version": name},
+            },
+        },
+    }
+    return f"# {comment}\n{yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)}"
+
+
+def _own_network(class_path: str, arguments: dict[str, Any] | None) -> dict[str, Any]:
+    """A network of one's own, of two times, as a flow map."""
+    imported(class_path, "--network")
+    return {
+        "class_path": "f2d2_lightning.adapters.AdaptedFlowMap",
+        "init_args": {
+            "network": {"class_path": class_path, "init_args": arguments or {}},
+            "adapter": {
+                "class_path": "f2d2_lightning.adapters.TwoTime",
+                "init_args": {"call": "net(x, s, t)", "directions": "both"},
+            },
+        },
+    }
+
+
+# --- looking at data ---
+
+
+def _look(data: str, size: int | None) -> Found:
+    path = Path(data)
+    if data in DATA and not path.exists():
+        module = imported(DATA[data], "--data")()
+        count = len(module.dataset("train"))
+        what = {"class_path": DATA[data], "init_args": {}}
+        return Found(tuple(module.shape), count, module.levels, what, f"states of shape {tuple(module.shape)}")
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return _look_at_images(path, size)
+    if path.suffix.lower() in (".csv", ".npy", ".npz"):
+        return _look_at_rows(path)
+    raise ValueError(
+        f"--data is {data}; a folder of images, a .csv, .npy or .npz file, or one of {', '.join(DATA)} is needed"
+    )
+
+
+def _look_at_rows(path: Path) -> Found:
+    rows = read_rows(path)
+    shape, levels = tuple(rows.shape[1:]), None
+    init = {"path": str(path)}
+    if not rows.is_floating_point():
+        if rows.ndim != 4:
+            raise ValueError(
+                f"{path} holds integers of shape {tuple(rows.shape)}; images are (N, channels, height, width). A table "
+                "of counts has no density: give floating numbers, with noise added over each count's width"
+            )
+        levels = 256
+        said = f"{len(rows):,} images of shape {shape}, 256 levels"
+    else:
+        said = f"{len(rows):,} rows of shape {shape}, standardised by those to train on"
+    what = {"class_path": "f2d2_lightning.data.Table", "init_args": init}
+    return Found(shape, len(rows) - 2 * max(1, round(0.15 * len(rows))), levels, what, said)
+
+
+def _look_at_images(path: Path, size: int | None) -> Found:
+    store = open_store(path)
+    rows = image_rows(store)
+    sizes, colours = set(), False
+    with store.opened() as read:
+        for row in rows[:: max(1, len(rows) // LOOKED_AT)]:
+            image = decoded(read(row), store.where(row), "RGB", convert=True)
+            sizes.add(image.size)
+            # grey images may be stored as RGB
+            red, green, blue = image.split()
+            colours = colours or not red.tobytes() == green.tobytes() == blue.tobytes()
+    smallest = min(min(pair) for pair in sizes)
+    # sides that a network can halve twice
+    side = size or max(4, min(LARGEST, smallest) // 4 * 4)
+    init: dict[str, Any] = {"folder": str(path), "size": side, "channels": 3 if colours else 1}
+    options = " --convert true"
+    if sizes != {(side, side)}:
+        init |= {"crop": "square", "resize": "bicubic"}
+        options += " --square true --resize true"
+    init |= {"convert": True}
+    held_out = max(1, min(1000, len(rows) // 10))
+    if len(rows) < 3:
+        raise ValueError(f"{path} holds {len(rows)} images; at least 3 are needed, to train, validate and test on")
+    init |= {"val": held_out, "test": held_out}
+    shape = (init["channels"], side, side)
+    resized = (
+        "" if sizes == {(side, side)} else f", their middle brought to {side} x {side} pixels (--size says another)"
+    )
+    said = f"{len(rows):,} {'colour' if colours else 'grey'} images{resized}"
+    what = {"class_path": "f2d2_lightning.data.ImageFolder", "init_args": init}
+    return Found(shape, len(rows) - 2 * held_out, 256, what, said, options)

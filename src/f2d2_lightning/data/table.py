@@ -1,0 +1,168 @@
+"""Rows of numbers from a file."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from f2d2_lightning.data.module import FlowDataModule
+from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.utils.arrays import read_numbers
+from f2d2_lightning.utils.checks import positive
+from f2d2_lightning.utils.seeding import mix_seed
+
+__all__ = ["Table", "read_rows"]
+
+
+def read_rows(path: str | Path) -> Tensor:
+    """Rows of a ``.csv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
+
+    The first line of a ``.csv`` file may name the columns.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind, has something that is no number, or nothing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give a .csv, .npy or .npz file of rows")
+    array = _read_csv(path) if path.suffix.lower() == ".csv" else read_numbers(path, ("x",))["x"]
+    if array.ndim < 2 or len(array) == 0 or array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"{path} holds {array.dtype} of shape {array.shape}; numbers of shape (N, ...) are needed, a row a sample"
+        )
+    if array.dtype.kind == "f":
+        return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.int64))
+
+
+def _read_csv(path: Path) -> np.ndarray:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            lines = [line for line in csv.reader(file) if line]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} cannot be read as text with commas: {error}") from error
+    names = lines[0] if lines and not any(map(_is_number, lines[0])) else None
+    rows = lines[names is not None :]
+    width = len(names or (rows[0] if rows else ()))
+    for number, row in enumerate(rows, start=1 + (names is not None)):
+        wrong = [place for place, text in enumerate(row) if not _is_number(text)]
+        if wrong or len(row) != width:
+            column = names[wrong[0]] if wrong and names and wrong[0] < width else wrong[0] + 1 if wrong else None
+            what = f"{len(row)} columns for {width}" if column is None else f"{row[wrong[0]]!r} in column {column}"
+            raise ValueError(
+                f"{path}, row {number}: {what}; every row needs the same columns of numbers. Leave out columns of "
+                "words, and rows with missing values"
+            )
+    return np.array(rows, dtype=np.float64).reshape(len(rows), width)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+class Table(FlowDataModule):
+    """Rows of a ``.csv``, ``.npy`` or ``.npz`` file, divided at random, standardised by those to train on.
+
+    Floating numbers are states: each entry minus its mean over the training rows, by its deviation, which a checkpoint
+    keeps. Integers ``(N, C, H, W)`` are images, dequantized to [-1, 1]. Log-likelihoods of a model are those of the
+    states; in the units of the file they are less by :attr:`log_scale`, as ``f2d2 nll`` reports them.
+
+    Args:
+        path: The file; see :func:`read_rows`.
+        standardize: Whether floating numbers are.
+        levels: Of integers, 0 to ``levels - 1``; ``None`` for 256 where they are integers.
+        val: Share of the rows to validate on.
+        test: Share of the rows to test on.
+        batch_size: Rows per training batch.
+        eval_batch_size: Rows per validation and test batch.
+        seed: Of split, order and noise.
+
+    Raises:
+        FileNotFoundError: When the data are first asked for, if there is no such file.
+        ValueError: If the shares leave nothing to train on; if the file has something that is no number.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        standardize: bool = True,
+        levels: int | None = None,
+        val: float = 0.15,
+        test: float = 0.15,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, seed=seed)
+        positive(val=val, test=test)
+        if val + test >= 1:
+            raise ValueError(f"val={val} and test={test} of the rows leave none to train on; their sum is below 1")
+        self.path, self.standardize, self.val, self.test = path, standardize, val, test
+        self._said_levels = levels
+        self.center: Tensor | None = None
+        """Mean of the training rows, once the data are set up or a checkpoint was read; ``None`` for images."""
+        self.scale: Tensor | None = None
+        """Their deviation, likewise."""
+
+    @property
+    def log_scale(self) -> float:
+        """Logarithm of the volume, in the units of the file, of a unit of the states; 0 for images."""
+        return 0.0 if self.scale is None else float(self.scale.double().log().sum())
+
+    def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        rows = read_rows(self.path)
+        count = len(rows)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(self.seed, "rows")))
+        sizes = [max(1, round(share * count)) for share in (self.val, self.test)]
+        if count - sum(sizes) < 1:
+            raise ValueError(f"{self.path} has {count} rows; at least 3 are needed, to train, validate and test on")
+        parts = order.split([count - sum(sizes), *sizes])
+        self.shape = tuple(rows.shape[1:])
+        if not rows.is_floating_point():
+            self.quantization = Quantization(self._said_levels or 256)
+        elif self.standardize and self.center is None:
+            train = rows[parts[0]].double()
+            self.center, deviation = train.mean(0).float(), train.std(0).float()
+            # a constant stays one, and is said by the checks before training
+            self.scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+        return {
+            name: (self.states(rows[part]), None) for name, part in zip(("train", "val", "test"), parts, strict=True)
+        }
+
+    def states(self, rows: Tensor) -> Tensor:
+        """Rows in the units of the file as states; integers as they are."""
+        if self.center is None or self.scale is None or not rows.is_floating_point():
+            return rows
+        return (rows - self.center) / self.scale
+
+    def state_dict(self) -> dict[str, Any]:
+        """Units, for a checkpoint."""
+        return {} if self.center is None else {"center": self.center, "scale": self.scale}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take the units of a checkpoint, in which a model was trained.
+
+        Raises:
+            ValueError: If the data were set up in others.
+        """
+        center, scale = state_dict.get("center"), state_dict.get("scale")
+        if center is None or scale is None:
+            return
+        mine = (self.center, self.scale)
+        if any(have is not None and not torch.equal(have, kept) for have, kept in zip(mine, (center, scale))):
+            raise ValueError(
+                f"the rows of {self.path} have other means and deviations than those that the checkpoint's model was "
+                "trained on; give the same file and seed, or ask f2d2 nll, which takes the checkpoint's"
+            )
+        self.center, self.scale = center, scale

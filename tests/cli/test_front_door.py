@@ -1,0 +1,216 @@
+"""What somebody meets first: usage, configurations by name, errors in a line, and one's own data."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import f2d2_lightning as f2
+from command_line import f2d2, single_precision  # noqa: F401
+from f2d2_lightning.cli import main
+from f2d2_lightning.cli._configs import config_names
+from f2d2_lightning.data import Table
+from lightning_parts import CONFIGS
+
+SHORT = [
+    *("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+    *("--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"),
+]
+NET = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self, dim=3):
+        super().__init__()
+        self.inside, self.last = torch.nn.Linear(dim + 2, 16), torch.nn.Linear(16, dim)
+
+    def forward(self, x, s, t):
+        return self.last(torch.nn.functional.silu(self.inside(torch.cat((x, s[:, None], t[:, None]), 1))))
+"""
+
+
+def rows():
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(300, 3)) * (1.0, 100.0, 0.01) + (0.0, 1000.0, 5.0)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(capsys, *arguments):
+    """What a user sees of a mistake: one line, and 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in printed.err
+    return line
+
+
+def test_usage_comes_before_torch():
+    code = "import sys; from f2d2_lightning.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for arguments, expected in ((["--help"], "usage: f2d2"), (["--version"], f2.__version__), (["configs"], "digits")):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert expected in done.stdout
+
+
+def test_every_configuration_has_a_name_and_a_line(capsys):
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(config_names())
+    assert {*config_names()} == {p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.yaml")}
+    assert all(len(line.split()) > 2 for line in lines)
+
+
+def test_the_wheel_holds_the_configurations(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, CONFIGS.parent], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {*archive.namelist()}
+    for path in CONFIGS.rglob("*.yaml"):
+        assert f"f2d2_lightning/configs/{path.relative_to(CONFIGS).as_posix()}" in names
+    assert "f2d2_lightning/cli/__init__.py" in names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fti"], "no command 'fti'; did you mean 'fit'?"),
+        (["fit", "--config", "digits_techer"], "did you mean 'digits_teacher'?"),
+        (["fit", "--config", "digits_teacher", "--trainer.max_sreps", "3"], "did you mean 'trainer.max_steps'?"),
+        (["fit", "--config", "digits_teacher", "--trainer.max_steps", "x"], "trainer.max_steps: Expected a int"),
+        (["fit", "--config", "digits_teacher", "--model", "f2d2_lightning.F2D2Modul"], "mean 'F2D2Module'?"),
+        (["fit", "--config", "digits_teacher", "--config", "bad.yaml"], "PreconditionedMLP: Option 'widht' is not"),
+        (["fit", "--config", "digits_teacher", "--config", "list.yaml"], "Unexpected config"),
+        (["nll", "--ckpt", "nowhere.ckpt", "--data", "digits"], "there is no checkpoint at nowhere.ckpt"),
+        (["nll", "--ckpt", "notes.txt", "--data", "digits"], "notes.txt cannot be read as a checkpoint"),
+        (["sample", "--stps", "3"], "did you mean 'steps'?"),
+        (["init", "mine", "--data", "nowhere"], "--data is nowhere"),
+        (["init", "mine", "--data", "words.csv"], "row 2: 'red' in column b"),
+        (["init", "mine", "--data", "notes.txt"], "--data is notes.txt"),
+        (["init", "mine", "--data", "rows.npy", "--network", "my_net.Nett"], "did you mean 'Net'?"),
+        (["test", "--config", "digits_teacher"], "f2d2 test without a checkpoint"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_a_line_with_its_remedy(arguments, expected, folder, capsys):
+    (folder / "notes.txt").write_text("not a checkpoint")
+    (folder / "words.csv").write_text("a,b\n1,red\n")
+    (folder / "list.yaml").write_text("- 1\n- 2\n")
+    (folder / "my_net.py").write_text(NET)
+    np.save(folder / "rows.npy", rows())
+    net = {"class_path": "f2d2_lightning.nn.PreconditionedMLP", "init_args": {"shape": [1, 8, 8], "widht": 3}}
+    bad = {"model": {"class_path": "f2d2_lightning.FlowMatchingModule", "init_args": {"flow_map": net}}}
+    (folder / "bad.yaml").write_text(yaml.safe_dump(bad))
+    assert expected in said(capsys, *arguments)
+
+
+def pictures(folder):
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        pixels = generator.integers(0, 256, (10, 14, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+
+
+def trained(*options):
+    """What ``f2d2 init`` said to do next, at a small size; the last command gives likelihoods."""
+    f2d2("init", "mine", *options)
+    for name in ("teacher", "student"):
+        f2d2("fit", "--config", f"mine/{name}.yaml", *SHORT)
+    f2d2("test", "--config", "mine/student.yaml", "--ckpt_path", "last", "--trainer.limit_test_batches=1")
+
+
+def likelihoods(data, *options):
+    main(["nll", "--ckpt", "mine/student/checkpoints/last.ckpt", "--data", data, "--out", "nll.csv", *options])
+    with open("nll.csv", newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def test_a_folder_of_images(folder):
+    (folder / "images").mkdir()
+    pictures(folder / "images")
+    trained("--data", "images")
+    found = likelihoods("images", "--convert", "true", "--square", "true", "--resize", "true", "--steps", "2")
+    assert len(found) == 12
+    assert all(np.isfinite(float(row["bits_per_dim"])) for row in found)
+
+
+def test_a_table_in_its_own_units(folder, capsys):
+    header = "a,b,c"
+    np.savetxt(folder / "rows.csv", rows(), delimiter=",", header=header, comments="")
+    trained("--data", "rows.csv")
+    student = f2.load("mine/student/checkpoints/last.ckpt")
+    got = torch.tensor([float(row["log_prob"]) for row in likelihoods("rows.csv")], dtype=torch.float64)
+
+    data = Table("rows.csv")
+    data.setup()
+    x = torch.tensor(rows(), dtype=torch.float32)
+    # by hand: a density changes by the volume of the units
+    states = (x - data.center) / data.scale
+    expected = student.log_prob(states, 4).value.double().detach() - data.scale.double().log().sum()
+    assert torch.allclose(got, expected, atol=1e-3)
+    assert data.scale.tolist() == pytest.approx([1.0, 100.0, 0.01], rel=0.15)
+
+
+def test_a_network_of_ones_own(folder):
+    (folder / "my_net.py").write_text(NET)
+    np.save(folder / "rows.npy", rows())
+    try:
+        trained("--data", "rows.npy", "--network", "my_net.Net")
+        found = likelihoods("rows.npy", "--trust", "my_net")
+    finally:
+        sys.modules.pop("my_net", None)
+    assert len(found) == 300
+
+
+def test_a_name(folder):
+    f2d2("init", "mine", "--data", "digits")
+    content = yaml.safe_load((folder / "mine/student.yaml").read_text())
+    assert content["model"]["init_args"] == {"teacher": "mine/teacher/checkpoints/last.ckpt"}
+    assert content["data"]["class_path"] == "f2d2_lightning.data.Digits"
+    with pytest.raises(SystemExit):
+        f2d2("init", "mine", "--data", "digits")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("a,b\n1,2\n3\n", "row 3: 1 columns for 2"),
+        ("a,b\n1,2\n3,nan\n", "row 3: 'nan' in column b"),
+        ("1,2\n3,\n", "row 2: '' in column 2"),
+        ("", "numbers of shape"),
+    ],
+)
+def test_tables_that_cannot_be(written, expected, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(written)
+    with pytest.raises(ValueError, match=expected):
+        Table(str(path)).setup()
+
+
+def test_splits_of_a_table_are_disjoint_and_standardised(tmp_path):
+    np.save(tmp_path / "rows.npy", rows())
+    data = Table(str(tmp_path / "rows.npy"), val=0.1, test=0.2)
+    parts = {name: data.dataset(name).values for name in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [210, 30, 60]
+    assert len(torch.cat(list(parts.values())).unique(dim=0)) == 300
+    assert parts["train"].mean(0).abs().max() < 1e-4
+    assert parts["train"].std(0).tolist() == pytest.approx([1, 1, 1], abs=1e-4)
+    again = Table(str(tmp_path / "rows.npy"), val=0.1, test=0.2)
+    again.load_state_dict(data.state_dict())
+    assert torch.equal(again.dataset("test").values, parts["test"])
