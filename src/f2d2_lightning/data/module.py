@@ -25,6 +25,7 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.training.loading import described, read_checkpoint
 from f2d2_lightning.training.progress import Place, place_of
 from f2d2_lightning.utils.seeding import mix_seed
+from f2d2_lightning.utils.text import briefly
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,6 +73,11 @@ class FlowDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed, self.quantization, self.flip = num_workers, seed, quantization, flip
         self._sets: dict[str, DequantizedDataset] = {}
+
+    def __repr__(self) -> str:
+        return briefly(self)
+
+    __str__ = __repr__
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

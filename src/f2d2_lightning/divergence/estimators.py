@@ -23,6 +23,7 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.paths import LinearPath, Path, Point, even_rows, repeat_time
 from f2d2_lightning.utils.checks import at_least, one_of, positive
 from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, own_random_state, row_keys
+from f2d2_lightning.utils.text import briefly
 
 __all__ = [
     "MODES",
@@ -155,6 +156,9 @@ class DivergenceEstimator(ABC):
 
     mode: str = "forward"
     """How the network is differentiated: ``"forward"``, ``"reverse"`` or ``"finite"``."""
+
+    def __repr__(self) -> str:
+        return briefly(self)
 
     @abstractmethod
     def __call__(self, velocity: Callable[..., Tensor], point: Point) -> Divergence:

@@ -140,6 +140,8 @@ class FlowMap(nn.Module, Configured):
     """
 
     directions: Direction = Direction.BOTH
+    any_dtype: bool = False
+    """Whether states may be of another floating dtype than the weights, and answers are then of theirs."""
 
     @property
     def conditional(self) -> bool | None:

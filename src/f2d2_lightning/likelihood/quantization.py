@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
 __all__ = [
     "DequantizationBounds",
@@ -79,7 +81,7 @@ class Quantization:
         Raises:
             ValueError: Says the values that came and the levels expected.
         """
-        if torch.is_floating_point(k):
+        if torch.is_floating_point(k) or k.is_complex():
             raise ValueError(f"quantized data have dtype {k.dtype}; integers 0 to {self.levels - 1} are expected")
         low, high = int(k.min()), int(k.max())
         if low < 0 or high >= self.levels:
@@ -181,6 +183,19 @@ class Quantization:
         edge = (self.low + (k.double() + 1) * self.width).to(x.dtype)
         inside = (self.low + (k.double() + 1 - 2.0**-14) * self.width).to(x.dtype)
         return torch.minimum(x, torch.minimum(inside, torch.nextafter(edge, torch.full_like(edge, self.low))))
+
+    def draws(self, k: Tensor, count: int, seed: int) -> Iterator[Tensor]:
+        """States of integers ``(B, ...)`` with noise that is a function of seed, draw and place; so often."""
+        self.check(k)
+        places = torch.arange(k[0].numel(), device=k.device)
+        for draw in range(count):
+            parts = []
+            # hashes take many times the memory of the integers
+            for rows in torch.arange(len(k), device=k.device).split(256):
+                counters = rows[:, None] * len(places) + places
+                uniform = counter_uniform(counters, mix_seed(seed, draw)).reshape(k[rows].shape)
+                parts.append(self.dequantize(k[rows].long(), uniform))
+            yield torch.cat(parts)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Level that a state lies in, clipped to the range, ``int64``, shape of ``x``."""

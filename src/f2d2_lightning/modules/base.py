@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from f2d2_lightning.checkpoints.descriptions import describe_model
 from f2d2_lightning.flows.gaussian import fit_baselines
+from f2d2_lightning.likelihood._inputs import Array, check_cond
+from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
-from f2d2_lightning.likelihood.sampling import check_cond
 from f2d2_lightning.modules._checks import check_finite, check_same_model, not_finite
 from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.modules._optimization import make_optimizers
@@ -79,6 +82,7 @@ class FlowModule(L.LightningModule, RangedModel):
         """Learning rate in place of the optimiser's own, which ``Tuner.lr_find`` sets; ``None`` leaves it."""
         self.run_seed = RunSeed()
         self._averaged_steps = 0
+        self._model_description: dict[str, Any] | None = None
         self._batch: Any = None
         self._batch_index = 0
         self._look = FirstLook()
@@ -134,9 +138,13 @@ class FlowModule(L.LightningModule, RangedModel):
         except RuntimeError:
             return None
 
-    def _fitting(self, x: Tensor) -> Tensor:
+    def __repr__(self) -> str:
+        # not the layers, which the summary of a Trainer lists
+        return RangedModel.__repr__(self)
+
+    def _fitting(self, x: Array, what: str = "x") -> Tensor:
         """States of the module's shape, in its precision."""
-        x = super()._fitting(x)
+        x = super()._fitting(x, what)
         return x.to(self.dtype) if x.is_floating_point() else x
 
     @property
@@ -313,9 +321,27 @@ class FlowModule(L.LightningModule, RangedModel):
         reference = self.reference_choice and self.reference_choice.to_dict()
         found = {name: getattr(self, name) for name in RANGE}
         checkpoint["f2d2"] = state | {"range": list(found.values()), "reference": reference, "version": 2}
+        checkpoint["f2d2"]["objects"] = self._described()
         # the arguments of a subclass may be others
         said = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         said.update({name: value for name, value in found.items() if name in said})
+
+    def _described(self) -> dict[str, Any]:
+        """The objects that a script gave, as plain values, so that :func:`f2d2_lightning.load` makes them again.
+
+        Nothing of those that cannot be described, and of a LightningCLI, which keeps its configuration.
+        """
+        if "_instantiator" in self.hparams or is_sharded(self.live):
+            return {}
+        if self._model_description is None:
+            try:
+                self._model_description = describe_model(self.live)  # type: ignore[arg-type]
+            except ValueError:
+                # of somebody's own class, whose owner gives it again
+                self._model_description = {}
+        settings: dict[str, Any] = {"inversion": self.inversion, "reference": self.reference}
+        plain = {name: asdict(value) for name, value in settings.items() if type(value) in (Inversion, Reference)}
+        return {"model": self._model_description, **plain} if self._model_description else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         mend_progress(checkpoint)

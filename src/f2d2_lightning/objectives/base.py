@@ -17,6 +17,7 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
 from f2d2_lightning.utils.checks import at_least, one_of, positive, share
+from f2d2_lightning.utils.text import briefly
 
 __all__ = ["Batch", "Examples", "Objective", "Terms", "Weighting"]
 
@@ -175,6 +176,9 @@ class Objective(ABC):
 
         Processes that share a sharded network must call it equally often: give all of them the same CPU generator.
         """
+
+    def __repr__(self) -> str:
+        return briefly(self)
 
     @property
     def directions(self) -> Direction:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.utils.checks import at_least, share
+from f2d2_lightning.utils.text import briefly
 
 __all__ = ["Intervals", "pick"]
 
@@ -56,6 +57,9 @@ class Intervals:
         self.steps = tuple(steps)
         self.length = length
         self.to_noise = to_noise
+
+    def __repr__(self) -> str:
+        return briefly(self)
 
     def on_diagonal(self, count: int, structure: torch.Generator | None = None) -> int:
         """How many of ``count`` intervals have no length: their share, rounded up or down at random.
