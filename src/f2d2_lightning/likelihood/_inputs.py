@@ -71,7 +71,7 @@ def as_states(x: Any, what: str, model: Any = None) -> Tensor:
     x = as_tensor(x, what)
     check_state(x, what)
     if (shape := state_shape_of(model)) is not None:
-        check_shape(x, shape, f"{type(model).__name__} is for", OTHER_SIZE)
+        check_shape(x, shape, "the network takes", OTHER_SIZE)
     weights = model.parameters() if isinstance(model, nn.Module) else iter(())
     weight = next((p for p in weights if p.is_floating_point()), None)
     if weight is None:
@@ -111,7 +111,7 @@ def as_cond(cond: Any, states: Tensor) -> Tensor | None:
     """
     if cond is None:
         return None
-    if isinstance(cond, Mapping):
+    if isinstance(cond, (Mapping, tuple)):
         check_cond(cond, len(states))  # says what to do with several
     cond = as_tensor(cond, "cond")
     return cond.to(states) if cond.is_floating_point() else cond.to(states.device)

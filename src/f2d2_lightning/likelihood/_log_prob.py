@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from f2d2_lightning.flows.maps import Direction, JointMap
+from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.likelihood._answers import Answer
 from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_cond
 from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.sampling import normal_log_prob, walk
 from f2d2_lightning.likelihood.time_grids import time_grid
+from f2d2_lightning.utils.checks import checked
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,8 +41,9 @@ class LogProb(Answer):
     """Of ``value`` over random probes, ``(B,)``, nats; ``None`` if nothing was random or it is not known."""
 
 
+@checked
 def log_prob(
-    joint_map: JointMap,
+    joint_map: JointMap | FlowMap,
     x: Array,
     steps: int | Sequence[float] = 4,
     cond: Array | None = None,
@@ -126,7 +128,7 @@ def _by_inversion(
         warnings.warn(
             f"inversion did not converge for {int((~converged).sum())} of {len(x)} samples; their log-likelihood is "
             "NaN (more iterations, more steps, or method='newton' may help; `converged` says which)",
-            stacklevel=3,
+            stacklevel=4,
         )
         value = torch.where(converged, value, torch.full_like(value, torch.nan))
     return LogProb(value, state, evaluations, converged, None if variance is None else variance.sqrt())

@@ -28,7 +28,7 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import JointMap, Jump
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.likelihood.inversion import map_jacobian
-from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.checks import at_least, check_fields
 from f2d2_lightning.utils.seeding import hashed, mix_seed, row_keys
 
 __all__ = ["Determinant"]
@@ -62,6 +62,7 @@ class Determinant:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(1, lanczos=self.lanczos)
         if self.probes is not None:
             at_least(0, probes=self.probes)

@@ -14,19 +14,18 @@ diverse.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from f2d2_lightning.flows.maps import JointMap
+from f2d2_lightning.flows.maps import FlowMap, JointMap
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_cond
 from f2d2_lightning.likelihood.sampling import Samples, normal_log_prob, sample
 from f2d2_lightning.likelihood.time_grids import time_grid
-from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.checks import at_least, check_fields, checked, one_of
 
 __all__ = ["GuidedSamples", "SelfGuidance"]
 
@@ -81,14 +80,14 @@ class SelfGuidance:
     method: str = "ascent"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale={self.scale}; it is a finite step size")
+        check_fields(self)
         one_of("method", self.method, ("ascent", "adam"))
         at_least(1, steps=self.steps, likelihood_steps=self.likelihood_steps)
 
+    @checked
     def __call__(
         self,
-        joint_map: JointMap,
+        joint_map: JointMap | FlowMap,
         noise: Array,
         steps: int | Sequence[float] = 1,
         cond: Array | None = None,

@@ -34,7 +34,7 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.likelihood.sampling import Samples, draw_noise, sample
-from f2d2_lightning.utils.checks import at_least, check_shape
+from f2d2_lightning.utils.checks import at_least, check_shape, checked, counts
 
 if TYPE_CHECKING:
     from f2d2_lightning.metrics.diagnosis import Diagnosis
@@ -167,6 +167,7 @@ class LikelihoodModel(ABC):
         """For a while evaluation mode, where the map is one that trains, and weights that get no gradients."""
         return nullcontext()
 
+    @checked
     def nll(
         self,
         x: Array,
@@ -229,6 +230,7 @@ class LikelihoodModel(ABC):
         value = self.nll(x, steps, cond, **kwargs)
         return value if self.levels is not None else bits_per_dim(-value, self.dim)
 
+    @checked
     def log_prob(
         self,
         x: Array,
@@ -295,6 +297,7 @@ class LikelihoodModel(ABC):
         """Log-likelihood of states ``(B, *shape)`` at ``t = 1`` by :meth:`settled_reference`, nats."""
         return self.settled_reference(velocity, x, cond)(velocity, x, cond)
 
+    @checked
     def sample(
         self,
         noise: int | Array,
@@ -416,6 +419,7 @@ class JointModel(LikelihoodModel):
         class_names: Names of its classes.
     """
 
+    @checked
     def __init__(
         self,
         joint: JointMap,
@@ -424,7 +428,7 @@ class JointModel(LikelihoodModel):
         inversion: Inversion | None = None,
         class_names: list[str] | None = None,
     ) -> None:
-        self._joint, self.shape = joint, tuple(shape)
+        self._joint, self.shape = joint, counts("shape", shape)
         self.levels = None if quantization is None else quantization.levels
         self.low, self.high = (-1.0, 1.0) if quantization is None else (quantization.low, quantization.high)
         self.steps, self.reference, self.inversion = (), Reference(), inversion or Inversion()

@@ -29,7 +29,7 @@ from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_c
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.sampling import Samples, normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
-from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.checks import at_least, checked, one_of
 
 __all__ = ["ADAPTIVE", "FIXED", "WEIGHTS", "reference_log_prob", "reference_sample"]
 
@@ -105,6 +105,7 @@ def _fixed_times(steps: int, near_data: float) -> Tensor:
     return torch.cat((even, torch.tensor(times_near_data(close), dtype=torch.float64))).unique()
 
 
+@checked
 def reference_log_prob(
     velocity: Callable[..., Tensor],
     x: Array,
@@ -221,6 +222,7 @@ class _Scatter:
         return (weight.square() * variance).sum(0).sqrt()
 
 
+@checked
 def reference_sample(
     velocity: Callable[..., Tensor],
     noise: Array,

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.checks import at_least, check_fields, checked
 from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
 __all__ = [
@@ -65,6 +65,7 @@ class Quantization:
     high: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.levels < 2 or not self.high > self.low:
             raise ValueError(
                 f"levels={self.levels} on [{self.low}, {self.high}]; at least two levels and low < high are needed"
@@ -75,6 +76,7 @@ class Quantization:
         """Width of one level's bin, in units of the state."""
         return (self.high - self.low) / self.levels
 
+    @checked
     def check(self, k: Tensor) -> None:
         """Refuse integers that are not ``0, ..., levels - 1``, or that use only a fraction of them.
 
@@ -103,6 +105,7 @@ class Quantization:
                 f"would count levels that the data do not have: set levels={int(k.max()) + 1}"
             )
 
+    @checked
     def check_states(self, x: Tensor) -> None:
         """Refuse states that are not dequantized data of these levels on this range.
 
@@ -169,6 +172,7 @@ class Quantization:
                 return low, high
         return None
 
+    @checked
     def dequantize(self, k: Tensor, uniform: Tensor | None = None) -> Tensor:
         """States ``low + (k + U) * width`` in the default floating type, shape of ``k``.
 
@@ -197,6 +201,7 @@ class Quantization:
                 parts.append(self.dequantize(k[rows].long(), uniform))
             yield torch.cat(parts)
 
+    @checked
     def quantize(self, x: Tensor) -> Tensor:
         """Level that a state lies in, clipped to the range, ``int64``, shape of ``x``."""
         return ((x.double() - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
@@ -206,6 +211,7 @@ def _known(levels: Quantization | int | None, low: float, high: float) -> Quanti
     return levels if levels is None or isinstance(levels, Quantization) else Quantization(levels, low, high)
 
 
+@checked
 def bits_per_dim(
     log_prob: Tensor, dim: int, levels: Quantization | int | None = None, low: float = -1.0, high: float = 1.0
 ) -> Tensor:
@@ -249,6 +255,7 @@ class DequantizationBounds(NamedTuple):
     """Logarithm of the mean density over draws: the tighter bound."""
 
 
+@checked
 def dequantization_bounds(log_prob: Tensor) -> DequantizationBounds:
     """Bounds from log-densities of the same samples, dequantized several times.
 
@@ -269,6 +276,7 @@ def dequantization_bounds(log_prob: Tensor) -> DequantizationBounds:
     return DequantizationBounds(log_prob.mean(0), deviation, log_prob.logsumexp(0) - math.log(draws))
 
 
+@checked
 def state_images(x: Tensor, levels: Quantization | int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
     """States as 8-bit images, the form in which feature networks see real data and samples alike.
 

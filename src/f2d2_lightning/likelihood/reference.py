@@ -16,7 +16,7 @@ from f2d2_lightning.likelihood._inputs import in_parts
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.ode import ADAPTIVE, FIXED, WEIGHTS, reference_log_prob
 from f2d2_lightning.likelihood.time_grids import PLACINGS
-from f2d2_lightning.utils.checks import at_least, one_of, share
+from f2d2_lightning.utils.checks import at_least, check_fields, one_of, share
 from f2d2_lightning.utils.measuring import clock, spread_of
 
 __all__ = ["Reference", "ReferenceChoice"]
@@ -86,6 +86,7 @@ class Reference:
     batch: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_mode(self.mode, self.step)
         one_of("method", self.method or "rk4", (*FIXED, *ADAPTIVE))
         at_least(0, probes=self.probes or 0)

@@ -17,7 +17,7 @@ from f2d2_lightning.likelihood._answers import Answer
 from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_cond
 from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.time_grids import time_grid
-from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.checks import at_least, checked
 
 __all__ = ["Samples", "draw_noise", "normal_log_prob", "sample"]
 
@@ -105,6 +105,7 @@ def walk(
     return Way(x, change, evaluations, torch.stack(variances).sum(0).sqrt() if variances else None)
 
 
+@checked
 def sample(
     flow_map: FlowMap | JointMap,
     noise: Array,

@@ -31,6 +31,7 @@ from f2d2_lightning.training.batches import FirstLook, all_training_batches, che
 from f2d2_lightning.training.loading import read_checkpoint, restore_module
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
+from f2d2_lightning.utils.checks import at_least, check_arguments, counts
 from f2d2_lightning.utils.class_names import agree_on_classes, as_names
 from f2d2_lightning.utils.sharding import is_sharded, shard, whole, whole_weights
 
@@ -69,10 +70,12 @@ class FlowModule(L.LightningModule, RangedModel):
         channels_last: bool = False,
         compile: bool | str = False,
     ) -> None:
+        check_arguments(FlowModule.__init__, locals())
         super().__init__()
-        if not 0 <= ema_decay < 1 or warmup < 0:
-            raise ValueError(f"ema_decay={ema_decay} lies in [0, 1) and warmup={warmup} is at least 0")
-        self.shape = tuple(shape)
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay={ema_decay}; it lies in [0, 1)")
+        at_least(0, warmup=warmup)
+        self.shape = counts("shape", shape)
         self.say_range(levels, low, high)
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.ema_decay = ema_decay

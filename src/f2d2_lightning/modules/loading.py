@@ -22,8 +22,10 @@ from f2d2_lightning.modules.student import F2D2Module
 from f2d2_lightning.modules.teacher import FlowMatchingModule
 from f2d2_lightning.nn.head import JointFlowMap
 from f2d2_lightning.training.loading import described, read_checkpoint, restore_module
+from f2d2_lightning.utils.checks import checked
 
 
+@checked
 def load(
     path: str | Path, network: nn.Module | None = None, *, name: str | None = None, trust: Sequence[str] = ()
 ) -> LikelihoodModel:
@@ -74,7 +76,9 @@ def _given(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     own: Any = checkpoint.get("f2d2")
     kept = own.get("objects") if isinstance(own, dict) else None
-    if not isinstance(kept, dict) or "model" not in kept:
+    said = checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
+    named = isinstance(said, Mapping) and "_class_path" in said
+    if named or not isinstance(kept, dict) or "model" not in kept:
         return {}
     own.pop("objective", None)
     check_extent(kept, str(path))

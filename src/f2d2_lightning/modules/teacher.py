@@ -28,6 +28,7 @@ from f2d2_lightning.metrics.likelihood import MeanLikelihood, doubt
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.ema import copy_frozen
 from f2d2_lightning.modules.evaluation import SharedReference
+from f2d2_lightning.utils.checks import check_arguments, checked, one_of, share
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.seeding import counter_normal, counter_uniform, mix_seed, row_keys
 
@@ -87,10 +88,9 @@ class FlowMatchingModule(FlowModule):
         channels_last: bool = False,
         compile: bool | str = False,
     ) -> None:
-        if units not in ("natural", "velocity"):
-            raise ValueError(f"units is {units!r}; it is 'natural' or 'velocity'")
-        if not 0 <= near_data <= 1:
-            raise ValueError(f"near_data is {near_data}; it is a share, in [0, 1]")
+        check_arguments(FlowMatchingModule.__init__, locals())
+        one_of("units", units, ("natural", "velocity"))
+        share(near_data=near_data)
         shape = state_shape(flow_map) if shape is None else shape
         super().__init__(
             shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
@@ -126,6 +126,7 @@ class FlowMatchingModule(FlowModule):
     def reference_velocity(self) -> Callable[..., Tensor]:
         return self.average.velocity
 
+    @checked
     def log_prob(
         self,
         x: Array,
@@ -155,6 +156,7 @@ class FlowMatchingModule(FlowModule):
         cond = self._conditioning(cond, x)
         return in_parts(partial(self.settled_reference(velocity, x, cond), velocity), x, cond, batch_size)
 
+    @checked
     def sample(
         self,
         noise: int | Array,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction
-from f2d2_lightning.utils.checks import at_least, share
+from f2d2_lightning.utils.checks import at_least, checked, share
 from f2d2_lightning.utils.text import briefly
 
 __all__ = ["Intervals", "pick"]
@@ -37,6 +37,7 @@ class Intervals:
         ValueError: If shares are not probabilities that sum to at most one, or a step count is below one.
     """
 
+    @checked
     def __init__(
         self,
         directions: Direction | str = "both",

@@ -16,14 +16,28 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
-    *("at_least", "check_arguments", "check_fields", "check_shape", "checked", "counts", "listed", "one_of"),
+    *(
+        "ArgumentError",
+        "at_least",
+        "check_arguments",
+        "check_fields",
+        "check_shape",
+        "checked",
+        "counts",
+        "listed",
+        "one_of",
+    ),
     *("positive", "share"),
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class ArgumentError(TypeError, ValueError):
+    """An argument is not what its function takes: caught as either, whichever a caller expects."""
 
 
 def checked(function: Function) -> Function:
@@ -49,8 +63,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     Lightning finds the hyper-parameters of a module in the frames of its constructors.
 
     Raises:
-        TypeError: Names argument, value and what is expected.
-        ValueError: If a number is NaN or infinite.
+        ArgumentError: Names argument, value and what is expected.
     """
     for name, (hint, default) in _hints(function).items():
         if hint is not Any and name in given and given[name] is not default:
@@ -87,9 +100,9 @@ def _field_hints(cls: Any) -> dict[str, tuple[Any, Any]]:
 
 def _check(name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
-        raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}; {_said(hint)} is expected")
+        raise ArgumentError(f"{name}={_shown(value)} is a {type(value).__name__}; {_said(hint)} is expected")
     if isinstance(value, (float, np.floating)) and not math.isfinite(value):
-        raise ValueError(f"{name}={value}; a finite number is expected")
+        raise ArgumentError(f"{name}={value}; a finite number is expected")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -102,11 +115,14 @@ def _fits(value: Any, hint: Any) -> bool:
         # an array becomes a tensor, or is refused, where it is used
         return np.ndarray in arguments or any(_fits(value, one) for one in arguments)
     if origin is typing.Literal:
-        return value in arguments
+        # which of them, the function says itself
+        return isinstance(value, tuple(map(type, arguments)))
     cls = origin or hint
     if not isinstance(cls, type):
         return True
     if cls in (int, float):
+        if isinstance(value, Tensor):
+            return value.ndim == 0 and (cls is float or not value.is_floating_point())
         number = (int, np.integer) if cls is int else (int, float, np.integer, np.floating)
         return isinstance(value, number) and not isinstance(value, bool)
     if cls is bool:
@@ -141,7 +157,10 @@ def _said(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"<{value.dtype} of shape {tuple(value.shape)}>"
+    # a network's text is its layers
+    text = f"<{type(value).__name__}>" if isinstance(value, nn.Module) else " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -152,7 +171,7 @@ def counts(name: str, values: Sequence[int]) -> tuple[int, ...]:
         ValueError: Says which there are.
     """
     if not len(values) or min(values) < 1:
-        raise ValueError(f"{name}={list(values)}; it holds whole numbers from 1, such as {name}=(1, 2, 4, 8)")
+        raise ValueError(f"{name}={list(values)}; whole numbers from 1 are expected, and at least one of them")
     return tuple(int(value) for value in values)
 
 
