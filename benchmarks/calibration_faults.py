@@ -78,8 +78,8 @@ def all_faults(
         "exact": exact - truth[:some],
         "fine": f2.log_prob(joint, x, 32).value - truth,
     }
-    parts = faults(model, path, model.nll(truth), steps)
-    return parts | {name: model.nll(v) - model.nll(torch.zeros_like(v)) for name, v in nats.items()}
+    parts = faults(model, path, model.nll_of(truth), steps)
+    return parts | {name: model.nll_of(v) - model.nll_of(torch.zeros_like(v)) for name, v in nats.items()}
 
 
 def main() -> None:

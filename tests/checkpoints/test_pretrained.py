@@ -413,7 +413,7 @@ def about(**changes):
         (sized(color=1), "cannot be made from the file: MLP"),
         (sized(width=-1), "cannot be made from the file: MLP"),
         (sized(directions="both"), "says directions='to_data'"),
-        (lambda c: c["model"]["arguments"].update(flow_map=None), "describes no flow map"),
+        (lambda c: c["model"]["arguments"].update(flow_map=None), "flow_map=None is a NoneType"),
         (lambda c: c["model"]["arguments"].update(flow_map={"same_as": 99}), "refers to object 99"),
         (lambda c: c["model"].update(arguments=[1]), "arguments of JointFlowMap are a list"),
         (lambda c: c["model"].pop("arguments"), "where an object's class and arguments are needed"),

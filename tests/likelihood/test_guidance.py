@@ -157,7 +157,7 @@ def test_conditioning_reaches_the_gradient():
 
 
 def test_wrong_use():
-    with pytest.raises(ValueError, match="finite step size"):
+    with pytest.raises(ValueError, match="scale=nan; a finite number"):
         SelfGuidance(float("nan"))
     with pytest.raises(ValueError, match="at least 1"):
         SelfGuidance(steps=0)

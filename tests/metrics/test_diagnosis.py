@@ -62,7 +62,7 @@ def exact(times=FINE, nodes=64):
 def diagnosed(joint, taught=None, count=32, steps=(1, 2), levels=None, shift=0.0):
     x = FLOW.data(count)
     model = JointModel(joint, (3,), levels and f2.Quantization(levels), Inversion(method="newton"))
-    reference = model.nll(FLOW.solve(x)[1]) + shift
+    reference = model.nll_of(FLOW.solve(x)[1]) + shift
     return diagnose(model, taught or exact(), x, reference, steps=steps)
 
 
@@ -148,7 +148,7 @@ def test_parts_add_up_and_bits_are_nats():
     assert torch.allclose(parts["targets"] + parts["head"] + parts["map"], parts["all"])
     assert torch.allclose(parts["all"], -f2.log_prob(joint, x, 2).value - reference)
     bits = JointModel(joint, (3,), f2.Quantization(17))
-    for name, part in faults(bits, path, bits.nll(-reference), 2).items():
+    for name, part in faults(bits, path, bits.nll_of(-reference), 2).items():
         assert torch.allclose(part * 3 * math.log(2), parts[name]), name
 
 

@@ -237,7 +237,7 @@ class Wrong(Pair):
             "directions of both alike",
         ),
         (lambda p: f2.F2D2Module(), "flow_map is needed"),
-        (lambda p: student(ema_decay=1.0), r"ema_decay=1.0 lies in \[0, 1\)"),
+        (lambda p: student(ema_decay=1.0), r"ema_decay=1.0; it lies in \[0, 1\)"),
         (lambda p: fit(p, student(), data=Wrong()), r"shape=\(2,\), but Wrong has shape=\(3,\)"),
         (lambda p: fit(p, student(levels=17), data=f2.data.Digits()), "make them agree"),
         (lambda p: fit(p, f2.F2D2Module(MLP((2,)), (2,), str(p / "none.ckpt"))), "there is no checkpoint at"),

@@ -255,6 +255,8 @@ class AdaptedFlowMap(FlowMap, Configured):
             preconditioning that leaves the data as they are.
     """
 
+    any_dtype = True
+
     def __init__(
         self,
         network: Callable[..., Any],

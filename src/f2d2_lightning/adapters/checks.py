@@ -17,7 +17,7 @@ from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.divergence.estimators import check_mode, instantaneous
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import LinearPath, expand_time
-from f2d2_lightning.likelihood.sampling import check_state
+from f2d2_lightning.likelihood._inputs import check_state
 
 __all__ = ["ConventionError", "check_convention", "check_differentiable"]
 

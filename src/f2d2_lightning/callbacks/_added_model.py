@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.callbacks._auxiliary import AddedWeights
 from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, describe_head, describe_joint, make_head
 from f2d2_lightning.checkpoints.pretrained import save_pretrained
-from f2d2_lightning.flows._held import HeldFlowMap, evaluating
+from f2d2_lightning.flows._held import HeldFlowMap, evaluating, weights_held
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.reference import ReferenceChoice
 from f2d2_lightning.modules._ranges import RANGE
@@ -80,8 +80,10 @@ class AddedModel(DistilledModel):
         """Say whose network it is; a trainer does so by itself."""
         self._module = module
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        return evaluating(self._network)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with evaluating(self._network), weights_held(self._network):
+            yield
 
     def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         return self.states(batch, self._module)

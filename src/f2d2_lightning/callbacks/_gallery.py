@@ -131,7 +131,7 @@ class Gallery:
         if not model.steps:
             return measured
         measured.x = points.x
-        measured.values = {k: model.nll(self._log_prob(points.x, k, points.cond)) for k in model.steps}
+        measured.values = {k: model.nll_of(self._log_prob(points.x, k, points.cond)) for k in model.steps}
         measured.reference = self._once("reference", lambda: self._reference(measured.values))
         if is_plane(model.shape) and points.cond is None:
             measured.extent = _around(points.x)
@@ -182,7 +182,7 @@ class Gallery:
         found = self._broadcast(self.model.evaluated_reference(values))
         if found is None:
             integrated = self._integrated(self.points.x, self.points.cond)
-            found = None if integrated is None else self.model.nll(integrated)
+            found = None if integrated is None else self.model.nll_of(integrated)
         return None if found is None or bool(found.isnan().all()) else found
 
     def _densities(self, extent: tuple[float, float, float, float]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.training.batches import BatchStates, FirstLook, training_batches
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
-from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.checks import at_least, checked, counts, positive
 from f2d2_lightning.utils.seeding import mix_seed, own_random_state
 
 
@@ -95,6 +95,7 @@ class F2D2Callback(AddedModel, L.Callback):
             there, does not fit the adapter, or two callbacks are on one network.
     """
 
+    @checked
     def __init__(
         self,
         flow_map: str,
@@ -128,11 +129,14 @@ class F2D2Callback(AddedModel, L.Callback):
         theirs = getattr(teacher, "quantization", None)
         if levels is None and isinstance(theirs, Quantization):
             levels, low, high = theirs.levels, theirs.low if low is None else low, theirs.high if high is None else high
-        if not 0 <= ema_decay < 1 or not weight > 0 or fit_samples < 2 or reference_samples < 0:
-            raise ValueError(
-                f"ema_decay={ema_decay} lies in [0, 1), weight={weight} is positive, fit_samples={fit_samples} is at "
-                f"least 2, reference_samples={reference_samples} at least 0"
-            )
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay={ema_decay}; it lies in [0, 1)")
+        positive(weight=weight)
+        at_least(2, fit_samples=fit_samples)
+        at_least(1, draws=draws)
+        at_least(0, reference_samples=reference_samples, backward=backward or 0)
+        if gradient_clip is not None:
+            positive(gradient_clip=gradient_clip)
         if frozen and interval is not None:
             raise ValueError("interval= adds a direction by training the network, and frozen=True does not train it")
         self.flow_map = flow_map
@@ -153,12 +157,11 @@ class F2D2Callback(AddedModel, L.Callback):
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
         self.follow_schedule, self.gradient_clip, self.ema_decay = follow_schedule, gradient_clip, ema_decay
         self.states = BatchStates(data_to_state, self.adapter.conditional)
-        self.steps = tuple(steps)
+        self.steps = counts("steps", steps)
         self.inversion = inversion or Inversion()
         # what the network can be differentiated by is the same for its targets and its likelihood
         self.reference = reference or Reference(mode=self.estimator.mode)
         self.fit_samples, self.backward, self.check = fit_samples, backward, check
-        at_least(1, draws=draws)
         self.draws, self.reference_samples = draws, reference_samples
         self.evaluation = Evaluation(self, check)
         self._wrapped: Wrapped | None = None

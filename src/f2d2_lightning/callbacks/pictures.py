@@ -16,6 +16,7 @@ from f2d2_lightning.callbacks._models import find_models
 from f2d2_lightning.callbacks._picture_loggers import log_figure, takes_figures
 from f2d2_lightning.plots import Figure, save_figure
 from f2d2_lightning.training.folders import run_folder, unused
+from f2d2_lightning.utils.checks import checked
 
 FOLDER = "pictures"
 
@@ -60,6 +61,7 @@ class Pictures(GalleryCallback):
             is none of the above, or no logger takes figures and ``to_disk`` is off.
     """
 
+    @checked
     def __init__(
         self,
         every_n_validations: int = 1,

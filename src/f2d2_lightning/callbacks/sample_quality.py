@@ -20,6 +20,7 @@ from f2d2_lightning.likelihood.quantization import state_images
 from f2d2_lightning.metrics._cache import Statistics, StatisticsCache
 from f2d2_lightning.metrics.image import ImageDistance
 from f2d2_lightning.metrics.networks import check_network, extract_features, load_network
+from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import gather_states
 from f2d2_lightning.utils.seeding import mix_seed
@@ -68,6 +69,7 @@ class SampleQuality(L.Callback):
         FileNotFoundError: At the start of a run, if the feature network's file is missing.
     """
 
+    @checked
     def __init__(
         self,
         features: str | Path | nn.Module,

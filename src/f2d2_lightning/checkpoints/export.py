@@ -15,6 +15,7 @@ from f2d2_lightning.checkpoints.pretrained import CONFIG, Stored, fill, from_pre
 from f2d2_lightning.checkpoints.trust import check_extent, said, stored_in
 from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.utils.arrays import check_stored_archive
+from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.configured import public_name
 
 __all__ = ["CHECKPOINT_KEY", "describe_head", "describe_joint", "load_joint", "make_head", "save_joint"]
@@ -45,6 +46,7 @@ def save_joint(
     save_pretrained(joint, path, shape=shape, network_state=network_state)
 
 
+@checked
 def load_joint(
     path: str | Path,
     network: nn.Module,

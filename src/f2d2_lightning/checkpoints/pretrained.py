@@ -26,7 +26,7 @@ from f2d2_lightning.checkpoints.descriptions import describe_model, given_places
 from f2d2_lightning.checkpoints.trust import check_extent, said, within_size
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.nn.head import Head, JointFlowMap
-from f2d2_lightning.utils.checks import listed
+from f2d2_lightning.utils.checks import checked, listed
 from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["CONFIG", "WEIGHTS", "DataDescription", "from_pretrained", "read_description", "save_pretrained"]
@@ -56,6 +56,7 @@ class DataDescription:
     """Of the divergence."""
 
 
+@checked
 def save_pretrained(
     model: FlowMap | JointMap,
     folder: str | FilePath,
@@ -64,7 +65,7 @@ def save_pretrained(
     levels: int | None = None,
     low: float = -1.0,
     high: float = 1.0,
-    network_state: Mapping[str, Tensor] | None = None,
+    network_state: Mapping[str, Any] | None = None,
 ) -> FilePath:
     """Write a flow map or a joint map to a folder, for :func:`from_pretrained`.
 
@@ -105,6 +106,7 @@ def save_pretrained(
     return folder
 
 
+@checked
 def from_pretrained(
     folder: str | FilePath,
     kind: type[Model] = JointFlowMap,  # type: ignore[assignment]
@@ -162,6 +164,7 @@ def from_pretrained(
     return model
 
 
+@checked
 def read_description(folder: str | FilePath) -> DataDescription:
     """What a saved model was trained on, without reading its weights.
 

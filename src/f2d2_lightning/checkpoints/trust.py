@@ -150,6 +150,7 @@ def takes(cls: type) -> Takes:
         function = vars(base).get("__init__")
         if not isinstance(function, types.FunctionType):
             continue
+        function = inspect.unwrap(function)
         own = _hints(function)
         _, *places = inspect.signature(function).parameters.values()
         for place in places:

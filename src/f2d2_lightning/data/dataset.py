@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.utils.arrays import map_numbers
+from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
 __all__ = ["DequantizedDataset", "LazyValues", "StoredValues", "Values", "as_values", "take"]
@@ -59,6 +60,7 @@ class StoredValues(LazyValues):
         ValueError: If it is no such file, is truncated, or holds Python objects.
     """
 
+    @checked
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._array: np.ndarray | None = None
@@ -150,6 +152,7 @@ class DequantizedDataset(Dataset):
         ValueError: If the values do not fit ``quantization``, the labels are not as many, or there is no image to flip.
     """
 
+    @checked
     def __init__(
         self,
         values: Values | Any,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.utils.checks import checked
 
 __all__ = ["Digits"]
 
@@ -28,6 +29,7 @@ class Digits(FlowDataModule):
 
     shape = (1, 8, 8)
 
+    @checked
     def __init__(
         self,
         labels: bool = False,

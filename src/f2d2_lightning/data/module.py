@@ -24,7 +24,9 @@ from f2d2_lightning.data.sampling import EpochSampler, ResumableLoader
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.training.loading import described, read_checkpoint
 from f2d2_lightning.training.progress import Place, place_of
+from f2d2_lightning.utils.checks import at_least, checked
 from f2d2_lightning.utils.seeding import mix_seed
+from f2d2_lightning.utils.text import briefly
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,6 +59,7 @@ class FlowDataModule(L.LightningDataModule):
 
     shape: tuple[int, ...]
 
+    @checked
     def __init__(
         self,
         batch_size: int = 256,
@@ -67,11 +70,16 @@ class FlowDataModule(L.LightningDataModule):
         flip: bool = False,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or eval_batch_size < 1:
-            raise ValueError(f"batch sizes are {batch_size} and {eval_batch_size}; they are at least 1")
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        at_least(0, num_workers=num_workers)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed, self.quantization, self.flip = num_workers, seed, quantization, flip
         self._sets: dict[str, DequantizedDataset] = {}
+
+    def __repr__(self) -> str:
+        return briefly(self)
+
+    __str__ = __repr__
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

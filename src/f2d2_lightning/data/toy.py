@@ -9,6 +9,7 @@ from torch import Tensor
 
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.flows.mixture import MixtureFlow
+from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.seeding import mix_seed
 
 __all__ = ["Checkerboard", "GaussianMixture"]
@@ -31,6 +32,7 @@ class Checkerboard(FlowDataModule):
 
     shape = (2,)
 
+    @checked
     def __init__(self, count: int = 50_000, batch_size: int = 1024, eval_batch_size: int = 4096, seed: int = 0) -> None:
         super().__init__(batch_size, eval_batch_size, seed=seed)
         self.count = count
@@ -69,6 +71,7 @@ class GaussianMixture(FlowDataModule):
 
     shape = (2,)
 
+    @checked
     def __init__(
         self,
         components: int = 5,

@@ -21,8 +21,9 @@ from torch import Tensor
 from f2d2_lightning.divergence._tangents import REMEDY, DerivativeError, forward_mode
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.paths import LinearPath, Path, Point, even_rows, repeat_time
-from f2d2_lightning.utils.checks import at_least, one_of, positive
+from f2d2_lightning.utils.checks import at_least, checked, one_of, positive
 from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, own_random_state, row_keys
+from f2d2_lightning.utils.text import briefly
 
 __all__ = [
     "MODES",
@@ -156,6 +157,9 @@ class DivergenceEstimator(ABC):
     mode: str = "forward"
     """How the network is differentiated: ``"forward"``, ``"reverse"`` or ``"finite"``."""
 
+    def __repr__(self) -> str:
+        return briefly(self)
+
     @abstractmethod
     def __call__(self, velocity: Callable[..., Tensor], point: Point) -> Divergence:
         """Velocity and divergence at a point.
@@ -182,6 +186,7 @@ class Exact(DivergenceEstimator):
         step: Half-width of the finite difference, in units of the state.
     """
 
+    @checked
     def __init__(self, chunk: int = 32, mode: str = "forward", step: float = 1e-2) -> None:
         at_least(1, chunk=chunk)
         check_mode(mode, step)
@@ -227,6 +232,7 @@ class Hutchinson(DivergenceEstimator):
         ValueError: If an argument is none of the above.
     """
 
+    @checked
     def __init__(
         self,
         probes: int = 1,
@@ -410,6 +416,7 @@ class Conditional(DivergenceEstimator):
         path: Must be the linear path.
     """
 
+    @checked
     def __init__(
         self, handover: float = 0.7, near_data: DivergenceEstimator | None = None, path: Path | None = None
     ) -> None:

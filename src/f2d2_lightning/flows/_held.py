@@ -24,6 +24,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
+@contextmanager
+def weights_held(module: nn.Module) -> Iterator[None]:
+    """No weight gets a gradient from what is computed in a while; states may."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 class HeldFlowMap(FlowMap):
     """A flow map as it is at the moment: its own weights and statistics are neither trained nor touched.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.flows.paths import expand_time, like
-from f2d2_lightning.utils.checks import one_of
+from f2d2_lightning.utils.checks import checked, one_of
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["Direction", "FlowMap", "Joint", "JointMap", "Jump", "Velocity", "as_flow_map"]
@@ -140,6 +140,8 @@ class FlowMap(nn.Module, Configured):
     """
 
     directions: Direction = Direction.BOTH
+    any_dtype: bool = False
+    """Whether states may be of another floating dtype than the weights, and answers are then of theirs."""
 
     @property
     def conditional(self) -> bool | None:
@@ -203,6 +205,7 @@ class _FunctionFlowMap(FlowMap):
         return self.function(x, expand_time(s, x), expand_time(t, x), cond)
 
 
+@checked
 def as_flow_map(function: Callable[..., Tensor], directions: Direction | str = Direction.BOTH) -> FlowMap:
     """A flow map from any ``(x, s, t, cond) -> u``, function or module.
 

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from f2d2_lightning.flows.maps import Direction, JointMap
+from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
+from f2d2_lightning.likelihood._answers import Answer
+from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_cond
 from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.inversion import Inversion
-from f2d2_lightning.likelihood.sampling import check_cond, check_state, normal_log_prob, walk
+from f2d2_lightning.likelihood.sampling import normal_log_prob, walk
 from f2d2_lightning.likelihood.time_grids import time_grid
+from f2d2_lightning.utils.checks import checked
 
 
-@dataclass(frozen=True)
-class LogProb:
+@dataclass(frozen=True, repr=False)
+class LogProb(Answer):
     """Log-likelihoods and how they came about."""
 
     value: Tensor
@@ -38,11 +41,12 @@ class LogProb:
     """Of ``value`` over random probes, ``(B,)``, nats; ``None`` if nothing was random or it is not known."""
 
 
+@checked
 def log_prob(
-    joint_map: JointMap,
-    x: Tensor,
+    joint_map: JointMap | FlowMap,
+    x: Array,
     steps: int | Sequence[float] = 4,
-    cond: Tensor | None = None,
+    cond: Array | None = None,
     *,
     inversion: Inversion | None = None,
     determinant: Determinant | str | None = None,
@@ -51,7 +55,8 @@ def log_prob(
 
     Args:
         joint_map: A joint flow map that goes to noise; one that only goes to data needs ``inversion``.
-        x: Data at ``t = 1``, ``(B, ...)``, dequantized if they were discrete.
+        x: Data at ``t = 1``, ``(B, ...)``, dequantized if they were discrete. They are brought to dtype and device of
+            the map's weights; arrays and lists become tensors.
         steps: Number of uniform steps, or the times themselves.
         cond: Conditioning, first axis ``B``.
         inversion: Invert the map's steps to data instead of using its steps to noise. Unconverged samples get
@@ -73,12 +78,13 @@ def log_prob(
     >>> log_prob(flow, torch.zeros(1, 2), steps=1).value  # -log(2 pi)
     tensor([-1.8379])
     """
-    check_state(x, "x")
     if not isinstance(joint_map, JointMap):
         raise ValueError(
             f"log_prob needs a joint map, and {type(joint_map).__name__} has no divergence; "
             "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
         )
+    x = as_states(x, "x", joint_map)
+    cond = as_cond(cond, x)
     check_cond(cond, len(x), joint_map)
     grid, determinant = time_grid(steps, to_noise=True), Determinant.said(determinant)
     if inversion is not None:
@@ -103,6 +109,7 @@ def _by_inversion(
 ) -> LogProb:
     state, change, evaluations, variance = x, x.new_zeros(len(x)), 0, None
     converged = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    keys = None if determinant is None else determinant.keys(x)
     for t, s in itertools.pairwise(grid):
 
         def displacement(y: Tensor, s: float = s, t: float = t) -> Tensor:
@@ -111,7 +118,7 @@ def _by_inversion(
         solution = inversion.solve(displacement, state)
         state = solution.state
         converged = converged & solution.converged
-        way = walk(joint_map, state, [s, t], cond, determinant)
+        way = walk(joint_map, state, [s, t], cond, determinant, keys)
         change = change + way.change
         evaluations += solution.evaluations + way.evaluations
         if way.standard_error is not None:
@@ -121,7 +128,7 @@ def _by_inversion(
         warnings.warn(
             f"inversion did not converge for {int((~converged).sum())} of {len(x)} samples; their log-likelihood is "
             "NaN (more iterations, more steps, or method='newton' may help; `converged` says which)",
-            stacklevel=3,
+            stacklevel=4,
         )
         value = torch.where(converged, value, torch.full_like(value, torch.nan))
     return LogProb(value, state, evaluations, converged, None if variance is None else variance.sqrt())

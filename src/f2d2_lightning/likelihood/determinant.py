@@ -28,7 +28,8 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import JointMap, Jump
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.likelihood.inversion import map_jacobian
-from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.checks import at_least, check_fields
+from f2d2_lightning.utils.seeding import hashed, mix_seed, row_keys
 
 __all__ = ["Determinant"]
 
@@ -49,6 +50,8 @@ class Determinant:
             dimensions, four probes above.
         lanczos: Lanczos steps per probe, each of a derivative along a vector and one of a product; more of them take
             away what the probes' standard error does not show.
+        seed: The probes of a sample are a function of this number and of the sample's own values, whatever the batch
+            that it is in; ``None`` draws them from the global generator.
 
     Raises:
         ValueError: If a number is out of range.
@@ -56,8 +59,10 @@ class Determinant:
 
     probes: int | None = None
     lanczos: int = 12
+    seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(1, lanczos=self.lanczos)
         if self.probes is not None:
             at_least(0, probes=self.probes)
@@ -78,6 +83,10 @@ class Determinant:
             )
         return cls(0 if said == "exact" else 4)
 
+    def keys(self, x: Tensor) -> Tensor | None:
+        """Numbers that the probes of samples ``(B, ...)`` are made from, ``(B,)``; ``None`` without a seed."""
+        return None if self.seed is None else row_keys(x, self.seed)
+
     def derivatives(self, dim: int) -> int:
         """Derivatives along a vector, and products with one, that a jump of so many dimensions takes."""
         return 2 * min(self.lanczos, dim) * self._probes(dim) or dim
@@ -87,9 +96,17 @@ class Determinant:
 
     @torch.no_grad()
     def jump(
-        self, joint_map: JointMap, x: Tensor, s: float, t: float, cond: Tensor | None = None
+        self,
+        joint_map: JointMap,
+        x: Tensor,
+        s: float,
+        t: float,
+        cond: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> tuple[Jump, Tensor | None]:
         """A jump whose change of log-density is that of its own volume, without gradients.
+
+        ``keys`` are those of its probes, ``(B,)``, by default of ``x`` (:meth:`keys`).
 
         Returns:
             The jump, and the standard error of the change over probes, ``(B,)``, nats; ``None`` of what is exact and of
@@ -109,7 +126,7 @@ class Determinant:
             return moved
 
         dim = x[0].numel()
-        probes = self._probes(dim)
+        probes, keys = self._probes(dim), self.keys(x) if keys is None else keys
         size = max(1, ROWS // probes if probes else min(ROWS, NUMBERS // dim**2))
         values, errors = [], []
         for first in range(0, len(x), size):
@@ -118,7 +135,13 @@ class Determinant:
                 jacobian = map_jacobian(part(rows), x[rows], max(1, ROWS // len(x[rows])))[1]
                 values.append(torch.linalg.slogdet(jacobian.double()).logabsdet.to(x))
             else:
-                value, error = _estimate(part(rows), x[rows], fit, start[rows], end[rows], probes, self.lanczos)
+                if keys is None:
+                    signs = torch.randint(0, 2, (probes, len(x[rows]), dim), device=x.device)
+                else:
+                    words = keys[rows, None] + torch.arange(dim, device=x.device)
+                    streams = [mix_seed("determinant", f"{s} {t}", probe) for probe in range(probes)]
+                    signs = torch.stack([hashed(words, stream) >> 40 & 1 for stream in streams])
+                value, error = _estimate(part(rows), x[rows], fit, start[rows], end[rows], signs * 2 - 1, self.lanczos)
                 values.append(value)
                 errors += [] if error is None else [error]
         return Jump(state, -torch.cat(values)), torch.cat(errors) if errors else None
@@ -130,15 +153,17 @@ def _estimate(
     baseline: GaussianBaseline | None,
     s: Tensor,
     t: Tensor,
-    probes: int,
+    signs: Tensor,
     steps: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Stochastic Lanczos quadrature of ``log |det|`` at states ``(B, ...)``, relative to the Gaussian fit's.
 
+    The probes are ``signs``, ``(probes, B, dim)``.
+
     Returns:
         ``(B,)``, and its standard error over probes; ``None`` of a single one.
     """
-    count, dim = len(x), x[0].numel()
+    probes, count, dim = signs.shape
     steps = min(steps, dim)
     states = x.repeat(probes, *(1 for _ in x.shape[1:]))
     known, ratio = x.new_zeros(()), None
@@ -159,7 +184,7 @@ def _estimate(
             (back,) = torch.autograd.grad(function(point), point, image.clone().reshape(states.shape))
         return back.reshape(len(v), dim) if baseline is None else baseline.to_axes(back).to(x)
 
-    vectors = (torch.randint(0, 2, (len(states), dim), device=x.device).to(x) * 2 - 1) / dim**0.5
+    vectors = signs.reshape(len(states), dim).to(x) / dim**0.5
     basis, diagonal, beside = [vectors], [], []
     for _ in range(steps):
         image = square(basis[-1])

@@ -14,23 +14,23 @@ diverse.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from f2d2_lightning.flows.maps import JointMap
+from f2d2_lightning.flows.maps import FlowMap, JointMap
 from f2d2_lightning.flows.paths import like
-from f2d2_lightning.likelihood.sampling import Samples, check_state, normal_log_prob, sample
+from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_cond
+from f2d2_lightning.likelihood.sampling import Samples, normal_log_prob, sample
 from f2d2_lightning.likelihood.time_grids import time_grid
-from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.checks import at_least, check_fields, checked, one_of
 
 __all__ = ["GuidedSamples", "SelfGuidance"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GuidedSamples(Samples):
     """Samples from guided noise, and what guidance did and cost.
 
@@ -80,17 +80,17 @@ class SelfGuidance:
     method: str = "ascent"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale={self.scale}; it is a finite step size")
+        check_fields(self)
         one_of("method", self.method, ("ascent", "adam"))
         at_least(1, steps=self.steps, likelihood_steps=self.likelihood_steps)
 
+    @checked
     def __call__(
         self,
-        joint_map: JointMap,
-        noise: Tensor,
+        joint_map: JointMap | FlowMap,
+        noise: Array,
         steps: int | Sequence[float] = 1,
-        cond: Tensor | None = None,
+        cond: Array | None = None,
         *,
         with_log_prob: bool = False,
     ) -> GuidedSamples:
@@ -103,12 +103,14 @@ class SelfGuidance:
             ValueError: If the map has no divergence, does not go to data, gives no gradient, or the noise is unfit.
             FloatingPointError: If guidance makes noise NaN or infinite.
         """
-        check_state(noise, "noise")
         if not isinstance(joint_map, JointMap):
             raise ValueError(
                 f"self-guidance needs a joint map, and {type(joint_map).__name__} has no divergence; "
                 "wrap it: JointFlowMap(flow_map, DivergenceHead(...))"
             )
+        noise = as_states(noise, "noise", joint_map)
+        cond = as_cond(cond, noise)
+        check_cond(cond, len(noise), joint_map)
         moved, before = noise, None
         adapt = _Adam(noise) if self.method == "adam" else None
         for _ in range(self.steps):

@@ -19,6 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from f2d2_lightning.likelihood._answers import Answer
+from f2d2_lightning.utils.checks import check_fields
+
 __all__ = ["Estimate", "ImportanceWeights"]
 
 
@@ -29,8 +32,8 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
 
-@dataclass(frozen=True)
-class ImportanceWeights:
+@dataclass(frozen=True, repr=False)
+class ImportanceWeights(Answer):
     """Weights of samples.
 
     >>> weights = ImportanceWeights(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.0]))
@@ -50,6 +53,7 @@ class ImportanceWeights:
     log_prob: Tensor
 
     def __post_init__(self) -> None:
+        check_fields(self)
         target, own = self.log_target, self.log_prob
         if target.shape != own.shape or target.ndim != 1 or len(target) == 0:
             raise ValueError(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows.paths import like
-from f2d2_lightning.utils.checks import at_least, one_of, positive
+from f2d2_lightning.utils.checks import at_least, check_fields, one_of, positive
 
 __all__ = ["Inversion", "Solution", "map_jacobian"]
 
@@ -64,6 +64,7 @@ class Inversion:
     memory: int = 6
 
     def __post_init__(self) -> None:
+        check_fields(self)
         one_of("method", self.method, ("anderson", "newton"))
         at_least(1, max_iterations=self.max_iterations, memory=self.memory)
         if self.tolerance is not None:

@@ -8,12 +8,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from f2d2_lightning.flows._held import weights_held
 from f2d2_lightning.flows.maps import Direction, JointMap
+from f2d2_lightning.likelihood._inputs import (
+    OTHER_SIZE,
+    Array,
+    as_cond,
+    as_tensor,
+    check_cond,
+    check_state,
+    in_parts,
+    seed_of,
+)
 from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
 from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.guidance import SelfGuidance
@@ -21,7 +34,7 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.likelihood.sampling import Samples, draw_noise, sample
-from f2d2_lightning.utils.checks import check_shape
+from f2d2_lightning.utils.checks import at_least, check_shape, checked, counts
 
 if TYPE_CHECKING:
     from f2d2_lightning.metrics.diagnosis import Diagnosis
@@ -82,6 +95,12 @@ class LikelihoodModel(ABC):
     def reference_velocity(self) -> Callable[..., Tensor] | None:
         """``(x, t, cond) -> v`` that likelihoods are compared with; ``None`` if there is none."""
 
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.joint_map.parameters()) if self.ready else 0
+        data = f"shape={self.known_shape}" + ("" if self.levels is None else f", {self.quantization}")
+        named = f"{self.title}({data}, directions={self.directions.label}, steps={self.steps}"
+        return f"{named}, {size:,} parameters)" if size else f"{named})"
+
     @property
     def title(self) -> str:
         """What it is called in messages."""
@@ -134,10 +153,10 @@ class LikelihoodModel(ABC):
 
     @property
     def unit(self) -> str:
-        """Unit of :meth:`nll`."""
+        """Unit of :meth:`nll` and :meth:`nll_of`."""
         return "nats" if self.levels is None else "bits/dim"
 
-    def nll(self, log_prob: Tensor) -> Tensor:
+    def nll_of(self, log_prob: Tensor) -> Tensor:
         """Negative log-likelihoods in :attr:`unit` from log-likelihoods in nats, any shape; float64 on the CPU."""
         value = log_prob.detach().cpu().double()
         return -value if self.levels is None else bits_per_dim(value, self.dim, self.quantization)
@@ -145,26 +164,111 @@ class LikelihoodModel(ABC):
     # --- asking it ---
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Evaluation mode for a while, where the map is one that trains."""
+        """For a while evaluation mode, where the map is one that trains, and weights that get no gradients."""
         return nullcontext()
 
+    @checked
+    def nll(
+        self,
+        x: Array,
+        steps: int | Sequence[float] | None = None,
+        cond: Array | None = None,
+        *,
+        draws: int = 1,
+        determinant: Determinant | str | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Negative log-likelihood of data, in :attr:`unit`: bits per dimension of discrete data, else nats.
+
+        Args:
+            x: ``(B, *shape)``. Integers of a model of discrete data are levels, and are dequantized to its range;
+                floating numbers are states.
+            steps: As of :meth:`log_prob`, whose default is taken where none are given.
+            cond: Conditioning, first axis ``B``.
+            draws: Dequantization draws per sample of integers, whose log-likelihoods are averaged: the bound on the
+                code length is then less noisy, not tighter.
+            determinant: As of :meth:`log_prob`.
+            batch_size: Most samples at a time, which bounds the memory; the values stay the same.
+            seed: Of the dequantization noise, a function of it, of the draw and of a sample's place in ``x``.
+            generator: Where a seed is drawn from; by default the global generator.
+
+        Returns:
+            ``(B,)``, lower is more likely.
+
+        Raises:
+            TypeError: If ``x`` is no tensor, array or list.
+            ValueError: If it does not fit the model, or more ``draws`` are asked for than make sense.
+        """
+        x, seed = self._shaped(as_tensor(x, "x")), seed_of(seed, generator)
+        at_least(1, draws=draws)
+        integers, quantization = not x.is_floating_point() and not x.is_complex(), self.quantization
+        if draws > 1 and (quantization is None or not integers):
+            raise ValueError(
+                f"draws={draws} are of dequantization noise, and x has dtype {x.dtype}, levels={self.levels}; give "
+                "integers to a model of discrete data, or draws=1"
+            )
+        if quantization is None:
+            states = iter([x.to(torch.get_default_dtype()) if integers else x])
+        elif integers:
+            states = quantization.draws(x, draws, int(torch.randint(2**62, ())) if seed is None else seed)
+        else:
+            check_state(x, "x")
+            quantization.check_states(x[:256])
+            states = iter([x])
+        # what a user's own log_prob need not know of is not said
+        said = {"steps": steps, "determinant": determinant, "batch_size": batch_size, "seed": seed}
+        asked: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        value = torch.stack([self.log_prob(state, cond=cond, **asked).value for state in states]).mean(0)
+        return -value if quantization is None else bits_per_dim(value, self.dim, quantization)
+
+    def bits_per_dim(
+        self, x: Array, steps: int | Sequence[float] | None = None, cond: Array | None = None, **kwargs: Any
+    ) -> Tensor:
+        """As :meth:`nll`, in bits per dimension of continuous data too: there it depends on the unit of the states."""
+        value = self.nll(x, steps, cond, **kwargs)
+        return value if self.levels is not None else bits_per_dim(-value, self.dim)
+
+    @checked
     def log_prob(
         self,
-        x: Tensor,
+        x: Array,
         steps: int | Sequence[float] = 4,
-        cond: Tensor | None = None,
+        cond: Array | None = None,
         *,
         determinant: Determinant | str | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> LogProb:
         """Log-likelihood of states at ``t = 1``, nats; see :func:`f2d2_lightning.log_prob`.
 
+        States and ``cond`` may be arrays or lists, and are brought to the model's dtype and device. Gradients go to
+        those that ask for them (``requires_grad``), never to the model's weights.
+
+        Args:
+            x: States, ``(B, *shape)``.
+            steps: Number of uniform steps, or the times themselves.
+            cond: Conditioning, first axis ``B``.
+            determinant: See :func:`f2d2_lightning.log_prob`.
+            batch_size: Most states at a time, which bounds the memory where no gradients are kept; values stay the
+                same.
+            seed: Of an estimated determinant's probes.
+            generator: Where a seed is drawn from instead.
+
         Raises:
-            ValueError: If they have another shape than the model's, or ``cond`` does not fit it.
+            TypeError: If ``x`` is no tensor, array or list.
+            ValueError: If states have another shape than the model's, or ``cond`` does not fit it.
         """
-        joint = self.joint_map
+        joint, determinant = self.joint_map, Determinant.said(determinant)
+        if (seed := seed_of(seed, generator)) is not None and determinant is not None:
+            determinant = replace(determinant, seed=seed)
         inversion = None if Direction.TO_NOISE in joint.directions else self.inversion
+        x = self._fitting(x, "x")
+        ask = partial(log_prob, joint, inversion=inversion, determinant=determinant)
         with self.evaluating():
-            return log_prob(joint, self._fitting(x), steps, cond, inversion=inversion, determinant=determinant)
+            return in_parts(lambda x, cond: ask(x, steps, cond), x, self._conditioning(cond, x), batch_size)
 
     def settled_reference(
         self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None, identity: str | None = None
@@ -193,36 +297,75 @@ class LikelihoodModel(ABC):
         """Log-likelihood of states ``(B, *shape)`` at ``t = 1`` by :meth:`settled_reference`, nats."""
         return self.settled_reference(velocity, x, cond)(velocity, x, cond)
 
+    @checked
     def sample(
         self,
-        noise: int | Tensor,
+        noise: int | Array,
         steps: int | Sequence[float] = 4,
-        cond: Tensor | None = None,
+        cond: Array | None = None,
         *,
         with_log_prob: bool = False,
         determinant: Determinant | str | None = None,
         guidance: SelfGuidance | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Samples:
         """Samples from a number of draws or from given noise; see :func:`f2d2_lightning.sample`.
 
-        With ``guidance`` towards higher likelihood, see :class:`f2d2_lightning.SelfGuidance`.
-        """
-        joint = self.joint_map
-        if isinstance(noise, int):
-            noise = draw_noise(noise, self.shape, self.device)
-        noise = self._fitting(noise)
-        with self.evaluating():
-            if guidance is not None:
-                if determinant is not None:
-                    raise ValueError("guidance climbs the head's likelihood; determinant= is for samples without it")
-                return guidance(joint, noise, steps, cond, with_log_prob=with_log_prob)
-            return sample(joint, noise, steps, cond, with_log_prob=with_log_prob, determinant=determinant)
+        Gradients go to given noise and ``cond`` that ask for them (``requires_grad``), never to the model's weights.
 
-    def _fitting(self, x: Tensor) -> Tensor:
-        """States of the model's shape."""
-        remedy = "a likelihood of another size means nothing: resize the data, or train a model for them"
-        check_shape(x, self.shape, "the model was trained for", remedy)
+        Args:
+            noise: Number of samples, or draws of ``N(0, I)``, ``(B, *shape)``.
+            steps: Number of uniform steps, or the times themselves.
+            cond: Conditioning, first axis ``B``.
+            with_log_prob: Also the samples' log-density.
+            determinant: See :func:`f2d2_lightning.sample`.
+            guidance: Towards higher likelihood, see :class:`f2d2_lightning.SelfGuidance`.
+            batch_size: Most samples at a time, which bounds the memory. All noise is drawn first, so that samples stay
+                the same.
+            seed: Of the noise, the same on every device, and of an estimated determinant's probes.
+            generator: Where they are drawn from instead.
+
+        Raises:
+            TypeError: If ``noise`` is neither a number nor a tensor, array or list.
+            ValueError: If it has another shape than the model's, or ``cond`` does not fit it.
+        """
+        joint, determinant = self.joint_map, Determinant.said(determinant)
+        noise = self._noise(noise, seed, generator)
+        if (seed := seed_of(seed, generator)) is not None and determinant is not None:
+            determinant = replace(determinant, seed=seed)
+        if guidance is not None and determinant is not None:
+            raise ValueError("guidance climbs the head's likelihood; determinant= is for samples without it")
+        ask = guidance or partial(sample, determinant=determinant)
+        with self.evaluating():
+            return in_parts(
+                lambda noise, cond: ask(joint, noise, steps, cond, with_log_prob=with_log_prob),
+                noise,
+                self._conditioning(cond, noise),
+                batch_size,
+            )
+
+    def _noise(self, noise: int | Array, seed: int | None, generator: torch.Generator | None) -> Tensor:
+        """Given noise, or so many draws."""
+        if isinstance(noise, (int, np.integer)) and not isinstance(noise, bool):
+            return self._fitting(draw_noise(int(noise), self.shape, self.device, seed, generator), "noise")
+        return self._fitting(noise, "noise")  # type: ignore[arg-type]
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        """States or levels of the model's shape."""
+        check_shape(x, self.shape, "the model was trained for", OTHER_SIZE)
         return x
+
+    def _fitting(self, x: Array, what: str = "x") -> Tensor:
+        """States of the model's shape, as a tensor on its device."""
+        x = as_tensor(x, what)
+        return self._shaped(x).to(self.device)
+
+    def _conditioning(self, cond: Array | None, x: Tensor) -> Tensor | None:
+        cond = as_cond(cond, x)
+        check_cond(cond, len(x), self.joint_map)
+        return cond
 
     def diagnose(
         self,
@@ -276,6 +419,7 @@ class JointModel(LikelihoodModel):
         class_names: Names of its classes.
     """
 
+    @checked
     def __init__(
         self,
         joint: JointMap,
@@ -284,7 +428,7 @@ class JointModel(LikelihoodModel):
         inversion: Inversion | None = None,
         class_names: list[str] | None = None,
     ) -> None:
-        self._joint, self.shape = joint, tuple(shape)
+        self._joint, self.shape = joint, counts("shape", shape)
         self.levels = None if quantization is None else quantization.levels
         self.low, self.high = (-1.0, 1.0) if quantization is None else (quantization.low, quantization.high)
         self.steps, self.reference, self.inversion = (), Reference(), inversion or Inversion()
@@ -298,7 +442,10 @@ class JointModel(LikelihoodModel):
     def device(self) -> torch.device:
         return next((p.device for p in self._joint.parameters()), torch.device("cpu"))
 
-    def to(self, device: torch.device) -> JointModel:
+    def evaluating(self) -> AbstractContextManager[None]:
+        return weights_held(self._joint)
+
+    def to(self, device: torch.device | str) -> JointModel:
         """Move the map to a device."""
         self._joint.to(device)
         return self

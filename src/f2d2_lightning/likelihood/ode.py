@@ -25,10 +25,11 @@ from f2d2_lightning.divergence.estimators import (
     instantaneous,
 )
 from f2d2_lightning.flows.paths import Point
+from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_cond
 from f2d2_lightning.likelihood._log_prob import LogProb
-from f2d2_lightning.likelihood.sampling import Samples, check_cond, check_state, normal_log_prob
+from f2d2_lightning.likelihood.sampling import Samples, normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
-from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.checks import at_least, checked, one_of
 
 __all__ = ["ADAPTIVE", "FIXED", "WEIGHTS", "reference_log_prob", "reference_sample"]
 
@@ -104,10 +105,11 @@ def _fixed_times(steps: int, near_data: float) -> Tensor:
     return torch.cat((even, torch.tensor(times_near_data(close), dtype=torch.float64))).unique()
 
 
+@checked
 def reference_log_prob(
     velocity: Callable[..., Tensor],
-    x: Tensor,
-    cond: Tensor | None = None,
+    x: Array,
+    cond: Array | None = None,
     *,
     divergence: DivergenceEstimator | None = None,
     method: str = "heun2",
@@ -149,7 +151,8 @@ def reference_log_prob(
     Raises:
         ValueError: If ``x``, the method or the steps are unfit.
     """
-    check_state(x, "x")
+    x = as_states(x, "x", velocity)
+    cond = as_cond(cond, x)
     check_cond(cond, len(x), velocity)
     estimator = divergence or (Exact() if x[0].numel() <= EXACT_UP_TO else Hutchinson())
     field = _Counted(velocity)
@@ -219,10 +222,11 @@ class _Scatter:
         return (weight.square() * variance).sum(0).sqrt()
 
 
+@checked
 def reference_sample(
     velocity: Callable[..., Tensor],
-    noise: Tensor,
-    cond: Tensor | None = None,
+    noise: Array,
+    cond: Array | None = None,
     *,
     method: str = "heun2",
     steps: int | None = None,
@@ -231,7 +235,8 @@ def reference_sample(
     near_data: float = 0.0,
 ) -> Samples:
     """Samples by integrating the flow from noise to data; arguments as :func:`reference_log_prob`."""
-    check_state(noise, "noise")
+    noise = as_states(noise, "noise", velocity)
+    cond = as_cond(cond, noise)
     check_cond(cond, len(noise), velocity)
     field = _Counted(velocity)
     solver = _Solver(method, steps, rtol, atol, near_data)

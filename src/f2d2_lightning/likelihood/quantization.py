@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.checks import at_least, check_fields, checked
+from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
 __all__ = [
     "DequantizationBounds",
@@ -63,6 +65,7 @@ class Quantization:
     high: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.levels < 2 or not self.high > self.low:
             raise ValueError(
                 f"levels={self.levels} on [{self.low}, {self.high}]; at least two levels and low < high are needed"
@@ -73,13 +76,14 @@ class Quantization:
         """Width of one level's bin, in units of the state."""
         return (self.high - self.low) / self.levels
 
+    @checked
     def check(self, k: Tensor) -> None:
         """Refuse integers that are not ``0, ..., levels - 1``, or that use only a fraction of them.
 
         Raises:
             ValueError: Says the values that came and the levels expected.
         """
-        if torch.is_floating_point(k):
+        if torch.is_floating_point(k) or k.is_complex():
             raise ValueError(f"quantized data have dtype {k.dtype}; integers 0 to {self.levels - 1} are expected")
         low, high = int(k.min()), int(k.max())
         if low < 0 or high >= self.levels:
@@ -101,6 +105,7 @@ class Quantization:
                 f"would count levels that the data do not have: set levels={int(k.max()) + 1}"
             )
 
+    @checked
     def check_states(self, x: Tensor) -> None:
         """Refuse states that are not dequantized data of these levels on this range.
 
@@ -167,6 +172,7 @@ class Quantization:
                 return low, high
         return None
 
+    @checked
     def dequantize(self, k: Tensor, uniform: Tensor | None = None) -> Tensor:
         """States ``low + (k + U) * width`` in the default floating type, shape of ``k``.
 
@@ -182,6 +188,20 @@ class Quantization:
         inside = (self.low + (k.double() + 1 - 2.0**-14) * self.width).to(x.dtype)
         return torch.minimum(x, torch.minimum(inside, torch.nextafter(edge, torch.full_like(edge, self.low))))
 
+    def draws(self, k: Tensor, count: int, seed: int) -> Iterator[Tensor]:
+        """States of integers ``(B, ...)`` with noise that is a function of seed, draw and place; so often."""
+        self.check(k)
+        places = torch.arange(k[0].numel(), device=k.device)
+        for draw in range(count):
+            parts = []
+            # hashes take many times the memory of the integers
+            for rows in torch.arange(len(k), device=k.device).split(256):
+                counters = rows[:, None] * len(places) + places
+                uniform = counter_uniform(counters, mix_seed(seed, draw)).reshape(k[rows].shape)
+                parts.append(self.dequantize(k[rows].long(), uniform))
+            yield torch.cat(parts)
+
+    @checked
     def quantize(self, x: Tensor) -> Tensor:
         """Level that a state lies in, clipped to the range, ``int64``, shape of ``x``."""
         return ((x.double() - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
@@ -191,6 +211,7 @@ def _known(levels: Quantization | int | None, low: float, high: float) -> Quanti
     return levels if levels is None or isinstance(levels, Quantization) else Quantization(levels, low, high)
 
 
+@checked
 def bits_per_dim(
     log_prob: Tensor, dim: int, levels: Quantization | int | None = None, low: float = -1.0, high: float = 1.0
 ) -> Tensor:
@@ -234,6 +255,7 @@ class DequantizationBounds(NamedTuple):
     """Logarithm of the mean density over draws: the tighter bound."""
 
 
+@checked
 def dequantization_bounds(log_prob: Tensor) -> DequantizationBounds:
     """Bounds from log-densities of the same samples, dequantized several times.
 
@@ -254,6 +276,7 @@ def dequantization_bounds(log_prob: Tensor) -> DequantizationBounds:
     return DequantizationBounds(log_prob.mean(0), deviation, log_prob.logsumexp(0) - math.log(draws))
 
 
+@checked
 def state_images(x: Tensor, levels: Quantization | int | None = None, low: float = -1.0, high: float = 1.0) -> Tensor:
     """States as 8-bit images, the form in which feature networks see real data and samples alike.
 

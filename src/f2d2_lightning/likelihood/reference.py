@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import Exact, StillProbe, check_mode, probes_in_words, with_probes
+from f2d2_lightning.likelihood._inputs import in_parts
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.ode import ADAPTIVE, FIXED, WEIGHTS, reference_log_prob
 from f2d2_lightning.likelihood.time_grids import PLACINGS
-from f2d2_lightning.utils.checks import at_least, one_of, share
+from f2d2_lightning.utils.checks import at_least, check_fields, one_of, share
 from f2d2_lightning.utils.measuring import clock, spread_of
 
 __all__ = ["Reference", "ReferenceChoice"]
@@ -86,6 +86,7 @@ class Reference:
     batch: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_mode(self.mode, self.step)
         one_of("method", self.method or "rk4", (*FIXED, *ADAPTIVE))
         at_least(0, probes=self.probes or 0)
@@ -124,7 +125,7 @@ class Reference:
                 seed=self.seed,
             )
 
-        return _in_parts(solve, x, cond, self.batch or max(1, len(x)))
+        return in_parts(solve, x, cond, self.batch or max(1, len(x)))
 
     @torch.no_grad()
     def chosen(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> ReferenceChoice:
@@ -322,7 +323,7 @@ class _Search:
                 seed=given.seed,
             )
 
-        return _in_parts(solve, self.x, self.cond, self._at_once(probes if probes is not None else 1 - exact))
+        return in_parts(solve, self.x, self.cond, self._at_once(probes if probes is not None else 1 - exact))
 
     def _at_once(self, probes: int) -> int:
         """States: as many as need little memory, but not so few that a device has nothing to do."""
@@ -337,23 +338,6 @@ def _checked(kept: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(kept.get(name), kind) or isinstance(kept.get(name), bool):
             raise ValueError(f"the choice of a reference in a file has {name}={kept.get(name)!r}, which it cannot be")
     return {name: kept[name] for name in kinds}
-
-
-def _in_parts(solve: Callable[[Tensor, Tensor | None], LogProb], x: Tensor, cond: Tensor | None, size: int) -> LogProb:
-    """Answers for so many states at a time, joined."""
-    answers = [
-        solve(part, None if cond is None else cond[start : start + size])
-        for start, part in zip(itertools.count(0, size), x.split(size))
-    ]
-    if len(answers) == 1:
-        return answers[0]
-    errors = [answer.standard_error for answer in answers if answer.standard_error is not None]
-    return LogProb(
-        torch.cat([answer.value for answer in answers]),
-        torch.cat([answer.noise for answer in answers]),
-        answers[0].evaluations,
-        standard_error=torch.cat(errors) if errors else None,
-    )
 
 
 def _mean(values: Tensor | None) -> float:

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from f2d2_lightning.flows.maps import FlowMap, JointMap
 from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.likelihood._answers import Answer
+from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_cond
 from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.time_grids import time_grid
-from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.checks import at_least, checked
 
-__all__ = ["Samples", "check_cond", "draw_noise", "normal_log_prob", "sample"]
+__all__ = ["Samples", "draw_noise", "normal_log_prob", "sample"]
 
 
-@dataclass(frozen=True)
-class Samples:
+@dataclass(frozen=True, repr=False)
+class Samples(Answer):
     """Samples and, where asked for, how likely the model finds them."""
 
     state: Tensor
@@ -41,56 +43,27 @@ def normal_log_prob(z: Tensor) -> Tensor:
     return -0.5 * (z.reshape(len(z), -1).square().sum(-1) + z[0].numel() * math.log(2 * math.pi))
 
 
-def draw_noise(count: int, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Draws of ``N(0, I)``, ``(count, *shape)``.
+def draw_noise(
+    count: int,
+    shape: Sequence[int],
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws of ``N(0, I)``, ``(count, *shape)``: from the global generator, a given one, or one of a ``seed``.
+
+    Those of a seed are drawn on the CPU, and so are the same on every device.
 
     Raises:
         ValueError: If none are asked for.
     """
     at_least(1, samples=count)
-    return torch.randn(count, *shape, device=device)
-
-
-def check_state(x: Tensor, what: str) -> None:
-    """Refuse states that no flow can take.
-
-    Raises:
-        ValueError: If ``x`` is not a floating tensor ``(B, ...)`` with ``B >= 1``, or holds NaN or infinity.
-    """
-    if not torch.is_floating_point(x):
-        raise ValueError(f"{what} has dtype {x.dtype}; it must be floating (dequantize integers first: Quantization)")
-    if x.ndim < 2 or len(x) == 0:
-        raise ValueError(f"{what} has shape {tuple(x.shape)}; it must be (B, ...) with B >= 1 and at least one axis")
-    if not bool(x.isfinite().all()):
-        bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
-        raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
-
-
-def check_cond(cond: object, count: int, model: object = None) -> None:
-    """Refuse conditioning that a map cannot be given.
-
-    Args:
-        cond: Conditioning, or ``None``.
-        count: Number of states that it is for.
-        model: The map, whose ``conditional`` says whether it takes any.
-
-    Raises:
-        ValueError: If ``cond`` is no tensor ``(B, ...)``, or the map ignores it.
-    """
-    if cond is None:
-        return
-    if not isinstance(cond, Tensor) or cond.ndim < 1 or len(cond) != count:
-        came = f"shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else f"a {type(cond).__name__}"
-        raise ValueError(
-            f"cond is {came}; a tensor whose first axis is that of the {count} states is needed. Several conditions "
-            "(a dictionary, a tuple) go into one tensor, which the network takes apart. A network that takes none says "
-            "so, conditional = False in its class; or leave cond out in data_to_state"
-        )
-    if getattr(model, "conditional", None) is False:
-        raise ValueError(
-            f"cond was given, but {type(model).__name__} takes none: its answer would be that without it; leave cond "
-            "out, or train a conditional model"
-        )
+    if seed is not None:
+        if generator is not None:
+            raise ValueError(f"seed={seed} and generator= are both given; one of them says what is drawn")
+        generator = torch.Generator().manual_seed(seed)
+    where = device if generator is None else generator.device
+    return torch.randn(count, *shape, generator=generator, device=where).to(device)
 
 
 class Way(NamedTuple):
@@ -107,27 +80,37 @@ class Way(NamedTuple):
 
 
 def walk(
-    joint_map: JointMap, x: Tensor, grid: Sequence[float], cond: Tensor | None, determinant: Determinant | None
+    joint_map: JointMap,
+    x: Tensor,
+    grid: Sequence[float],
+    cond: Tensor | None,
+    determinant: Determinant | None,
+    keys: Tensor | None = None,
 ) -> Way:
-    """Jump from time to time, with the head's changes of log-density or those of the jumps' own volumes."""
+    """Jump from time to time, with the head's changes of log-density or those of the jumps' own volumes.
+
+    ``keys`` are those of the determinant's probes, ``(B,)``; by default of ``x`` (:meth:`Determinant.keys`).
+    """
+    keys = determinant.keys(x) if keys is None and determinant is not None else keys
     change, evaluations, variances = x.new_zeros(len(x)), 0, []
     for s, t in itertools.pairwise(grid):
         evaluations += 1
         if determinant is None:
             x, delta = joint_map.jump(x, s, t, cond)
         else:
-            (x, delta), error = determinant.jump(joint_map, x, s, t, cond)
+            (x, delta), error = determinant.jump(joint_map, x, s, t, cond, keys)
             evaluations += determinant.derivatives(x[0].numel())
             variances += [] if error is None else [error.square()]
         change = change + delta
     return Way(x, change, evaluations, torch.stack(variances).sum(0).sqrt() if variances else None)
 
 
+@checked
 def sample(
     flow_map: FlowMap | JointMap,
-    noise: Tensor,
+    noise: Array,
     steps: int | Sequence[float] = 4,
-    cond: Tensor | None = None,
+    cond: Array | None = None,
     *,
     with_log_prob: bool = False,
     determinant: Determinant | str | None = None,
@@ -136,7 +119,8 @@ def sample(
 
     Args:
         flow_map: A flow map, or a joint one.
-        noise: Draws of ``N(0, I)``, ``(B, ...)``; ``torch.randn(n, *shape)``.
+        noise: Draws of ``N(0, I)``, ``(B, ...)``; ``torch.randn(n, *shape)``. It is brought to dtype and device of the
+            map's weights; arrays and lists become tensors.
         steps: Number of uniform steps from ``t = 0`` to ``t = 1``, or the times themselves.
         cond: Conditioning, first axis ``B``.
         with_log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
@@ -156,7 +140,8 @@ def sample(
     >>> sample(flow, torch.ones(1, 2), steps=1, with_log_prob=True).state
     tensor([[2., 2.]])
     """
-    check_state(noise, "noise")
+    noise = as_states(noise, "noise", flow_map)
+    cond = as_cond(cond, noise)
     check_cond(cond, len(noise), flow_map)
     if with_log_prob and not isinstance(flow_map, JointMap):
         raise ValueError(

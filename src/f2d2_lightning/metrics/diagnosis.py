@@ -168,15 +168,15 @@ def faults(
                 change = change + joint.jump(path.at(s), s, t, cond).log_prob_change
             else:
                 change = change - joint.jump(path.at(t), t, s, cond).log_prob_change
-    few = model.nll(model.log_prob(path.states[:, 0], steps, cond).value)
-    on_path = model.nll(normal_log_prob(path.states[:, -1]) - change)
+    few = model.nll_of(model.log_prob(path.states[:, 0], steps, cond).value)
+    on_path = model.nll_of(normal_log_prob(path.states[:, -1]) - change)
     targets = _difference(model, path.off)
     return {"all": few - reference, "targets": targets, "head": on_path - reference - targets, "map": few - on_path}
 
 
 def _difference(model: LikelihoodModel, off: Tensor) -> Tensor:
     """A difference of log-likelihoods, nats, as one of negative log-likelihoods in the model's unit."""
-    return model.nll(off) - model.nll(torch.zeros_like(off))
+    return model.nll_of(off) - model.nll_of(torch.zeros_like(off))
 
 
 def _size(off: Tensor) -> float:
@@ -299,14 +299,14 @@ def diagnose(
     """
     start, steps, reference = clock(x.device), steps or model.steps, reference.cpu().double()
     nat = _difference(model, -torch.ones(1))
-    nats = (model.nll(torch.zeros(1)) - reference) / nat
+    nats = (model.nll_of(torch.zeros(1)) - reference) / nat
     with torch.no_grad(), own_random_state(x.device, 0), model.evaluating(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "inversion did not converge")
         path = taught_path(taught, x, steps, cond, nats.to(x))
         found = {k: faults(model, path, reference, k, cond) for k in steps}
         errors = {k: parts["all"] for k, parts in found.items()}
         if Direction.TO_NOISE in model.joint_map.directions:
-            errors[MANY] = model.nll(model.log_prob(x, MANY, cond).value) - reference
+            errors[MANY] = model.nll_of(model.log_prob(x, MANY, cond).value) - reference
     good = {k: value.isfinite() for k, value in errors.items()}
     counts = {k: int(mine.sum()) for k, mine in good.items()}
     known = reference.isfinite()
@@ -317,7 +317,7 @@ def diagnose(
             "to be of use"
         )
     if path.fine is not None:
-        reference_error = max(_size((model.nll(path.fine) - reference)[known]), reference_error)
+        reference_error = max(_size((model.nll_of(path.fine) - reference)[known]), reference_error)
     scatter = _size(_difference(model, path.scatter))
     spread = spread_of(reference[known])
     goal = GOAL * max(spread, float(nat))

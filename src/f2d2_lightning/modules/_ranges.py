@@ -7,6 +7,7 @@ from typing import Any
 
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.utils.checks import at_least
 
 RANGE = ("levels", "low", "high")
 
@@ -23,6 +24,8 @@ class RangedModel(LikelihoodModel):
         Raises:
             ValueError: If the range is empty.
         """
+        if levels is not None:
+            at_least(2, levels=levels)
         self._edges = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
         self._set_range(levels, low, high)
         if not self.low < self.high:

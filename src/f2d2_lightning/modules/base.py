@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from f2d2_lightning.checkpoints.descriptions import describe_model
 from f2d2_lightning.flows.gaussian import fit_baselines
+from f2d2_lightning.likelihood._inputs import Array, check_cond
+from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
-from f2d2_lightning.likelihood.sampling import check_cond
 from f2d2_lightning.modules._checks import check_finite, check_same_model, not_finite
 from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.modules._optimization import make_optimizers
@@ -28,6 +31,7 @@ from f2d2_lightning.training.batches import FirstLook, all_training_batches, che
 from f2d2_lightning.training.loading import read_checkpoint, restore_module
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
+from f2d2_lightning.utils.checks import at_least, check_arguments, counts
 from f2d2_lightning.utils.class_names import agree_on_classes, as_names
 from f2d2_lightning.utils.sharding import is_sharded, shard, whole, whole_weights
 
@@ -66,10 +70,12 @@ class FlowModule(L.LightningModule, RangedModel):
         channels_last: bool = False,
         compile: bool | str = False,
     ) -> None:
+        check_arguments(FlowModule.__init__, locals())
         super().__init__()
-        if not 0 <= ema_decay < 1 or warmup < 0:
-            raise ValueError(f"ema_decay={ema_decay} lies in [0, 1) and warmup={warmup} is at least 0")
-        self.shape = tuple(shape)
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay={ema_decay}; it lies in [0, 1)")
+        at_least(0, warmup=warmup)
+        self.shape = counts("shape", shape)
         self.say_range(levels, low, high)
         self.optimizer, self.lr_scheduler, self.warmup = optimizer, lr_scheduler, warmup
         self.ema_decay = ema_decay
@@ -79,6 +85,7 @@ class FlowModule(L.LightningModule, RangedModel):
         """Learning rate in place of the optimiser's own, which ``Tuner.lr_find`` sets; ``None`` leaves it."""
         self.run_seed = RunSeed()
         self._averaged_steps = 0
+        self._model_description: dict[str, Any] | None = None
         self._batch: Any = None
         self._batch_index = 0
         self._look = FirstLook()
@@ -134,9 +141,13 @@ class FlowModule(L.LightningModule, RangedModel):
         except RuntimeError:
             return None
 
-    def _fitting(self, x: Tensor) -> Tensor:
+    def __repr__(self) -> str:
+        # not the layers, which the summary of a Trainer lists
+        return RangedModel.__repr__(self)
+
+    def _fitting(self, x: Array, what: str = "x") -> Tensor:
         """States of the module's shape, in its precision."""
-        x = super()._fitting(x)
+        x = super()._fitting(x, what)
         return x.to(self.dtype) if x.is_floating_point() else x
 
     @property
@@ -313,9 +324,27 @@ class FlowModule(L.LightningModule, RangedModel):
         reference = self.reference_choice and self.reference_choice.to_dict()
         found = {name: getattr(self, name) for name in RANGE}
         checkpoint["f2d2"] = state | {"range": list(found.values()), "reference": reference, "version": 2}
+        checkpoint["f2d2"]["objects"] = self._described()
         # the arguments of a subclass may be others
         said = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         said.update({name: value for name, value in found.items() if name in said})
+
+    def _described(self) -> dict[str, Any]:
+        """The objects that a script gave, as plain values, so that :func:`f2d2_lightning.load` makes them again.
+
+        Nothing of those that cannot be described, and of a LightningCLI, which keeps its configuration.
+        """
+        if "_instantiator" in self.hparams or is_sharded(self.live):
+            return {}
+        if self._model_description is None:
+            try:
+                self._model_description = describe_model(self.live)  # type: ignore[arg-type]
+            except ValueError:
+                # of somebody's own class, whose owner gives it again
+                self._model_description = {}
+        settings: dict[str, Any] = {"inversion": self.inversion, "reference": self.reference}
+        plain = {name: asdict(value) for name, value in settings.items() if type(value) in (Inversion, Reference)}
+        return {"model": self._model_description, **plain} if self._model_description else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         mend_progress(checkpoint)

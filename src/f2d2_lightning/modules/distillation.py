@@ -306,10 +306,10 @@ class DistilledModel(RangedModel):
         if reference is None:
             with self.evaluating():
                 answer = self.evaluation.settled(velocity, x, cond)(velocity, x, cond)
-            reference = self.nll(answer.value)
+            reference = self.nll_of(answer.value)
             if answer.standard_error is not None:
                 # of a normal error, the mean size
-                off = self.nll(answer.value + answer.standard_error) - reference
+                off = self.nll_of(answer.value + answer.standard_error) - reference
                 reference_error = math.sqrt(2 / math.pi) * float(off.abs().mean())
         return diagnose(self, self.taught(velocity), x, reference, cond, reference_error=reference_error)
 

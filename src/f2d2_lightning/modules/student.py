@@ -30,7 +30,7 @@ from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.nn.second_time import one_time_state
 from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.objectives.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
-from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.checks import at_least, check_arguments, counts, one_of
 from f2d2_lightning.utils.sharding import load_whole
 
 
@@ -111,8 +111,8 @@ class F2D2Module(FlowModule, DistilledModel):
         off_diagonal: str = "teacher",
         trust: Sequence[str] = (),
     ) -> None:
-        if off_diagonal not in ("teacher", "student"):
-            raise ValueError(f"off_diagonal is {off_diagonal!r}; it is 'teacher' or 'student'")
+        check_arguments(F2D2Module.__init__, locals() | {"teacher": None})  # which says itself what it may be
+        one_of("off_diagonal", off_diagonal, ("teacher", "student"))
         kept = KeptTeacher(teacher, trust)
         if flow_map is None and kept.path is not None:
             teacher = kept.get(torch.device("cpu"))  # whose network is copied
@@ -159,9 +159,9 @@ class F2D2Module(FlowModule, DistilledModel):
         self._inherit()
         shared = {id(flow_map): flow_map} if frozen else {}
         self.average = copy_frozen(self.joint, shared)
-        self.steps = tuple(steps)
-        if reference_samples is not None and reference_samples < 0:
-            raise ValueError(f"reference_samples={reference_samples} is at least 0, or None for all")
+        self.steps = counts("steps", steps)
+        if reference_samples is not None:
+            at_least(0, reference_samples=reference_samples)
         self.reference_samples = reference_samples
         self.evaluation = Evaluation(self)
         self.inversion = inversion or Inversion()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from f2d2_lightning.checkpoints.pretrained import state_shape
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.flows.paths import LinearPath, Path
+from f2d2_lightning.likelihood._inputs import Array, in_parts, seed_of
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.guidance import SelfGuidance
 from f2d2_lightning.likelihood.ode import reference_sample
 from f2d2_lightning.likelihood.reference import Reference
-from f2d2_lightning.likelihood.sampling import Samples, draw_noise
+from f2d2_lightning.likelihood.sampling import Samples
 from f2d2_lightning.metrics.likelihood import MeanLikelihood, doubt
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.ema import copy_frozen
 from f2d2_lightning.modules.evaluation import SharedReference
+from f2d2_lightning.utils.checks import check_arguments, checked, one_of, share
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.seeding import counter_normal, counter_uniform, mix_seed, row_keys
 
@@ -85,10 +88,9 @@ class FlowMatchingModule(FlowModule):
         channels_last: bool = False,
         compile: bool | str = False,
     ) -> None:
-        if units not in ("natural", "velocity"):
-            raise ValueError(f"units is {units!r}; it is 'natural' or 'velocity'")
-        if not 0 <= near_data <= 1:
-            raise ValueError(f"near_data is {near_data}; it is a share, in [0, 1]")
+        check_arguments(FlowMatchingModule.__init__, locals())
+        one_of("units", units, ("natural", "velocity"))
+        share(near_data=near_data)
         shape = state_shape(flow_map) if shape is None else shape
         super().__init__(
             shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
@@ -124,32 +126,49 @@ class FlowMatchingModule(FlowModule):
     def reference_velocity(self) -> Callable[..., Tensor]:
         return self.average.velocity
 
+    @checked
     def log_prob(
         self,
-        x: Tensor,
+        x: Array,
         steps: Any = None,
-        cond: Tensor | None = None,
+        cond: Array | None = None,
         *,
         determinant: Determinant | str | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> LogProb:
-        """Reference log-likelihood of states at ``t = 1``, nats; ``steps`` are those of :attr:`reference`.
+        """Reference log-likelihood of states at ``t = 1``, nats, without gradients.
+
+        Steps, probes and their seed are those of :attr:`reference`; of ``seed`` and ``generator`` nothing depends.
 
         Raises:
-            ValueError: If determinants are asked for, which are of a few-step map's jumps.
+            ValueError: If steps or determinants are asked for, which are of a few-step map's jumps.
         """
-        if determinant is not None:
-            raise ValueError(f"determinant={determinant!r} is of a few-step map's jumps, and the teacher makes none")
-        return self.reference_log_prob(self.average.velocity, self._fitting(x), cond)
+        for name, value in (("determinant", determinant), ("steps", steps)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} is of a few-step map's jumps, and the teacher makes none: it integrates as its "
+                    "reference says, FlowMatchingModule(reference=Reference(steps=...))"
+                )
+        seed_of(seed, generator)
+        x, velocity = self._fitting(x, "x"), self.average.velocity
+        cond = self._conditioning(cond, x)
+        return in_parts(partial(self.settled_reference(velocity, x, cond), velocity), x, cond, batch_size)
 
+    @checked
     def sample(
         self,
-        noise: int | Tensor,
+        noise: int | Array,
         steps: int | Sequence[float] = 100,
-        cond: Tensor | None = None,
+        cond: Array | None = None,
         *,
         with_log_prob: bool = False,
         determinant: Determinant | str | None = None,
         guidance: SelfGuidance | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Samples:
         """Samples by :attr:`method` in a number of steps.
 
@@ -161,9 +180,9 @@ class FlowMatchingModule(FlowModule):
                 "the teacher draws samples in a number of solver steps, without likelihoods and guidance; distil it "
                 "(F2D2Module), or use reference_sample and reference_log_prob"
             )
-        if isinstance(noise, int):
-            noise = draw_noise(noise, self.shape, self.device)
-        return reference_sample(self.average.velocity, self._fitting(noise), cond, method=self.method, steps=steps)
+        noise = self._noise(noise, seed, generator)
+        draw = partial(reference_sample, self.average.velocity, method=self.method, steps=steps)
+        return in_parts(draw, noise, self._conditioning(cond, noise), batch_size)
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
         """Velocity of the weight average, ``(B, ...), () or (B,) -> (B, ...)``."""

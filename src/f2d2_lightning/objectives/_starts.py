@@ -14,6 +14,7 @@ from f2d2_lightning.flows.paths import Path, expand_time, like
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.sampling import sample
 from f2d2_lightning.objectives.intervals import pick
+from f2d2_lightning.utils.checks import check_fields
 
 KINDS = ("data", "perturbed", "mixed", "path", "noise", "wide", "student")
 WIDER = 0.25
@@ -37,6 +38,7 @@ class Starts:
     structure: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         shares, perturbation = self.shares, self.perturbation
         if set(shares) - set(KINDS) or not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
             raise ValueError(f"starts is {shares}; it maps some of {', '.join(KINDS)} to shares that are not negative")

@@ -16,7 +16,8 @@ from f2d2_lightning.flows.paths import LinearPath, Path, Point
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
-from f2d2_lightning.utils.checks import at_least, one_of, positive, share
+from f2d2_lightning.utils.checks import at_least, check_fields, checked, one_of, positive, share
+from f2d2_lightning.utils.text import briefly
 
 __all__ = ["Batch", "Examples", "Objective", "Terms", "Weighting"]
 
@@ -103,6 +104,7 @@ class Weighting:
     diagonal: float = 0.3
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(0, divergence=self.of_divergence(1))
         share(adaptive=self.adaptive)
         positive(diagonal=self.diagonal)
@@ -163,6 +165,7 @@ class Objective(ABC):
         path: Probability path that states are drawn from.
     """
 
+    @checked
     def __init__(
         self, intervals: Intervals | None = None, weighting: Weighting | None = None, path: Path | None = None
     ) -> None:
@@ -175,6 +178,9 @@ class Objective(ABC):
 
         Processes that share a sharded network must call it equally often: give all of them the same CPU generator.
         """
+
+    def __repr__(self) -> str:
+        return briefly(self)
 
     @property
     def directions(self) -> Direction:

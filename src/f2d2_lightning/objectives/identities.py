@@ -31,7 +31,7 @@ from f2d2_lightning.flows.paths import Path, Point, like
 from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
-from f2d2_lightning.utils.checks import one_of, positive
+from f2d2_lightning.utils.checks import checked, one_of, positive
 
 __all__ = ["Consistency", "Eulerian", "Identity", "Lagrangian", "Semigroup"]
 
@@ -71,6 +71,7 @@ class Semigroup(Identity):
         ValueError: If ``split`` is neither, or the intervals never touch the diagonal.
     """
 
+    @checked
     def __init__(
         self,
         split: str = "midpoint",
@@ -110,6 +111,7 @@ class _MovingTime(Identity):
         ValueError: If the mode is neither, or the step not positive.
     """
 
+    @checked
     def __init__(
         self,
         intervals: Intervals | None = None,
@@ -178,6 +180,7 @@ class Consistency(Eulerian):
     Such a map answers for ``t = 1`` only, so a likelihood of data needs it inverted in one step.
     """
 
+    @checked
     def __init__(
         self,
         intervals: Intervals | None = None,

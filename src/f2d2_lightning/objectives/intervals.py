@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction
-from f2d2_lightning.utils.checks import at_least, share
+from f2d2_lightning.utils.checks import at_least, checked, share
+from f2d2_lightning.utils.text import briefly
 
 __all__ = ["Intervals", "pick"]
 
@@ -36,6 +37,7 @@ class Intervals:
         ValueError: If shares are not probabilities that sum to at most one, or a step count is below one.
     """
 
+    @checked
     def __init__(
         self,
         directions: Direction | str = "both",
@@ -56,6 +58,9 @@ class Intervals:
         self.steps = tuple(steps)
         self.length = length
         self.to_noise = to_noise
+
+    def __repr__(self) -> str:
+        return briefly(self)
 
     def on_diagonal(self, count: int, structure: torch.Generator | None = None) -> int:
         """How many of ``count`` intervals have no length: their share, rounded up or down at random.

@@ -34,7 +34,7 @@ from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals, pick
 from f2d2_lightning.objectives.targets import TargetChoice
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
-from f2d2_lightning.utils.checks import at_least, share
+from f2d2_lightning.utils.checks import at_least, checked, share
 
 __all__ = ["TrajectoryRegression"]
 
@@ -93,6 +93,7 @@ class TrajectoryRegression(Objective):
         ValueError: If a number is out of range or a start is unknown.
     """
 
+    @checked
     def __init__(
         self,
         nodes: int | None = None,

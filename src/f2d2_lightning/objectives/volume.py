@@ -27,7 +27,7 @@ from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives._ring import Ring
 from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
 from f2d2_lightning.objectives.intervals import Intervals, pick
-from f2d2_lightning.utils.checks import at_least, share
+from f2d2_lightning.utils.checks import at_least, checked, share
 
 __all__ = ["VolumeRegression"]
 
@@ -51,6 +51,7 @@ class VolumeRegression(Objective):
         ValueError: If a number is out of range, or the intervals go to noise.
     """
 
+    @checked
     def __init__(
         self,
         capacity: int = 6000,

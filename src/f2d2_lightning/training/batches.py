@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from f2d2_lightning.likelihood._inputs import check_cond, check_state
 from f2d2_lightning.likelihood.data_checks import MOST_STATES, check_data, find_discrete
 from f2d2_lightning.likelihood.quantization import Quantization
-from f2d2_lightning.likelihood.sampling import check_cond, check_state
 from f2d2_lightning.utils.processes import gather_states
 
 FIT_SAMPLES = 2**17

@@ -24,6 +24,7 @@ from f2d2_lightning.checkpoints.trust import (
     within_size,
 )
 from f2d2_lightning.utils.arrays import check_stored_archive
+from f2d2_lightning.utils.checks import ArgumentError
 
 Module = TypeVar("Module", bound=L.LightningModule)
 Described = TypeVar("Described", bound=L.LightningModule | L.LightningDataModule)
@@ -153,6 +154,8 @@ def restore_module(
         module.configure_model()
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
+    except ArgumentError as error:
+        raise ValueError(f"{path} does not fit {cls.__name__}: {said(error)}") from error
     except ValueError:
         raise
     except TypeError as error:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from f2d2_lightning.utils.checks import check_arguments
+
 __all__ = ["OBJECT", "Configured", "arguments_of", "as_plain", "public_name"]
 
 _KEPT = "_constructor_arguments"
@@ -46,12 +48,17 @@ class Configured:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
+        constructor = cls.__init__
+        # a class of somebody else may annotate as it likes
+        ours = str(getattr(constructor, "__module__", "")).startswith(f"{__name__.partition('.')[0]}.")
         try:
             signature = inspect.signature(cls.__init__)
             given = signature.bind(self, *args, **kwargs)
         except TypeError:
             # a copy is made without arguments and takes them from the original; a wrong call fails in __init__
             return self
+        if ours:
+            check_arguments(constructor, given.arguments)
         # defaults too: those of a later version may be others
         given.apply_defaults()
         _, *named = given.arguments.items()

@@ -12,6 +12,7 @@ from torch import Tensor
 from f2d2_lightning.data.dataset import Values, take
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.class_names import labels_of
 
 __all__ = ["ImageDataModule", "LabeledImages", "checked_batch", "divide"]
@@ -37,6 +38,7 @@ class ImageDataModule(FlowDataModule):
         test: Test images; ``None`` for all of their part.
     """
 
+    @checked
     def __init__(
         self,
         labels: bool = False,

@@ -15,6 +15,7 @@ from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
 from f2d2_lightning.data.images._stores import open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
+from f2d2_lightning.utils.checks import checked
 
 __all__ = ["CelebA64"]
 
@@ -67,6 +68,7 @@ class CelebA64(ImageDataModule):
 
     shape = (3, 64, 64)
 
+    @checked
     def __init__(
         self,
         folder: str = "data/celeba",

@@ -16,6 +16,7 @@ from torch import Tensor
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._stores import first_of
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, checked_batch, divide
+from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.pickles import read_arrays
 
 __all__ = ["CIFAR10"]
@@ -52,6 +53,7 @@ class CIFAR10(ImageDataModule):
 
     shape = (3, 32, 32)
 
+    @checked
     def __init__(self, folder: str = "data", labels: bool = False, download: bool = False, **kwargs: Any) -> None:
         super().__init__(labels, **kwargs)
         self.folder, self.download = Path(folder).expanduser(), download

@@ -13,6 +13,7 @@ from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import Store, image_rows, open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
+from f2d2_lightning.utils.checks import checked
 
 __all__ = ["EDMZip"]
 
@@ -45,6 +46,7 @@ class EDMZip(ImageDataModule):
         ValueError: If a file is corrupt, truncated or does not fit; of an image, when it is read.
     """
 
+    @checked
     def __init__(
         self,
         path: str,

@@ -16,6 +16,7 @@ from torch import Tensor
 from f2d2_lightning.data.images._download import Source, fetch
 from f2d2_lightning.data.images._stores import first_of
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
+from f2d2_lightning.utils.checks import checked
 
 __all__ = ["FashionMNIST"]
 
@@ -59,6 +60,7 @@ class FashionMNIST(ImageDataModule):
 
     shape = (1, 28, 28)
 
+    @checked
     def __init__(self, folder: str | None = None, labels: bool = False, download: bool = False, **kwargs: Any) -> None:
         super().__init__(labels, **kwargs)
         self.folder = Path(folder or os.environ.get("FASHION_MNIST") or SYSTEM_FOLDER)

@@ -12,6 +12,7 @@ from f2d2_lightning.data.images._cache import cached
 from f2d2_lightning.data.images._reader import Filter, Framing, ImageReader
 from f2d2_lightning.data.images._stores import image_rows, open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
+from f2d2_lightning.utils.checks import checked
 
 __all__ = ["ImageFolder"]
 
@@ -47,6 +48,7 @@ class ImageFolder(ImageDataModule):
             mode, when it is read.
     """
 
+    @checked
     def __init__(
         self,
         folder: str,

@@ -16,6 +16,7 @@ from f2d2_lightning.data.images._reader import Framing, ImageReader
 from f2d2_lightning.data.images._stores import first_of, image_rows, open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, checked_batch, divide
 from f2d2_lightning.utils.arrays import read_numbers
+from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.files import whole_file
 from f2d2_lightning.utils.pickles import read_arrays
 
@@ -67,6 +68,7 @@ class ImageNet64(ImageDataModule):
 
     shape = (3, 64, 64)
 
+    @checked
     def __init__(
         self,
         folder: str = "data/imagenet64",

@@ -1,0 +1,184 @@
+"""What a caller gives, as tensors that a map can take, or an error that says what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.utils.checks import at_least, check_shape
+
+__all__ = ["Array", "as_cond", "as_states", "as_tensor", "check_cond", "check_state", "in_parts", "seed_of"]
+
+Array: TypeAlias = Tensor | np.ndarray | Sequence[Any]
+"""A tensor, or what becomes one: an array, nested lists, a list of tensors."""
+
+Answer = TypeVar("Answer")
+
+OTHER_SIZE = "a likelihood of another size means nothing: resize the data, or take a model for them"
+
+
+def as_tensor(x: Any, what: str) -> Tensor:
+    """``x`` as a tensor; a tensor as it is.
+
+    Raises:
+        TypeError: If it is neither a tensor nor an array or list of numbers.
+        ValueError: If it is a list whose parts have several shapes.
+    """
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, (list, tuple)) and any(isinstance(part, (Tensor, np.ndarray)) for part in x):
+        shapes = {tuple(np.shape(part)) for part in x}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{what} is a list of parts of shapes {', '.join(map(str, sorted(shapes)))}; one is needed"
+            )
+        return torch.stack([as_tensor(part, what) for part in x])
+    listed = isinstance(x, (list, tuple))
+    try:
+        if not listed and not hasattr(x, "__array__"):
+            raise TypeError("it is no array")
+        # a copy: a tensor of an array that is read-only warns, and of one with negative strides fails
+        return torch.tensor(x) if listed else torch.from_numpy(np.array(x))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = ValueError if listed else TypeError
+        raise kind(
+            f"{what} is a {type(x).__name__} ({x!s:.40}); a tensor (B, ...) is expected, or an array or list of "
+            f"numbers that makes one ({error})"
+        ) from error
+
+
+def state_shape_of(model: Any) -> tuple[int, ...] | None:
+    """Shape of one state, where a map of this package says it."""
+    for part in (model, getattr(model, "flow_map", None)):
+        shape = getattr(part, "shape", None)
+        if isinstance(part, nn.Module) and isinstance(shape, tuple):
+            return shape
+    return None
+
+
+def as_states(x: Any, what: str, model: Any = None) -> Tensor:
+    """States ``(B, ...)`` in dtype and on the device of a model's weights, where it has any.
+
+    Raises:
+        TypeError: If ``x`` is no tensor and makes none.
+        ValueError: If they are not floating, have another shape than the model's, or hold NaN or infinity.
+    """
+    x = as_tensor(x, what)
+    check_state(x, what)
+    if (shape := state_shape_of(model)) is not None:
+        check_shape(x, shape, "the network takes", OTHER_SIZE)
+    weights = model.parameters() if isinstance(model, nn.Module) else iter(())
+    weight = next((p for p in weights if p.is_floating_point()), None)
+    if weight is None:
+        return x
+    kept = getattr(getattr(model, "flow_map", model), "any_dtype", False)
+    # log-densities in half precision are off by whole nats: autocast is for networks
+    kept = kept or weight.dtype not in (torch.float32, torch.float64)
+    return x.to(weight.device) if kept else x.to(weight)
+
+
+def check_state(x: Tensor, what: str) -> None:
+    """Refuse states that no flow can take.
+
+    Raises:
+        TypeError: If ``x`` is no tensor.
+        ValueError: If it is not a floating tensor ``(B, ...)`` with ``B >= 1``, or holds NaN or infinity.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{what} is a {type(x).__name__} ({x!s:.40}); a tensor (B, ...) is expected")
+    if not torch.is_floating_point(x):
+        raise ValueError(f"{what} has dtype {x.dtype}; it must be floating (dequantize integers first: Quantization)")
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(
+            f"{what} has shape {tuple(x.shape)}; it must be (B, ...) with B >= 1 and at least one axis more; a single "
+            f"state becomes a batch by {what}[None]"
+        )
+    if not bool(x.isfinite().all()):
+        bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
+        raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
+
+
+def as_cond(cond: Any, states: Tensor) -> Tensor | None:
+    """Conditioning as a tensor, on the device of the states, floating numbers in their dtype.
+
+    Raises:
+        TypeError, ValueError: As :func:`as_tensor`.
+    """
+    if cond is None:
+        return None
+    if isinstance(cond, (Mapping, tuple)):
+        check_cond(cond, len(states))  # says what to do with several
+    cond = as_tensor(cond, "cond")
+    return cond.to(states) if cond.is_floating_point() else cond.to(states.device)
+
+
+def check_cond(cond: object, count: int, model: object = None) -> None:
+    """Refuse conditioning that a map cannot be given.
+
+    Args:
+        cond: Conditioning, or ``None``.
+        count: Number of states that it is for.
+        model: The map, whose ``conditional`` says whether it takes any.
+
+    Raises:
+        ValueError: If ``cond`` is no tensor ``(B, ...)``, or the map ignores it.
+    """
+    if cond is None:
+        return
+    if not isinstance(cond, Tensor) or cond.ndim < 1 or len(cond) != count:
+        came = f"shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else f"a {type(cond).__name__}"
+        raise ValueError(
+            f"cond is {came}; a tensor whose first axis is that of the {count} states is needed. Several conditions "
+            "(a dictionary, a tuple) go into one tensor, which the network takes apart. A network that takes none says "
+            "so, conditional = False in its class; or leave cond out in data_to_state"
+        )
+    if getattr(model, "conditional", None) is False:
+        raise ValueError(
+            f"cond was given, but {type(model).__name__} takes none: its answer would be that without it; leave cond "
+            "out, or train a conditional model"
+        )
+
+
+def seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:
+    """A seed that was said, or one drawn from a generator; ``None`` where there is neither.
+
+    Raises:
+        ValueError: If there are both.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError(f"seed={seed} and generator= are both given; one of them says what is drawn")
+    if generator is None:
+        return seed
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+def in_parts(
+    ask: Callable[[Tensor, Tensor | None], Answer], x: Tensor, cond: Tensor | None, size: int | None
+) -> Answer:
+    """Answers for so many states at a time, joined along the first axis; for all at once where ``size`` is ``None``.
+
+    Raises:
+        ValueError: If ``size`` is below 1.
+    """
+    if size is None:
+        return ask(x, cond)
+    at_least(1, batch_size=size)
+    conds = [None] * len(x) if cond is None else cond.split(size)
+    return joined([ask(part, of_part) for part, of_part in zip(x.split(size), conds)])
+
+
+def joined(parts: Sequence[Answer]) -> Answer:
+    """Dataclasses of tensors ``(B, ...)`` as one; of numbers, such as evaluations, the largest."""
+    found: dict[str, Any] = {}
+    for field in fields(parts[0]):  # type: ignore[arg-type]
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], Tensor):
+            found[field.name] = torch.cat(values)
+        elif values[0] is not None:
+            found[field.name] = max(values)
+    return replace(parts[0], **found)  # type: ignore[type-var]
