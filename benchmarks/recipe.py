@@ -38,9 +38,10 @@ from torch import Tensor
 import f2d2_lightning as f2
 from f2d2_lightning.callbacks.last_checkpoint import LastCheckpoint
 from f2d2_lightning.checkpoints.export import load_joint
+from f2d2_lightning.cli import init
+from f2d2_lightning.cli.init import FEW, MEDIUM, SMALL, batch_size, lengths
 from f2d2_lightning.data import FlowDataModule
 from f2d2_lightning.metrics.likelihood import agreement
-from f2d2_lightning.nn import PreconditionedMLP, PreconditionedUNet
 from f2d2_lightning.objectives import TrajectoryRegression, Weighting
 from f2d2_lightning.objectives.trajectories import CAPACITY
 from f2d2_lightning.training.loading import read_checkpoint
@@ -51,8 +52,6 @@ from recipe_data import SETS, DataSet, Splits
 
 Module = TypeVar("Module", bound=L.LightningModule)
 STEPS = (1, 2, 4, 8)
-FEW = 2_000
-"""Training points below which the wider goals hold, and a network drops units."""
 WAYS = ("module", "callback", "alone")
 """How a student is made: ``F2D2Module(teacher=teacher)``; flow matching that goes on from the teacher's weights with
 ``F2D2Callback(..., teacher=teacher)``; the same without a teacher, learning from its own velocity, which is then its
@@ -66,34 +65,15 @@ FIXED: dict[str, tuple[str, Callable[[], TrajectoryRegression]]] = {
 }
 """What the package chooses by itself: a fixed value of each, in words, and the objective that has it."""
 TINY = {"train": 192, "val": 48, "test": 48}
-SMALL, MEDIUM = 8, 256
-"""Dimensions up to which a small perceptron, and a perceptron at all, is the network."""
 
 
 # --- the rule for what a user must say ---
 
 
 def network(shape: Sequence[int], count: int, levels: int | None) -> f2.FlowMap:
-    """The backbone: by dimension a small perceptron, a wide one or a U-Net; with dropout where points are few."""
-    dim, dropout = math.prod(shape), 0.3 if count < FEW else 0.0
-    if dim > MEDIUM and len(shape) == 3:
-        return PreconditionedUNet(shape, levels=levels, width=32, blocks=1, patch=2, dropout=dropout)
-    if dim < 64:
-        return PreconditionedMLP(shape, width=128 if dim <= SMALL else 256, blocks=3, expansion=2, dropout=dropout)
-    return PreconditionedMLP(shape, dropout=dropout)
-
-
-def batch_size(dim: int) -> int:
-    """States of a batch."""
-    return 256 if dim <= MEDIUM else 64
-
-
-def lengths(dim: int, count: int) -> tuple[int, int]:
-    """Training steps of teacher and student. A teacher of few points stops before it knows them by heart."""
-    if dim > MEDIUM:
-        return 2_500, 2_500
-    teacher, student = (3_000, 9_000) if dim < 64 else (2_500, 5_000)
-    return min(teacher, max(500, 4 * count)), student
+    """The backbone that ``f2d2 init`` would write."""
+    name, sizes = init.network(shape, count, levels)
+    return getattr(f2.nn, name)(**sizes)
 
 
 def tested(dim: int) -> int:

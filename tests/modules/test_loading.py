@@ -64,7 +64,7 @@ def make_net():
     ("arguments", "message"),
     [
         ([], "give the network"),
-        (["--network", "nowhere.Net"], "cannot be made"),
+        (["--network", "nowhere.Net"], "cannot be imported"),
         (["--network", "collections.OrderedDict"], "torch.nn.Module is needed"),
         (["--flow_map", "other"], "say which"),
     ],

@@ -11,7 +11,7 @@ from torch import nn
 
 from f2d2_lightning.modules.ema import kept_apart
 from f2d2_lightning.modules.teacher import FlowMatchingModule
-from f2d2_lightning.training.loading import load_module
+from f2d2_lightning.training.loading import load_module, read_checkpoint
 
 if TYPE_CHECKING:
     from f2d2_lightning.modules.student import F2D2Module
@@ -41,6 +41,12 @@ class KeptTeacher:
     def there(self) -> bool:
         """Whether there is one, loaded or not."""
         return self.known is not None or self.path is not None
+
+    def described_network(self) -> dict[str, Any]:
+        """``{"flow_map": ...}`` as the file says it; nothing where it does not, as those of a script do not."""
+        assert self.path is not None
+        said = read_checkpoint(self.path).get(FlowMatchingModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        return {"flow_map": said["flow_map"]} if isinstance(said.get("flow_map"), dict) else {}
 
     def keep_apart(self, network: nn.Module) -> None:
         """See to it that training ``network`` does not change the teacher: one that holds it stays as it is now."""

@@ -332,9 +332,10 @@ class FlowModule(L.LightningModule, RangedModel):
     def _described(self) -> dict[str, Any]:
         """The objects that a script gave, as plain values, so that :func:`f2d2_lightning.load` makes them again.
 
-        Nothing of those that cannot be described, and of a LightningCLI, which keeps its configuration.
+        Nothing of those that cannot be described, and of a LightningCLI, which keeps its configuration, unless the
+        network was that of a teacher's file.
         """
-        if "_instantiator" in self.hparams or is_sharded(self.live):
+        if ("_instantiator" in self.hparams and self.hparams.get("flow_map") is not None) or is_sharded(self.live):
             return {}
         if self._model_description is None:
             try:

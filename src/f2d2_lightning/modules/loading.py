@@ -10,17 +10,13 @@ import lightning as L
 from torch import nn
 
 from f2d2_lightning.adapters.features import find_submodule
-from f2d2_lightning.checkpoints.descriptions import make_model
 from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, load_joint
 from f2d2_lightning.checkpoints.pretrained import CONFIG, from_pretrained, read_description
-from f2d2_lightning.checkpoints.trust import build_arguments, called, check_extent, make, stored_in, within_size
-from f2d2_lightning.likelihood.inversion import Inversion
+from f2d2_lightning.checkpoints.trust import build_arguments, make, stored_in, within_size
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
-from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.modules.student import F2D2Module
 from f2d2_lightning.modules.teacher import FlowMatchingModule
-from f2d2_lightning.nn.head import JointFlowMap
 from f2d2_lightning.training.loading import described, read_checkpoint, restore_module
 from f2d2_lightning.utils.checks import checked
 
@@ -57,7 +53,7 @@ def load(
         # of a module that a script made the class is not said, and a student has a joint map
         student = any(str(key).startswith("joint.") for key in checkpoint["state_dict"])
         cls = F2D2Module if student else FlowMatchingModule
-        return restore_module(checkpoint, path, cls, trust, None, _given(checkpoint, path)).eval()
+        return restore_module(checkpoint, path, cls, trust, None, {}).eval()
     if name is None and len(joints) == 1:
         (name,) = joints
     if name not in joints:
@@ -67,26 +63,6 @@ def load(
     levels, low, high = content.get("range", (None, -1.0, 1.0))
     joint = load_joint(path, network, name)
     return JointModel(joint, content["shape"], None if levels is None else Quantization(levels, low, high))
-
-
-def _given(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Objects that a script gave to a module, made again from what its checkpoint says of them.
-
-    How it was trained is not among them, and nothing of it is read.
-    """
-    own: Any = checkpoint.get("f2d2")
-    kept = own.get("objects") if isinstance(own, dict) else None
-    said = checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
-    named = isinstance(said, Mapping) and "_class_path" in said
-    if named or not isinstance(kept, dict) or "model" not in kept:
-        return {}
-    own.pop("objective", None)
-    check_extent(kept, str(path))
-    size = stored_in(checkpoint["state_dict"], str(path))
-    model = within_size(lambda: make_model(kept["model"], {}), *size, str(path))
-    given = {"flow_map": model.flow_map, "head": model.head} if isinstance(model, JointFlowMap) else {"flow_map": model}
-    kinds = {"reference": Reference} | ({"inversion": Inversion} if isinstance(model, JointFlowMap) else {})
-    return given | {name: called(kind, kept[name], str(path)) for name, kind in kinds.items() if name in kept}
 
 
 def _network_of(checkpoint: Mapping[str, Any], path: Path, name: str, trust: Sequence[str]) -> nn.Module:

@@ -114,8 +114,8 @@ class F2D2Module(FlowModule, DistilledModel):
         check_arguments(F2D2Module.__init__, locals() | {"teacher": None})  # which says itself what it may be
         one_of("off_diagonal", off_diagonal, ("teacher", "student"))
         kept = KeptTeacher(teacher, trust)
-        if flow_map is None and kept.path is not None:
-            teacher = kept.get(torch.device("cpu"))  # whose network is copied
+        if from_file := flow_map is None and kept.path is not None:
+            teacher = kept.get(torch.device("cpu"))
         if isinstance(teacher, FlowMatchingModule):
             shape = shape or teacher.shape
             if teacher.levels is not None:
@@ -127,8 +127,8 @@ class F2D2Module(FlowModule, DistilledModel):
                 flow_map = copied.requires_grad_(True).train()
         if flow_map is None:
             raise ValueError(
-                "flow_map is needed where the teacher is neither a FlowMatchingModule, whose network is copied, nor the "
-                "file of one"
+                "flow_map is needed where the teacher is neither a FlowMatchingModule, whose network is copied, nor "
+                "its file"
             )
         shape = state_shape(flow_map) if shape is None else shape
         at_least(1, draws=draws)
@@ -146,6 +146,9 @@ class F2D2Module(FlowModule, DistilledModel):
         )
         objects = ("flow_map", "teacher", "head", "objective", "estimator", "inversion")
         self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
+        if from_file:
+            # so that the student is made again without its teacher
+            self.save_hyperparameters({"shape": list(self.shape), **kept.described_network()})
         self.distill(objective, estimator, flow_map.directions, teacher is None)
         if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
             raise ValueError(

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 
+from f2d2_lightning.checkpoints.descriptions import make_model
 from f2d2_lightning.checkpoints.trust import (
     build_arguments,
+    called,
     check_extent,
     find_class,
     make,
@@ -23,6 +25,9 @@ from f2d2_lightning.checkpoints.trust import (
     takes,
     within_size,
 )
+from f2d2_lightning.likelihood.inversion import Inversion
+from f2d2_lightning.likelihood.reference import Reference
+from f2d2_lightning.nn.head import JointFlowMap
 from f2d2_lightning.utils.arrays import check_stored_archive
 from f2d2_lightning.utils.checks import ArgumentError
 
@@ -146,6 +151,11 @@ def restore_module(
     """A module from the contents of a checkpoint, as :func:`load_module`; in training mode."""
     cls, arguments, trust = described(checkpoint, path, kind, trust)
     tensors, numbers = stored_in(checkpoint["state_dict"], str(path))
+    accepted = takes(cls)
+    objects = (
+        _objects(checkpoint, path, {**arguments, **given}) if accepted.others or "flow_map" in accepted.hints else {}
+    )
+    given = {name: value for name, value in objects.items() if accepted.others or name in accepted.hints} | {**given}
     try:
         module = within_size(
             lambda: make(cls, build_arguments(cls, arguments, trust, given)), tensors, numbers, str(path)
@@ -166,6 +176,38 @@ def restore_module(
     except Exception as error:  # whatever code says of values that are not its own
         raise ValueError(f"{path} does not fit {cls.__name__}: {said(error)}") from error
     return module
+
+
+def _objects(checkpoint: dict[str, Any], path: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Objects that a script gave to a module, or a student took from its teacher, as the checkpoint describes them.
+
+    How a script's module was trained is not among them, and nothing of it is read.
+
+    Raises:
+        ValueError: If there are none, and the network would be looked for in another file.
+    """
+    own: Any = checkpoint.get("f2d2")
+    kept = own.get("objects") if isinstance(own, dict) else None
+    if arguments.get("flow_map") is not None:
+        return {}
+    if not isinstance(kept, dict) or "model" not in kept:
+        if isinstance(arguments.get("teacher"), (str, Path)):
+            raise ValueError(
+                f"{path} does not describe its network, which was that of the teacher {arguments['teacher']}; give it: "
+                "flow_map=..."
+            )
+        return {}
+    check_extent(kept, str(path))
+    size = stored_in(checkpoint["state_dict"], str(path))
+    model = within_size(lambda: make_model(kept["model"], {}), *size, str(path))
+    if "_class_path" in checkpoint.get(L.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}):
+        # all else is in the configuration
+        return {"flow_map": model.flow_map if isinstance(model, JointFlowMap) else model}
+    own.pop("objective", None)
+    given = {"flow_map": model.flow_map, "head": model.head} if isinstance(model, JointFlowMap) else {"flow_map": model}
+    kinds = {"reference": Reference} | ({"inversion": Inversion} if isinstance(model, JointFlowMap) else {})
+    made = {name: called(kind, kept[name], str(path)) for name, kind in kinds.items() if name in kept}
+    return {name: value for name, value in (given | made).items() if arguments.get(name) is None}
 
 
 def described(
