@@ -26,7 +26,7 @@ from f2d2_lightning.checkpoints.descriptions import describe_model, given_places
 from f2d2_lightning.checkpoints.trust import check_extent, said, within_size
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.nn.head import Head, JointFlowMap
-from f2d2_lightning.utils.checks import checked, listed
+from f2d2_lightning.utils.checks import checked, counts, listed
 from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["CONFIG", "WEIGHTS", "DataDescription", "from_pretrained", "read_description", "save_pretrained"]
@@ -90,7 +90,11 @@ def save_pretrained(
         FileExistsError: If ``folder`` is a file.
     """
     about = DataDescription(
-        tuple(state_shape(model) if shape is None else shape), levels, float(low), float(high), model.directions.label
+        counts("shape", state_shape(model) if shape is None else shape),
+        None if levels is None else int(levels),
+        float(low),
+        float(high),
+        model.directions.label,
     )
     content = describe_model(model)
     tensors, shared = _once(whole_state(model, network_state))

@@ -136,7 +136,7 @@ class DivergenceHead(Head):
         if (features is None) == (network is None):
             raise ValueError("give the head either features=F, to read the backbone, or network=..., its own")
         at_least(0, layers=layers)
-        at_least(1, hidden=hidden)
+        at_least(1, hidden=hidden, features=1 if features is None else features)
         if per_axis and (baseline is None or network is not None):
             raise ValueError("per_axis=True weights features by the baseline's axes; give features=F and a baseline")
         if patch:
