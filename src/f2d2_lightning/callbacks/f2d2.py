@@ -93,6 +93,9 @@ class F2D2Callback(AddedModel, L.Callback):
     Raises:
         ValueError: If numbers are out of range; at the start of a run, before its first step, if the network is not
             there, does not fit the adapter, or two callbacks are on one network.
+
+    >>> F2D2Callback("net", steps=(1, 2))
+    F2D2Callback('net', shape=None, directions=both, steps=(1, 2))
     """
 
     @checked

@@ -88,6 +88,13 @@ def save_pretrained(
     Raises:
         ValueError: If a part is of another class, or was changed in a way that its arguments do not say.
         FileExistsError: If ``folder`` is a file.
+
+    >>> import tempfile
+    >>> from f2d2_lightning.nn import MLP
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     saved = save_pretrained(MLP((2,), width=8, blocks=1), folder)
+    ...     sorted(path.name for path in saved.iterdir())
+    ['config.json', 'model.safetensors']
     """
     about = DataDescription(
         counts("shape", state_shape(model) if shape is None else shape),
@@ -138,6 +145,12 @@ def from_pretrained(
     Raises:
         FileNotFoundError: If there is no such folder, or a file of it is missing.
         ValueError: If a file is damaged, names a class that is none of this package's, or the two do not fit.
+
+    >>> import tempfile
+    >>> from f2d2_lightning.nn import MLP
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     from_pretrained(save_pretrained(MLP((2,), width=8, blocks=1), folder), FlowMap).shape
+    (2,)
     """
     content, about, folder = _read(folder)
     given = {"network": network, "adapter": adapter, "head_network": head_network, "head": head}

@@ -86,6 +86,10 @@ class GaussianBaseline(nn.Module, Configured):
     Raises:
         ValueError: If there is no such covariance, none of states of this shape, or the full one of so many dimensions
             would fill the memory.
+
+    >>> baseline = GaussianBaseline((2,), "diagonal").fit([torch.tensor([[0.0, 1.0], [2.0, 5.0], [4.0, 3.0]])])
+    >>> baseline.mean
+    tensor([2., 3.])
     """
 
     mean: Tensor

@@ -101,7 +101,9 @@ class LikelihoodModel(ABC):
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.joint_map.parameters()) if self.ready else 0
         data = f"shape={self.known_shape}" + ("" if self.levels is None else f", {self.quantization}")
-        named = f"{self.title}({data}, directions={self.directions.label}, steps={self.steps}"
+        # a title may name the network already
+        title = f"{self.title[:-1]}, " if self.title.endswith(")") else f"{self.title}("
+        named = f"{title}{data}, directions={self.directions.label}, steps={self.steps}"
         return f"{named}, {size:,} parameters)" if size else f"{named})"
 
     @property
