@@ -32,7 +32,7 @@ from f2d2_lightning.metrics.evaluation import check_draws
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import Head
 from f2d2_lightning.objectives.base import Objective
-from f2d2_lightning.training.batches import BatchStates, FirstLook, training_batches
+from f2d2_lightning.training.batches import BatchStates, FirstLook, check_trained, training_batches
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.checks import at_least, checked, counts, positive
@@ -93,6 +93,9 @@ class F2D2Callback(AddedModel, L.Callback):
     Raises:
         ValueError: If numbers are out of range; at the start of a run, before its first step, if the network is not
             there, does not fit the adapter, or two callbacks are on one network.
+
+    >>> F2D2Callback("net", steps=(1, 2))
+    F2D2Callback('net', shape=None, directions=both, steps=(1, 2))
     """
 
     @checked
@@ -208,6 +211,9 @@ class F2D2Callback(AddedModel, L.Callback):
                 raise ValueError(
                     f"two F2D2Callbacks are on one network, {self.flow_map!r} and {other.flow_map!r}; keep one of them"
                 )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        check_trained(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         mend_progress(checkpoint)

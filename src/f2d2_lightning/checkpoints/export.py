@@ -73,6 +73,16 @@ def load_joint(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds no joint map, or the network is of another shape.
+
+    >>> import tempfile
+    >>> from f2d2_lightning.nn import DivergenceHead
+    >>> network = nn.Linear(2, 2)
+    >>> flow_map = Adapter("net(x)", directions="to_data")(network)
+    >>> head = DivergenceHead(network=None, features=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save_pretrained(JointFlowMap(flow_map, head), folder, shape=(2,))
+    ...     load_joint(folder, nn.Linear(2, 2)).directions.label
+    'to_data'
     """
     path = Path(path)
     if (path / CONFIG).is_file():

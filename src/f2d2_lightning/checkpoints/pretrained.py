@@ -26,7 +26,7 @@ from f2d2_lightning.checkpoints.descriptions import describe_model, given_places
 from f2d2_lightning.checkpoints.trust import check_extent, said, within_size
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.nn.head import Head, JointFlowMap
-from f2d2_lightning.utils.checks import checked, listed
+from f2d2_lightning.utils.checks import checked, counts, listed
 from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["CONFIG", "WEIGHTS", "DataDescription", "from_pretrained", "read_description", "save_pretrained"]
@@ -88,9 +88,20 @@ def save_pretrained(
     Raises:
         ValueError: If a part is of another class, or was changed in a way that its arguments do not say.
         FileExistsError: If ``folder`` is a file.
+
+    >>> import tempfile
+    >>> from f2d2_lightning.nn import MLP
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     saved = save_pretrained(MLP((2,), width=8, blocks=1), folder)
+    ...     sorted(path.name for path in saved.iterdir())
+    ['config.json', 'model.safetensors']
     """
     about = DataDescription(
-        tuple(state_shape(model) if shape is None else shape), levels, float(low), float(high), model.directions.label
+        counts("shape", state_shape(model) if shape is None else shape),
+        None if levels is None else int(levels),
+        float(low),
+        float(high),
+        model.directions.label,
     )
     content = describe_model(model)
     tensors, shared = _once(whole_state(model, network_state))
@@ -134,6 +145,12 @@ def from_pretrained(
     Raises:
         FileNotFoundError: If there is no such folder, or a file of it is missing.
         ValueError: If a file is damaged, names a class that is none of this package's, or the two do not fit.
+
+    >>> import tempfile
+    >>> from f2d2_lightning.nn import MLP
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     from_pretrained(save_pretrained(MLP((2,), width=8, blocks=1), folder), FlowMap).shape
+    (2,)
     """
     content, about, folder = _read(folder)
     given = {"network": network, "adapter": adapter, "head_network": head_network, "head": head}

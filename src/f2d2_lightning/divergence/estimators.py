@@ -230,6 +230,9 @@ class Hutchinson(DivergenceEstimator):
 
     Raises:
         ValueError: If an argument is none of the above.
+
+    >>> Hutchinson(probes=4)(lambda x, t, cond: -x, Point(torch.ones(1, 2), torch.tensor([0.5]))).divergence
+    tensor([-2.])
     """
 
     @checked

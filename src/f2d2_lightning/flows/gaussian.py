@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.maps import Joint, JointMap
 from f2d2_lightning.flows.paths import LinearPath, Path, distinct, like
-from f2d2_lightning.utils.checks import check_shape, one_of
+from f2d2_lightning.utils.checks import check_shape, counts, one_of
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["GaussianBaseline", "GaussianFlow", "baseline_of", "fit_baselines"]
@@ -86,6 +86,10 @@ class GaussianBaseline(nn.Module, Configured):
     Raises:
         ValueError: If there is no such covariance, none of states of this shape, or the full one of so many dimensions
             would fill the memory.
+
+    >>> baseline = GaussianBaseline((2,), "diagonal").fit([torch.tensor([[0.0, 1.0], [2.0, 5.0], [4.0, 3.0]])])
+    >>> baseline.mean
+    tensor([2., 3.])
     """
 
     mean: Tensor
@@ -95,9 +99,9 @@ class GaussianBaseline(nn.Module, Configured):
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, shape: Iterable[int], covariance: str | None = None, path: Path | None = None) -> None:
+    def __init__(self, shape: Sequence[int], covariance: str | None = None, path: Path | None = None) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = counts("shape", shape)
         self.dim = math.prod(self.shape)
         self.by_count = covariance is None and self.dim <= USUAL
         if covariance is None:
@@ -131,7 +135,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     @classmethod
     def from_covariance(
-        cls, mean: Tensor, covariance: Tensor, path: Path | None = None, shape: Iterable[int] | None = None
+        cls, mean: Tensor, covariance: Tensor, path: Path | None = None, shape: Sequence[int] | None = None
     ) -> GaussianBaseline:
         """Baseline of ``N(mean, covariance)``, shapes ``(d,)`` and ``(d, d)``, in their dtype."""
         baseline = cls(shape or mean.shape, "full", path).to(mean)

@@ -137,6 +137,12 @@ class FlowMap(nn.Module, Configured):
 
     Subclass it and write :meth:`forward`, or :meth:`forward_features` if a divergence head is to read your hidden
     features. ``directions`` says which orders of time the network was (or will be) trained for.
+
+    >>> class Shrinking(FlowMap):
+    ...     def forward(self, x, s, t, cond=None):
+    ...         return -x
+    >>> Shrinking().jump(torch.ones(1, 2), 0.0, 0.5)
+    tensor([[0.5000, 0.5000]])
     """
 
     directions: Direction = Direction.BOTH
@@ -217,7 +223,14 @@ def as_flow_map(function: Callable[..., Tensor], directions: Direction | str = D
 
 
 class JointMap(nn.Module, Configured, ABC):
-    """Anything that answers ``(u, D)``: a flow map with a head, or a closed form."""
+    """Anything that answers ``(u, D)``: a flow map with a head, or a closed form.
+
+    >>> class Shrinking(JointMap):
+    ...     def joint(self, x, s, t, cond):
+    ...         return Joint(-x, -x[0].numel() * torch.ones(len(x)))
+    >>> Shrinking().jump(torch.ones(1, 2), 0.0, 0.5).log_prob_change
+    tensor([1.])
+    """
 
     directions: Direction = Direction.BOTH
 

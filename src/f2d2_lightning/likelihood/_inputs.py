@@ -30,6 +30,8 @@ def as_tensor(x: Any, what: str) -> Tensor:
         ValueError: If it is a list whose parts have several shapes.
     """
     if isinstance(x, Tensor):
+        if x.layout != torch.strided or x.is_meta:
+            raise ValueError(f"{what} has layout {x.layout} and is on {x.device}; a dense tensor is needed")
         return x
     if isinstance(x, (list, tuple)) and any(isinstance(part, (Tensor, np.ndarray)) for part in x):
         shapes = {tuple(np.shape(part)) for part in x}
@@ -168,6 +170,7 @@ def in_parts(
     if size is None:
         return ask(x, cond)
     at_least(1, batch_size=size)
+    size = max(1, min(int(size), len(x)))
     conds = [None] * len(x) if cond is None else cond.split(size)
     return joined([ask(part, of_part) for part, of_part in zip(x.split(size), conds)])
 

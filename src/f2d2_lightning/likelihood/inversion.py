@@ -56,6 +56,9 @@ class Inversion:
 
     Raises:
         ValueError: If an argument is out of range.
+
+    >>> Inversion("newton").solve(lambda y: 0.5 * y, torch.tensor([[3.0]])).state  # y + y / 2 = 3
+    tensor([[2.]])
     """
 
     method: str = "anderson"

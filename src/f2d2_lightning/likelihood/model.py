@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["JointModel", "LikelihoodModel"]
 
+MOST_DRAWS = 2**20
+"""Of dequantization noise: more are a mistake."""
+
 
 class LikelihoodModel(ABC):
     """A joint map with what using it needs to know: shape and range of its data, step counts, how it is inverted.
@@ -98,7 +101,9 @@ class LikelihoodModel(ABC):
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.joint_map.parameters()) if self.ready else 0
         data = f"shape={self.known_shape}" + ("" if self.levels is None else f", {self.quantization}")
-        named = f"{self.title}({data}, directions={self.directions.label}, steps={self.steps}"
+        # a title may name the network already
+        title = f"{self.title[:-1]}, " if self.title.endswith(")") else f"{self.title}("
+        named = f"{title}{data}, directions={self.directions.label}, steps={self.steps}"
         return f"{named}, {size:,} parameters)" if size else f"{named})"
 
     @property
@@ -203,6 +208,8 @@ class LikelihoodModel(ABC):
         """
         x, seed = self._shaped(as_tensor(x, "x")), seed_of(seed, generator)
         at_least(1, draws=draws)
+        if draws > MOST_DRAWS:
+            raise ValueError(f"draws={draws}; up to {MOST_DRAWS:,} are taken")
         integers, quantization = not x.is_floating_point() and not x.is_complex(), self.quantization
         if draws > 1 and (quantization is None or not integers):
             raise ValueError(

@@ -150,6 +150,11 @@ def reference_log_prob(
 
     Raises:
         ValueError: If ``x``, the method or the steps are unfit.
+
+    >>> from f2d2_lightning.flows import GaussianBaseline, GaussianFlow
+    >>> flow = GaussianFlow(GaussianBaseline.from_covariance(torch.zeros(2), torch.eye(2)))
+    >>> reference_log_prob(flow, torch.zeros(1, 2), steps=8).value  # -log(2 pi)
+    tensor([-1.8379])
     """
     x = as_states(x, "x", velocity)
     cond = as_cond(cond, x)
@@ -234,7 +239,11 @@ def reference_sample(
     atol: float = 1e-5,
     near_data: float = 0.0,
 ) -> Samples:
-    """Samples by integrating the flow from noise to data; arguments as :func:`reference_log_prob`."""
+    """Samples by integrating the flow from noise to data; arguments as :func:`reference_log_prob`.
+
+    >>> reference_sample(lambda x, t, cond: torch.ones_like(x), torch.zeros(1, 2), steps=4).state
+    tensor([[1., 1.]])
+    """
     noise = as_states(noise, "noise", velocity)
     cond = as_cond(cond, noise)
     check_cond(cond, len(noise), velocity)

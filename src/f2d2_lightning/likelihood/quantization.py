@@ -182,6 +182,11 @@ class Quantization:
         """
         self.check(k)
         uniform = torch.rand(k.shape, device=k.device) if uniform is None else uniform
+        if uniform.shape != k.shape or not uniform.is_floating_point():
+            raise ValueError(
+                f"uniform has dtype {uniform.dtype} and shape {tuple(uniform.shape)}; floating numbers in [0, 1) are "
+                f"expected, in the integers' shape {tuple(k.shape)}"
+            )
         x = self.low + (k + uniform) * self.width
         # rounding can lift k + U to the next level; the bins are half open
         edge = (self.low + (k.double() + 1) * self.width).to(x.dtype)

@@ -72,6 +72,11 @@ class Reference:
 
     Raises:
         ValueError: If the method or the mode is unknown, or a number out of range.
+
+    >>> from f2d2_lightning.flows import GaussianBaseline, GaussianFlow
+    >>> flow = GaussianFlow(GaussianBaseline.from_covariance(torch.zeros(2), torch.eye(2)))
+    >>> Reference(steps=8)(flow, torch.zeros(1, 2)).value  # -log(2 pi)
+    tensor([-1.8379])
     """
 
     method: str | None = None

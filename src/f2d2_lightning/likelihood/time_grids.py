@@ -12,6 +12,8 @@ from f2d2_lightning.utils.checks import at_least
 
 __all__ = ["PLACINGS", "time_grid", "times_near_data"]
 
+MOST_STEPS = 2**20
+"""Uniform steps: more are a mistake, and their times would fill the memory."""
 PLACINGS = (0.0, 0.5)
 """Shares of times near the data that are tried where they are chosen."""
 
@@ -43,6 +45,8 @@ def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[floa
         except TypeError:
             raise ValueError(f"steps is {steps!r}; a whole number of steps, or the times themselves") from None
         at_least(1, steps=steps)
+        if steps > MOST_STEPS:
+            raise ValueError(f"steps={steps}; up to {MOST_STEPS:,} are taken")
         grid = [k / steps for k in range(steps + 1)]
     return grid[::-1] if to_noise else grid
 

@@ -27,7 +27,7 @@ from f2d2_lightning.modules._optimization import make_optimizers
 from f2d2_lightning.modules._ranges import RANGE, RangedModel
 from f2d2_lightning.modules.ema import update_average, warmed_decay
 from f2d2_lightning.nn.head import JointFlowMap
-from f2d2_lightning.training.batches import FirstLook, all_training_batches, check_precision
+from f2d2_lightning.training.batches import FirstLook, all_training_batches, check_precision, check_trained
 from f2d2_lightning.training.loading import read_checkpoint, restore_module
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
@@ -274,6 +274,9 @@ class FlowModule(L.LightningModule, RangedModel):
             with whole_weights(self.trainer.model):
                 self.prepare()
                 update_average(self.average, self.live, 0.0)
+
+    def on_fit_end(self) -> None:
+        check_trained(self.trainer)
 
     def prepare(self) -> None:
         """Anything else that is set from data or teacher once, before the first step."""

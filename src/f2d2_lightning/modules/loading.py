@@ -41,6 +41,15 @@ def load(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, holds no such model, or names a class that is not trusted; if a network is needed.
+
+    >>> import tempfile
+    >>> from f2d2_lightning import DivergenceHead, JointFlowMap, save_pretrained
+    >>> from f2d2_lightning.nn import MLP
+    >>> backbone = MLP((2,), width=8, blocks=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model = load(save_pretrained(JointFlowMap(backbone, DivergenceHead(backbone.features)), folder))
+    >>> model.log_prob([[0.0, 1.0]], steps=2).evaluations
+    2
     """
     path = Path(path)
     if (path / CONFIG).is_file():

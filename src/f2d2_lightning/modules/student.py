@@ -80,6 +80,13 @@ class F2D2Module(FlowModule, DistilledModel):
     Raises:
         ValueError: If the objective trains other directions than the backbone declares, levels and range are not the
             teacher's or the objective's, or parts are missing.
+
+    >>> from f2d2_lightning.nn import MLP
+    >>> student = F2D2Module(MLP((2,), width=8, blocks=1))
+    >>> student.sample(3, steps=2, seed=0).state.shape
+    torch.Size([3, 2])
+    >>> student.nll([[0.0, 1.0], [1.0, 0.0]], steps=2).shape
+    torch.Size([2])
     """
 
     average: JointFlowMap

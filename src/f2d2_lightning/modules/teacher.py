@@ -61,6 +61,11 @@ class FlowMatchingModule(FlowModule):
         validate_nll: Log the reference likelihood in validation, not only in test.
         channels_last: Memory format of convolutions' weights, see :class:`FlowModule`.
         compile: Compile the backbone, see :class:`FlowModule`.
+
+    >>> from f2d2_lightning.nn import MLP
+    >>> teacher = FlowMatchingModule(MLP((2,), width=8, blocks=1), reference=Reference(steps=8))
+    >>> teacher.log_prob([[0.0, 1.0]]).evaluations
+    16
     """
 
     average: FlowMap

@@ -120,6 +120,12 @@ class DivergenceHead(Head):
 
     Raises:
         ValueError: If not exactly one of ``features`` and ``network`` is given.
+
+    >>> from f2d2_lightning.nn import MLP
+    >>> backbone = MLP((2,), width=8, blocks=1)
+    >>> joint = JointFlowMap(backbone, DivergenceHead(features=backbone.features))
+    >>> joint(torch.zeros(3, 2), 1.0, 0.0).divergence.shape
+    torch.Size([3])
     """
 
     def __init__(
@@ -136,7 +142,7 @@ class DivergenceHead(Head):
         if (features is None) == (network is None):
             raise ValueError("give the head either features=F, to read the backbone, or network=..., its own")
         at_least(0, layers=layers)
-        at_least(1, hidden=hidden)
+        at_least(1, hidden=hidden, features=1 if features is None else features)
         if per_axis and (baseline is None or network is not None):
             raise ValueError("per_axis=True weights features by the baseline's axes; give features=F and a baseline")
         if patch:
@@ -233,6 +239,11 @@ class JointFlowMap(JointMap):
         flow_map: Backbone.
         head: Divergence head.
         frozen: Keep the backbone as it is, weights, mode and samples bit for bit; only the head is trained.
+
+    >>> from f2d2_lightning.nn import MLP
+    >>> backbone = MLP((2,), width=8, blocks=1)
+    >>> JointFlowMap(backbone, DivergenceHead(features=backbone.features)).jump(torch.zeros(3, 2), 0.0, 1.0).state.shape
+    torch.Size([3, 2])
     """
 
     def __init__(self, flow_map: FlowMap, head: Head, frozen: bool = False) -> None:

@@ -96,6 +96,9 @@ class Weighting:
 
     Raises:
         ValueError: If a weight is negative or the units unknown.
+
+    >>> Weighting(divergence=0.5).of_divergence(dim=2)
+    0.5
     """
 
     divergence: float | None = 0.1

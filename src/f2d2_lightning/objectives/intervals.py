@@ -35,6 +35,10 @@ class Intervals:
 
     Raises:
         ValueError: If shares are not probabilities that sum to at most one, or a step count is below one.
+
+    >>> s, t = Intervals("to_data", steps=(1, 4)).sample(100)
+    >>> bool((s <= t).all())
+    True
     """
 
     @checked

@@ -91,6 +91,10 @@ class TrajectoryRegression(Objective):
 
     Raises:
         ValueError: If a number is out of range or a start is unknown.
+
+    >>> objective = TrajectoryRegression(nodes=16, intervals=Intervals("to_data"))
+    >>> objective.directions.label
+    'to_data'
     """
 
     @checked

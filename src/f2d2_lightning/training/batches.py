@@ -168,6 +168,19 @@ def all_training_batches(trainer: L.Trainer) -> Iterable[Any]:
     return loader
 
 
+def check_trained(trainer: L.Trainer) -> None:
+    """Refuse a fit that ended after no step because its training data hold no batch.
+
+    Raises:
+        ValueError: Says what may be the reason.
+    """
+    if trainer.num_training_batches == 0 and trainer.limit_train_batches not in (0, 0.0):
+        raise ValueError(
+            "there are no training data: the loader gives no batch, and nothing was trained; look at what the data set "
+            "returns, and whether batches are larger than it (drop_last)"
+        )
+
+
 def has_rows(loader: Any) -> TypeGuard[DataLoader]:
     """Whether a loader makes batches of the rows of a map-style data set, each of which can be asked for."""
     return (

@@ -16,6 +16,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -122,12 +123,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if cls in (int, float):
         if isinstance(value, Tensor):
-            return value.ndim == 0 and (cls is float or not value.is_floating_point())
+            return value.ndim == 0 and cls is int and not value.is_floating_point()
         number = (int, np.integer) if cls is int else (int, float, np.integer, np.floating)
         return isinstance(value, number) and not isinstance(value, bool)
     if cls is bool:
         return isinstance(value, (bool, np.bool_))
     if cls in (Sequence, list, tuple):
+        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            return False
         if isinstance(value, (np.ndarray, Tensor)):
             value = value.tolist()
         if isinstance(value, str) or not isinstance(value, Sequence):
