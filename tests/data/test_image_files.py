@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from f2d2_lightning.data.images._files import decoded
 from f2d2_lightning.data.images._reader import read_images
 
 GRAY, COLOUR = (1, 5, 4), (3, 5, 4)
@@ -168,3 +170,24 @@ def test_several_pictures_in_a_file_are_refused(tmp_path):
     first.save(tmp_path / "a.tiff", save_all=True, append_images=[second])
     with pytest.raises(ValueError, match=r"a.tiff holds 2 pictures"):
         read_images(tmp_path, GRAY)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_are_errors_that_name_the_file():
+    """Whichever bytes are wrong: an image, or a refusal."""
+    random = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "TIFF")
+    whole, said = buffer.getvalue(), []
+    for _ in range(600):
+        damaged = bytearray(whole)
+        for place in random.integers(0, len(whole), 4):
+            damaged[place] = random.integers(256)
+        # where Pillow keeps its tags
+        damaged[-random.integers(1, 150)] = random.integers(256)
+        try:
+            assert decoded(bytes(damaged), "one.tiff", "RGB", True).size
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 50
+    assert all(text.startswith("one.tiff ") for text in said)

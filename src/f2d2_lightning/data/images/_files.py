@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import struct
-import zlib
 
 from PIL import Image
 
@@ -20,8 +18,6 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 KINDS = {"L": "grey", "LA": "grey with alpha", "RGB": "colour", "RGBA": "colour with alpha"}
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 ALPHA = ("LA", "PA", "RGBA")
-DAMAGES = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-"""What Pillow's decoders raise."""
 
 
 def decoded(content: bytes, path: str, wanted: str, convert: bool) -> Image.Image:
@@ -35,7 +31,7 @@ def decoded(content: bytes, path: str, wanted: str, convert: bool) -> Image.Imag
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             unfit = _unfit(image, wanted, convert)
             picture = image.convert(wanted) if unfit is None else None
-    except DAMAGES as error:
+    except Exception as error:  # decoders raise whatever a damaged byte leads to
         raise ValueError(
             f"{path} cannot be read as an image ({error}); it is corrupt, truncated or of another type: repair or "
             "remove it"
