@@ -119,7 +119,8 @@ def test_the_report_has_the_numbers(tested):
     assert "NLL, nats" in text
     assert "upper bound" not in text
     assert "unconverged" not in text
-    assert "| by steps | 1 | 2 |\n| --- | --- | --- |\n| fid | 10 | 20 |" in text
+    assert "| by steps | 1 | 2 |\n| --- | --- | --- |\n| error_bar |" in text
+    assert "\n| fid | 10 | 20 |" in text
     assert "| real_images | 50 |" in text
     # what the table has is not told twice
     assert "absolute_error" not in text
@@ -187,9 +188,10 @@ def test_numbers_are_json_for_any_parser(tested):
     assert found["unit"] == "nats"
     assert [row["steps"] for row in found["rows"]] == [1, 2, None]
     assert found["rows"][1]["gap"] == pytest.approx(rows[1]["gap"], rel=1e-5)
-    others = {name: value for name, value in found["metrics"].items() if not name.startswith("own_density")}
+    more = ("own_density_gap", "own_density_error", "error_bar", "error_covered")
+    others = {name: value for name, value in found["metrics"].items() if not name.startswith(more)}
     assert others == {"fid_1": 10.0, "fid_2": 20.0, "real_images": 50.0}
-    assert found["metrics"].keys() - others == {f"own_density_{name}_{k}" for name in ("gap", "error") for k in (1, 2)}
+    assert found["metrics"].keys() - others == {f"{name}_{k}" for name in more for k in (1, 2)}
     assert json.loads(to_json({"a": [math.nan, {"b": math.inf}], "c": 1})) == {"a": [None, {"b": None}], "c": 1}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from f2d2_lightning.likelihood.error_bars import Disagreement, ErrorBars
+from f2d2_lightning.likelihood.error_bars import Disagreement, ErrorBars, kept_bars, read_bars
 
 
 def points(count: int, seed: int) -> tuple[Disagreement, torch.Tensor]:
@@ -49,13 +49,14 @@ def test_points_without_a_likelihood_are_left_out():
     disagreement, error = points(64, 0)
     error[:4] = torch.nan
     assert ErrorBars.calibrated(disagreement, error) == ErrorBars.calibrated(
-        Disagreement(*(part[4:] for part in disagreement)), error[4:]
+        Disagreement(disagreement.finer[4:], disagreement.round_trip[4:]), error[4:]
     )
 
 
 def test_they_are_kept_as_plain_values():
     bars = ErrorBars.calibrated(*points(64, 0))
-    assert ErrorBars.from_dict(bars.to_dict()) == bars
+    assert read_bars(kept_bars({4: bars})) == {4: bars}
+    assert read_bars(None) == {}
 
 
 @pytest.mark.parametrize(

@@ -290,3 +290,30 @@ def test_the_head_is_compared_with_the_maps_own_density(tmp_path, levels):
         assert metrics[1][f"val/own_density_gap_{k}"] - metrics[0][f"val/own_density_gap_{k}"] == pytest.approx(
             0.1 / unit, abs=1e-5
         )
+
+
+def test_a_validation_calibrates_error_bars_and_a_test_counts_what_they_cover(tmp_path):
+    of = teacher()
+    fit(tmp_path, of)
+    module = f2.F2D2Module(teacher=of, steps=(1, 2), reference=f2.Reference(steps=16))
+    with pytest.raises(ValueError, match="no error bars for 2 steps"):
+        module.error_bar(torch.randn(3, 2), 2)
+    run = fit(tmp_path, module)
+    run.validate(module, datamodule=Pair(), verbose=False)
+    x = Pair().dataset("val").values
+    # by hand, on the points of the validation
+    of_validation = dict(module.error_bars)
+    module.calibrate(x)
+    for k in (1, 2):
+        assert module.error_bars[k].width == pytest.approx(of_validation[k].width, rel=1e-3)
+        off = (module.log_prob(x, k).value - module.reference_log_prob(of.average.velocity, x).value).abs()
+        assert float((off <= module.error_bar(x, k, batch_size=7)).float().mean()) >= 0.9
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = f2.load(tmp_path / "a.ckpt")
+    assert again.error_bars == module.error_bars
+    metrics = run.test(module, datamodule=Pair(), verbose=False)[0]
+    unseen = Pair().dataset("test").values
+    off = module.log_prob(unseen, 2).value - module.reference_log_prob(of.average.velocity, unseen).value
+    bar = module.error_bar(unseen, 2)
+    assert metrics["test/error_covered_2"] == pytest.approx(float((off.abs() <= bar).float().mean()), abs=1e-6)
+    assert metrics["test/error_bar_2"] == pytest.approx(float(bar.mean()), rel=1e-4)

@@ -19,6 +19,7 @@ from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, describe_head, des
 from f2d2_lightning.checkpoints.pretrained import save_pretrained
 from f2d2_lightning.flows._held import HeldFlowMap, evaluating, weights_held
 from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.likelihood.error_bars import kept_bars, read_bars
 from f2d2_lightning.likelihood.reference import ReferenceChoice
 from f2d2_lightning.modules._ranges import RANGE
 from f2d2_lightning.modules._teaching import KeptTeacher
@@ -254,6 +255,7 @@ class AddedModel(DistilledModel):
     def _describe(self, checkpoint: dict[str, Any]) -> None:
         if self._added is not None:
             described = describe_joint(self.joint, self.shape) | {"range": [self.levels, self.low, self.high]}
+            described["error_bars"] = kept_bars(self.error_bars)
             checkpoint.setdefault(CHECKPOINT_KEY, {})[self.flow_map] = described
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,6 +270,7 @@ class AddedModel(DistilledModel):
             "added": self._added.state_dict(),
             "objective": self.objective_state(),
             "reference": self.reference_choice and self.reference_choice.to_dict(),
+            "error_bars": kept_bars(self.error_bars),
             "version": 2,
         }
 
@@ -294,6 +297,7 @@ class AddedModel(DistilledModel):
             self.agree_with_checkpoint(kept)
         self.run_seed.value = state["seed"]
         self.reference_choice = ReferenceChoice.from_dict(state.get("reference"), self.reference)
+        self.error_bars = read_bars(state.get("error_bars"))
         self.added.load_state_dict(state["added"])
         self.load_objective_state(state["objective"], None if "version" in state else True)
         if "_source" in vars(self):

@@ -17,20 +17,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from f2d2_lightning.utils.checks import at_least, positive
 
-__all__ = ["Disagreement", "ErrorBars"]
+__all__ = ["Disagreement", "ErrorBars", "enough", "kept_bars", "read_bars"]
 
 FEWEST = 16
 """Points that error bars are calibrated on at least."""
 
 
-class Disagreement(NamedTuple):
+@dataclass(frozen=True)
+class Disagreement:
     """Of a model with itself, about each of ``B`` samples."""
 
     finer: Tensor
@@ -77,7 +78,7 @@ class ErrorBars:
             ValueError: If there are too few points for it.
         """
         error = error.detach().cpu().double().abs()
-        finer, round_trip = (part.detach().cpu().double() for part in disagreement)
+        finer, round_trip = (part.detach().cpu().double() for part in (disagreement.finer, disagreement.round_trip))
         good = error.isfinite() & finer.isfinite() & round_trip.isfinite()
         count = int(good.sum())
         if count < FEWEST:
@@ -99,22 +100,41 @@ class ErrorBars:
         finer, round_trip = disagreement.finer / self.finer, disagreement.round_trip / self.round_trip
         return self.width * (1 + finer.square() + round_trip.square()).sqrt()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any]) -> ErrorBars:
-        """Inverse of :meth:`to_dict`.
+        """From plain values by name, as :func:`dataclasses.asdict` gives them.
 
         Raises:
-            ValueError: If the values are none that :meth:`to_dict` gives.
+            ValueError: If they are others.
         """
         try:
             width, finer, round_trip, coverage = (float(kept[f.name]) for f in fields(cls)[:-1])
             return cls(width, finer, round_trip, coverage, int(kept["count"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"error bars in a file are {kept!r}, which they cannot be: {error}") from error
+
+
+def kept_bars(bars: Mapping[int, ErrorBars]) -> dict[str, dict[str, Any]]:
+    """Error bars by step count as plain values, for a file."""
+    return {str(steps): asdict(bar) for steps, bar in bars.items()}
+
+
+def read_bars(kept: Any) -> dict[int, ErrorBars]:
+    """Inverse of :func:`kept_bars`; none of a file that has none.
+
+    Raises:
+        ValueError: If they are no such values.
+    """
+    if kept is None:
+        return {}
+    if not isinstance(kept, Mapping) or not all(str(steps).isdecimal() for steps in kept):
+        raise ValueError(f"error bars in a file are {kept!r:.80}; values by step count are expected")
+    return {int(steps): ErrorBars.from_dict(bar) for steps, bar in kept.items()}
+
+
+def enough(count: int, coverage: float) -> bool:
+    """Whether so many points are enough to calibrate error bars on."""
+    return count >= FEWEST and _rank(coverage, count) <= count
 
 
 def _rank(coverage: float, count: int) -> int:

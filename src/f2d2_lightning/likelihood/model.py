@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from f2d2_lightning.likelihood._inputs import (
 )
 from f2d2_lightning.likelihood._log_prob import LogProb, log_prob
 from f2d2_lightning.likelihood.determinant import Determinant
+from f2d2_lightning.likelihood.error_bars import Disagreement, ErrorBars
 from f2d2_lightning.likelihood.guidance import SelfGuidance
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
@@ -69,6 +71,8 @@ class LikelihoodModel(ABC):
     """What was chosen of :attr:`reference`, once something was."""
     said_reference: Reference | None = None
     """The one that an evaluation said last: it is said again where it is another."""
+    error_bars: Mapping[int, ErrorBars] = MappingProxyType({})
+    """By step count, as the last validation or :meth:`calibrate` made them."""
     class_names: list[str] | None = None
     """Names of the classes in the order of their labels, see :mod:`f2d2_lightning.utils.class_names`."""
     name: str = ""
@@ -276,6 +280,85 @@ class LikelihoodModel(ABC):
         ask = partial(log_prob, joint, inversion=inversion, determinant=determinant)
         with self.evaluating():
             return in_parts(lambda x, cond: ask(x, steps, cond), x, self._conditioning(cond, x), batch_size)
+
+    @checked
+    def error_bar(
+        self,
+        x: Array,
+        steps: int = 4,
+        cond: Array | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """How far off :meth:`log_prob` may be, sample by sample, without asking the reference.
+
+        The half width of an interval that holds the reference's log-likelihood, for states like those that the bars
+        were calibrated on, with the probability of :attr:`ErrorBars.coverage`. It takes the evaluations of
+        :meth:`log_prob` four times: in as many steps, in twice as many, and back.
+
+        Args:
+            x: States, ``(B, *shape)``.
+            steps: Number of uniform steps.
+            cond: Conditioning, first axis ``B``.
+            batch_size: Most states at a time.
+
+        Returns:
+            ``(B,)``, nats, without gradients.
+
+        Raises:
+            ValueError: If there are no bars for that number of steps.
+        """
+        if steps not in self.error_bars:
+            raise ValueError(
+                f"there are no error bars for {steps} steps (for {list(self.error_bars) or 'none'}); validate the "
+                f"model with {steps} among its steps, or "
+                f"calibrate(x, steps=[{steps}]) on states that it was not trained on"
+            )
+        x = self._fitting(x, "x")
+        with torch.no_grad():
+            found = in_parts(
+                lambda x, cond: self.disagreement(x, steps, cond)[1], x, self._conditioning(cond, x), batch_size
+            )
+        return self.error_bars[steps](found)
+
+    def disagreement(self, x: Tensor, steps: int, cond: Tensor | None = None) -> tuple[LogProb, Disagreement]:
+        """The log-likelihood of states in a number of steps, and what the model disagrees with itself about there."""
+        answer = self.log_prob(x, steps, cond)
+        finer = self.log_prob(x, 2 * steps, cond).value - answer.value
+        miss = x.new_zeros(len(x))
+        if self.draws_samples:
+            back = self.sample(answer.noise, steps, cond).state
+            miss = (back - x).flatten(1).square().mean(1).sqrt()
+        return answer, Disagreement(finer, miss)
+
+    @torch.no_grad()
+    def calibrate(
+        self, x: Array, cond: Array | None = None, *, steps: Sequence[int] | None = None, coverage: float = 0.9
+    ) -> None:
+        """Make :attr:`error_bars` from states that the model was not trained on and their reference.
+
+        Args:
+            x: States, ``(N, *shape)``.
+            cond: Conditioning, first axis ``N``.
+            steps: Step counts; those of the model by default.
+            coverage: Share of such states whose reference is to lie within.
+
+        Raises:
+            ValueError: If there is no reference, or too few states for that share.
+        """
+        velocity = self.reference_velocity()
+        if velocity is None:
+            raise ValueError(
+                f"{self.title} has no velocity, and so nothing that its likelihoods could be compared with"
+            )
+        x = self._fitting(x, "x")
+        cond = self._conditioning(cond, x)
+        with self.evaluating():
+            reference, bars = self.reference_log_prob(velocity, x, cond).value, {}
+            for k in steps or self.steps:
+                answer, found = self.disagreement(x, k, cond)
+                bars[k] = ErrorBars.calibrated(found, answer.value - reference, coverage)
+        self.error_bars = bars
 
     def settled_reference(
         self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None, identity: str | None = None

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics.utilities import dim_zero_cat
 
 from f2d2_lightning.likelihood._log_prob import LogProb
+from f2d2_lightning.likelihood.error_bars import Disagreement, ErrorBars, enough
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.sampling import Samples
 from f2d2_lightning.metrics.likelihood import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError, doubt
@@ -20,6 +22,28 @@ from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 __all__ = ["LikelihoodEvaluation", "check_draws", "draw_again"]
 
 COMPARED = ["gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"]
+
+
+class Disagreements(Metric):
+    """What a model disagrees with itself about, and its errors, of samples of all processes."""
+
+    finer: list[Tensor]
+    round_trip: list[Tensor]
+    error: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("finer", "round_trip", "error"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, finer: Tensor, round_trip: Tensor, error: Tensor) -> None:
+        """Add a batch, each ``(B,)``, nats but for the round trip."""
+        for kept, new in ((self.finer, finer), (self.round_trip, round_trip), (self.error, error)):
+            kept.append(new.double())
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of all samples, ``(N,)`` each."""
+        return dim_zero_cat(self.finer), dim_zero_cat(self.round_trip), dim_zero_cat(self.error)
 
 
 class LikelihoodEvaluation:
@@ -48,6 +72,7 @@ class LikelihoodEvaluation:
         self._compared = {k: LikelihoodAgreement(dim, quantization).to(device) for k in self.steps}
         self._own_gaps = {k: MeanMetric().to(device) for k in self.steps}
         self._own_errors = {k: MeanMetric().to(device) for k in self.steps}
+        self._disagreements = {k: Disagreements().to(device) for k in self.steps}
         self._negative = {k: MeanMetric().to(device) for k in self.steps}
         self._failed = {k: MeanMetric().to(device) for k in self.steps}
         self._counts = {k: SumMetric().to(device) for k in self.steps}
@@ -65,6 +90,7 @@ class LikelihoodEvaluation:
             metric.update(nothing)
         for k in self.steps:
             self._compared[k].update(nothing, nothing)
+            self._disagreements[k].update(nothing, nothing, nothing)
             for metrics in of_steps:
                 metrics[k].update(nothing)
         self.seconds = dict.fromkeys(self.steps, 0.0)
@@ -109,6 +135,8 @@ class LikelihoodEvaluation:
                 above = (own[k] - answer.value[: len(own[k])]) / self._all[k].unit
                 self._own_gaps[k].update(above[above.isfinite()])
                 self._own_errors[k].update(above[above.isfinite()].abs())
+        if reference is not None:
+            self._compare_with_itself(log_prob, x, cond, values, errors, reference)
         for draw in range(1, self.draws):
             assert self.quantization is not None
             again = draw_again(x, self.quantization, draw)
@@ -121,6 +149,45 @@ class LikelihoodEvaluation:
         for power, moment in enumerate(self._moments, start=1):
             moment.update(x.double() ** power)
         self.update(values, reference, errors, reference_error)
+
+    def _compare_with_itself(
+        self,
+        log_prob: Callable[[Tensor, int, Tensor | None], LogProb],
+        x: Tensor,
+        cond: Tensor | None,
+        values: Mapping[int, Tensor],
+        errors: Mapping[int, Tensor],
+        reference: Tensor,
+    ) -> None:
+        """What error bars are made of, about the samples that are compared with the reference."""
+        count = len(reference)
+        for k in self.steps:
+            finer = values.get(2 * k)
+            if finer is None:
+                finer = log_prob(x[:count], 2 * k, None if cond is None else cond[:count]).value[None]
+            value = values[k][0, :count]
+            miss = errors[k][:count].sqrt() if errors else torch.zeros_like(value)
+            self._disagreements[k].update(finer[0, :count] - value, miss, value - reference)
+
+    def error_bars(self, coverage: float = 0.9) -> dict[int, ErrorBars]:
+        """By step count, calibrated on what was compared; none where that was too little."""
+        bars = {}
+        for k, metric in self._disagreements.items():
+            finer, miss, error = metric.compute()
+            if enough(int((finer + miss + error).isfinite().sum()), coverage):
+                bars[k] = ErrorBars.calibrated(Disagreement(finer, miss), error, coverage)
+        return bars
+
+    def covered(self, bars: Mapping[int, ErrorBars]) -> dict[str, Tensor]:
+        """How often the reference lay within error bars, and their mean half width in the metrics' unit."""
+        named = {}
+        for k in (k for k in self.steps if k in bars):
+            finer, miss, error = self._disagreements[k].compute()
+            width, good = bars[k](Disagreement(finer, miss)), error.isfinite()
+            if bool(good.any()):
+                named[f"error_covered_{k}"] = (error.abs() <= width)[good].float().mean()
+                named[f"error_bar_{k}"] = width[good].float().mean() / self._all[k].unit
+        return named
 
     def update(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from f2d2_lightning.checkpoints.descriptions import describe_model
 from f2d2_lightning.flows.gaussian import fit_baselines
 from f2d2_lightning.likelihood._inputs import Array, check_cond
+from f2d2_lightning.likelihood.error_bars import kept_bars, read_bars
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.modules._checks import check_finite, check_same_model, not_finite
@@ -327,7 +328,7 @@ class FlowModule(L.LightningModule, RangedModel):
         reference = self.reference_choice and self.reference_choice.to_dict()
         found = {name: getattr(self, name) for name in RANGE}
         checkpoint["f2d2"] = state | {"range": list(found.values()), "reference": reference, "version": 2}
-        checkpoint["f2d2"]["objects"] = self._described()
+        checkpoint["f2d2"] |= {"objects": self._described(), "error_bars": kept_bars(self.error_bars)}
         # the arguments of a subclass may be others
         said = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         said.update({name: value for name, value in found.items() if name in said})
@@ -356,6 +357,7 @@ class FlowModule(L.LightningModule, RangedModel):
         self.run_seed.value = state.get("seed", self.run_seed.value)
         self._averaged_steps = state.get("averaged_steps", 0)
         self.reference_choice = ReferenceChoice.from_dict(state.get("reference"), self.reference)
+        self.error_bars = read_bars(state.get("error_bars"))
         names = as_names(state.get("classes"), "the checkpoint")
         self._follow_classes(self.class_names if names is None else names)
         check_same_model(self, checkpoint)

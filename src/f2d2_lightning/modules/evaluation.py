@@ -169,6 +169,10 @@ class Evaluation:
         if Direction.TO_NOISE in self.model.directions:
             # nothing is inverted, and a sample without a likelihood is an accident
             results = {name: v for name, v in results.items() if not name.startswith("unconverged") or bool(v > 0)}
+        if prefix.startswith("val"):
+            self.model.error_bars = self.likelihoods.error_bars() or self.model.error_bars
+        else:
+            results |= self.likelihoods.covered(self.model.error_bars)
         # the reference's samples are the same for every step count
         references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
         for name, value in [*results.items(), *(("reference_nll", value) for value in references[-1:])]:

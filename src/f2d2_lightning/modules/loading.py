@@ -13,6 +13,7 @@ from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, load_joint
 from f2d2_lightning.checkpoints.pretrained import CONFIG, from_pretrained, read_description
 from f2d2_lightning.checkpoints.trust import build_arguments, make, stored_in, within_size
+from f2d2_lightning.likelihood.error_bars import read_bars
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.modules.student import F2D2Module
@@ -71,7 +72,9 @@ def load(
     network = network or _network_of(checkpoint, path, str(name), trust)
     levels, low, high = content.get("range", (None, -1.0, 1.0))
     joint = load_joint(path, network, name)
-    return JointModel(joint, content["shape"], None if levels is None else Quantization(levels, low, high))
+    model = JointModel(joint, content["shape"], None if levels is None else Quantization(levels, low, high))
+    model.error_bars = read_bars(content.get("error_bars"))
+    return model
 
 
 def _network_of(checkpoint: Mapping[str, Any], path: Path, name: str, trust: Sequence[str]) -> nn.Module:
