@@ -158,7 +158,8 @@ class Report:
     def _caption(self, name: str) -> str:
         reference, unit = self.reference_name, self.unit
         captions = {
-            "samples": f"Samples from the same noise at each number of steps, and by integrating the {reference}.",
+            "samples": f"Samples from the same noise at each number of steps, and by integrating the {reference}; data "
+            "beside them.",
             "calibration": f"Few-step NLL against that of the {reference}, {unit}, one point per test sample; on the "
             "grey line both are equal. Titles: mean difference and Pearson's correlation.",
             "nll_steps": f"Mean NLL in {unit} against the number of steps. The line is the {reference}, the band its "

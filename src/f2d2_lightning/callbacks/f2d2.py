@@ -153,7 +153,7 @@ class F2D2Callback(AddedModel, L.Callback):
                 "F2D2Module(teacher=...), or give interval= to train it into a flow map here"
             )
         self.run_seed = RunSeed()
-        self.distill(objective, estimator, directions, teacher is None)
+        self.distill(objective, estimator, directions, moving=teacher is None, scattering=False)
         self.say_range(levels, low, high)
         self.take_range()
         self.frozen, self.weight = frozen, weight

@@ -39,25 +39,30 @@ SHARE = 3.0
 REUSED, STARTS = 16, 2**24
 """Where more than the usual number of trajectories are kept: how often each is drawn from at least, and how many
 numbers their starts may be in a checkpoint."""
+MOVING_NODES = 24
+"""Of trajectories of a velocity that is still trained."""
 MEASURED, MANY = 64, 256
 """States that targets are measured on, and dimensions above which a quarter of them are."""
 
 
-def default_objective(directions: Direction, moving: bool) -> Objective:
+def default_objective(directions: Direction, moving: bool, scattering: bool) -> TrajectoryRegression:
     """Trajectory regression in the directions that a map declares.
 
-    A velocity that is ``moving`` changes as training goes on: trajectories are then few, and made anew all the time.
+    A velocity that is ``moving`` changes as training goes on: trajectories are then few, and made anew all the time,
+    and there is nothing yet that nodes could be measured on. Targets that are ``scattering``, as conditional velocities
+    on the diagonal are, have squared errors, whose least is at their mean.
     """
     if not moving:
         return TrajectoryRegression(intervals=Intervals(directions))
     return TrajectoryRegression(
+        nodes=MOVING_NODES,
         capacity=2048,
         max_mib=64.0,
         refresh=8.0,
         chunk=256,
         starts={"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4},
         intervals=Intervals(directions),
-        weighting=Weighting(),  # conditional velocities teach the diagonal, and scatter
+        weighting=Weighting() if scattering else None,
     )
 
 
@@ -83,7 +88,12 @@ class DistilledModel(RangedModel):
     """Samples per evaluation that are compared with the reference, the first ones of the data; ``None`` for all."""
 
     def distill(
-        self, objective: Objective | None, estimator: DivergenceEstimator | None, directions: Direction, moving: bool
+        self,
+        objective: Objective | None,
+        estimator: DivergenceEstimator | None,
+        directions: Direction,
+        moving: bool,
+        scattering: bool,
     ) -> None:
         """Say what is minimised. To be called by ``__init__``.
 
@@ -92,13 +102,14 @@ class DistilledModel(RangedModel):
             estimator: Divergence estimator of its targets; ``None`` for what is measured, or one probe.
             directions: Orders of time that the map declares.
             moving: Whether the velocity that is learned from changes as training goes on.
+            scattering: Whether targets then include conditional velocities.
 
         Raises:
             ValueError: If the objective trains other directions than the map declares.
         """
         self.estimator, self._estimator_given = estimator or Hutchinson(), estimator is not None
         self._trained_directions, self._chosen = directions, objective is not None
-        self._set_objective(objective or default_objective(directions, moving))
+        self._set_objective(objective or default_objective(directions, moving, scattering))
 
     @property
     def objective(self) -> Objective:
@@ -254,7 +265,9 @@ class DistilledModel(RangedModel):
         """
         if moving_in_0_1 is not None and not self._chosen:
             before = self.objective.quantization
-            self._set_objective(default_objective(self._trained_directions, moving_in_0_1))
+            taken = default_objective(self._trained_directions, moving_in_0_1, scattering=True)
+            taken.nodes = None
+            self._set_objective(taken)
             self.objective.quantize(before)
         if states:
             state: Mapping[str, Any] = own_state(states)

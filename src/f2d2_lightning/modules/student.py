@@ -156,7 +156,7 @@ class F2D2Module(FlowModule, DistilledModel):
         if from_file:
             # so that the student is made again without its teacher
             self.save_hyperparameters({"shape": list(self.shape), **kept.described_network()})
-        self.distill(objective, estimator, flow_map.directions, teacher is None)
+        self.distill(objective, estimator, flow_map.directions, moving=teacher is None, scattering=teacher is None)
         if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
             raise ValueError(
                 f"the head's baseline is on {type(head.baseline.path).__name__}, the objective on "
