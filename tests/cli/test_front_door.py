@@ -145,7 +145,7 @@ def test_a_folder_of_images(folder):
     (folder / "images").mkdir()
     pictures(folder / "images")
     trained("--data", "images")
-    found = likelihoods("images", "--convert", "true", "--square", "true", "--resize", "true", "--steps", "2")
+    found = likelihoods("images", "--steps", "2")
     assert len(found) == 12
     assert all(np.isfinite(float(row["bits_per_dim"])) for row in found)
 

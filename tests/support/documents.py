@@ -15,8 +15,9 @@ _made = lightning.Trainer.__init__
 
 @functools.wraps(_made)
 def _short(self, *args, **given):
-    few = dict(max_steps=2, max_epochs=None, limit_val_batches=1, limit_test_batches=1, num_sanity_val_steps=0)
+    few = dict(max_steps=2, max_epochs=None, limit_train_batches=2, limit_val_batches=1, limit_test_batches=1)
     few |= dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    few |= dict(num_sanity_val_steps=0)
     _made(self, *args, **{**given, **few})
 
 lightning.Trainer.__init__ = _short

@@ -203,11 +203,11 @@ class Gallery:
         unit, name, values, reference = model.unit, model.reference_name, measured.values, measured.reference
         if measured.samples:
             columns = math.ceil(math.sqrt(self.samples))
-            shown = dict(measured.samples)
+            beside = dict(measured.samples)
             if measured.x is not None:
                 # what samples should look like
-                shown["data"] = measured.x[: len(next(iter(shown.values())))].cpu()
-            figures["samples"] = sample_figure(shown, model.low, model.high, columns)
+                beside["data"] = measured.x[: len(next(iter(beside.values())))].cpu()
+            figures["samples"] = sample_figure(beside, model.low, model.high, columns)
         if reference is not None:
             # the first samples, up to the last one that has a reference
             count = int((~reference.isnan()).nonzero().max()) + 1

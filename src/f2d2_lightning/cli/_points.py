@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from f2d2_lightning.cli._common import class_count, imported, warn
 from f2d2_lightning.data.dataset import DequantizedDataset
-from f2d2_lightning.data.images._reader import ImageFiles, read_images
+from f2d2_lightning.data.images._reader import Framing, ImageFiles, read_images
 from f2d2_lightning.data.images._stores import SUFFIXES
+from f2d2_lightning.data.images.folder import ImageFolder
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.data.table import Table, read_rows
 from f2d2_lightning.likelihood.model import LikelihoodModel
@@ -51,22 +52,25 @@ class Reading:
 
     seed: int = 0
     convert: bool = False
-    resize: bool = False
-    square: bool = False
+    framing: Framing | None = None
     requantize: bool = False
     """Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``."""
     units: Table | None = None
     """Of floating numbers, where the model was trained on a table that was standardised."""
 
 
-def units_of(checkpoint: str) -> Table | None:
-    """The units of the table that a checkpoint's model was trained on, if it was on one."""
-    kept = None if Path(checkpoint).is_dir() else read_checkpoint(checkpoint).get(Table.__qualname__)
-    if not isinstance(kept, Mapping) or "center" not in kept:
-        return None
-    units = Table("")
-    units.load_state_dict(kept)
-    return units
+def reading_of(checkpoint: str, given: Reading) -> Reading:
+    """How the model of a checkpoint's training read files, with what was given besides."""
+    kept = {} if Path(checkpoint).is_dir() else read_checkpoint(checkpoint)
+    table, images = (kept.get(cls.__qualname__) for cls in (Table, ImageFolder))
+    if isinstance(table, Mapping) and "center" in table:
+        units = Table("")
+        units.load_state_dict(table)
+        given = replace(given, units=units)
+    if isinstance(images, Mapping):
+        framing = given.framing or Framing(1, images.get("crop"), images.get("resize"))
+        given = replace(given, convert=given.convert or bool(images.get("convert")), framing=framing)
+    return given
 
 
 @dataclass
@@ -254,7 +258,7 @@ def _from_rows(path: Path, rows: Tensor, classes: Tensor | None, module: Likelih
 
 
 def _from_images(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
-    images = read_images(path, module.shape, convert=reading.convert, resize=reading.resize, square=reading.square)
+    images = read_images(path, module.shape, convert=reading.convert, framing=reading.framing)
     labels = _folder_labels(path, images, module) if module.conditional else None
     dataset = _dequantized(path, images.values, labels, module, reading, eight_bit=True)
     return Points.of(path, dataset, names=images.names)

@@ -69,8 +69,6 @@ class Found:
     """The data module, as a configuration says it."""
     said: str
     """In words."""
-    options: str = ""
-    """Of ``f2d2 nll``, for the same data."""
 
 
 def init_command(arguments: list[str]) -> None:
@@ -137,7 +135,7 @@ def _init(options: Any) -> None:
         say(f"  f2d2 fit --config {path}")
     last = folder / "student" / "checkpoints" / "last.ckpt"
     say(f"  f2d2 test --config {files['student']} --ckpt_path last")
-    say(f"  f2d2 nll --ckpt {last} --data {options.data}{found.options} --steps 4 --out {folder / 'nll.csv'}")
+    say(f"  f2d2 nll --ckpt {last} --data {options.data} --steps 4 --out {folder / 'nll.csv'}")
 
 
 def _written(comment: str, model: dict[str, Any], data: dict[str, Any], steps: int, folder: Path, name: str) -> str:
@@ -230,10 +228,8 @@ def _look_at_images(path: Path, size: int | None) -> Found:
     # sides that a network can halve twice
     side = size or max(4, min(LARGEST, smallest) // 4 * 4)
     init: dict[str, Any] = {"folder": str(path), "size": side, "channels": 3 if colours else 1}
-    options = " --convert true"
     if sizes != {(side, side)}:
         init |= {"crop": "square", "resize": "bicubic"}
-        options += " --square true --resize true"
     init |= {"convert": True}
     held_out = max(1, min(1000, len(rows) // 10))
     if len(rows) < 3:
@@ -245,4 +241,4 @@ def _look_at_images(path: Path, size: int | None) -> Found:
     )
     said = f"{len(rows):,} {'colour' if colours else 'grey'} images{resized}"
     what = {"class_path": "f2d2_lightning.data.ImageFolder", "init_args": init}
-    return Found(shape, len(rows) - 2 * held_out, 256, what, said, options)
+    return Found(shape, len(rows) - 2 * held_out, 256, what, said)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from f2d2_lightning.cli._common import add_model, check_labels, load_model, say
 from f2d2_lightning.cli._mistakes import in_a_line, parsed
-from f2d2_lightning.cli._points import DATA, Points, Reading, load_points, units_of
+from f2d2_lightning.cli._points import DATA, Points, Reading, load_points, reading_of
 from f2d2_lightning.cli._tables import Column, check_table_path, write_table
+from f2d2_lightning.data.images._reader import Framing
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.mirror import mirrored_log_prob
@@ -73,9 +74,11 @@ def nll_command(arguments: list[str]) -> None:
     )
     parser.add_argument("--compare_args", type=dict, default=None, help="arguments of that data module, as JSON")
     parser.add_argument("--convert", type=bool, default=False, help="convert images to the model's channels")
-    parser.add_argument("--resize", type=bool, default=False, help="resize images, before dequantization")
     parser.add_argument(
-        "--square", type=bool, default=False, help="cut the largest square about the centre out of images first"
+        "--resize",
+        type=bool,
+        default=False,
+        help="resize images, before dequantization; by default they are cropped and resized as in training",
     )
     parser.add_argument(
         "--requantize", type=bool, default=False, help="bring 8-bit values to the model's levels: floor(v levels / 256)"
@@ -117,8 +120,8 @@ def _nll(options: Any) -> None:
         if module.class_names and names != module.class_names:
             raise ValueError(f"--classes are {names}, and the checkpoint has {module.class_names}; leave --classes out")
         module.class_names = names
-    reading = Reading(options.seed, options.convert, options.resize, options.square, options.requantize)
-    reading = replace(reading, units=units_of(options.ckpt))
+    framing = Framing(1, resize="bicubic") if options.resize else None
+    reading = reading_of(options.ckpt, Reading(options.seed, options.convert, framing, options.requantize))
     points, others = load_points(options.data, options.data_args, module, reading), None
     if options.compare is not None:
         reading = replace(reading, seed=mix_seed(options.seed, "compare"))

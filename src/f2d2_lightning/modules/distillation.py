@@ -54,15 +54,18 @@ def default_objective(directions: Direction, moving: bool, scattering: bool) -> 
     """
     if not moving:
         return TrajectoryRegression(intervals=Intervals(directions))
+    scatter = {
+        "starts": {"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4},
+        "weighting": Weighting(),
+    }
     return TrajectoryRegression(
         nodes=MOVING_NODES,
         capacity=2048,
         max_mib=64.0,
         refresh=8.0,
         chunk=256,
-        starts={"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4},
         intervals=Intervals(directions),
-        weighting=Weighting() if scattering else None,
+        **(scatter if scattering else {}),  # type: ignore[arg-type]
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -159,7 +159,7 @@ class ImageFiles:
 
 
 def read_images(
-    path: str | Path, shape: Sequence[int], *, convert: bool = False, resize: bool = False, square: bool = False
+    path: str | Path, shape: Sequence[int], *, convert: bool = False, framing: Framing | None = None
 ) -> ImageFiles:
     """Read a folder of images, or one image.
 
@@ -168,9 +168,8 @@ def read_images(
         shape: Of one image, ``(C, H, W)``: 1 channel is grey, 2 grey with alpha, 3 RGB, 4 RGB with alpha.
         convert: Convert images of another mode, as Pillow does: grey is ITU-R 601-2 luma, RGB of grey repeats it.
             Transparent pixels and more than 8 bits a value are refused all the same.
-        resize: Bring images of another size to ``H x W``: bicubic with antialiasing, rounded to 8 bits, aspect ratio
-            not kept.
-        square: Cut out the largest square about the centre first.
+        framing: Crop and filter that bring images of another size to ``H x W``, whose own size is not looked at; by
+            default they are refused.
 
     Raises:
         FileNotFoundError: If there is neither a folder nor a file.
@@ -194,5 +193,5 @@ def read_images(
         except UnicodeEncodeError as error:
             raise ValueError(f"the name {name!r} is not Unicode and cannot go into a table; rename the file") from error
     channels, height, width = shape
-    framing = Framing((width, height), "square" if square else None, "bicubic" if resize else None)
+    framing = Framing((width, height)) if framing is None else replace(framing, size=(width, height))
     return ImageFiles(ImageReader(store, rows, channels, framing, convert)[:], names)
