@@ -83,6 +83,7 @@ def test_commands_are_known(page):
     for line, command in commands_of(page):
         words = [word for word in shlex.split(command) if "=" not in word or word.startswith("-")]
         assert words[0] == "f2d2" or words[0] in NOT_RUN, (line, command)
+        assert all((HOUSE / word).exists() for word in words if word.endswith(".py")), (line, command)
         if words[0] == "f2d2":
             configs = [following for word, following in itertools.pairwise(words) if word == "--config"]
             for config in configs:

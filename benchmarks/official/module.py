@@ -16,8 +16,9 @@ from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import like
+from f2d2_lightning.likelihood._inputs import check_state
 from f2d2_lightning.likelihood._log_prob import LogProb
-from f2d2_lightning.likelihood.sampling import check_state, normal_log_prob
+from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.nn.head import JointFlowMap

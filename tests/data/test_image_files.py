@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from f2d2_lightning.data.images._files import decoded
-from f2d2_lightning.data.images._reader import read_images
+from f2d2_lightning.data.images._reader import Framing, read_images
 
 GRAY, COLOUR = (1, 5, 4), (3, 5, 4)
 
@@ -129,7 +129,7 @@ def test_resizing_gives_the_models_size_and_integers(tmp_path):
     message = r"big.png is 24 x 30 \(width x height\), and 4 x 5 is expected.*--resize true"
     with pytest.raises(ValueError, match=message):
         read_images(tmp_path, GRAY)
-    values, _ = read(tmp_path, GRAY, resize=True)
+    values, _ = read(tmp_path, GRAY, framing=Framing(1, resize="bicubic"))
     # inner pixels of a linear ramp stay what they were; an image of the right size is left alone
     assert np.abs(values[0, 1:-1, 1:-1].astype(int) - np.arange(20).reshape(5, 4)[1:-1, 1:-1] * 10).max() <= 1
     assert np.array_equal(values[1], pixels(5, 4))

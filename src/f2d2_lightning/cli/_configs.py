@@ -65,6 +65,11 @@ def find_config(given: str) -> str:
     )
 
 
+def shown_config(path: object) -> str:
+    """What ``--config`` may say for a file: its name, where it comes with the package."""
+    return next((name for name, file in config_names().items() if str(file) == str(path)), str(path))
+
+
 def with_configs(arguments: list[str]) -> list[str]:
     """Arguments of a command, whose configurations may be named."""
     found = list(arguments)

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from f2d2_lightning import _moved
 from f2d2_lightning.callbacks import JointSummary, LastCheckpoint, RunProgress, TestReport
 from f2d2_lightning.cli._common import working_directory
+from f2d2_lightning.cli._configs import shown_config
 from f2d2_lightning.cli._mistakes import in_a_line, suggesting
 from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint
 from f2d2_lightning.data.module import FlowDataModule
@@ -29,6 +30,8 @@ from f2d2_lightning.training.folders import run_folder
 from f2d2_lightning.training.loading import check_checkpoint
 from f2d2_lightning.utils.files import whole_file
 
+NOT_SAID = ("\U0001f4a1", "TPU available", "Trainer already configured with model summary")
+"""Beginnings of what Lightning logs and nobody needs."""
 CONFIG = "config.yaml"
 ELSEWHERE = (
     "Choose another folder (--trainer.logger.init_args.version NAME), remove it, or go on all the same with what is "
@@ -136,7 +139,7 @@ class F2D2CLI(LightningCLI):
             return
         say(f"trained: {newest}")
         if getattr(self.model, "steps", ()):
-            named = " ".join(f"--config {path}" for path in config or ()) or "--config ..."
+            named = " ".join(f"--config {shown_config(path)}" for path in config or ()) or "--config ..."
             say(f"next: f2d2 test {named} --ckpt_path last")
             self._say_uses(newest)
 
@@ -265,9 +268,7 @@ def _be_quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(
-            lambda record: not str(record.msg).startswith(("\U0001f4a1", "TPU available"))
-        )
+        logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(NOT_SAID))
 
 
 def lightning_command(arguments: list[str]) -> None:

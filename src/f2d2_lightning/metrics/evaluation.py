@@ -108,6 +108,7 @@ class LikelihoodEvaluation:
         reference_error: Tensor | None = None,
         counted: Tensor | None = None,
         own: Mapping[int, Tensor] | None = None,
+        once_more: bool = True,
     ) -> None:
         """Likelihoods of a batch at every step count, and its way to noise and back.
 
@@ -120,6 +121,7 @@ class LikelihoodEvaluation:
             reference_error: Their standard errors over random probes, ``(C,)``, nats, where they are known.
             counted: Which samples count, ``(B,)`` bool: repeated ones, at the end, do not. All by default.
             own: Log-likelihoods of the first samples by the map's own changes of volume, by step count, ``(D,)``, nats.
+            once_more: Whether those that are compared may be asked for once more, in twice as many steps, for error bars.
         """
         values, errors = {}, {}
         for k in self.steps:
@@ -136,7 +138,7 @@ class LikelihoodEvaluation:
                 self._own_gaps[k].update(above[above.isfinite()])
                 self._own_errors[k].update(above[above.isfinite()].abs())
         if reference is not None:
-            self._compare_with_itself(log_prob, x, cond, values, errors, reference)
+            self._compare_with_itself(log_prob if once_more else None, x, cond, values, errors, reference)
         for draw in range(1, self.draws):
             assert self.quantization is not None
             again = draw_again(x, self.quantization, draw)
@@ -152,7 +154,7 @@ class LikelihoodEvaluation:
 
     def _compare_with_itself(
         self,
-        log_prob: Callable[[Tensor, int, Tensor | None], LogProb],
+        log_prob: Callable[[Tensor, int, Tensor | None], LogProb] | None,
         x: Tensor,
         cond: Tensor | None,
         values: Mapping[int, Tensor],
@@ -164,6 +166,8 @@ class LikelihoodEvaluation:
         for k in self.steps:
             finer = values.get(2 * k)
             if finer is None:
+                if log_prob is None:
+                    continue
                 finer = log_prob(x[:count], 2 * k, None if cond is None else cond[:count]).value[None]
             value = values[k][0, :count]
             miss = errors[k][:count].sqrt() if errors else torch.zeros_like(value)

@@ -88,7 +88,8 @@ class DistilledModel(RangedModel):
     draws: int
     """Dequantization draws per sample that validation averages few-step likelihoods over."""
     reference_samples: int | None
-    """Samples per evaluation that are compared with the reference, the first ones of the data; ``None`` for all."""
+    """Samples per evaluation that are compared with the reference, the first ones of the data; ``None`` for 64 while
+    training, and else all."""
 
     def distill(
         self,

@@ -89,6 +89,8 @@ class SharedReference:
             self.model.reference_choice = None
 
 
+IN_TRAINING = 64
+"""Samples that are compared with the reference while a model trains, where nothing is said."""
 OWN, OWN_IN_TEST = 2**12, 2**18
 """Derivatives that a validation, and a test, may take to compare the head with the map's own changes of volume."""
 
@@ -109,19 +111,21 @@ class Evaluation:
         # whose derivative was compared with differences
         self._checked: Any = None
         self._cost = (0.0, 0)  # seconds, evaluations per sample
-        self._owned = 0
+        self._owned, self._sharded = 0, False
 
     def start(self, trainer: L.Trainer) -> None:
         """Begin a pass over the data."""
         model = self.model
         self._places = Places(trainer)
-        self._shared = SharedReference(model, trainer, model.reference_samples, self._identity_of)
+        training = trainer.state.fn == "fit"
+        self._most = IN_TRAINING if model.reference_samples is None and training else model.reference_samples
+        self._shared = SharedReference(model, trainer, self._most, self._identity_of)
         self._identity, self._checked = (None, None), None
         self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, model.draws)
         derivatives = Determinant().derivatives(model.dim) * sum(model.steps)
         # all processes must call a sharded network equally often
-        sharded = process_count() > 1 and is_sharded(model.joint)
-        self._owned = 0 if sharded else min(64, (OWN_IN_TEST if trainer.testing else OWN) // derivatives)
+        self._sharded = process_count() > 1 and is_sharded(model.joint)
+        self._owned = 0 if self._sharded else min(64, (OWN_IN_TEST if trainer.testing else OWN) // derivatives)
         if not model.reference_fixed:
             # the model's own diagonal has changed since
             self._cost = (0.0, 0)
@@ -132,7 +136,7 @@ class Evaluation:
         assert self.likelihoods is not None
         model = self.model
         place, counted = self._places.take(len(x), loader)
-        most = model.reference_samples
+        most = self._most
         compared = int((counted if most is None else counted & (place < most)).sum())
         velocity = model.reference_velocity()
         reference = error = None
@@ -143,7 +147,7 @@ class Evaluation:
         sample = model.sample if Direction.TO_DATA in model.directions else None
         few = int((counted & (place < self._owned)).sum())
         own = self._own_density(x[:few], None if cond is None else cond[:few]) if few else None
-        self.likelihoods.evaluate(model.log_prob, sample, x, cond, reference, error, counted, own)
+        self.likelihoods.evaluate(model.log_prob, sample, x, cond, reference, error, counted, own, not self._sharded)
 
     def _own_density(self, x: Tensor, cond: Tensor | None) -> dict[int, Tensor] | None:
         """Log-likelihoods by the changes of volume of the map's own jumps, by step count, ``(B,)``, nats.

@@ -63,7 +63,8 @@ class F2D2Module(FlowModule, DistilledModel):
             the released JAX code).
         steps: Step counts that validation reports.
         draws: Dequantization draws per sample that validation averages few-step likelihoods over.
-        reference_samples: Samples per evaluation compared with the reference, the data's first; ``None`` for all.
+        reference_samples: Samples per evaluation compared with the reference, the data's first; ``None`` for 64 while
+            training, and all in ``validate`` and ``test``.
         inversion: For maps that only go to data: how validation and :meth:`log_prob` invert them.
         levels: Levels of discrete data, for bits per dimension; ``None`` takes the teacher's, if any, else those of the
             data module or of the checkpoint; where these say none, data are continuous and reported in nats.
@@ -236,7 +237,8 @@ class F2D2Module(FlowModule, DistilledModel):
         super().setup(stage)
         if stage == "predict":
             return
-        if stage in ("validate", "test") and not self.trained:
+        # weights of a checkpoint come after this
+        if stage in ("validate", "test") and not self.trained and self.trainer.ckpt_path is None:
             rank_zero_warn(
                 f"this {type(self).__name__} was not trained: its likelihoods are those of its initial weights. Fit it "
                 "first, or load a checkpoint (ckpt_path=...)"

@@ -188,13 +188,14 @@ def _objects(checkpoint: dict[str, Any], path: Any, arguments: Mapping[str, Any]
     """
     own: Any = checkpoint.get("f2d2")
     kept = own.get("objects") if isinstance(own, dict) else None
-    if arguments.get("flow_map") is not None:
+    teacher = arguments.get("teacher")
+    if arguments.get("flow_map") is not None or not (teacher is None or isinstance(teacher, (str, Path))):
+        # a teacher that is given has the network
         return {}
     if not isinstance(kept, dict) or "model" not in kept:
-        if isinstance(arguments.get("teacher"), (str, Path)):
+        if teacher is not None:
             raise ValueError(
-                f"{path} does not describe its network, which was that of the teacher {arguments['teacher']}; give it: "
-                "flow_map=..."
+                f"{path} does not describe its network, which was that of the teacher {teacher}; give it: flow_map=..."
             )
         return {}
     check_extent(kept, str(path))
