@@ -121,7 +121,7 @@ class LikelihoodEvaluation:
             reference_error: Their standard errors over random probes, ``(C,)``, nats, where they are known.
             counted: Which samples count, ``(B,)`` bool: repeated ones, at the end, do not. All by default.
             own: Log-likelihoods of the first samples by the map's own changes of volume, by step count, ``(D,)``, nats.
-            once_more: Whether those that are compared may be asked for once more, in twice as many steps, for error bars.
+            once_more: Whether those that are compared may be asked for in twice as many steps too, for error bars.
         """
         values, errors = {}, {}
         for k in self.steps:
