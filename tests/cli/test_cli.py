@@ -124,6 +124,15 @@ def test_a_run_of_another_configuration_is_refused(at_home):
     assert (at_home / "runs/digits/mine/checkpoints/last.ckpt").read_bytes() == before
 
 
+def test_what_a_run_shows_of_itself_may_change(at_home, capsys):
+    digits_run("shown", "--trainer.max_steps=2")
+    shown = ["--trainer.enable_model_summary=true", "--trainer.callbacks=f2d2_lightning.callbacks.JointSummary"]
+    with pytest.raises(SystemExit) as stop:
+        digits_run("shown", "--trainer.max_steps=2", *shown)
+    assert stop.value.code == 0
+    assert "finished: nothing to do" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_left_alone(at_home, capsys):
     digits_run("done", "--trainer.max_steps=2")
     files = {path: path.stat().st_mtime_ns for path in (at_home / "runs/digits/done").rglob("*")}

@@ -162,7 +162,7 @@ def test_a_table_in_its_own_units(folder, capsys):
     x = torch.tensor(rows(), dtype=torch.float32)
     # by hand: a density changes by the volume of the units
     states = (x - data.center) / data.scale
-    expected = student.log_prob(states, 4).value.double().detach() - data.scale.double().log().sum()
+    expected = student.log_prob(states, 4).value.double() - data.scale.double().log().sum()
     assert torch.allclose(got, expected, atol=1e-3)
     assert data.scale.tolist() == pytest.approx([1.0, 100.0, 0.01], rel=0.15)
 
@@ -176,6 +176,20 @@ def test_a_network_of_ones_own(folder):
     finally:
         sys.modules.pop("my_net", None)
     assert len(found) == 300
+
+
+def test_predictions_are_written_and_hyphens_will_do(folder):
+    f2d2("init", "mine", "--data", "digits")
+    for name in ("teacher", "student"):
+        f2d2("fit", "--config", f"mine/{name}.yaml", *SHORT)
+    f2d2("predict", "--config", "mine/student.yaml", "--ckpt-path", "last", "--trainer.accelerator=cpu")
+    with open("mine/student/predictions.csv", newline="") as file:
+        found = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    x = f2.data.Digits().dataset("test").__getitems__(list(range(300)))
+    expected = f2.load("mine/student/checkpoints/last.ckpt").log_prob(x, 2).value
+    assert [float(row["log_prob_2"]) for row in found] == pytest.approx(expected.tolist(), abs=1e-3)
+    with pytest.raises(ValueError, match="for students"):
+        f2d2("predict", "--config", "mine/teacher.yaml", "--ckpt_path", "last", "--trainer.accelerator=cpu")
 
 
 def test_a_name(folder):
@@ -214,3 +228,14 @@ def test_splits_of_a_table_are_disjoint_and_standardised(tmp_path):
     again = Table(str(tmp_path / "rows.npy"), val=0.1, test=0.2)
     again.load_state_dict(data.state_dict())
     assert torch.equal(again.dataset("test").values, parts["test"])
+
+
+def test_states_of_several_axes_have_one_unit(tmp_path):
+    generator = np.random.default_rng(0)
+    np.save(tmp_path / "maps.npy", 5 + 3 * generator.normal(size=(200, 1, 4, 4)))
+    data = Table(str(tmp_path / "maps.npy"))
+    train = data.dataset("train").values
+    assert train.shape[1:] == (1, 4, 4)
+    assert (float(train.mean()), float(train.std())) == pytest.approx((0, 1), abs=1e-4)
+    assert len({*data.scale.flatten().tolist()}) == 1
+    assert data.log_scale == pytest.approx(16 * np.log(3), rel=0.05)

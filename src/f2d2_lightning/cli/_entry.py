@@ -16,7 +16,7 @@ commands:
              the same command goes on with a run that was interrupted
   test       likelihoods beside the teacher's, a table, pictures:  f2d2 test --config ... --ckpt_path last
   validate   the same of validation data, without a report
-  predict    log-likelihoods of a data module's test data, to a file:  f2d2 predict --config ... --ckpt_path last
+  predict    log-likelihoods of a run's own test data, in a table:  f2d2 predict --config ... --ckpt_path last
   nll        log-likelihood of every sample of any data:  f2d2 nll --ckpt ... --data digits --steps 4 --out nll.csv
   sample     draw samples:  f2d2 sample --ckpt ... --steps 2 --num 64 --out grid.png
   configs    list the configurations that come with the package:  f2d2 fit --config digits_teacher
@@ -28,9 +28,15 @@ _LIGHTNING = ("fit", "validate", "test", "predict")
 _OTHERS = ("init", "nll", "sample")
 
 
+def _underscored(text: str) -> str:
+    """An option whose words may be joined by hyphens, ``--batch-size=8``, as it is called."""
+    name, equals, value = text.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if text.startswith("--") else text
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``f2d2``."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    given = [_underscored(text) for text in (sys.argv[1:] if arguments is None else arguments)]
     if "--debug" in given:
         given.remove("--debug")
         os.environ["F2D2_DEBUG"] = "1"

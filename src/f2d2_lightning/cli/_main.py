@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
@@ -23,7 +24,8 @@ from f2d2_lightning.callbacks import JointSummary, LastCheckpoint, RunProgress, 
 from f2d2_lightning.cli._common import working_directory
 from f2d2_lightning.cli._configs import shown_config
 from f2d2_lightning.cli._mistakes import in_a_line, suggesting
-from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint
+from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint, of_the_run
+from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.modules import FlowModule
 from f2d2_lightning.training.folders import run_folder
@@ -149,6 +151,28 @@ class F2D2CLI(LightningCLI):
             say(f"report, tables and pictures: {run_folder(self.trainer)}")
             self._say_uses(self.config_init["test"]["ckpt_path"])
 
+    def before_predict(self) -> None:
+        """See to it that there is something to predict, and one process to write it.
+
+        Raises:
+            ValueError: Of a teacher; with several processes, each of which would have a share.
+        """
+        if not getattr(self.model, "steps", ()):
+            raise ValueError("f2d2 predict is for students; a teacher's own likelihoods are those of f2d2 test")
+        if self.trainer.world_size > 1:
+            raise ValueError(f"devices={self.trainer.world_size}; f2d2 predict is for one: --trainer.devices 1")
+        self._before_evaluation()
+
+    def after_predict(self) -> None:
+        """Write what a student predicts: the log-likelihood of each sample at each number of steps."""
+        parts = self.trainer.predict_loop.predictions
+        path = run_folder(self.trainer) / "predictions.csv"
+        found = {k: torch.cat([part[k] for part in parts]).cpu().double().tolist() for k in parts[0]}
+        columns = [Column("index", list(range(len(next(iter(found.values()))))))]
+        columns += [Column(f"log_prob_{k}", values, "nats") for k, values in found.items()]
+        write_table(path, columns, overwrite=True)
+        say(f"wrote {path}")
+
     def _say_uses(self, checkpoint: Any) -> None:
         say(f"      f2d2 sample --ckpt {checkpoint} --steps 2 --num 64 --out samples.png")
         say(f"      f2d2 nll --ckpt {checkpoint} --data DATA --steps 4 --out nll.csv")
@@ -224,7 +248,7 @@ class F2D2CLI(LightningCLI):
         if config["ckpt_path"] is not None and not _is_elsewhere(config["ckpt_path"]):
             check_checkpoint(config["ckpt_path"])
 
-    before_validate = before_test = before_predict = _before_evaluation
+    before_validate = before_test = _before_evaluation
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # a checkpoint from anywhere is read as plain values
@@ -249,7 +273,7 @@ class F2D2CLI(LightningCLI):
         if not isinstance(before, dict):
             return [f"{path} cannot be read"]
         alike = {"ckpt_path": None} | ({"seed_everything": None} if self._seed_was_drawn else {})
-        return list(differences({**before, **alike}, {**now, **alike}))
+        return list(differences(of_the_run({**before, **alike}), of_the_run({**now, **alike})))
 
     def _set_seed(self) -> None:
         # a run that goes on has the seed of its beginning in its checkpoint

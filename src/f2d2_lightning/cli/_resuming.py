@@ -12,6 +12,17 @@ from f2d2_lightning.callbacks.last_checkpoint import NAMES, LastCheckpoint
 from f2d2_lightning.training.loading import check_checkpoint
 
 _MISSING = object()
+SHOWING = ("enable_progress_bar", "enable_model_summary")
+SHOWN = (
+    "RichProgressBar",
+    "TQDMProgressBar",
+    "RunProgress",
+    "JointSummary",
+    "ModelSummary",
+    "RichModelSummary",
+    "TestReport",
+)
+"""Arguments of a Trainer and callbacks that change nothing of what is trained."""
 
 
 def newest_checkpoint(checkpoints: Path, requeued: Path) -> Path | None:
@@ -36,6 +47,17 @@ def is_finished(path: Path) -> bool:
     # of a folder of shards, the part that is not sharded
     content = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True, mmap=True, map_location="cpu")
     return bool(content.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("finished"))
+
+
+def of_the_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what a run only shows of itself, which another start may show or not."""
+    trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name not in SHOWING}
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    kept = [
+        c for c in callbacks if str(c.get("class_path") if isinstance(c, dict) else c).rpartition(".")[2] not in SHOWN
+    ]
+    return {**config, "trainer": {**trainer, "callbacks": kept or None}}
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -74,9 +74,10 @@ def _is_number(text: str) -> bool:
 class Table(FlowDataModule):
     """Rows of a ``.csv``, ``.npy`` or ``.npz`` file, divided at random, standardised by those to train on.
 
-    Floating numbers are states: each entry minus its mean over the training rows, by its deviation, which a checkpoint
-    keeps. Integers ``(N, C, H, W)`` are images, dequantized to [-1, 1]. Log-likelihoods of a model are those of the
-    states; in the units of the file they are less by :attr:`log_scale`, as ``f2d2 nll`` reports them.
+    Floating numbers are states: each column minus its mean over the training rows, by its deviation, which a checkpoint
+    keeps; of states of several axes all entries by the same two. Integers ``(N, C, H, W)`` are images, dequantized to
+    [-1, 1]. Log-likelihoods of a model are those of the states; in the units of the file they are less by
+    :attr:`log_scale`, as ``f2d2 nll`` reports them.
 
     Args:
         path: The file; see :func:`read_rows`.
@@ -133,7 +134,10 @@ class Table(FlowDataModule):
             self.quantization = Quantization(self._said_levels or 256)
         elif self.standardize and self.center is None:
             train = rows[parts[0]].double()
-            self.center, deviation = train.mean(0).float(), train.std(0).float()
+            # of a column each for itself; entries of images and the like differ in scale for other reasons
+            axes = (0,) if train.ndim == 2 else tuple(range(train.ndim))
+            found = (train.mean(axes), train.std(axes))
+            self.center, deviation = (part.float().expand(self.shape).clone() for part in found)
             # a constant stays one, and is said by the checks before training
             self.scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
         return {

@@ -237,12 +237,6 @@ class F2D2Module(FlowModule, DistilledModel):
         super().setup(stage)
         if stage == "predict":
             return
-        # weights of a checkpoint come after this
-        if stage in ("validate", "test") and not self.trained and self.trainer.ckpt_path is None:
-            rank_zero_warn(
-                f"this {type(self).__name__} was not trained: its likelihoods are those of its initial weights. Fit it "
-                "first, or load a checkpoint (ckpt_path=...)"
-            )
         self._follow_teacher()
 
     def _follow_teacher(self) -> None:
@@ -336,6 +330,12 @@ class F2D2Module(FlowModule, DistilledModel):
     # --- evaluation ---
 
     def on_validation_epoch_start(self) -> None:
+        # weights of a checkpoint are there by now
+        if self.trainer.state.fn in ("validate", "test") and not self.trained:
+            rank_zero_warn(
+                f"this {type(self).__name__} was not trained: its likelihoods are those of its initial weights. Fit it "
+                "first, or load a checkpoint (ckpt_path=...)"
+            )
         self.evaluation.start(self.trainer)
 
     on_test_epoch_start = on_validation_epoch_start
