@@ -30,6 +30,7 @@ from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.sampling import Samples, normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
 from f2d2_lightning.utils.checks import at_least, checked, one_of
+from f2d2_lightning.utils.progress import tell
 
 __all__ = ["ADAPTIVE", "FIXED", "WEIGHTS", "reference_log_prob", "reference_sample"]
 
@@ -168,10 +169,14 @@ def reference_log_prob(
         drawn = SampleProbes(estimator, x, seed)
         fixed_probes = drawn.draw() if method in ADAPTIVE or isinstance(estimator, StillProbe) else None
     calls, scatter = 0, _Scatter(method)
+    # adaptive solvers do not know how many there will be
+    expected = 0 if method in ADAPTIVE or steps is None else steps * len(WEIGHTS[method])
 
     def right_side(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
+        if expected:
+            tell("reference", calls, expected)
         if isinstance(estimator, Hutchinson):
             eps = drawn.draw() if fixed_probes is None else fixed_probes
             v, estimates = estimator.per_probe(field, Point(state[0], t, cond), eps)

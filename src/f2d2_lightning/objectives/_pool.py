@@ -16,6 +16,7 @@ from f2d2_lightning.objectives.base import Examples
 from f2d2_lightning.objectives.integrator import integrate_both_ways
 from f2d2_lightning.objectives.sources import VelocitySource
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
+from f2d2_lightning.utils.progress import tell
 
 
 class Trajectories(NamedTuple):
@@ -127,9 +128,10 @@ class TrajectoryPool:
             return
         # the ring goes on writing where it was
         self.ring.next = (self.ring.next - sum(len(e["x"]) for e in entries)) % self.ring.capacity
-        for entry in entries:
+        for number, entry in enumerate(entries, start=1):
             cond = None if entry["cond"] is None else entry["cond"].to(device)
             self._add(source, {**entry, "x": entry["x"].to(device), "cond": cond})
+            tell("trajectories, again", number, len(entries))
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The kept times, and the ring's states, changes and conditioning."""

@@ -35,6 +35,7 @@ from f2d2_lightning.objectives.intervals import Intervals, pick
 from f2d2_lightning.objectives.targets import TargetChoice
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
 from f2d2_lightning.utils.checks import at_least, checked, share
+from f2d2_lightning.utils.progress import tell
 
 __all__ = ["TrajectoryRegression"]
 
@@ -227,6 +228,8 @@ class TrajectoryRegression(Objective):
             self._due -= rows
             for node, (start, labels) in self._starts().draw(student, x, cond, pool.times).items():
                 pool.add(source, start, node, labels)
+            if not self.refresh:
+                tell("trajectories", len(pool), pool.capacity_for(data))
         if pool.full and not self.refresh:
             self._recent = None
 
