@@ -161,10 +161,10 @@ def test_a_table_in_its_own_units(folder, capsys):
     data.setup()
     x = torch.tensor(rows(), dtype=torch.float32)
     # by hand: a density changes by the volume of the units
-    states = (x - data.center) / data.scale
-    expected = student.log_prob(states, 4).value.double() - data.scale.double().log().sum()
+    states = (x - data.units.center) / data.units.scale
+    expected = student.log_prob(states, 4).value.double() - data.units.scale.double().log().sum()
     assert torch.allclose(got, expected, atol=1e-3)
-    assert data.scale.tolist() == pytest.approx([1.0, 100.0, 0.01], rel=0.15)
+    assert data.units.scale.tolist() == pytest.approx([1.0, 100.0, 0.01], rel=0.15)
 
 
 def test_a_network_of_ones_own(folder):
@@ -237,5 +237,5 @@ def test_states_of_several_axes_have_one_unit(tmp_path):
     train = data.dataset("train").values
     assert train.shape[1:] == (1, 4, 4)
     assert (float(train.mean()), float(train.std())) == pytest.approx((0, 1), abs=1e-4)
-    assert len({*data.scale.flatten().tolist()}) == 1
+    assert len({*data.units.scale.flatten().tolist()}) == 1
     assert data.log_scale == pytest.approx(16 * np.log(3), rel=0.05)

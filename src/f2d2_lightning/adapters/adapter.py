@@ -325,6 +325,11 @@ class AdaptedFlowMap(FlowMap, Configured):
         return self.adapter.conditional
 
     @property
+    def probed(self) -> bool:
+        """Whether :attr:`features` are known."""
+        return self._features is not None
+
+    @property
     def features(self) -> int:
         """Channels of the features, known once :meth:`probe` or a call of :meth:`forward_features` has shown them.
 

@@ -193,10 +193,7 @@ class AddedModel(DistilledModel):
     def _make_head(self, flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None) -> Head:
         if self.head is not None and not self.head.reads_features:
             return self.head
-        with evaluating(self._network), torch.no_grad():
-            low, high = (0.25, 0.75) if Direction.TO_DATA in flow_map.directions else (0.75, 0.25)
-            features = flow_map.forward_features(x, low, high, cond)[1]
-        channels = features.shape[1]
+        channels = flow_map.probe(x, cond)
         if self.head is None:
             return default_head(channels, tuple(x.shape[1:]), flow_map)
         if self.head.features != channels:

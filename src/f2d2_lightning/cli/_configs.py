@@ -52,11 +52,11 @@ def find_config(given: str) -> str:
     Raises:
         UsageError: If there is neither.
     """
-    names = config_names()
     # in a clone, configs/NAME.yaml is a file, and elsewhere the same words mean the same
     name = given.removesuffix(".yaml").removesuffix(".yml").removeprefix("./").removeprefix("configs/")
     if Path(given).is_file() or "\n" in given or given.lstrip().startswith("{"):
         return given
+    names = config_names()
     if name in names:
         return str(names[name])
     raise UsageError(

@@ -21,7 +21,10 @@ from rich.text import Text
 
 from f2d2_lightning.cli._configs import closest
 
-KINDS = (ArgumentError, ValueError, TypeError, OSError, ImportError, FloatingPointError)
+KINDS = (
+    *(ArgumentError, ValueError, TypeError, OSError, ImportError, FloatingPointError),
+    MisconfigurationException,
+)
 OURS = Path(__file__).parents[1]
 _NOISE = re.compile(r"^(Does not validate against any|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>)")
 _LONGEST = 400
@@ -33,15 +36,7 @@ def in_a_line() -> Iterator[None]:
     """Let an error of a user end the process with 2 and its message, unless ``--debug`` was given."""
     try:
         yield
-    except (
-        ArgumentError,
-        ValueError,
-        TypeError,
-        OSError,
-        ImportError,
-        FloatingPointError,
-        MisconfigurationException,
-    ) as error:
+    except KINDS as error:
         if os.environ.get("F2D2_DEBUG") or not _is_a_users(error):
             raise
         Console(stderr=True).print("[bold red]error:[/]", Text(message_of(error)), highlight=False, soft_wrap=True)

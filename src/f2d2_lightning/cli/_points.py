@@ -22,7 +22,7 @@ from f2d2_lightning.data.images._reader import Framing, ImageFiles, read_images
 from f2d2_lightning.data.images._stores import SUFFIXES
 from f2d2_lightning.data.images.folder import ImageFolder
 from f2d2_lightning.data.module import FlowDataModule
-from f2d2_lightning.data.table import Table, read_rows
+from f2d2_lightning.data.table import Table, Units, as_rows, read_rows
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.training.batches import check_values
@@ -55,7 +55,7 @@ class Reading:
     framing: Framing | None = None
     requantize: bool = False
     """Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``."""
-    units: Table | None = None
+    units: Units | None = None
     """Of floating numbers, where the model was trained on a table that was standardised."""
 
 
@@ -64,9 +64,7 @@ def reading_of(checkpoint: str, given: Reading) -> Reading:
     kept = {} if Path(checkpoint).is_dir() else read_checkpoint(checkpoint)
     table, images = (kept.get(cls.__qualname__) for cls in (Table, ImageFolder))
     if isinstance(table, Mapping) and "center" in table:
-        units = Table("")
-        units.load_state_dict(table)
-        given = replace(given, units=units)
+        given = replace(given, units=Units(**table))
     if isinstance(images, Mapping):
         framing = given.framing or Framing(1, images.get("crop"), images.get("resize"))
         given = replace(given, convert=given.convert or bool(images.get("convert")), framing=framing)
@@ -232,9 +230,7 @@ def _from_array(path: Path, module: LikelihoodModel, reading: Reading) -> Points
             f"{loaded.shape[:1]} are needed"
         )
     classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    whole = loaded.dtype == np.uint8
-    numbers = torch.from_numpy(loaded if whole else loaded.astype(np.float32 if loaded.dtype.kind == "f" else np.int64))
-    return _from_rows(path, numbers, classes, module, reading)
+    return _from_rows(path, as_rows(loaded), classes, module, reading)
 
 
 def _from_rows(path: Path, rows: Tensor, classes: Tensor | None, module: LikelihoodModel, reading: Reading) -> Points:

@@ -16,7 +16,7 @@ from f2d2_lightning.cli._mistakes import in_a_line, parsed
 from f2d2_lightning.cli._points import DATA
 from f2d2_lightning.data.images._files import decoded
 from f2d2_lightning.data.images._stores import image_rows, open_store
-from f2d2_lightning.data.table import read_rows
+from f2d2_lightning.data.table import Table
 from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["batch_size", "init_command", "lengths", "network"]
@@ -196,21 +196,18 @@ def _look(data: str, size: int | None) -> Found:
 
 
 def _look_at_rows(path: Path) -> Found:
-    rows = read_rows(path)
-    shape, levels = tuple(rows.shape[1:]), None
-    init = {"path": str(path)}
-    if not rows.is_floating_point():
-        if rows.ndim != 4:
-            raise ValueError(
-                f"{path} holds integers of shape {tuple(rows.shape)}; images are (N, channels, height, width). A table "
-                "of counts has no density: give floating numbers, with noise added over each count's width"
-            )
-        levels = 256
-        said = f"{len(rows):,} images of shape {shape}, 256 levels"
-    else:
-        said = f"{len(rows):,} rows of shape {shape}, standardised by those to train on"
-    what = {"class_path": "f2d2_lightning.data.Table", "init_args": init}
-    return Found(shape, len(rows) - 2 * max(1, round(0.15 * len(rows))), levels, what, said)
+    table = Table(str(path))
+    parts = [values for values, _ in table.splits().values()]
+    count, shape, floating = sum(map(len, parts)), table.shape, parts[0].is_floating_point()
+    if not floating and len(shape) != 3:
+        raise ValueError(
+            f"{path} holds integers of shape {(count, *shape)}; images are (N, channels, height, width). A table "
+            "of counts has no density: give floating numbers, with noise added over each count's width"
+        )
+    what = {"class_path": "f2d2_lightning.data.Table", "init_args": {"path": str(path)}}
+    more = "standardised by those to train on" if floating else f"{table.levels} levels"
+    said = f"{count:,} {'rows' if floating else 'images'} of shape {shape}, {more}"
+    return Found(shape, len(parts[0]), table.levels, what, said)
 
 
 def _look_at_images(path: Path, size: int | None) -> Found:
@@ -228,17 +225,16 @@ def _look_at_images(path: Path, size: int | None) -> Found:
     # sides that a network can halve twice
     side = size or max(4, min(LARGEST, smallest) // 4 * 4)
     init: dict[str, Any] = {"folder": str(path), "size": side, "channels": 3 if colours else 1}
+    resized = ""
     if sizes != {(side, side)}:
         init |= {"crop": "square", "resize": "bicubic"}
+        resized = f", their middle brought to {side} x {side} pixels (--size says another)"
     init |= {"convert": True}
     held_out = max(1, min(1000, len(rows) // 10))
     if len(rows) < 3:
         raise ValueError(f"{path} holds {len(rows)} images; at least 3 are needed, to train, validate and test on")
     init |= {"val": held_out, "test": held_out}
     shape = (init["channels"], side, side)
-    resized = (
-        "" if sizes == {(side, side)} else f", their middle brought to {side} x {side} pixels (--size says another)"
-    )
     said = f"{len(rows):,} {'colour' if colours else 'grey'} images{resized}"
     what = {"class_path": "f2d2_lightning.data.ImageFolder", "init_args": init}
     return Found(shape, len(rows) - 2 * held_out, 256, what, said)

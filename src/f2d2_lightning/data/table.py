@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.checks import positive
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["Table", "read_rows"]
+__all__ = ["Table", "Units", "as_rows", "read_rows"]
 
 
 def read_rows(path: str | Path) -> Tensor:
@@ -38,9 +39,14 @@ def read_rows(path: str | Path) -> Tensor:
         raise ValueError(
             f"{path} holds {array.dtype} of shape {array.shape}; numbers of shape (N, ...) are needed, a row a sample"
         )
-    if array.dtype.kind == "f":
-        return torch.from_numpy(array.astype(np.float32))
-    return torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.int64))
+    return as_rows(array)
+
+
+def as_rows(array: np.ndarray) -> Tensor:
+    """Numbers as ``float32``, ``uint8`` or ``int64``, shape of the array."""
+    if array.dtype != np.uint8:
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+    return torch.from_numpy(array)
 
 
 def _read_csv(path: Path) -> np.ndarray:
@@ -69,6 +75,33 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+@dataclass(frozen=True)
+class Units:
+    """Of rows, shape of one each: a state is what is left of a row without ``center``, in ``scale``."""
+
+    center: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Units:
+        """Mean and deviation of rows ``(N, ...)``, of a column each for itself."""
+        # entries of images and the like differ in scale for other reasons
+        axes = (0,) if rows.ndim == 2 else tuple(range(rows.ndim))
+        found = (rows.double().mean(axes), rows.double().std(axes))
+        center, deviation = (part.float().expand(rows.shape[1:]).clone() for part in found)
+        # a constant stays one, and is said by the checks before training
+        return cls(center, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+
+    @property
+    def log_scale(self) -> float:
+        """Logarithm of the volume, in the units of the rows, of a unit of the states."""
+        return float(self.scale.double().log().sum())
+
+    def states(self, rows: Tensor) -> Tensor:
+        """Rows ``(N, ...)`` as states."""
+        return (rows - self.center) / self.scale
 
 
 class Table(FlowDataModule):
@@ -111,15 +144,13 @@ class Table(FlowDataModule):
             raise ValueError(f"val={val} and test={test} of the rows leave none to train on; their sum is below 1")
         self.path, self.standardize, self.val, self.test = path, standardize, val, test
         self._said_levels = levels
-        self.center: Tensor | None = None
-        """Mean of the training rows, once the data are set up or a checkpoint was read; ``None`` for images."""
-        self.scale: Tensor | None = None
-        """Their deviation, likewise."""
+        self.units: Units | None = None
+        """Of floating numbers, once the data are set up or a checkpoint was read."""
 
     @property
     def log_scale(self) -> float:
-        """Logarithm of the volume, in the units of the file, of a unit of the states; 0 for images."""
-        return 0.0 if self.scale is None else float(self.scale.double().log().sum())
+        """What log-likelihoods of states are above those in the units of the file, nats."""
+        return 0.0 if self.units is None else self.units.log_scale
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         rows = read_rows(self.path)
@@ -132,27 +163,14 @@ class Table(FlowDataModule):
         self.shape = tuple(rows.shape[1:])
         if not rows.is_floating_point():
             self.quantization = Quantization(self._said_levels or 256)
-        elif self.standardize and self.center is None:
-            train = rows[parts[0]].double()
-            # of a column each for itself; entries of images and the like differ in scale for other reasons
-            axes = (0,) if train.ndim == 2 else tuple(range(train.ndim))
-            found = (train.mean(axes), train.std(axes))
-            self.center, deviation = (part.float().expand(self.shape).clone() for part in found)
-            # a constant stays one, and is said by the checks before training
-            self.scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-        return {
-            name: (self.states(rows[part]), None) for name, part in zip(("train", "val", "test"), parts, strict=True)
-        }
-
-    def states(self, rows: Tensor) -> Tensor:
-        """Rows in the units of the file as states; integers as they are."""
-        if self.center is None or self.scale is None or not rows.is_floating_point():
-            return rows
-        return (rows - self.center) / self.scale
+        elif self.standardize:
+            self.units = self.units or Units.of(rows[parts[0]])
+            rows = self.units.states(rows)
+        return {name: (rows[part], None) for name, part in zip(("train", "val", "test"), parts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """Units, for a checkpoint."""
-        return {} if self.center is None else {"center": self.center, "scale": self.scale}
+        return {} if self.units is None else dict(vars(self.units))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the units of a checkpoint, in which a model was trained.
@@ -160,13 +178,12 @@ class Table(FlowDataModule):
         Raises:
             ValueError: If the data were set up in others.
         """
-        center, scale = state_dict.get("center"), state_dict.get("scale")
-        if center is None or scale is None:
+        if not state_dict:
             return
-        mine = (self.center, self.scale)
-        if any(have is not None and not torch.equal(have, kept) for have, kept in zip(mine, (center, scale))):
+        kept, mine = Units(**state_dict), self.units
+        if mine is not None and not (torch.equal(mine.center, kept.center) and torch.equal(mine.scale, kept.scale)):
             raise ValueError(
                 f"the rows of {self.path} have other means and deviations than those that the checkpoint's model was "
                 "trained on; give the same file and seed, or ask f2d2 nll, which takes the checkpoint's"
             )
-        self.center, self.scale = center, scale
+        self.units = kept

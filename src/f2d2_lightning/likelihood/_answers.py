@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Answer", "briefly"]
+__all__ = ["Answer"]
 
 NATS = ("value", "log_prob", "standard_error", "log_target")
 """Beginnings of the names of what is in nats."""
@@ -21,7 +21,7 @@ class Answer:
     def __repr__(self) -> str:
         named = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         unit = {name: " nats" * name.startswith(NATS) for name in named}
-        said = [f"{name}={briefly(value)}{unit[name]}" for name, value in named.items() if value is not None]
+        said = [f"{name}={_shown(value)}{unit[name]}" for name, value in named.items() if value is not None]
         return f"{type(self).__name__}({', '.join(said)})"
 
     def numpy(self) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class Answer:
         return {name: as_numpy(value) for name, value in named.items() if value is not None}
 
 
-def briefly(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A tensor by its shape and what it holds: mean and standard deviation, or how many are true."""
     if not isinstance(value, Tensor):
         return repr(value)

@@ -311,8 +311,7 @@ class LikelihoodModel(ABC):
         if steps not in self.error_bars:
             raise ValueError(
                 f"there are no error bars for {steps} steps (for {list(self.error_bars) or 'none'}); validate the "
-                f"model with {steps} among its steps, or "
-                f"calibrate(x, steps=[{steps}]) on states that it was not trained on"
+                f"model with {steps} among its steps, or calibrate(x, steps=[...]) on states that it was not trained on"
             )
         x = self._fitting(x, "x")
         with torch.no_grad():

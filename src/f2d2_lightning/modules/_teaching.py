@@ -11,7 +11,7 @@ from torch import nn
 
 from f2d2_lightning.modules.ema import kept_apart
 from f2d2_lightning.modules.teacher import FlowMatchingModule
-from f2d2_lightning.training.loading import load_module, read_checkpoint
+from f2d2_lightning.training.loading import read_checkpoint, restore_module
 
 if TYPE_CHECKING:
     from f2d2_lightning.modules.student import F2D2Module
@@ -36,17 +36,13 @@ class KeptTeacher:
         self.known = None if self.path else given
         """The teacher, as far as it is known: not loaded yet where it is a file."""
         self.trust = tuple(trust)
+        self.described_network: dict[str, Any] = {}
+        """``{"flow_map": ...}`` as a file that was loaded says it; a script's does not."""
 
     @property
     def there(self) -> bool:
         """Whether there is one, loaded or not."""
         return self.known is not None or self.path is not None
-
-    def described_network(self) -> dict[str, Any]:
-        """``{"flow_map": ...}`` as the file says it; nothing where it does not, as those of a script do not."""
-        assert self.path is not None
-        said = read_checkpoint(self.path).get(FlowMatchingModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        return {"flow_map": said["flow_map"]} if isinstance(said.get("flow_map"), dict) else {}
 
     def keep_apart(self, network: nn.Module) -> None:
         """See to it that training ``network`` does not change the teacher: one that holds it stays as it is now."""
@@ -55,7 +51,10 @@ class KeptTeacher:
     def get(self, device: torch.device, dtype: Any = None) -> Any:
         """The teacher, loaded on first use and moved; ``None`` if there is none."""
         if self.known is None and self.path is not None:
-            self.known = load_module(self.path, FlowMatchingModule, trust=self.trust)
+            checkpoint = read_checkpoint(self.path)
+            self.known = restore_module(checkpoint, self.path, FlowMatchingModule, self.trust, None, {})
+            said = checkpoint.get(FlowMatchingModule.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("flow_map")
+            self.described_network = {"flow_map": said} if isinstance(said, dict) else {}
         # nothing is differentiated with respect to its weights, whose owner may want to train them elsewhere
         return self.known.to(device=device, dtype=dtype).eval() if isinstance(self.known, nn.Module) else self.known
 

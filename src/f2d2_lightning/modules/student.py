@@ -156,7 +156,7 @@ class F2D2Module(FlowModule, DistilledModel):
         self.save_hyperparameters(ignore=object_names(locals(), *objects, "optimizer", "lr_scheduler", "reference"))
         if from_file:
             # so that the student is made again without its teacher
-            self.save_hyperparameters({"shape": list(self.shape), **kept.described_network()})
+            self.save_hyperparameters({"shape": list(self.shape), **kept.described_network})
         self.distill(objective, estimator, flow_map.directions, moving=teacher is None, scattering=teacher is None)
         if head is not None and head.baseline is not None and type(head.baseline.path) is not type(self.objective.path):
             raise ValueError(
@@ -364,9 +364,9 @@ class F2D2Module(FlowModule, DistilledModel):
 
 
 def _feature_channels(flow_map: FlowMap, shape: tuple[int, ...]) -> int:
-    if isinstance(flow_map, AdaptedFlowMap) and flow_map.adapter.conditional is False:
+    if isinstance(flow_map, AdaptedFlowMap) and not flow_map.probed and flow_map.adapter.conditional is False:
         # one call says it, which needs nothing but states
-        return flow_map.probe(torch.zeros(2, *shape))
+        return flow_map.probe(next(flow_map.parameters(), torch.zeros(())).new_zeros(2, *shape))
     channels = getattr(flow_map, "features", None)
     if not isinstance(channels, int):
         raise ValueError(

@@ -151,11 +151,7 @@ def restore_module(
     """A module from the contents of a checkpoint, as :func:`load_module`; in training mode."""
     cls, arguments, trust = described(checkpoint, path, kind, trust)
     tensors, numbers = stored_in(checkpoint["state_dict"], str(path))
-    accepted = takes(cls)
-    objects = (
-        _objects(checkpoint, path, {**arguments, **given}) if accepted.others or "flow_map" in accepted.hints else {}
-    )
-    given = {name: value for name, value in objects.items() if accepted.others or name in accepted.hints} | {**given}
+    given = {**_objects(checkpoint, path, cls, {**arguments, **given}), **given}
     try:
         module = within_size(
             lambda: make(cls, build_arguments(cls, arguments, trust, given)), tensors, numbers, str(path)
@@ -178,20 +174,22 @@ def restore_module(
     return module
 
 
-def _objects(checkpoint: dict[str, Any], path: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _objects(checkpoint: dict[str, Any], path: Any, cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Objects that a script gave to a module, or a student took from its teacher, as the checkpoint describes them.
 
-    How a script's module was trained is not among them, and nothing of it is read.
+    Those that the class takes and that ``arguments`` lack. How a script's module was trained is not among them, and
+    nothing of it is read.
 
     Raises:
         ValueError: If there are none, and the network would be looked for in another file.
     """
+    accepted, teacher = takes(cls), arguments.get("teacher")
+    given = arguments.get("flow_map") is not None or not (teacher is None or isinstance(teacher, (str, Path)))
+    if given or not (accepted.others or "flow_map" in accepted.hints):
+        # a teacher that is given has the network, and a class of one's own makes it
+        return {}
     own: Any = checkpoint.get("f2d2")
     kept = own.get("objects") if isinstance(own, dict) else None
-    teacher = arguments.get("teacher")
-    if arguments.get("flow_map") is not None or not (teacher is None or isinstance(teacher, (str, Path))):
-        # a teacher that is given has the network
-        return {}
     if not isinstance(kept, dict) or "model" not in kept:
         if teacher is not None:
             raise ValueError(
@@ -205,10 +203,11 @@ def _objects(checkpoint: dict[str, Any], path: Any, arguments: Mapping[str, Any]
         # all else is in the configuration
         return {"flow_map": model.flow_map if isinstance(model, JointFlowMap) else model}
     own.pop("objective", None)
-    given = {"flow_map": model.flow_map, "head": model.head} if isinstance(model, JointFlowMap) else {"flow_map": model}
+    found = {"flow_map": model.flow_map, "head": model.head} if isinstance(model, JointFlowMap) else {"flow_map": model}
     kinds = {"reference": Reference} | ({"inversion": Inversion} if isinstance(model, JointFlowMap) else {})
-    made = {name: called(kind, kept[name], str(path)) for name, kind in kinds.items() if name in kept}
-    return {name: value for name, value in (given | made).items() if arguments.get(name) is None}
+    found |= {name: called(kind, kept[name], str(path)) for name, kind in kinds.items() if name in kept}
+    takes_it = lambda name: accepted.others or name in accepted.hints  # noqa: E731
+    return {name: value for name, value in found.items() if arguments.get(name) is None and takes_it(name)}
 
 
 def described(

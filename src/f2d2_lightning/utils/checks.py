@@ -20,18 +20,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    *(
-        "ArgumentError",
-        "at_least",
-        "check_arguments",
-        "check_fields",
-        "check_shape",
-        "checked",
-        "counts",
-        "listed",
-        "one_of",
-    ),
-    *("positive", "share"),
+    *("ArgumentError", "at_least", "check_arguments", "check_fields", "check_shape", "checked", "counts", "listed"),
+    *("one_of", "positive", "share"),
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])

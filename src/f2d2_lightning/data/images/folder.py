@@ -73,9 +73,6 @@ class ImageFolder(ImageDataModule):
         """How files become images, for a checkpoint: ``f2d2 nll`` does the same to others."""
         return {"crop": self.framing.crop, "resize": self.framing.resize, "convert": self.convert}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: a run's own configuration says it."""
-
     def splits(self) -> dict[str, LabeledImages]:
         train, classes = self._examples(self.folder, None)
         self.classes = classes or None
