@@ -2,12 +2,12 @@
 
     python benchmarks/gpu.py devices training --folder runs/gpu
     python benchmarks/gpu.py speed
-    python benchmarks/gpu.py teacher sampler student --data FOLDER_OF_FASHION_MNIST
+    python benchmarks/gpu.py teacher sampler sampler-both student --data FOLDER_OF_FASHION_MNIST
     python benchmarks/gpu.py report --out docs/GPU.md
     python benchmarks/gpu.py devices training speed teacher sampler student report --tiny --device cpu
 
 A stage writes a JSON file and its pictures to the folder, takes at most nine minutes on one H100 or H200, goes on where
-it was cut off, and is not run again once it is done. ``sampler`` and ``student`` need what ``teacher`` wrote
+it was cut off, and is not run again once it is done. Samplers and students need what ``teacher`` wrote
 (``teacher/``, at most 16 MB). No network is needed; what is missing is said before anything starts.
 """
 
@@ -27,7 +27,7 @@ from gpu_stages import devices, fashion, report, speed, training
 from gpu_stages.kept import DONE, Kept
 
 PACKAGES = ("lightning", "torchmetrics", "torchdiffeq", "jsonargparse", "omegaconf", "safetensors", "sklearn", "rich")
-FASHION = ("teacher", "sampler", "student")
+FASHION = ("teacher", *fashion.STUDENTS)
 FILES = ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
 
 
@@ -36,7 +36,7 @@ def missing(stages: list[str], data: Path, folder: Path) -> list[str]:
     lacking = [f"the package {name}" for name in PACKAGES if importlib.util.find_spec(name) is None]
     if set(stages) & set(FASHION):
         lacking += [f"{data / name} (--data)" for name in FILES if not (data / name).exists()]
-    if "teacher" not in stages and set(stages) & {"sampler", "student"} and not (folder / "teacher").exists():
+    if "teacher" not in stages and set(stages) & set(fashion.STUDENTS) and not (folder / "teacher").exists():
         lacking.append(f"{folder / 'teacher'}, which the stage teacher writes")
     return lacking
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="small networks and few steps: shows that it runs")
     parser.add_argument("--seconds", type=float, default=400.0, help="of each training, and of speed's tables")
+    parser.add_argument("--seed", type=int, default=0, help="of trainings; give each a folder, with the same teacher/")
     parser.add_argument("--again", action="store_true", help="run stages whose results are there")
     parser.add_argument("--out", type=Path, help="file of the report; by default report.md in the folder")
     options = parser.parse_args()
@@ -57,15 +58,17 @@ def main() -> None:
     if lacking:
         parser.error("missing: " + "; ".join(lacking))
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = fashion.Sizes(options.tiny, options.seconds)
+    sizes = fashion.Sizes(options.tiny, options.seconds, options.seed)
     calls: dict[str, Callable[[Kept], None]] = {
         "devices": lambda kept: devices.run(device, options.tiny, kept),
         "training": lambda kept: training.run(device, options.tiny, kept),
         "speed": lambda kept: speed.run(device, options.tiny, kept, options.seconds),
         "teacher": lambda kept: kept.result.update(fashion.teach(folder, options.data, device, sizes)),
-        "sampler": lambda kept: kept.result.update(fashion.study(folder, options.data, device, sizes, head=False)),
-        "student": lambda kept: kept.result.update(fashion.study(folder, options.data, device, sizes)),
     }
+    for stage in fashion.STUDENTS:
+        calls[stage] = lambda kept, stage=stage: kept.result.update(
+            fashion.study(stage, folder, options.data, device, sizes)
+        )
     for stage in options.stages:
         if stage == "report":
             report.write(folder, options.out or folder / "report.md")

@@ -1,11 +1,12 @@
-"""Fashion-MNIST at full size: a teacher, a few-step sampler without a head, and the student, each in one stage.
+"""Fashion-MNIST at full size: a teacher, and few-step students of it, each in one stage.
 
-Only averaged weights pass from stage to stage, at most 16 MB; a student integrates its pool again. All choices are
-those of the repository's own configurations or were made on validation images; test images are looked at once, here.
+What a student learns differs by stage alone (:data:`STUDENTS`); all else is what the package chooses. Only averaged
+weights and the teacher's likelihoods pass from stage to stage, at most 16 MB; a student integrates its pool again.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -28,24 +29,38 @@ from measuring import agreement, quiet_trainer
 from train_features import EPOCHS, SHIFT, train
 
 SHAPE, LEVELS, STEPS = (1, 28, 28), 256, (1, 2, 4, 8)
+STUDENTS: dict[str, dict[str, Any]] = {
+    # to data alone, without a head
+    "sampler": {"intervals": f2.Intervals("to_data"), "weighting": f2.Weighting(divergence=0.0, adaptive=0.5)},
+    # both ways, without a head: what the way to noise costs
+    "sampler-both": {"weighting": f2.Weighting(divergence=0.0, adaptive=0.5)},
+    "sampler-velocity": {
+        "intervals": f2.Intervals("to_data"),
+        "weighting": f2.Weighting(divergence=0.0, adaptive=0.5, units="velocity"),
+    },
+    "student": {},
+    "student-no-paths": {"unroll": 0.0},
+    "student-ways": {"likelihood_of_data": True},
+}
+"""Stages, and what each gives the objective."""
 
 
 class Sizes:
     """What a stage computes; small ones show that it runs."""
 
-    def __init__(self, tiny: bool, seconds: float) -> None:
-        self.tiny, self.seconds = tiny, seconds
-        self.width, self.blocks = (16, 1) if tiny else (64, 2)
+    def __init__(self, tiny: bool, seconds: float, seed: int = 0) -> None:
+        self.tiny, self.seconds, self.seed = tiny, seconds, seed
+        self.width, self.blocks = (16, 1) if tiny else (56, 2)
         self.batch = 16 if tiny else 512
         self.teacher_steps = 4 if tiny else 12_000
-        self.student_steps = 4 if tiny else 5_000
-        self.capacity, self.nodes, self.chunk = (32, 4, 16) if tiny else (8_000, 48, 512)
-        self.images, self.samples = (16, 32) if tiny else (2_000, 10_000)
-        self.reference = f2.Reference(steps=4, probes=1) if tiny else f2.Reference(steps=100, probes=8, near_data=0.6)
+        self.student_steps = 4 if tiny else 4_000
+        self.pool = {"capacity": 32, "nodes": 4, "chunk": 16} if tiny else {"capacity": 12_000, "chunk": 2_048}
+        self.images, self.samples = (16, 32) if tiny else (1_000, 10_000)
+        self.reference = f2.Reference(steps=4, probes=1) if tiny else f2.Reference()
 
 
 def data(folder: Path, sizes: Sizes, **kwargs: Any) -> FashionMNIST:
-    small = {"count": 200, "val": 16} if sizes.tiny else {"num_workers": 3}
+    small = {"count": 200, "val": 16} if sizes.tiny else {"num_workers": 1}
     return FashionMNIST(str(folder), batch_size=sizes.batch, **small, **kwargs)
 
 
@@ -69,7 +84,7 @@ def fit(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1,
         precision="32-true" if device.type == "cpu" else "bf16-mixed",
-        callbacks=[_Rate(max(1, steps // 40))],
+        callbacks=[_Rate(max(1, steps // 40), device)],
         profiler="simple",
         max_time=timedelta(seconds=sizes.seconds),  # the rest of a stage's nine minutes is for what is measured
     )
@@ -78,13 +93,39 @@ def fit(
     return time.perf_counter() - start, trainer.global_step
 
 
-class _Rate(L.Callback):
-    """Prints loss and time now and then: a stage that is cut off shows how far it was."""
+def steps_within(
+    make: Callable[[], L.LightningModule], images: FashionMNIST, most: int, device: torch.device, sizes: Sizes
+) -> int:
+    """Steps that fit into the seconds of a training, by the time of a few: the learning rate shall reach zero."""
+    if sizes.tiny:
+        return most
+    rate = _Rate(60, device)
+    quiet_trainer(61, accelerator="auto", devices=1, precision="bf16-mixed", max_epochs=-1, callbacks=[rate]).fit(
+        make(), datamodule=images
+    )
+    return min(most, int(0.9 * sizes.seconds / rate.seconds))
 
-    def __init__(self, every: int) -> None:
-        self.every, self.start = every, time.perf_counter()
+
+class _Rate(L.Callback):
+    """Prints loss and time now and then: a stage that is cut off shows how far it was.
+
+    ``seconds`` of a step are a mean without the first ten.
+    """
+
+    def __init__(self, every: int, device: torch.device) -> None:
+        self.every, self.device, self.start = every, device, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return (self.last - self.tenth) / (self.steps - 10)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.steps = trainer.global_step
+        if self.device.type == "cuda" and self.steps in (10, 60):
+            torch.cuda.synchronize(self.device)
+        self.last = time.perf_counter()
+        if self.steps == 10:
+            self.tenth = self.last
         if trainer.global_step % self.every == 0:
             loss = float(trainer.callback_metrics["train/loss"])
             print(f"step {trainer.global_step}, loss {loss:.4g}, {time.perf_counter() - self.start:.0f} s", flush=True)
@@ -125,30 +166,59 @@ def in_parts(call: Callable[[Tensor], Tensor], x: Tensor, size: int = 250) -> Te
 
 def teach(folder: Path, images_folder: Path, device: torch.device, sizes: Sizes) -> dict[str, Any]:
     """Train the teacher, write its average, and measure its samples."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(sizes.seed, verbose=False)
     images = data(images_folder, sizes)
-    module = f2.FlowMatchingModule(
-        backbone(sizes),
-        SHAPE,
-        levels=LEVELS,
-        optimizer=optimizer(2e-3),
-        units="velocity",
-        near_data=0.5,
-        ema_decay=0.998 if sizes.tiny else 0.9995,
-        warmup=100,
-    )
-    seconds, steps = fit(module, images, sizes.teacher_steps, device, sizes)
+
+    def make() -> f2.FlowMatchingModule:
+        return f2.FlowMatchingModule(
+            backbone(sizes),
+            SHAPE,
+            levels=LEVELS,
+            optimizer=optimizer(2e-3),
+            units="velocity",
+            near_data=0.5,
+            ema_decay=0.998 if sizes.tiny else 0.9995,
+            warmup=100,
+        )
+
+    most = steps_within(make, images, sizes.teacher_steps, device, sizes)
+    L.seed_everything(sizes.seed, verbose=False)
+    module = make()
+    seconds, steps = fit(module, images, most, device, sizes)
     f2.save_pretrained(module.average, folder / "teacher", shape=SHAPE, levels=LEVELS)
     module.to(device).eval()
     start = time.perf_counter()
     made = in_parts(lambda z: f2.reference_sample(module.average, z, steps=50).state, noise(100, device))
     _save(sample_figure({"teacher, 100 evaluations": made.cpu()}), folder / "fashion_teacher.png")
-    return {
+    result = {
         "parameters": sum(p.numel() for p in module.average.parameters()),
         "steps": steps,
         "seconds": seconds,
         "seconds of sampling": time.perf_counter() - start,
         "Frechet distance": quality(module, images, sizes, device, folder, (4 if sizes.tiny else 100,)),
+    }
+    return result | _reference(module.average.to(device), images, sizes, device, folder)
+
+
+def _reference(
+    teacher: FlowMap, images: FashionMNIST, sizes: Sizes, device: torch.device, folder: Path
+) -> dict[str, Any]:
+    """The teacher's log-likelihoods of test images, kept for its students, and what was chosen to compute them."""
+    x = states(images, sizes.images, device)
+    start = time.perf_counter()
+    choice = sizes.reference.chosen(teacher, x[:64])
+    answers = [choice.reference(teacher, part) for part in x.split(250)]
+    value = f2.bits_per_dim(torch.cat([a.value for a in answers]), x[0].numel(), LEVELS).cpu()
+    torch.save(value, folder / "teacher" / "reference.pt")
+    noise = [a.standard_error for a in answers if a.standard_error is not None]
+    return {
+        "reference": str(choice),
+        "reference, bits/dim": float(value.mean()),
+        "spread of the reference, bits/dim": spread_of(value),
+        "seconds of the reference": time.perf_counter() - start,
+        "standard error of one reference, bits/dim": float(torch.cat(noise).mean()) / (x[0].numel() * math.log(2))
+        if noise
+        else None,
     }
 
 
@@ -160,43 +230,32 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def study(folder: Path, images_folder: Path, device: torch.device, sizes: Sizes, head: bool = True) -> dict[str, Any]:
-    """Train a student of the saved teacher, with or without what its head learns, and measure it."""
-    L.seed_everything(0, verbose=False)
+def study(stage: str, folder: Path, images_folder: Path, device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Train a student of the saved teacher as its stage says, and measure it."""
+    L.seed_everything(sizes.seed, verbose=False)
     images = data(images_folder, sizes)
     teacher = f2.from_pretrained(folder / "teacher", FlowMap).to(device)
     network = f2.from_pretrained(folder / "teacher", FlowMap).requires_grad_(True)
-    weight = 0.01 if head else 0.0
-    objective = f2.TrajectoryRegression(
-        nodes=sizes.nodes,
-        near_data=0.5,
-        capacity=sizes.capacity,
-        chunk=sizes.chunk,
-        max_mib=16_384,
-        starts={"data": 0.5, "noise": 0.5},
-        recompute=False,
-        likelihood_of_data=True,
-        weighting=f2.Weighting(divergence=weight, adaptive=0.5),
-        intervals=f2.Intervals(grid=0.3, to_noise=0.5 if head else 0.0),
-    )
+    objective = f2.TrajectoryRegression(**sizes.pool, max_mib=16_384, recompute=False, **STUDENTS[stage])
+    network.directions = objective.directions
     module = f2.F2D2Module(
         network,
         SHAPE,
         teacher=teacher,
         objective=objective,
         levels=LEVELS,
-        reference_samples=0,  # its likelihoods are compared below, on more images and probes
+        reference_samples=0,  # its likelihoods are compared below, on more images
         optimizer=optimizer(1e-3),
         ema_decay=0.998 if sizes.tiny else 0.9995,
         warmup=100,
     )
     seconds, steps = fit(module, images, sizes.student_steps, device, sizes)
-    name = "student" if head else "sampler"
-    f2.save_pretrained(module.average, folder / name, shape=SHAPE, levels=LEVELS)
+    f2.save_pretrained(module.average, folder / stage, shape=SHAPE, levels=LEVELS)
     result: dict[str, Any] = {
         "parameters": sum(p.numel() for p in module.average.parameters()),
         "steps": steps,
         "seconds": seconds,
+        "targets": str(objective.choice),
         "memory, GiB": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "Frechet distance": quality(module, images, sizes, device, folder),
     }
@@ -205,47 +264,29 @@ def study(folder: Path, images_folder: Path, device: torch.device, sizes: Sizes,
     with torch.no_grad():
         made = {f"{k} step{'s' if k > 1 else ''}": f2.sample(joint, z, k).state.cpu() for k in STEPS}
         made["teacher"] = f2.reference_sample(teacher, z, steps=50).state.cpu()
-    _save(sample_figure(made), folder / f"fashion_{name}.png")
-    if head:
-        result |= _likelihoods(joint, teacher, images, sizes, device, folder)
+    _save(sample_figure(made), folder / f"fashion_{stage}.png")
+    if objective.weighting.of_divergence(1):
+        result |= _likelihoods(joint, images, sizes, device, folder, stage)
     return result
 
 
 def _likelihoods(
-    joint: f2.JointFlowMap,
-    teacher: FlowMap,
-    images: FashionMNIST,
-    sizes: Sizes,
-    device: torch.device,
-    folder: Path,
+    joint: f2.JointFlowMap, images: FashionMNIST, sizes: Sizes, device: torch.device, folder: Path, stage: str
 ) -> dict[str, Any]:
-    x = states(images, sizes.images, device)
-    start = time.perf_counter()
-    errors = []
-
-    def reference(part: Tensor) -> Tensor:
-        answer = sizes.reference(teacher, part)
-        errors.append(answer.standard_error)
-        return answer.value
-
-    bits = lambda value: f2.bits_per_dim(value, x[0].numel(), LEVELS)  # noqa: E731
-    truth = bits(in_parts(reference, x)).cpu()
-    seconds = time.perf_counter() - start
+    truth = torch.load(folder / "teacher" / "reference.pt", weights_only=True)
+    x = states(images, len(truth), device)
     rows, values = {}, {}
     for steps in STEPS:
         start = time.perf_counter()
-        value = bits(in_parts(lambda part, k=steps: f2.log_prob(joint, part, k).value, x)).cpu()
-        rows[str(steps)] = agreement(value, truth) | {"seconds": time.perf_counter() - start}
-        values[steps] = value
-    noise_of_reference = torch.cat([e for e in errors if e is not None]) if errors[0] is not None else None
-    _save(calibration_figure(values, truth, "bits/dim"), folder / "fashion_calibration.png")
-    return {
-        "images": len(x),
-        "likelihood": rows,
-        "reference, bits/dim": float(truth.mean()),
-        "spread of the reference, bits/dim": spread_of(truth),
-        "seconds of the reference": seconds,
-        "standard error of one reference, bits/dim": None
-        if noise_of_reference is None
-        else float(noise_of_reference.mean() / (x[0].numel() * 0.6931471805599453)),
-    }
+        log_p = in_parts(lambda part, k=steps: f2.log_prob(joint, part, k).value, x)
+        values[steps] = f2.bits_per_dim(log_p, x[0].numel(), LEVELS).cpu()
+        rows[str(steps)] = agreement(values[steps], truth) | {"seconds": time.perf_counter() - start}
+    _save(calibration_figure(values, truth, "bits/dim"), folder / f"fashion_{stage}_calibration.png")
+    # each jump's own change of volume beside the head's, on a few
+    own = {}
+    for steps in STEPS:
+        few = x[: 4 if sizes.tiny else 64]
+        with torch.no_grad():
+            answer = f2.log_prob(joint, few, steps, determinant="estimate").value
+        own[str(steps)] = agreement(values[steps][: len(few)], f2.bits_per_dim(answer, x[0].numel(), LEVELS).cpu())
+    return {"images": len(x), "likelihood": rows, "own density": own}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpu_stages.fashion import STUDENTS
 from gpu_stages.kept import DONE
 from measuring import markdown
 
@@ -80,17 +81,25 @@ def _fashion(results: dict[str, dict[str, Any]]) -> list[str]:
         ]  # fmt: skip
         lines += ["Frechet distance to the training images, own features, by evaluations:", ""]
         lines += [markdown(["trained", *steps], table), ""]
-    student = results.get("student")
-    if student:
-        columns = ("nll", "gap", "gap_error", "error", "r")
-        rows = [[k, *(f"{row[c]:.4f}" for c in columns)] for k, row in student["likelihood"].items()]
+    teacher = results.get("teacher", {})
+    if "reference" in teacher:
+        lines += [f"Reference: {teacher['reference']}, {teacher['seconds of the reference']:.0f} s.", ""]
+    columns = ("nll", "gap", "gap_error", "error", "r")
+    rows = []
+    for stage, result in results.items():
+        for k, row in result.get("likelihood", {}).items():
+            own = result["own density"][k]
+            rows.append([stage, k, *(f"{row[c]:.4f}" for c in columns), f"{own['gap']:+.4f}", f"{own['error']:.4f}"])
+    if rows:
         lines += [
-            f"Likelihood of {student['images']:,} test images in bits/dim; the teacher's is "
-            f"{student['reference, bits/dim']:.4f}, its spread {student['spread of the reference, bits/dim']:.3f}, the "
-            f"standard error of one reference {student['standard error of one reference, bits/dim'] or 0:.4f} "
-            f"({student['seconds of the reference']:.0f} s):",
+            "Likelihood of test images in bits/dim, beside the teacher's "
+            f"({teacher['reference, bits/dim']:.4f}, spread {teacher['spread of the reference, bits/dim']:.3f}) and, "
+            "of 64 images, beside the change of volume of the map's own jumps (stochastic Lanczos quadrature):",
             "",
-            markdown(["steps", "NLL", "gap", "its standard error", "mean error", "r"], rows),
+            markdown(
+                ["trained", "steps", "NLL", "gap", "± its error", "mean error", "r", "own gap", "own error"],
+                rows,
+            ),
             "",
         ]
     return lines
@@ -105,7 +114,7 @@ def write(folder: Path, out: Path) -> None:
     for stage, (title, text) in sections.items():
         if stage in found:
             lines += [f"## {title}", "", _where(found[stage]), "", *text(found[stage])]
-    fashion = {stage: found[stage] for stage in ("teacher", "sampler", "student") if stage in found}
+    fashion = {stage: found[stage] for stage in ("teacher", *STUDENTS) if stage in found}
     if fashion:
         lines += ["## Fashion-MNIST at full size", "", _where(next(iter(fashion.values()))), "", *_fashion(fashion)]
         pictures = [path.name for path in sorted(folder.glob("fashion_*.png"))]
