@@ -23,7 +23,7 @@ from f2d2_lightning import _moved
 from f2d2_lightning.callbacks import JointSummary, LastCheckpoint, RunProgress, TestReport
 from f2d2_lightning.cli._common import working_directory
 from f2d2_lightning.cli._configs import shown_config
-from f2d2_lightning.cli._mistakes import in_a_line, suggesting
+from f2d2_lightning.cli._mistakes import Instantiators, in_a_line, refusals, suggesting
 from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint, of_the_run
 from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.data.module import FlowDataModule
@@ -82,6 +82,10 @@ def _is_elsewhere(path: Any) -> bool:
     return path in ("best", "hpc") or str(path).startswith("registry") or "://" in str(path)
 
 
+class _Parser(Instantiators, LightningArgumentParser):
+    """Lightning's, whose errors say where the arguments stand."""
+
+
 class F2D2CLI(LightningCLI):
     """LightningCLI for :class:`FlowModule` and :class:`FlowDataModule`, any class of either by ``class_path``.
 
@@ -102,9 +106,15 @@ class F2D2CLI(LightningCLI):
         return skipped
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        commands = [name for name in sys.argv[1:2] if name in self._subcommand_parsers]
-        with suggesting(parser, *(self._subcommand_parsers[name] for name in commands)):
+        given = sys.argv[1:]
+        command = next((text for text in given if text in self._subcommand_parsers), "")
+        with suggesting(self._subcommand_parsers.get(command, parser), command, given):
             super().parse_arguments(parser, args)
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.parser.configuration = self.config[self.subcommand].as_dict()  # type: ignore[attr-defined]
+        self.parser.add_instantiator(lambda cls, *args, **kwargs: cls(*args, **kwargs), object)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's puts the checkpoint's hyper-parameters in place of the configuration's."""
@@ -121,7 +131,8 @@ class F2D2CLI(LightningCLI):
         if config.enable_checkpointing is False or any(isinstance(callback, LastCheckpoint) for callback in given):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
         callbacks += [] if config.callbacks == [] else self._shown(config, given)
-        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+        with refusals("Trainer", {**config}, "trainer"):
+            return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
     def _shown(self, config: Any, given: list[Any]) -> list[L.Callback]:
         """What a run shows of itself, unless something of the kind was given, or switched off."""
@@ -295,21 +306,22 @@ def _be_quiet() -> None:
         logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(NOT_SAID))
 
 
-def lightning_command(arguments: list[str]) -> None:
-    """``f2d2 fit | validate | test | predict``."""
+def lightning_command(command: str, arguments: list[str]) -> None:
+    """``f2d2 fit | validate | test | predict``, with all arguments, the command's name among them."""
     read_old_names()
     _be_quiet()
     # Lightning takes arguments for a program's, and warns; processes that it starts get these as well
     before, sys.argv = sys.argv, [sys.argv[0], *(_moved.option(text) for text in arguments)]
     try:
-        with in_a_line(), working_directory():
+        with in_a_line(command, arguments), working_directory():
             F2D2CLI(
                 FlowModule,
                 FlowDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=_SaveConfig,
-                parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
+                parser_class=_Parser,
+                parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False, "allow_abbrev": False},
             )
     except SIGTERMException as stop:
         # where Lightning raises it, before training began, it would end the process with 0

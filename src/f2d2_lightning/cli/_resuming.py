@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,11 @@ def is_finished(path: Path) -> bool:
     """
     check_checkpoint(path)
     # of a folder of shards, the part that is not sharded
-    content = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True, mmap=True, map_location="cpu")
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read as a checkpoint: it is no file of torch.save") from error
     return bool(content.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("finished"))
 
 
