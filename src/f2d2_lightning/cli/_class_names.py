@@ -73,7 +73,8 @@ def subclasses(kind: type) -> Iterator[str]:
     path = public_path(kind)
     if path is not None and not inspect.isabstract(kind):
         yield path
-    for one in kind.__subclasses__():
+    derived: list[type] = type.__subclasses__(kind)
+    for one in derived:
         yield from subclasses(one)
 
 

@@ -62,7 +62,7 @@ def find_config(given: str) -> str:
     names = config_names()
     if name in names:
         return str(names[name])
-    if Path(given).is_dir():
+    if given and Path(given).is_dir():
         inside = sorted(Path(given).glob("*.yaml"))
         raise UsageError(
             f"--config {given} is a folder; give a file{f', such as {inside[0]}' if inside else ' in YAML'}"

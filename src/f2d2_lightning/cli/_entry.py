@@ -33,7 +33,7 @@ _OTHERS = ("init", "nll", "sample")
 def _underscored(text: str) -> str:
     """An option whose words may be joined by hyphens, ``--batch-size=8``, as it is called."""
     name, equals, value = text.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if text.startswith("--") else text
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name[2:3].isalpha() and name.startswith("--") else text
 
 
 def main(arguments: list[str] | None = None) -> None:

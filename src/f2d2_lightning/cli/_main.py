@@ -24,12 +24,12 @@ from f2d2_lightning.callbacks import JointSummary, LastCheckpoint, RunProgress, 
 from f2d2_lightning.cli._common import working_directory
 from f2d2_lightning.cli._configs import shown_config
 from f2d2_lightning.cli._mistakes import Instantiators, in_a_line, refusals, suggesting
-from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint, of_the_run
+from f2d2_lightning.cli._resuming import checkpoint_content, differences, is_finished, newest_checkpoint, of_the_run
 from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.modules import FlowModule
 from f2d2_lightning.training.folders import run_folder
-from f2d2_lightning.training.loading import check_checkpoint
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.files import whole_file
 
 NOT_SAID = ("\U0001f4a1", "TPU available", "Trainer already configured with model summary")
@@ -132,6 +132,8 @@ class F2D2CLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
         callbacks += [] if config.callbacks == [] else self._shown(config, given)
         with refusals("Trainer", {**config}, "trainer"):
+            # Lightning divides by it
+            at_least(1, accumulate_grad_batches=config.accumulate_grad_batches)
             return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
     def _shown(self, config: Any, given: list[Any]) -> list[L.Callback]:
@@ -199,7 +201,11 @@ class F2D2CLI(LightningCLI):
         """
         config = self.config_init["fit"]
         folder, given = run_folder(self.trainer), config["ckpt_path"]
-        if getattr(self.trainer, "fast_dev_run", False) or _is_elsewhere(given):
+        if _is_elsewhere(given):
+            return
+        if getattr(self.trainer, "fast_dev_run", False):
+            if given not in (None, "last"):
+                checkpoint_content(Path(given))
             return
         newest = self._newest()
         changed, begun = self._changed(folder), None
@@ -257,7 +263,7 @@ class F2D2CLI(LightningCLI):
                 raise FileNotFoundError(f"{run_folder(self.trainer)} holds no checkpoint; train first: f2d2 fit ...")
             config["ckpt_path"] = str(newest)
         if config["ckpt_path"] is not None and not _is_elsewhere(config["ckpt_path"]):
-            check_checkpoint(config["ckpt_path"])
+            checkpoint_content(Path(config["ckpt_path"]))
 
     before_validate = before_test = _before_evaluation
 
@@ -289,7 +295,8 @@ class F2D2CLI(LightningCLI):
     def _set_seed(self) -> None:
         # a run that goes on has the seed of its beginning in its checkpoint
         self._seed_was_drawn = self._get(self.config, "seed_everything") is True
-        super()._set_seed()
+        with refusals("seed", {"seed_everything": None}, ""):
+            super()._set_seed()
 
 
 def _be_quiet() -> None:

@@ -144,15 +144,17 @@ def _refusal(refused: Refused, everything: Sequence[Given]) -> str:
     message = message_of(refused.error)
     if not isinstance(refused.error, (ValueError, MisconfigurationException)):
         message = f"{type(refused.error).__name__}: {message}"
-    keys = {name: f"{refused.key}.{name}" for name in refused.names}
+    keys = {name: f"{refused.key}.{name}".lstrip(".") for name in refused.names}
     given = {name: found for name, key in keys.items() if (found := find(key, None, everything)) is not None}
     # what the message names, else whose value it says; what was given before defaults
     named = [name for said in ("{}=", "{}") for name in (*given, *keys) if _says(message, name, said)]
     named += [name for name, of in given.items() if not named and _says(message, str(of.value))]
-    key = keys[named[0]] if named and refused.key else refused.key or refused.owner
     if named and named[0] in given:
-        return f"{key}={given[named[0]].shown} ({given[named[0]].where}): {message}"
-    return f"{key} ({refused.owner}): {message}"
+        return f"{keys[named[0]]}={given[named[0]].shown} ({given[named[0]].where}): {message}"
+    if named:
+        return f"{keys[named[0]]} ({refused.owner}): {message}"
+    plain = [f"{name}={of.shown}" for name, of in given.items() if not isinstance(of.value, Mapping)]
+    return f"{refused.key or refused.owner} ({refused.owner} of {', '.join(plain) or 'what it is given'}): {message}"
 
 
 def _says(message: str, word: str, said: str = "{}") -> bool:
@@ -203,7 +205,12 @@ def parsed(parser: ArgumentParser, arguments: list[str]) -> Any:
     """Options of a command; an error says what was probably meant."""
     parser.allow_abbrev = False
     with suggesting(parser, (parser.prog or "").rpartition(" ")[2], arguments):
-        return parser.parse_args(arguments)
+        options = parser.parse_args(arguments)
+        # of a variable of a shell that was not set; as a path it would be the working directory
+        for name in ("ckpt", "data", "out"):
+            if options.get(name) == "":
+                raise ArgumentError(None, f"argument --{name}: expected a path or a name")
+    return options
 
 
 @contextmanager
