@@ -194,6 +194,6 @@ def test_odd_command_lines():
     assert len(every) > 1000
     found = measure(every[7 :: len(every) // 25])
     unclear = [(line.arguments, said) for line, outcome, said in found if outcome == "unclear"]
-    assert not unclear
+    assert unclear == []
     assert sum(outcome == "clear" for _, outcome, _ in found) >= 22
     assert max(len(said) for _, _, said in found) <= LONGEST + 4

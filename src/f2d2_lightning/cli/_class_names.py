@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -83,7 +84,8 @@ def public_path(cls: type) -> str | None:
     parts = cls.__module__.split(".")
     for end in range(1, len(parts) + 1):
         module = ".".join(parts[:end])
-        listed = getattr(importlib.import_module(module), "__all__", ()) if module != "__main__" else ()
+        # a module may be gone, and its classes still there
+        listed = getattr(sys.modules.get(module), "__all__", ())
         if cls.__name__ in listed and not any(part.startswith("_") for part in parts[:end]):
             return f"{module}.{cls.__name__}"
     private = any(part.startswith("_") for part in (*parts, cls.__name__)) or parts[0] == __name__.partition(".")[0]
