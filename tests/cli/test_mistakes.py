@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.cli import main
 from f2d2_lightning.cli._given import all_given, short, with_variables
+from f2d2_lightning.cli._mistakes import in_a_line, refusals
 from f2d2_lightning.cli._parser_text import leaves
 from odd_command_lines import LONGEST, measure, warm
 from odd_lines import BASE, CODE, lines
@@ -134,6 +136,14 @@ def test_a_bug_of_this_package_says_so(folder, capsys, monkeypatch):
     line = said(capsys, code=1)
     assert line.startswith("KeyError: 'batch' (f2d2_lightning/modules/base.py:")
     assert "a bug in f2d2_lightning, please report it; --debug shows the traceback" in line
+
+
+def test_a_refusal_is_no_more_than_the_error_elsewhere(monkeypatch):
+    """As of a command line of one's own, around F2D2CLI."""
+    monkeypatch.setenv("F2D2_DEBUG", "")
+    for within, expected in ((nullcontext(), ValueError), (in_a_line(), SystemExit)):
+        with pytest.raises(expected), within, refusals("Level", {"level": 1}, "trainer"):
+            raise ValueError("level is too low")
 
 
 def test_variables_stand_for_options(folder, capsys, monkeypatch):

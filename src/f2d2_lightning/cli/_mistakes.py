@@ -12,6 +12,7 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ LIBRARIES = tuple({*site.getsitepackages(), *(sysconfig.get_path(name) for name 
 DEBUG = "--debug shows the traceback"
 _TORCH = re.compile(r"In PyTorch 2\.6, we changed .*?(?:your use case: |$)")
 """Advice that nobody should follow."""
+_within = ContextVar("within", default=False)
 _LONGEST = 500
 """Characters of a message."""
 
@@ -55,13 +57,13 @@ def refusals(owner: str, arguments: Mapping[str, Any], key: str) -> Iterator[Non
     """Say of an error where the arguments of a class stand.
 
     Raises:
-        Refused: For any error.
+        Refused: For any error, within :func:`in_a_line`, which is where it ends.
     """
     try:
         yield
-    except SIGTERMException:
-        raise
     except Exception as error:
+        if not _within.get() or isinstance(error, SIGTERMException):
+            raise
         raise Refused(owner, list(arguments), error, key) from error
 
 
@@ -113,6 +115,7 @@ def in_a_line(command: str = "", arguments: Sequence[str] = ()) -> Iterator[None
         command: Name of the command.
         arguments: All that it was given.
     """
+    token = _within.set(True)
     try:
         yield
     except (Exception, Refused) as error:
@@ -125,6 +128,8 @@ def in_a_line(command: str = "", arguments: Sequence[str] = ()) -> Iterator[None
         code, line = _ending(error, command, arguments)
         Console(stderr=True).print("[bold red]error:[/]", Text(line), highlight=False, soft_wrap=True)
         sys.exit(code)
+    finally:
+        _within.reset(token)
 
 
 def _ending(error: BaseException, command: str, arguments: Sequence[str]) -> tuple[int, str]:
