@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 OPTIONS = ("--config", "-c")
 
@@ -54,13 +57,21 @@ def find_config(given: str) -> str:
     """
     # in a clone, configs/NAME.yaml is a file, and elsewhere the same words mean the same
     name = given.removesuffix(".yaml").removesuffix(".yml").removeprefix("./").removeprefix("configs/")
-    if Path(given).is_file() or "\n" in given or given.lstrip().startswith("{"):
+    if _is_text(given) or Path(given).is_file():
         return given
     names = config_names()
     if name in names:
         return str(names[name])
+    if given and Path(given).is_dir():
+        inside = sorted(Path(given).glob("*.yaml"))
+        raise UsageError(
+            f"--config {given} is a folder; give a file{f', such as {inside[0]}' if inside else ' in YAML'}"
+        )
+    # an empty one, of a variable of a shell that was not set, has no folder
+    beside = Path(given).parent.glob("*.y*ml") if given else ()
+    near = closest(given, map(str, beside)) or closest(name, names)
     raise UsageError(
-        f"--config {given} is no file, and no configuration of the package has that name{closest(name, names)}; "
+        f"--config {given or repr(given)} is no file, and no configuration of the package has that name{near}; "
         "f2d2 configs lists them, f2d2 init writes one for your own data"
     )
 
@@ -70,15 +81,61 @@ def shown_config(path: object) -> str:
     return next((name for name, file in config_names().items() if str(file) == str(path)), str(path))
 
 
+def config_options(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Where configurations are named among the arguments of a command, and how."""
+    place = 0
+    while place < len(arguments):
+        name, equals, value = arguments[place].partition("=")
+        if name in OPTIONS and equals:
+            yield place, value
+        elif name in OPTIONS and place + 1 < len(arguments):
+            place += 1
+            yield place, arguments[place]
+        place += 1
+
+
 def with_configs(arguments: list[str]) -> list[str]:
     """Arguments of a command, whose configurations may be named."""
     found = list(arguments)
-    for place, text in enumerate(arguments):
-        name, equals, value = text.partition("=")
-        if name not in OPTIONS:
-            continue
-        if equals:
-            found[place] = f"{name}={find_config(value)}"
-        elif place + 1 < len(arguments):
-            found[place + 1] = find_config(arguments[place + 1])
+    for place, value in config_options(arguments):
+        name, equals, _ = arguments[place].partition("=")
+        path = find_config(value)
+        read_config(path)
+        found[place] = f"{name}={path}" if equals and name in OPTIONS else path
     return found
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Contents of a configuration, or of its text.
+
+    Raises:
+        UsageError: If it is none. Says where it is wrong.
+    """
+    said, text = f"--config {path}", path
+    if not _is_text(path):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{said} is no text (byte {error.start}); a configuration in YAML is needed") from error
+        except OSError as error:
+            raise UsageError(f"{said} cannot be read: {error.strerror}") from error
+    try:
+        content = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        tab = "; YAML is indented by spaces, and there is a tab" if "\t" in text else ""
+        where = "" if mark is None else f", line {mark.line + 1}"
+        raise UsageError(f"{said}{where}: this is no YAML ({' '.join(problem.split())}){tab}") from error
+    if not isinstance(content, dict):
+        what = (
+            "empty"
+            if content is None
+            else f"a {'list' if isinstance(content, list) else 'word'}, {str(content)[:60]!r}"
+        )
+        raise UsageError(f"{said} is {what}; a mapping is needed, such as 'trainer: {{max_steps: 1000}}'")
+    return content
+
+
+def _is_text(given: str) -> bool:
+    """Whether a configuration is said itself, and not its file."""
+    return "\n" in given or given.lstrip().startswith("{")

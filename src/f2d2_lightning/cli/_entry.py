@@ -7,6 +7,7 @@ import os
 import sys
 
 from f2d2_lightning.cli._configs import UsageError, closest, described_configs, with_configs
+from f2d2_lightning.cli._given import with_variables
 
 USAGE = """usage: f2d2 COMMAND ...
 
@@ -22,6 +23,7 @@ commands:
   configs    list the configurations that come with the package:  f2d2 fit --config digits_teacher
 
 f2d2 COMMAND --help shows the options of a command, f2d2 fit --print_config a whole configuration.
+Hyphens will do for underscores. Variables stand for options: F2D2_FIT__TRAINER__MAX_STEPS=3 f2d2 fit --config ...
 Errors are a line; --debug, or F2D2_DEBUG=1, shows where they come from. f2d2 --version."""
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
@@ -31,7 +33,7 @@ _OTHERS = ("init", "nll", "sample")
 def _underscored(text: str) -> str:
     """An option whose words may be joined by hyphens, ``--batch-size=8``, as it is called."""
     name, equals, value = text.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if text.startswith("--") else text
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name[2:3].isalpha() and name.startswith("--") else text
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,14 +51,21 @@ def main(arguments: list[str] | None = None) -> None:
 
             print(f"f2d2 {__version__}")
         elif command == "configs":
+            if rest:
+                raise UsageError(f"f2d2 configs takes no arguments, and {rest[0]!r} was given")
             print(described_configs())
         elif command in _OTHERS:
+            rest = with_variables(command, rest)
             module = importlib.import_module(f"f2d2_lightning.cli.{command}")
             getattr(module, f"{command}_command")(rest)
-        elif command in _LIGHTNING or command.startswith("-"):
+        elif named := [text for text in (given if command.startswith("-") else [command]) if text in _LIGHTNING]:
+            place = given.index(named[0]) + 1
+            given = with_configs([*given[:place], *with_variables(named[0], given[place:])])
             from f2d2_lightning.cli._main import lightning_command
 
-            lightning_command(with_configs(given))
+            lightning_command(named[0], given)
+        elif command.startswith("-"):
+            raise UsageError(f"{command} belongs to a command, such as f2d2 fit {command}; f2d2 --help lists them")
         else:
             commands = (*_LIGHTNING, *_OTHERS, "configs")
             raise UsageError(f"there is no command {command!r}{closest(command, commands)}; f2d2 --help lists them")

@@ -23,13 +23,13 @@ from f2d2_lightning import _moved
 from f2d2_lightning.callbacks import JointSummary, LastCheckpoint, RunProgress, TestReport
 from f2d2_lightning.cli._common import working_directory
 from f2d2_lightning.cli._configs import shown_config
-from f2d2_lightning.cli._mistakes import in_a_line, suggesting
-from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint, of_the_run
+from f2d2_lightning.cli._mistakes import Instantiators, in_a_line, refusals, suggesting
+from f2d2_lightning.cli._resuming import checkpoint_content, differences, is_finished, newest_checkpoint, of_the_run
 from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.modules import FlowModule
 from f2d2_lightning.training.folders import run_folder
-from f2d2_lightning.training.loading import check_checkpoint
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.files import whole_file
 
 NOT_SAID = ("\U0001f4a1", "TPU available", "Trainer already configured with model summary")
@@ -82,6 +82,10 @@ def _is_elsewhere(path: Any) -> bool:
     return path in ("best", "hpc") or str(path).startswith("registry") or "://" in str(path)
 
 
+class _Parser(Instantiators, LightningArgumentParser):
+    """Lightning's, whose errors say where the arguments stand."""
+
+
 class F2D2CLI(LightningCLI):
     """LightningCLI for :class:`FlowModule` and :class:`FlowDataModule`, any class of either by ``class_path``.
 
@@ -102,9 +106,15 @@ class F2D2CLI(LightningCLI):
         return skipped
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        commands = [name for name in sys.argv[1:2] if name in self._subcommand_parsers]
-        with suggesting(parser, *(self._subcommand_parsers[name] for name in commands)):
+        given = sys.argv[1:]
+        command = next((text for text in given if text in self._subcommand_parsers), "")
+        with suggesting(self._subcommand_parsers.get(command, parser), command, given):
             super().parse_arguments(parser, args)
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.parser.configuration = self.config[self.subcommand].as_dict()  # type: ignore[attr-defined]
+        self.parser.add_instantiator(lambda cls, *args, **kwargs: cls(*args, **kwargs), object)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's puts the checkpoint's hyper-parameters in place of the configuration's."""
@@ -121,7 +131,10 @@ class F2D2CLI(LightningCLI):
         if config.enable_checkpointing is False or any(isinstance(callback, LastCheckpoint) for callback in given):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LastCheckpoint)]
         callbacks += [] if config.callbacks == [] else self._shown(config, given)
-        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+        with refusals("Trainer", {**config}, "trainer"):
+            # Lightning divides by it
+            at_least(1, accumulate_grad_batches=config.accumulate_grad_batches)
+            return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
     def _shown(self, config: Any, given: list[Any]) -> list[L.Callback]:
         """What a run shows of itself, unless something of the kind was given, or switched off."""
@@ -188,7 +201,11 @@ class F2D2CLI(LightningCLI):
         """
         config = self.config_init["fit"]
         folder, given = run_folder(self.trainer), config["ckpt_path"]
-        if getattr(self.trainer, "fast_dev_run", False) or _is_elsewhere(given):
+        if _is_elsewhere(given):
+            return
+        if getattr(self.trainer, "fast_dev_run", False):
+            if given not in (None, "last"):
+                checkpoint_content(Path(given))
             return
         newest = self._newest()
         changed, begun = self._changed(folder), None
@@ -246,7 +263,7 @@ class F2D2CLI(LightningCLI):
                 raise FileNotFoundError(f"{run_folder(self.trainer)} holds no checkpoint; train first: f2d2 fit ...")
             config["ckpt_path"] = str(newest)
         if config["ckpt_path"] is not None and not _is_elsewhere(config["ckpt_path"]):
-            check_checkpoint(config["ckpt_path"])
+            checkpoint_content(Path(config["ckpt_path"]))
 
     before_validate = before_test = _before_evaluation
 
@@ -278,7 +295,8 @@ class F2D2CLI(LightningCLI):
     def _set_seed(self) -> None:
         # a run that goes on has the seed of its beginning in its checkpoint
         self._seed_was_drawn = self._get(self.config, "seed_everything") is True
-        super()._set_seed()
+        with refusals("seed", {"seed_everything": None}, ""):
+            super()._set_seed()
 
 
 def _be_quiet() -> None:
@@ -295,21 +313,22 @@ def _be_quiet() -> None:
         logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(NOT_SAID))
 
 
-def lightning_command(arguments: list[str]) -> None:
-    """``f2d2 fit | validate | test | predict``."""
+def lightning_command(command: str, arguments: list[str]) -> None:
+    """``f2d2 fit | validate | test | predict``, with all arguments, the command's name among them."""
     read_old_names()
     _be_quiet()
     # Lightning takes arguments for a program's, and warns; processes that it starts get these as well
     before, sys.argv = sys.argv, [sys.argv[0], *(_moved.option(text) for text in arguments)]
     try:
-        with in_a_line(), working_directory():
+        with in_a_line(command, arguments), working_directory():
             F2D2CLI(
                 FlowModule,
                 FlowDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=_SaveConfig,
-                parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
+                parser_class=_Parser,
+                parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False, "allow_abbrev": False},
             )
     except SIGTERMException as stop:
         # where Lightning raises it, before training began, it would end the process with 0
