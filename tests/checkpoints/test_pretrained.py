@@ -475,11 +475,23 @@ def test_modules_remember_plain_arguments_and_copies_of_them_too():
     network = MLP(sizes, 12, blocks=1, embedding=IntervalEmbedding(6))
     sizes.append(5)
     given = {"shape": [2, 4, 4], "width": 12, "blocks": 1, "embedding": OBJECT}
-    defaults = {"expansion": 2, "dropout": 0.0, "classes": 0, "directions": "both"}
+    defaults = {"expansion": 2, "dropout": 0.0, "classes": 0, "directions": "both", "waves": 0}
     assert arguments_of(network) == given | defaults
     assert arguments_of(copy.deepcopy(network)) == given | defaults
     assert arguments_of(copy.deepcopy(network).embedding) == {"features": 6, "frequencies": 8}
     assert arguments_of(PreconditionedMLP(SHAPE, width=8))["width"] == 8
+
+
+def test_files_from_before_an_argument_mean_what_it_was_then(tmp_path):
+    network = PreconditionedMLP((2,), width=8, waves=0)
+    save_pretrained(network, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model"]["arguments"]["waves"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = from_pretrained(tmp_path, PreconditionedMLP)
+    assert read.network.frequencies is None
+    x = torch.randn(3, 2)
+    assert torch.equal(read(x, 0.2, 0.9), network(x, 0.2, 0.9))
 
 
 def test_plain_values_are_told_from_objects():

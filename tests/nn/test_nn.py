@@ -311,3 +311,29 @@ def test_a_preconditioner_whitens_along_axes_or_by_the_symmetric_root(pixels):
     white = (x.flatten(1) - s * mean) @ (axes / root(s)) @ axes.T if pixels else z
     # the sign of an axis is anybody's
     torch.testing.assert_close(seen.flatten(1).abs(), white.reshape(4, *shape)[:, :1].flatten(1).abs())
+
+
+def test_waves_are_sines_and_cosines_of_fixed_directions_beside_the_state():
+    network = MLP((3,), width=8, blocks=1, waves=4)
+    x = torch.randn(5, 3)
+    seen = []
+    network.inlet.register_forward_hook(lambda module, inputs, answer: seen.append(inputs[0]))
+    network(x, 0.1, 0.9)
+    phases = (x[:, :, None] * network.frequencies).sum(1)
+    assert torch.allclose(seen[0], torch.cat((x, phases.sin(), phases.cos()), 1))
+    other = MLP((3,), width=16, blocks=2, waves=4)
+    assert torch.equal(other.frequencies, network.frequencies)
+    # as long on average in any number of dimensions, as documented
+    assert MLP((2,), waves=4000).frequencies.square().mean().sub(1).abs() < 0.05
+    assert MLP((8,), waves=4000).frequencies.square().sum(0).mean().sub(2).abs() < 0.05
+
+
+@pytest.mark.parametrize(("shape", "waves"), [((2,), 32), ((8,), 32), ((9,), 0), ((1, 8, 8), 0)])
+def test_few_dimensions_are_seen_with_waves(shape, waves):
+    assert PreconditionedMLP(shape, width=8).network.inlet.in_features == math.prod(shape) + 2 * waves
+    assert PreconditionedMLP(shape, width=8, waves=3).network.inlet.in_features == math.prod(shape) + 6
+
+
+def test_waves_below_zero_are_refused():
+    with pytest.raises(ValueError, match="waves=-1"):
+        MLP((2,), waves=-1)

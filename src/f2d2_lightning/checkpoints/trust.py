@@ -276,6 +276,7 @@ def _opens_files(cls: type) -> bool:
 
 def called(cls: type, arguments: Mapping[str, Any], place: str) -> Any:
     """An object of a class for a place; a ``ValueError`` if the arguments do not fit, or ask for too much."""
+    arguments = {**getattr(cls, "BEFORE", {}), **arguments}
     _check_sizes(cls, arguments)
     try:
         return make(cls, arguments)

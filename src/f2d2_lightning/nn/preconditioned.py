@@ -16,7 +16,8 @@ noise beside pixels that hold the image) ask for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,11 @@ class PreconditionedMLP(GaussianPreconditioned):
         dropout: Probability of dropping a hidden unit in training.
         classes: Number of class labels; 0 for none.
         directions: Orders of time it is to be trained for.
+        waves: As for :class:`MLP`; ``None`` for 32 up to 8 dimensions (docs/RECIPE.md) and none beyond.
     """
+
+    BEFORE: ClassVar[Mapping[str, Any]] = {"waves": 0}
+    """What arguments were in files that do not have them yet."""
 
     def __init__(
         self,
@@ -142,9 +147,12 @@ class PreconditionedMLP(GaussianPreconditioned):
         dropout: float = 0.0,
         classes: int = 0,
         directions: str = "both",
+        waves: int | None = None,
     ) -> None:
         baseline = GaussianBaseline(shape, covariance)
-        network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding=AngleEmbedding(baseline))
+        waves = waves if waves is not None else 32 if math.prod(shape) <= 8 else 0
+        embedding = AngleEmbedding(baseline)
+        network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding, waves)
         super().__init__(network, baseline)
 
 
