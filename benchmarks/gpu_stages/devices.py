@@ -229,7 +229,8 @@ def _adapted(make: Callable[[], adapters.Adapter], times: int) -> Check:
         t = s if flow_map.directions == f2.Direction.NONE else here.times(0.5, 0.8, 0.9, 1.0)
         with torch.no_grad():
             answers = [flow_map(x, s, t)]
-            answers += list(f2.Hutchinson()(flow_map.velocity, flows.Point(x, s)))[:2]
+            if not flow_map.endpoint_only:  # a consistency model has no velocity
+                answers += list(f2.Hutchinson()(flow_map.velocity, flows.Point(x, s)))[:2]
         return answers
 
     return check

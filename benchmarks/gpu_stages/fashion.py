@@ -227,7 +227,7 @@ def noise(count: int, device: torch.device) -> Tensor:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def study(stage: str, folder: Path, images_folder: Path, device: torch.device, sizes: Sizes) -> dict[str, Any]:

@@ -37,6 +37,11 @@ def test_fashion_from_teacher_to_report(tmp_path, monkeypatch):
     assert (folder / "student.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("name", [name for name in devices.checks() if name.startswith("adapter")])
+def test_every_adapter_has_numbers_to_compare(name):
+    assert all(answer.isfinite().all() for answer in devices.checks()[name](devices.Setting(CPU)))
+
+
 def test_devices_agree_and_wrong_ones_are_named(tmp_path, monkeypatch):
     some = {name: check for name, check in devices.checks().items() if "MLP" in name and "whole" not in name}
 
