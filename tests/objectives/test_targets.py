@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from f2d2_lightning import F2D2Module, GaussianBaseline, Hutchinson, TrajectoryRegression
+from f2d2_lightning import F2D2Module, FlowMatchingModule, GaussianBaseline, Hutchinson, TrajectoryRegression
 from f2d2_lightning.divergence import Exact
-from f2d2_lightning.flows import MixtureFlow
+from f2d2_lightning.flows import GaussianFlow, MixtureFlow
 from f2d2_lightning.modules import distillation
-from f2d2_lightning.nn import MLP
+from f2d2_lightning.nn import MLP, PreconditionedMLP
 from f2d2_lightning.objectives.targets import BIAS, NODES, NOISE, TargetChoice, choose_targets, target_log_prob
 from foreign import MeanFlowModule, callback
 from lightning_parts import Pair, fit, student, teacher
@@ -47,6 +47,18 @@ def test_bias_is_the_distance_to_the_closed_form(dim, narrow):
         fewer = (x, None, NODES[NODES.index(choice.nodes) - 1], choice.near_data, baseline, GRIDS)
         coarse = target_log_prob(flow.velocity, Exact(), *fewer, seed=0) - truth
         assert coarse.abs().mean() > BIAS * choice.spread
+
+
+def test_a_teacher_that_learned_nothing_beyond_its_gaussian_fit_is_told():
+    flow, x, baseline = mixture(2, 0.05)
+    choice = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS)
+    fit, truth = (log_p(x, torch.ones(64)) for log_p in (baseline.log_prob, flow.log_prob))
+    assert choice.beyond_fit == pytest.approx(float((truth - fit).abs().mean()) / choice.spread, rel=0.02)
+    assert not choice.only_fit
+    gaussian = choose_targets(GaussianFlow(baseline).velocity, x, baseline=baseline, grids=GRIDS)
+    assert gaussian.only_fit
+    assert gaussian.beyond_fit < 0.005
+    assert not choose_targets(flow.velocity, x, grids=GRIDS).only_fit
 
 
 def test_noise_is_the_scatter_of_the_estimator():
@@ -139,6 +151,13 @@ class TestRuns:
         fit(tmp_path / "again", again, data=Pair(), max_epochs=2, ckpt_path=path)
         assert again.objective.choice == choice
         assert type(again.estimator) is type(module.estimator)
+
+    def test_a_student_of_an_untrained_teacher_is_warned(self, tmp_path):
+        network = PreconditionedMLP((2,), width=8, blocks=1)
+        network.baseline.fit([Pair().dataset("train").values])
+        module = F2D2Module(teacher=FlowMatchingModule(network), reference_samples=8)
+        with pytest.warns(UserWarning, match="teacher has not learned them"):
+            fit(tmp_path, module, data=Pair(), max_epochs=1)
 
     @pytest.mark.parametrize(("least", "starts"), [(4, 2**24), (1_000, 2**24), (4, 30)])
     def test_as_many_trajectories_as_take_no_longer_than_training(self, tmp_path, monkeypatch, least, starts):

@@ -224,6 +224,12 @@ class DistilledModel(RangedModel):
         (rank_zero_info if choice.good else rank_zero_warn)(
             f"targets: {choice}" + ("" if choice.good else f"; more would take {choice.remedy()}")
         )
+        if choice.only_fit:
+            rank_zero_warn(
+                f"the teacher's log p is that of the Gaussian fit of the data to within {choice.beyond_fit:.1%} of its "
+                "spread: unless the data are Gaussian, the teacher has not learned them, and the student will agree "
+                "with it all the same; train the teacher longer, in larger batches or at a higher rate"
+            )
 
     def _take_choice(self) -> None:
         choice = self.objective.choice if isinstance(self.objective, TrajectoryRegression) else None

@@ -35,6 +35,8 @@ NODES = (16, 24, 32, 48, 64, 96)
 """What is tried, cheapest first."""
 BIAS, NOISE = 0.005, 0.1
 """What is allowed of a trajectory's log p, in spreads: mean absolute bias, root mean square of noise."""
+GAUSSIAN = 0.02
+"""Difference to the Gaussian fit's log p, in spreads, below which a teacher has learned nothing."""
 EXACT_UP_TO = 64
 """Dimensions up to which bias is measured with exact divergences, and above with probes that stay as they are."""
 PASSES = 3.0
@@ -62,6 +64,13 @@ class TargetChoice:
     """Cost that was allowed."""
     trajectories: int | None = None
     """How many are kept by each process, where that was not said."""
+    beyond_fit: float | None = None
+    """Mean absolute difference of the teacher's log p to the Gaussian fit's, in spreads; ``None`` without a fit."""
+
+    @property
+    def only_fit(self) -> bool:
+        """Whether the teacher is the Gaussian fit of the data that its network stands on, and nothing more."""
+        return self.beyond_fit is not None and self.beyond_fit < GAUSSIAN
 
     @property
     def good(self) -> bool:
@@ -155,6 +164,10 @@ def choose_targets(
             "teacher: its own samples, and the range of the data"
         )
     spread = max(spread_of(truth[good]), 1e-2)
+    beyond = None
+    if baseline is not None:
+        fit = baseline.log_prob(x, torch.ones(len(x), dtype=x.dtype, device=x.device)).cpu().double()
+        beyond = float((truth - fit)[good].abs().mean()) / spread
 
     def noise_of(how: DivergenceEstimator, nodes: int, near_data: float) -> float:
         one, other = (ask(how, nodes, near_data, seed)[good] for seed in (7, 8))
@@ -173,7 +186,7 @@ def choose_targets(
     bias, cost, nodes, near_data = min(tried, key=lambda row: (max(row[0], BIAS * spread), row[1], row[0]))
     if estimator is not None:
         noise = noise_of(estimator, nodes, near_data)
-        return TargetChoice(nodes, near_data, None, bias, noise, spread, cost, affordable)
+        return TargetChoice(nodes, near_data, None, bias, noise, spread, cost, affordable, beyond_fit=beyond)
     # errors of a trajectory's probes cancel, so that twice as many can make a tenth of the noise: each is tried
     probes = 1
     while True:
@@ -182,5 +195,5 @@ def choose_targets(
             break
         probes *= 2
     if noise > NOISE * spread and dim * cost <= affordable:
-        return TargetChoice(nodes, near_data, 0, bias, 0.0, spread, cost * dim, affordable)
-    return TargetChoice(nodes, near_data, probes, bias, noise, spread, cost * probes, affordable)
+        return TargetChoice(nodes, near_data, 0, bias, 0.0, spread, cost * dim, affordable, beyond_fit=beyond)
+    return TargetChoice(nodes, near_data, probes, bias, noise, spread, cost * probes, affordable, beyond_fit=beyond)
