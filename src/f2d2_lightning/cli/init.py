@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,13 @@ def batch_size(dim: int) -> int:
 
 
 def lengths(dim: int, count: int) -> tuple[int, int]:
-    """Training steps of teacher and student. A teacher of few points stops before it knows them by heart."""
+    """Training steps of teacher and student. A teacher of few points stops before it knows them by heart.
+
+    So does the student of few images, whose steps cost most.
+    """
     teacher, student = (3_000, 9_000) if dim < 64 else (2_500, 5_000 if dim <= MEDIUM else 2_500)
-    return min(teacher, max(500, 4 * count)), student
+    few = max(500, 4 * count)
+    return min(teacher, few), min(student, few) if dim > MEDIUM else student
 
 
 def init_command(arguments: list[str]) -> None:
@@ -155,7 +160,10 @@ def _own_network(options: Any, found: Found) -> OwnNetwork:
     # so many that no axis of a state is as long
     count = next(number for number in itertools.count(TRIED) if number not in found.shape)
     x = states.__getitems__([row % len(states) for row in range(count)])
-    return try_network(options.network, options.network_args, options.call, x)
+    with warnings.catch_warnings():
+        # torch, of itself, when it first differentiates
+        warnings.filterwarnings("ignore", message=".*torch.jit.script")
+        return try_network(options.network, options.network_args, options.call, x)
 
 
 def _models(found: Found, own: OwnNetwork | None, checkpoint: Path) -> dict[str, dict[str, Any]]:
