@@ -184,7 +184,10 @@ def test_a_network_is_tried_and_what_is_written_runs(network, data, call, studen
         assert flow_map["interval"] == student
     for name in ("teacher", "student"):
         f2d2("fit", "--config", f"mine/{name}.yaml", *SHORT)
-    # as it was said; the file is not in the way of who is not asked to trust it
+    assert "--trust my_nets" in capsys.readouterr().out
+    assert command[-2:] == ["--trust", "my_nets"]
+    # as it was said, in a process that has not seen the file yet
+    del sys.modules["my_nets"]
     main(command[1:])
     with open("mine/nll.csv", newline="") as file:
         found = list(csv.DictReader(line for line in file if not line.startswith("#")))
