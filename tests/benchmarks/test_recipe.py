@@ -112,6 +112,8 @@ def test_the_rule_for_networks_and_lengths():
         assert made.velocity(torch.zeros(2, *shape), 0.5).shape == (2, *shape)
         drops = [part.p for part in made.modules() if isinstance(part, torch.nn.Dropout)]
         assert (max(drops) > 0) == (count < 2000)
+    assert lengths(768, 32) == (500, 500)
+    assert lengths(768, 14_196) == (2500, 2500)
     assert lengths(30, 398)[0] < lengths(30, 5000)[0] < lengths(30, 398)[1]
 
 

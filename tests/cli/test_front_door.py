@@ -104,6 +104,8 @@ def test_the_wheel_holds_the_configurations(tmp_path):
         (["init", "mine", "--data", "words.csv"], "row 2: 'red' in column b"),
         (["init", "mine", "--data", "notes.txt"], "--data is notes.txt"),
         (["init", "mine", "--data", "rows.npy", "--network", "my_net.Nett"], "did you mean 'Net'?"),
+        (["fit"], "f2d2 fit needs a configuration: --config NAME (f2d2 configs"),
+        (["fit", "--trainer.max_steps", "3"], "f2d2 init my_run --data"),
         (["test", "--config", "digits_teacher"], "f2d2 test without a checkpoint"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
@@ -206,7 +208,11 @@ def test_a_name(folder):
     [
         ("a,b\n1,2\n3\n", "row 3: 1 columns for 2"),
         ("a,b\n1,2\n3,nan\n", "row 3: 'nan' in column b"),
-        ("1,2\n3,\n", "row 2: '' in column 2"),
+        ("1,2\n3,\n", "row 2: '' in column 2; a density needs every number"),
+        ("a,b\n1,2\n\n3,\n", "row 4: '' in column b; .* missing values, or fill them in"),
+        ("a;b\n1,5;2\n", "row 2: '1,5' in column a; write decimals with a point"),
+        ("a,colour\n1,red\n2,blue\n", "row 2: 'red' in column colour; .* holds words: leave the column out"),
+        ("a,b\n1,2\n2,x\n", "row 3: 'x' in column b; .* correct it, or leave out the row"),
         ("", "numbers of shape"),
     ],
 )
@@ -215,6 +221,44 @@ def test_tables_that_cannot_be(written, expected, tmp_path):
     path.write_text(written)
     with pytest.raises(ValueError, match=expected):
         Table(str(path)).setup()
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", ", ", " "], ids=repr)
+def test_separators_of_a_table(separator, tmp_path):
+    path = tmp_path / "rows.csv"
+    header = "" if separator == " " else separator.join("abc")
+    np.savetxt(path, rows(), delimiter=separator, header=header, comments="")
+    assert torch.equal(f2.data.read_rows(path), torch.tensor(rows(), dtype=torch.float32))
+
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (60, 6, 6, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected", "said"),
+    [
+        (LEVELS[..., 0], LEVELS[:, None, :, :, 0], "grey images"),
+        (LEVELS, LEVELS.transpose(0, 3, 1, 2), "channels come last"),
+        (LEVELS[..., :1], LEVELS[:, None, :, :, 0], "channels come last"),
+        (LEVELS / 255, LEVELS.transpose(0, 3, 1, 2), "taken as 8-bit levels"),
+        ((LEVELS[..., 1] / 255).astype(np.float16), LEVELS[:, None, :, :, 1], "taken as 8-bit levels"),
+        (LEVELS // 16, LEVELS.transpose(0, 3, 1, 2) // 16, "16 levels"),
+    ],
+    ids=["grey", "last", "one", "floats", "half", "16"],
+)
+def test_images_in_an_array(array, expected, said, folder, capsys):
+    np.savez(folder / "images.npz", x=array)
+    assert np.array_equal(f2.data.read_rows("images.npz"), expected)
+    trained("--data", "images.npz")
+    assert said in capsys.readouterr().out
+    assert len(likelihoods("images.npz")) == 60
+
+
+def test_arrays_that_stay_as_they_are(tmp_path):
+    generator = np.random.default_rng(0)
+    for array in (generator.random((40, 3, 6, 6)), generator.integers(0, 2, (40, 1, 6, 6)).astype(float), rows()):
+        np.save(tmp_path / "rows.npy", array)
+        assert np.array_equal(f2.data.read_rows(tmp_path / "rows.npy"), array.astype(np.float32))
 
 
 def test_splits_of_a_table_are_disjoint_and_standardised(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 
 import f2d2_lightning as f2
 from f2d2_lightning.cli import nll_command, sample_command
+from f2d2_lightning.likelihood.error_bars import ErrorBars
 from f2d2_lightning.nn import MLP
 from foreign import MeanFlowModule, callback
 from lightning_parts import fit, student
@@ -89,7 +90,11 @@ def test_a_module_and_a_folder(tmp_path):
     fit(tmp_path, student(flow_map=Own((2,), width=16, blocks=1)), max_steps=1).save_checkpoint(tmp_path / "own.ckpt")
     with pytest.raises(ValueError, match=r"pass the missing objects|flow_map is needed"):
         f2.load(tmp_path / "own.ckpt")
-    f2.save_pretrained(module.average, tmp_path / "saved", shape=module.shape, levels=17, low=-1.0, high=1.0)
+    bars = {4: ErrorBars(0.5, 0.1, 0.2, coverage=0.9, count=64)}
+    f2.save_pretrained(
+        module.average, tmp_path / "saved", shape=module.shape, levels=17, low=-1.0, high=1.0, error_bars=bars
+    )
+    assert f2.load(tmp_path / "saved").error_bars == bars
     expected = module.log_prob(x, 2).value
     saved = f2.load(tmp_path / "saved")
     assert torch.allclose(saved.log_prob(x, 2).value, expected)

@@ -14,7 +14,7 @@ from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.utils.seeding import own_random_state
 
-__all__ = ["TIMES", "called", "seed", "signature", "undisturbed"]
+__all__ = ["TIMES", "called", "seed", "signature", "undisturbed", "without_zeros"]
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Symmetric about one half, so that mirroring time gives the same ones."""
@@ -61,3 +61,19 @@ def signature(flow_map: AdaptedFlowMap) -> str:
         return f"{Adapter.describe(network)}{'.' + method if method else ''}{inspect.signature(function)}"
     except (TypeError, ValueError):
         return "arguments that cannot be inspected"
+
+
+@contextlib.contextmanager
+def without_zeros(network: Callable[..., object]) -> Iterator[None]:
+    """Fill parameters that are all zero for a moment: zero-initialised layers hide what is behind them."""
+    parameters = network.parameters() if isinstance(network, nn.Module) else ()
+    zeros = [p for p in parameters if not bool(p.any())]
+    kept = [p.clone() for p in zeros]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for p in zeros:
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+        yield
+    finally:
+        for p, value in zip(zeros, kept, strict=True):
+            p.copy_(value)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from f2d2_lightning.adapters._asking import called, signature, undisturbed
+from f2d2_lightning.adapters._asking import called, signature, undisturbed, without_zeros
 from f2d2_lightning.adapters._derivatives import check_derivative
 from f2d2_lightning.adapters._velocities import FEWEST_SAMPLES, check_velocity
 from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter, check_conditioning
@@ -140,7 +139,7 @@ def _check_second_time(flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None)
 
     if changes() or _connected(lambda t: answers(ends[0][0], [t])[0], ends[0][1][-1], x):
         return
-    with _without_zeros(flow_map.network):
+    with without_zeros(flow_map.network):
         if changes():
             return
     raise ConventionError(
@@ -160,19 +159,3 @@ def _connected(function: Callable[[Tensor], Tensor], end: float, x: Tensor) -> b
             return value.requires_grad and torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] is not None
         except (ConventionError, RuntimeError):
             return True  # it ran without gradients, so this says nothing about the call
-
-
-@contextlib.contextmanager
-def _without_zeros(network: Callable[..., object]) -> Iterator[None]:
-    """Fill parameters that are all zero for a moment: zero-initialised layers hide what is behind them."""
-    parameters = network.parameters() if isinstance(network, nn.Module) else ()
-    zeros = [p for p in parameters if not bool(p.any())]
-    kept = [p.clone() for p in zeros]
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for p in zeros:
-            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-        yield
-    finally:
-        for p, value in zip(zeros, kept, strict=True):
-            p.copy_(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ class AddedInterval(nn.Module):
         hidden: Width of the added embedding.
         layer: Name of the layer that the width was taken from, for messages.
     """
+
+    added_whole: ClassVar[bool] = True
+    """That a network without it has all the weights of one with it but for its own (``one_time_state``)."""
 
     def __init__(self, width: int, hidden: int = 128, layer: str | None = None) -> None:
         super().__init__()

@@ -143,8 +143,16 @@ class AddedModel(DistilledModel):
         """
         state = whole_state(self._network)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            levels, low, high = self.levels, self.low, self.high
-            save_pretrained(self.joint, path, shape=self.shape, levels=levels, low=low, high=high, network_state=state)
+            save_pretrained(
+                self.joint,
+                path,
+                shape=self.shape,
+                levels=self.levels,
+                low=self.low,
+                high=self.high,
+                network_state=state,
+                error_bars=self.error_bars,
+            )
 
     def _head(self, kind: str) -> Head:
         """The head in training (``"live"``) or its average (``"average"``)."""

@@ -25,11 +25,20 @@ from f2d2_lightning.adapters import AdaptedFlowMap, Adapter
 from f2d2_lightning.checkpoints.descriptions import describe_model, given_places, make_model, own_state
 from f2d2_lightning.checkpoints.trust import check_extent, said, within_size
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
+from f2d2_lightning.likelihood.error_bars import ErrorBars, kept_bars, read_bars
 from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.utils.checks import checked, counts, listed
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = ["CONFIG", "WEIGHTS", "DataDescription", "from_pretrained", "read_description", "save_pretrained"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "DataDescription",
+    "from_pretrained",
+    "read_description",
+    "read_error_bars",
+    "save_pretrained",
+]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _LAYOUT = f"a saved model is a folder with {CONFIG} and {WEIGHTS} (save_pretrained)"
@@ -66,12 +75,13 @@ def save_pretrained(
     low: float = -1.0,
     high: float = 1.0,
     network_state: Mapping[str, Any] | None = None,
+    error_bars: Mapping[int, ErrorBars] | None = None,
 ) -> FilePath:
     """Write a flow map or a joint map to a folder, for :func:`from_pretrained`.
 
     For a trained module: ``save_pretrained(module.average, folder, shape=module.shape, levels=module.levels,
-    low=module.low, high=module.high)``. Of somebody else's network in an adapter, the weights are written, and how it
-    is called; who reads the folder makes the network.
+    low=module.low, high=module.high, error_bars=module.error_bars)``. Of somebody else's network in an adapter, the
+    weights are written, and how it is called; who reads the folder makes the network.
 
     Args:
         model: Made of classes of this package. It is seen to that it can be made again before anything is written.
@@ -81,6 +91,7 @@ def save_pretrained(
         low: Lower edge of their range.
         high: Upper edge.
         network_state: Weights of an adapted network, where they are sharded and had to be gathered; by default its own.
+        error_bars: Of a model that was validated, by step count: ``module.error_bars``.
 
     Returns:
         The folder.
@@ -103,7 +114,7 @@ def save_pretrained(
         float(high),
         model.directions.label,
     )
-    content = describe_model(model)
+    content = describe_model(model) | ({"error_bars": kept_bars(error_bars)} if error_bars else {})
     tensors, shared = _once(whole_state(model, network_state))
     folder = FilePath(folder)
     if folder.is_file():
@@ -190,6 +201,16 @@ def read_description(folder: str | FilePath) -> DataDescription:
         ValueError: If the configuration is none.
     """
     return _read(folder)[1]
+
+
+def read_error_bars(folder: str | FilePath) -> dict[int, ErrorBars]:
+    """Error bars of a saved model by step count; none where it was saved without.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no configuration in it.
+        ValueError: If they are no such values.
+    """
+    return read_bars(_read(folder)[0].get("error_bars"))
 
 
 def state_shape(model: nn.Module) -> Sequence[int]:

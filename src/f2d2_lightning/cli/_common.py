@@ -49,7 +49,9 @@ def load_model(options: Any) -> LikelihoodModel:
     """The model of a checkpoint, on the device that was asked for."""
     device = find_device(options.device)
     network = None if options.network is None else _network(options.network, options.network_args)
-    model = load(options.ckpt, network, name=options.flow_map, trust=options.trust)
+    # files of one's own that are trusted, as fit found them
+    with working_directory():
+        model = load(options.ckpt, network, name=options.flow_map, trust=options.trust)
     if not isinstance(model, (F2D2Module, JointModel)):
         raise ValueError(
             f"{options.ckpt} is a checkpoint of {type(model).__name__}, but a F2D2Module is needed here: the teacher "

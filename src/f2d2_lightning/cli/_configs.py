@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 OPTIONS = ("--config", "-c")
+SAID_OTHERWISE = (*OPTIONS, "--model", "--help", "-h", "--print_config")
+"""Beginnings of what tells a command of training what to do, or asks it what it can."""
 
 
 class UsageError(ValueError):
@@ -95,7 +97,16 @@ def config_options(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def with_configs(arguments: list[str]) -> list[str]:
-    """Arguments of a command, whose configurations may be named."""
+    """Arguments of a command, whose configurations may be named.
+
+    Raises:
+        UsageError: If there are none, and no model either: says what to give.
+    """
+    if not arguments[0].startswith("-") and not any(text.startswith(SAID_OTHERWISE) for text in arguments):
+        raise UsageError(
+            f"f2d2 {arguments[0]} needs a configuration: --config NAME (f2d2 configs lists those of the package) or "
+            "--config FILE; for your own data f2d2 init my_run --data FILE_OR_FOLDER writes one"
+        )
     found = list(arguments)
     for place, value in config_options(arguments):
         name, equals, _ = arguments[place].partition("=")

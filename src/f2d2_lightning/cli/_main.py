@@ -187,8 +187,10 @@ class F2D2CLI(LightningCLI):
         say(f"wrote {path}")
 
     def _say_uses(self, checkpoint: Any) -> None:
-        say(f"      f2d2 sample --ckpt {checkpoint} --steps 2 --num 64 --out samples.png")
-        say(f"      f2d2 nll --ckpt {checkpoint} --data DATA --steps 4 --out nll.csv")
+        own = self.model.hparams.get("trust") or ()
+        trust = f" --trust {' '.join(own)}" if own else ""
+        say(f"      f2d2 sample --ckpt {checkpoint} --steps 2 --num 64 --out samples.png{trust}")
+        say(f"      f2d2 nll --ckpt {checkpoint} --data DATA --steps 4 --out nll.csv{trust}")
 
     # --- going on ---
 

@@ -16,18 +16,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from f2d2_lightning.cli._common import class_count, imported, warn
+from f2d2_lightning.cli._common import class_count, imported, say, warn
 from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.data.images._reader import Framing, ImageFiles, read_images
 from f2d2_lightning.data.images._stores import SUFFIXES
 from f2d2_lightning.data.images.folder import ImageFolder
 from f2d2_lightning.data.module import FlowDataModule
-from f2d2_lightning.data.table import Table, Units, as_rows, read_rows
+from f2d2_lightning.data.rows import find_rows
+from f2d2_lightning.data.table import Table, Units
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.training.loading import read_checkpoint
-from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.class_names import agree_on_classes, guessed_labels, labels_of
 
 DATA = {
@@ -141,10 +141,8 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
         raise ValueError(f"{name} is a file or a folder, which takes no arguments ({', '.join(arguments)} given)")
     if path.is_dir() or path.suffix.lower() in SUFFIXES:
         return _from_images(path, module, reading)
-    if path.suffix.lower() == ".csv":
-        return _from_rows(path, read_rows(path), None, module, reading)
-    if path.suffix.lower() in ARRAYS:
-        return _from_array(path, module, reading)
+    if path.suffix.lower() in (".csv", *ARRAYS):
+        return _from_rows(path, module, reading)
     raise ValueError(
         f"--data is {name}; .csv, .npy and .npz files (an .npz holds its data as 'x', labels as 'y') and images "
         f"({', '.join(SUFFIXES)}) can be read"
@@ -219,28 +217,25 @@ def _check_data_module(name: str, data: L.LightningDataModule, module: Likelihoo
         raise ValueError(f"--data {name} has {theirs}, but the checkpoint is of a model for {mine}")
 
 
-def _from_array(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
-    arrays = read_numbers(path, ("x", "y"))
-    loaded, labels = arrays["x"], arrays.get("y")
-    if loaded.dtype.kind not in "iubf":
-        raise ValueError(f"{path} holds {loaded.dtype}; integers or floating numbers are needed")
-    if labels is not None and (labels.shape != loaded.shape[:1] or labels.dtype.kind not in "iu"):
-        raise ValueError(
-            f"{path} has labels y of shape {labels.shape} and type {labels.dtype}; integers of shape "
-            f"{loaded.shape[:1]} are needed"
-        )
-    classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    return _from_rows(path, as_rows(loaded), classes, module, reading)
-
-
-def _from_rows(path: Path, rows: Tensor, classes: Tensor | None, module: LikelihoodModel, reading: Reading) -> Points:
-    """Rows ``(N, ...)`` of a file, floating ones in the units of the table that the model was trained on."""
-    if tuple(rows.shape[1:]) != module.shape or len(rows) == 0:
+def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
+    """Rows of a file, floating ones in the units of the table that the model was trained on."""
+    found = find_rows(path, levels=module.levels is not None, shape=module.shape)
+    rows, labels, classes = found.values, found.labels, None
+    if labels is not None:
+        if labels.shape != tuple(rows.shape[:1]) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{path} has labels y of shape {labels.shape} and type {labels.dtype}; integers of shape "
+                f"{tuple(rows.shape[:1])} are needed"
+            )
+        classes = torch.from_numpy(labels.astype(np.int64))
+    if tuple(rows.shape[1:]) != module.shape:
         last = (*module.shape[1:], *module.shape[:1])
         hint = "; channels come first" if len(last) == 3 and tuple(rows.shape[1:]) == last else ""
         raise ValueError(
             f"{path} has shape {tuple(rows.shape)}; (N, {', '.join(map(str, module.shape))}) is needed{hint}"
         )
+    for said in found.said:
+        say(f"{path}: {said}")
     log_scale = 0.0
     if not rows.is_floating_point():
         dataset = _dequantized(path, rows, classes, module, reading)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from f2d2_lightning.cli._common import imported, say
+from f2d2_lightning.cli._looking import Found, look_at
 from f2d2_lightning.cli._mistakes import in_a_line, parsed
+from f2d2_lightning.cli._networks import OwnNetwork, try_network
 from f2d2_lightning.cli._points import DATA
-from f2d2_lightning.data.images._files import decoded
-from f2d2_lightning.data.images._stores import image_rows, open_store
-from f2d2_lightning.data.table import Table
 from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["batch_size", "init_command", "lengths", "network"]
@@ -24,8 +24,8 @@ __all__ = ["batch_size", "init_command", "lengths", "network"]
 SMALL, MEDIUM, FEW = 8, 256, 2_000
 """Dimensions up to which a small perceptron, and a perceptron at all, is the network; training points below which it
 drops units."""
-LOOKED_AT, LARGEST = 64, 64
-"""Images that are opened to see what they are, and the side to which larger ones are resized."""
+TRIED = 9
+"""States that a network is tried on, at least."""
 
 
 def network(shape: Sequence[int], count: int, levels: int | None) -> tuple[str, dict[str, Any]]:
@@ -52,23 +52,13 @@ def batch_size(dim: int) -> int:
 
 
 def lengths(dim: int, count: int) -> tuple[int, int]:
-    """Training steps of teacher and student. A teacher of few points stops before it knows them by heart."""
+    """Training steps of teacher and student. A teacher of few points stops before it knows them by heart.
+
+    So does the student of few images, whose steps cost most.
+    """
     teacher, student = (3_000, 9_000) if dim < 64 else (2_500, 5_000 if dim <= MEDIUM else 2_500)
-    return min(teacher, max(500, 4 * count)), student
-
-
-@dataclass(frozen=True)
-class Found:
-    """What data are."""
-
-    shape: tuple[int, ...]
-    count: int
-    """To train on."""
-    levels: int | None
-    data: dict[str, Any]
-    """The data module, as a configuration says it."""
-    said: str
-    """In words."""
+    few = max(500, 4 * count)
+    return min(teacher, few), min(student, few) if dim > MEDIUM else student
 
 
 def init_command(arguments: list[str]) -> None:
@@ -90,8 +80,12 @@ def init_command(arguments: list[str]) -> None:
         "--network",
         type=str | None,
         default=None,
-        help="class of your own network, such as my_net.Net, called as net(x, s, t): states x at time s, and the time "
-        "t to go to, each time (B,), 0 for noise and 1 for data; it answers the velocity from s to t, shape of x",
+        help="class of your own network, such as my_net.Net, which answers a velocity, shape of x, of states x at time "
+        "s, 0 for noise and 1 for data, and if it takes two times of the time t to go to; how it is called is found by "
+        "trying",
+    )
+    parser.add_argument(
+        "--call", type=str | None, default=None, help='how that network is called, if it is not found: "net(x, s)"'
     )
     parser.add_argument("--network_args", type=dict | None, default=None, help="arguments of that network, as JSON")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over configurations that are there")
@@ -105,23 +99,18 @@ def _init(options: Any) -> None:
     there = [str(path) for path in files.values() if path.exists()]
     if there and not options.overwrite:
         raise FileExistsError(f"{' and '.join(there)} are there; give another folder, or --overwrite true")
-    found = _look(options.data, options.size)
+    found = look_at(options.data, options.size)
     dim = math.prod(found.shape)
     steps = lengths(dim, found.count)
-    flow_map = _own_network(options.network, options.network_args) if options.network else None
-    if flow_map is None:
-        name, sizes = network(found.shape, found.count, found.levels)
-        flow_map = {"class_path": f"f2d2_lightning.nn.{name}", "init_args": sizes}
-    data = found.data | {"init_args": found.data["init_args"] | {"batch_size": batch_size(dim)}}
-    shape = {"shape": list(found.shape)} if options.network else {}
-    checkpoint = folder / "teacher" / "checkpoints" / "last.ckpt"
-    models: dict[str, dict[str, Any]] = {
-        "teacher": {"class_path": "f2d2_lightning.FlowMatchingModule", "init_args": {"flow_map": flow_map, **shape}},
-        "student": {"class_path": "f2d2_lightning.F2D2Module", "init_args": {"teacher": str(checkpoint)}},
-    }
-    if options.network:
+    own = None if options.network is None else _own_network(options, found)
+    models = _models(found, own, folder / "teacher" / "checkpoints" / "last.ckpt")
+    if own is not None:
+        for model in models.values():
+            # of an adapted network only the data say it
+            model["init_args"]["shape"] = list(found.shape)
         # the network's code is yours, which the teacher's file may name
         models["student"]["init_args"]["trust"] = [options.network.partition(".")[0]]
+    data = found.data | {"init_args": found.data["init_args"] | {"batch_size": batch_size(dim)}}
     comments = {
         "teacher": f"Flow-matching teacher on {options.data}: {found.said}.",
         "student": "Few-step student of teacher.yaml: samples and log-likelihoods in 1 to 8 evaluations.",
@@ -130,12 +119,15 @@ def _init(options: Any) -> None:
         with whole_file(path) as partial:
             partial.write_text(_written(comments[name], models[name], data, length, folder, name), encoding="utf-8")
     say(f"{options.data}: {found.said}; {found.count:,} to train on")
+    if own is not None:
+        say(f"{options.network}: {own.said}")
     say(f"wrote {files['teacher']} and {files['student']}. Next:")
     for path in files.values():
         say(f"  f2d2 fit --config {path}")
     last = folder / "student" / "checkpoints" / "last.ckpt"
     say(f"  f2d2 test --config {files['student']} --ckpt_path last")
-    say(f"  f2d2 nll --ckpt {last} --data {options.data} --steps 4 --out {folder / 'nll.csv'}")
+    trust = "" if own is None else f" --trust {options.network.partition('.')[0]}"
+    say(f"  f2d2 nll --ckpt {last} --data {options.data} --steps 4 --out {folder / 'nll.csv'}{trust}")
 
 
 def _written(comment: str, model: dict[str, Any], data: dict[str, Any], steps: int, folder: Path, name: str) -> str:
@@ -161,80 +153,36 @@ def _written(comment: str, model: dict[str, Any], data: dict[str, Any], steps: i
     return f"# {comment}\n{yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)}"
 
 
-def _own_network(class_path: str, arguments: dict[str, Any] | None) -> dict[str, Any]:
-    """A network of one's own, of two times, as a flow map."""
-    imported(class_path, "--network")
+def _own_network(options: Any, found: Found) -> OwnNetwork:
+    """A network of one's own, tried on states of the data."""
+    module = imported(found.data["class_path"], "--data")(**found.data["init_args"])
+    states = module.dataset("train")
+    # so many that no axis of a state is as long
+    count = next(number for number in itertools.count(TRIED) if number not in found.shape)
+    x = states.__getitems__([row % len(states) for row in range(count)])
+    with warnings.catch_warnings():
+        # torch, of itself, when it first differentiates
+        warnings.filterwarnings("ignore", message=".*torch.jit.script")
+        return try_network(options.network, options.network_args, options.call, x)
+
+
+def _models(found: Found, own: OwnNetwork | None, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Teacher and student, as their configurations say them."""
+    name, sizes = network(found.shape, found.count, found.levels)
+    flow_map: dict[str, Any] = {"class_path": f"f2d2_lightning.nn.{name}", "init_args": sizes}
+    teacher: dict[str, Any] = {"flow_map": flow_map if own is None else own.teacher}
+    student: dict[str, Any] = {"teacher": str(checkpoint)}
+    if own is not None and not own.two_times:
+        if own.student is None:
+            # the teacher's units may be dropped, its targets are the same at every step
+            sizes["dropout"] = 0.0
+            student["warm_start"] = False
+        student["flow_map"] = own.student or flow_map
+    if own is not None and own.mode != "forward":
+        mode = {"init_args": {"mode": own.mode}}
+        teacher["reference"] = {"class_path": "f2d2_lightning.Reference", **mode}
+        student["estimator"] = {"class_path": "f2d2_lightning.Hutchinson", **mode}
     return {
-        "class_path": "f2d2_lightning.adapters.AdaptedFlowMap",
-        "init_args": {
-            "network": {"class_path": class_path, "init_args": arguments or {}},
-            "adapter": {
-                "class_path": "f2d2_lightning.adapters.TwoTime",
-                "init_args": {"call": "net(x, s, t)", "directions": "both"},
-            },
-        },
+        "teacher": {"class_path": "f2d2_lightning.FlowMatchingModule", "init_args": teacher},
+        "student": {"class_path": "f2d2_lightning.F2D2Module", "init_args": student},
     }
-
-
-# --- looking at data ---
-
-
-def _look(data: str, size: int | None) -> Found:
-    path = Path(data)
-    if data in DATA and not path.exists():
-        module = imported(DATA[data], "--data")()
-        count = len(module.dataset("train"))
-        what = {"class_path": DATA[data], "init_args": {}}
-        return Found(tuple(module.shape), count, module.levels, what, f"states of shape {tuple(module.shape)}")
-    if path.is_dir() or path.suffix.lower() == ".zip":
-        return _look_at_images(path, size)
-    if path.suffix.lower() in (".csv", ".npy", ".npz"):
-        return _look_at_rows(path)
-    raise ValueError(
-        f"--data is {data}; a folder of images, a .csv, .npy or .npz file, or one of {', '.join(DATA)} is needed"
-    )
-
-
-def _look_at_rows(path: Path) -> Found:
-    table = Table(str(path))
-    parts = [values for values, _ in table.splits().values()]
-    count, shape, floating = sum(map(len, parts)), table.shape, parts[0].is_floating_point()
-    if not floating and len(shape) != 3:
-        raise ValueError(
-            f"{path} holds integers of shape {(count, *shape)}; images are (N, channels, height, width). A table "
-            "of counts has no density: give floating numbers, with noise added over each count's width"
-        )
-    what = {"class_path": "f2d2_lightning.data.Table", "init_args": {"path": str(path)}}
-    more = "standardised by those to train on" if floating else f"{table.levels} levels"
-    said = f"{count:,} {'rows' if floating else 'images'} of shape {shape}, {more}"
-    return Found(shape, len(parts[0]), table.levels, what, said)
-
-
-def _look_at_images(path: Path, size: int | None) -> Found:
-    store = open_store(path)
-    rows = image_rows(store)
-    sizes, colours = set(), False
-    with store.opened() as read:
-        for row in rows[:: max(1, len(rows) // LOOKED_AT)]:
-            image = decoded(read(row), store.where(row), "RGB", convert=True)
-            sizes.add(image.size)
-            # grey images may be stored as RGB
-            red, green, blue = image.split()
-            colours = colours or not red.tobytes() == green.tobytes() == blue.tobytes()
-    smallest = min(min(pair) for pair in sizes)
-    # sides that a network can halve twice
-    side = size or max(4, min(LARGEST, smallest) // 4 * 4)
-    init: dict[str, Any] = {"folder": str(path), "size": side, "channels": 3 if colours else 1}
-    resized = ""
-    if sizes != {(side, side)}:
-        init |= {"crop": "square", "resize": "bicubic"}
-        resized = f", their middle brought to {side} x {side} pixels (--size says another)"
-    init |= {"convert": True}
-    held_out = max(1, min(1000, len(rows) // 10))
-    if len(rows) < 3:
-        raise ValueError(f"{path} holds {len(rows)} images; at least 3 are needed, to train, validate and test on")
-    init |= {"val": held_out, "test": held_out}
-    shape = (init["channels"], side, side)
-    said = f"{len(rows):,} {'colour' if colours else 'grey'} images{resized}"
-    what = {"class_path": "f2d2_lightning.data.ImageFolder", "init_args": init}
-    return Found(shape, len(rows) - 2 * held_out, 256, what, said)

@@ -16,7 +16,8 @@ from f2d2_lightning.data.images.fashion import FashionMNIST
 from f2d2_lightning.data.images.folder import ImageFolder
 from f2d2_lightning.data.images.imagenet import ImageNet64
 from f2d2_lightning.data.module import FlowDataModule
-from f2d2_lightning.data.table import Table, read_rows
+from f2d2_lightning.data.rows import read_rows
+from f2d2_lightning.data.table import Table
 from f2d2_lightning.data.toy import Checkerboard, GaussianMixture
 
 __all__ = [

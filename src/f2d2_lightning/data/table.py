@@ -1,80 +1,22 @@
-"""Rows of numbers from a file."""
+"""Rows of a file as a data module, and their units."""
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from f2d2_lightning.data.module import FlowDataModule
+from f2d2_lightning.data.rows import find_rows
 from f2d2_lightning.likelihood.quantization import Quantization
-from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.checks import positive
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["Table", "Units", "as_rows", "read_rows"]
-
-
-def read_rows(path: str | Path) -> Tensor:
-    """Rows of a ``.csv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
-
-    The first line of a ``.csv`` file may name the columns.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is of another kind, has something that is no number, or nothing.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give a .csv, .npy or .npz file of rows")
-    array = _read_csv(path) if path.suffix.lower() == ".csv" else read_numbers(path, ("x",))["x"]
-    if array.ndim < 2 or len(array) == 0 or array.dtype.kind not in "iuf":
-        raise ValueError(
-            f"{path} holds {array.dtype} of shape {array.shape}; numbers of shape (N, ...) are needed, a row a sample"
-        )
-    return as_rows(array)
-
-
-def as_rows(array: np.ndarray) -> Tensor:
-    """Numbers as ``float32``, ``uint8`` or ``int64``, shape of the array."""
-    if array.dtype != np.uint8:
-        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
-    return torch.from_numpy(array)
-
-
-def _read_csv(path: Path) -> np.ndarray:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            lines = [line for line in csv.reader(file) if line]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} cannot be read as text with commas: {error}") from error
-    names = lines[0] if lines and not any(map(_is_number, lines[0])) else None
-    rows = lines[names is not None :]
-    width = len(names or (rows[0] if rows else ()))
-    for number, row in enumerate(rows, start=1 + (names is not None)):
-        wrong = [place for place, text in enumerate(row) if not _is_number(text)]
-        if wrong or len(row) != width:
-            column = names[wrong[0]] if wrong and names and wrong[0] < width else wrong[0] + 1 if wrong else None
-            what = f"{len(row)} columns for {width}" if column is None else f"{row[wrong[0]]!r} in column {column}"
-            raise ValueError(
-                f"{path}, row {number}: {what}; every row needs the same columns of numbers. Leave out columns of "
-                "words, and rows with missing values"
-            )
-    return np.array(rows, dtype=np.float64).reshape(len(rows), width)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+__all__ = ["Table", "Units"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +55,7 @@ class Table(FlowDataModule):
     :attr:`log_scale`, as ``f2d2 nll`` reports them.
 
     Args:
-        path: The file; see :func:`read_rows`.
+        path: The file; see :func:`~f2d2_lightning.data.read_rows`.
         standardize: Whether floating numbers are.
         levels: Of integers, 0 to ``levels - 1``; ``None`` for 256 where they are integers.
         val: Share of the rows to validate on.
@@ -153,7 +95,10 @@ class Table(FlowDataModule):
         return 0.0 if self.units is None else self.units.log_scale
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        rows = read_rows(self.path)
+        found = find_rows(self.path)
+        for said in found.said:
+            rank_zero_info(f"{self.path}: {said}")
+        rows = found.values
         count = len(rows)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(self.seed, "rows")))
         sizes = [max(1, round(share * count)) for share in (self.val, self.test)]

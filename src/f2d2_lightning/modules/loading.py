@@ -11,7 +11,7 @@ from torch import nn
 
 from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, load_joint
-from f2d2_lightning.checkpoints.pretrained import CONFIG, from_pretrained, read_description
+from f2d2_lightning.checkpoints.pretrained import CONFIG, from_pretrained, read_description, read_error_bars
 from f2d2_lightning.checkpoints.trust import build_arguments, make, stored_in, within_size
 from f2d2_lightning.likelihood.error_bars import read_bars
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
@@ -56,7 +56,9 @@ def load(
     if (path / CONFIG).is_file():
         about = read_description(path)
         quantization = None if about.levels is None else Quantization(about.levels, about.low, about.high)
-        return JointModel(from_pretrained(path, network=network), about.shape, quantization)
+        model = JointModel(from_pretrained(path, network=network), about.shape, quantization)
+        model.error_bars = read_error_bars(path)
+        return model
     checkpoint = read_checkpoint(path)
     joints = checkpoint.get(CHECKPOINT_KEY)
     if not isinstance(joints, Mapping) or not joints:

@@ -120,7 +120,9 @@ def with_second_time(
 
 
 def one_time_state(student: nn.Module, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A teacher's weights under the names that they have in a student with an :class:`AddedTime`.
+    """A teacher's weights under the names that they have in a student with an added time.
+
+    It is an :class:`AddedTime`, or in an adapted network an :class:`~f2d2_lightning.adapters.AddedInterval`.
 
     Args:
         student: The network to start; its own added part, where the teacher has none, is taken over as it is.
@@ -132,6 +134,8 @@ def one_time_state(student: nn.Module, teacher: Mapping[str, Tensor]) -> dict[st
     state = dict(teacher)
     for place, module in student.named_modules():
         prefix = f"{place}." if place else ""
+        if getattr(module, "added_whole", False) and not any(name.startswith(prefix) for name in teacher):
+            state |= module.state_dict(prefix=prefix)
         if not isinstance(module, AddedTime) or any(name.startswith(f"{prefix}added.") for name in teacher):
             continue
         own = module.state_dict(prefix=prefix)

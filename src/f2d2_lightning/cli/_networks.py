@@ -1,0 +1,232 @@
+"""One's own network, tried on a few states: how it is called, and what makes a teacher and a student of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, ConventionError, FlowMatching, TwoTime, check_convention
+from f2d2_lightning.adapters._asking import signature, undisturbed, without_zeros
+from f2d2_lightning.adapters.call import Call
+from f2d2_lightning.cli._calls import likely_calls
+from f2d2_lightning.cli._common import imported
+from f2d2_lightning.cli._embeddings import takes_interval, time_embeddings
+from f2d2_lightning.utils.seeding import own_random_state
+
+__all__ = ["OwnNetwork", "try_network"]
+
+MODES = ("forward", "reverse", "finite")
+"""Of derivatives, the quickest that works is taken."""
+SHOWN, LONGEST = 3, 160
+"""Calls that an error repeats, and characters of what the network said of each."""
+
+
+@dataclass(frozen=True)
+class OwnNetwork:
+    """What a network turned out to be."""
+
+    teacher: dict[str, Any]
+    """Flow map of the teacher, as a configuration says it."""
+    student: dict[str, Any] | None
+    """That of the student; ``None`` where a network of one time has no embedding that a second one can be added to."""
+    two_times: bool
+    mode: str
+    """Of derivatives."""
+    said: str
+    """In words."""
+
+
+def try_network(path: str, arguments: Mapping[str, Any] | None, call: str | None, x: Tensor) -> OwnNetwork:
+    """Make a network, and find out how it is called.
+
+    Args:
+        path: Its class.
+        arguments: Of its constructor.
+        call: The call, if it is known, as of :class:`~f2d2_lightning.adapters.Adapter`.
+        x: States of the data, ``(B, ...)``, where ``B`` is none of the sides of a state.
+
+    Raises:
+        ValueError: If it cannot be made, or no call that was tried answers velocities: says what came, and what to do.
+    """
+    network = _made(path, dict(arguments or {}))
+    described = {"class_path": path, "init_args": dict(arguments or {})}
+    calls = likely_calls(network) if call is None else [Call(call).text]
+    tried: list[str] = []
+    unfit: ConventionError | None = None
+    for text in calls:
+        adapter = _fitting(network, text, x, tried)
+        if adapter is None:
+            continue
+        try:
+            mode = _mode(AdaptedFlowMap(network, adapter), x)
+        except ConventionError as error:
+            # it answers, and not as it should; another call may be the right one
+            unfit = unfit or error
+            continue
+        return _found(network, described, adapter, mode, x)
+    if unfit is not None:
+        raise unfit
+    raise ValueError(
+        f"--network {path} gave no velocities for states of shape {tuple(x.shape)} and times of shape ({len(x)},): "
+        f"{'; '.join(tried[:SHOWN]) or 'no call fits what it takes'}. It takes {signature(AdaptedFlowMap(network))}, "
+        "and must answer the state's shape: let it fit the data (--network_args), or say how it is called, with x for "
+        'the state and s for its time, and t for the time to go to if it takes two: --call "net(x, s)"'
+    )
+
+
+def _made(path: str, arguments: dict[str, Any]) -> nn.Module:
+    cls = imported(path, "--network")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"--network {path} is {cls!r:.80}; the class of a torch.nn.Module is needed")
+    parameters = inspect.signature(cls).parameters.values()
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if missing := [name for name in needed if name not in arguments]:
+        form = ", ".join(f'"{name}": ...' for name in needed)
+        raise ValueError(
+            f"--network {path} cannot be made without {', '.join(missing)}; give its arguments: "
+            f"--network_args '{{{form}}}'"
+        )
+    try:
+        with own_random_state(torch.device("cpu")):
+            return cls(**arguments)
+    except Exception as error:  # whatever somebody's constructor says
+        raise ValueError(
+            f"--network {path} cannot be made with {arguments}: {_line(error)}; correct --network_args"
+        ) from error
+
+
+# --- how it is called ---
+
+
+def _fitting(network: nn.Module, call: str, x: Tensor, tried: list[str]) -> Adapter | None:
+    """An adapter with which the network answers the shape of ``x``, state by state; else what came goes to ``tried``.
+
+    Times are tried with one axis, with two, and with those of the state; images with channels first and last.
+    """
+    family = TwoTime if "t" in Call(call).names else FlowMatching
+    directions = "both" if family is TwoTime else "none"
+    first = None
+    for channels_last in (False, True)[: 1 + (x.ndim == 4)]:
+        for axes in dict.fromkeys((1, 2, x.ndim)):
+            arguments: dict[str, Any] = {"directions": directions, "channels_last": channels_last, "time_axes": axes}
+            try:
+                part = _part(AdaptedFlowMap(network, family(call, **arguments)), x)
+                adapter = family(call, output=part, **arguments)
+                return _by_itself(AdaptedFlowMap(network, adapter), x)
+            except Exception as error:  # whatever a network says of what it does not take
+                first = first or f"{call} gave {_line(error)}"
+    tried += [] if first is None else [first]
+    return None
+
+
+def _part(flow_map: AdaptedFlowMap, x: Tensor) -> int | str | None:
+    """Which part of the network's answer has the state's shape; ``None`` for the answer itself."""
+    answers: list[Any] = []
+    handle = flow_map.network.register_forward_hook(lambda module, arguments, answer: answers.append(answer))  # type: ignore[union-attr]
+    try:
+        with undisturbed(flow_map, x):
+            flow_map.velocity(x, 0.4)
+    except ConventionError:
+        # the call fits, and the answer is of another form
+        parts = list(_parts(answers[-1])) if answers else []
+        shape = x.movedim(1, -1).shape if flow_map.adapter.channels_last else x.shape
+        found = [name for name, value in parts if isinstance(value, Tensor) and value.shape == shape]
+        if not found:
+            raise
+        return found[0]
+    finally:
+        handle.remove()
+    return None
+
+
+def _parts(answer: Any) -> Iterator[tuple[int | str, Any]]:
+    """Parts of an answer of several."""
+    if isinstance(answer, Mapping):
+        yield from ((name, value) for name, value in answer.items() if isinstance(name, str))
+    elif isinstance(answer, (tuple, list)):
+        yield from enumerate(answer)
+    else:
+        yield from getattr(answer, "__dict__", {}).items()
+
+
+def _by_itself(flow_map: AdaptedFlowMap, x: Tensor) -> Adapter:
+    """The map's adapter, if what it answers for a state does not depend on the others: times may meet wrong axes.
+
+    Raises:
+        ConventionError: If it does.
+    """
+    few = len(x) // 2
+    with undisturbed(flow_map, x), without_zeros(flow_map):
+        whole, part = flow_map.velocity(x, 0.4)[:few], flow_map.velocity(x[:few], 0.4)
+    if not torch.allclose(whole, part, rtol=1e-2, atol=1e-3 * float(whole.abs().max())):
+        raise ConventionError("answers for a state that depend on the other states of the batch")
+    return flow_map.adapter
+
+
+def _mode(flow_map: AdaptedFlowMap, x: Tensor) -> str:
+    """In which mode the network can be differentiated; what else is wrong with it is an error."""
+    first: ConventionError | None = None
+    for mode in MODES:
+        try:
+            check_convention(flow_map, x, mode=mode)
+        except ConventionError as error:
+            first = first or error
+        else:
+            return mode
+    assert first is not None
+    raise first
+
+
+# --- what it makes ---
+
+
+def _found(network: nn.Module, described: dict[str, Any], adapter: Adapter, mode: str, x: Tensor) -> OwnNetwork:
+    """Teacher and student of a network in an adapter that fits."""
+    teacher = _configured(described, adapter)
+    called = f"called as {adapter.call.text}" + "".join(
+        f", {name}={value!r}" for name, value in _settings(adapter).items()
+    )
+    if isinstance(adapter, TwoTime):
+        AdaptedFlowMap(network, adapter).probe(x)  # what its head would read
+        return OwnNetwork(teacher, teacher, True, mode, f"a network of two times, {called}")
+    both = FlowMatching(adapter.call.text, directions="both", **_settings(adapter))
+    for name in time_embeddings(AdaptedFlowMap(network, adapter), x):
+        if takes_interval(network, both, name, x, mode):
+            student = _configured(described, both, interval=name)
+            said = f"a network of one time, {called}; the student is a copy with a second time added to its {name}"
+            return OwnNetwork(teacher, student, False, mode, said)
+    said = (
+        f"a network of one time, {called}; no time embedding that a second time could be added to was found in it, and "
+        "so the student is a network of this package"
+    )
+    return OwnNetwork(teacher, None, False, mode, said)
+
+
+def _settings(adapter: Adapter) -> dict[str, Any]:
+    """What is not as it is by default."""
+    usual = {"output": None, "channels_last": False, "time_axes": 1}
+    return {name: getattr(adapter, name) for name, value in usual.items() if getattr(adapter, name) != value}
+
+
+def _configured(network: dict[str, Any], adapter: Adapter, **more: Any) -> dict[str, Any]:
+    """A network in an adapter, as a configuration says it."""
+    arguments = {"call": adapter.call.text, "directions": adapter.directions.label, **_settings(adapter)}
+    described = {"class_path": f"f2d2_lightning.adapters.{type(adapter).__name__}", "init_args": arguments}
+    return {
+        "class_path": "f2d2_lightning.adapters.AdaptedFlowMap",
+        "init_args": {"network": network, "adapter": described, **more},
+    }
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, short."""
+    text = " ".join(str(error).split()) or "no message"
+    kind = "" if isinstance(error, ConventionError) else f"{type(error).__name__}: "
+    return f"{kind}{text if len(text) <= LONGEST else text[:LONGEST] + '...'}"

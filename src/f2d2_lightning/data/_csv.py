@@ -1,0 +1,76 @@
+"""Tables of numbers as text."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["read_csv"]
+
+SEPARATORS = ("\t", ";", ",")
+"""The first of them that the first line has."""
+
+
+def read_csv(path: Path) -> np.ndarray:
+    """Rows of numbers ``(N, columns)``; the first line may name the columns.
+
+    Raises:
+        ValueError: If it is no such text, or a cell is no number. Names row, column and remedy.
+    """
+    numbers, lines, separator = [], [], ","
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            first = next((line for line in file if line.strip()), "")
+            separator = next((mark for mark in SEPARATORS if mark in first), " " if _in_words(first) else ",")
+            file.seek(0)
+            # of spaces there may be several
+            reader = csv.reader(file, delimiter=separator, skipinitialspace=separator == " ")
+            for line in reader:
+                if any(text.strip() for text in line):
+                    numbers.append(reader.line_num)
+                    lines.append(line)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} cannot be read as text with commas: {error}") from error
+    names = lines[0] if lines and not any(map(_is_number, lines[0])) else None
+    start = int(names is not None)
+    rows, width = lines[start:], len(lines[0]) if lines else 0
+    for number, row in zip(numbers[start:], rows, strict=True):
+        if len(row) != width:
+            raise ValueError(
+                f"{path}, row {number}: {len(row)} columns for {width}; every row needs the same columns of numbers"
+            )
+        for place, text in enumerate(row):
+            if not _is_number(text):
+                column = names[place] if names else place + 1
+                raise ValueError(
+                    f"{path}, row {number}: {text!r} in column {column}; "
+                    f"{_remedy(text, [other[place] for other in rows if place < len(other)])}"
+                )
+    return np.array(rows, dtype=np.float64).reshape(len(rows), width)
+
+
+def _in_words(line: str) -> bool:
+    """Whether a line is several numbers with spaces between them, as ``numpy.savetxt`` writes by default."""
+    return len(line.split()) > 1 and all(map(_is_number, line.split()))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _remedy(text: str, column: list[str]) -> str:
+    """What to do about a cell that is no number."""
+    if not text.strip() or text.strip().lower() in ("nan", "na", "n/a", "null", "none", "inf", "-inf"):
+        return "a density needs every number: leave out rows, or columns, with missing values, or fill them in"
+    if re.fullmatch(r"\s*[-+]?\d+,\d+\s*", text):
+        return "write decimals with a point"
+    if not any(map(_is_number, column)):
+        return "every row needs numbers, and this column holds words: leave the column out"
+    return "every row needs numbers: correct it, or leave out the row, or the column"

@@ -1,0 +1,110 @@
+"""Rows of numbers from a file, and which of them are images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from f2d2_lightning.data._csv import read_csv
+from f2d2_lightning.utils.arrays import read_numbers
+
+__all__ = ["Rows", "find_rows", "read_rows"]
+
+CHANNELS = (1, 3)
+"""Of images whose channels come last."""
+EIGHT_BIT = 255
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a file holds."""
+
+    values: Tensor
+    """``(N, ...)``, ``float32`` or integers; images are ``(N, C, H, W)``."""
+    labels: np.ndarray | None = None
+    """Array ``y`` of the file, as it stands there."""
+    said: tuple[str, ...] = ()
+    """How it was read, where that is not as it stands there, in words."""
+
+
+def read_rows(path: str | Path) -> Tensor:
+    """Rows of a ``.csv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
+
+    The first line of a ``.csv`` file may name the columns, which commas, semicolons or tabs separate. Integers ``(N, H,
+    W)`` are grey images, ``(N, 1, H, W)``; channels that come last are brought to the front; images of floating numbers
+    that are all whole multiples of 1/255 are their 8-bit levels.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind, has something that is no number, or nothing.
+    """
+    return find_rows(path).values
+
+
+def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | None = None) -> Rows:
+    """:func:`read_rows`, and what was done to them.
+
+    Args:
+        path: The file.
+        levels: Whether floating numbers that are 8-bit levels become integers.
+        shape: Of the states that they are for; rows that have it already keep their axes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give a .csv, .npy or .npz file of rows")
+    is_text = path.suffix.lower() == ".csv"
+    arrays = {"x": read_csv(path)} if is_text else read_numbers(path, ("x", "y"))
+    array, labels = arrays["x"], arrays.get("y")
+    if array.ndim < 2 or len(array) == 0 or array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{path} holds {array.dtype} of shape {array.shape}; numbers of shape (N, ...) are needed, a row a sample"
+        )
+    said: list[str] = []
+    if not is_text:
+        if levels and array.ndim in (3, 4) and (found := _as_eight_bit(array)) is not None:
+            array = found
+            said.append("its numbers are whole multiples of 1/255, and so were taken as 8-bit levels, 0 to 255")
+        if array.shape[1:] != shape:
+            array = _as_images(array, said)
+    return Rows(_as_tensor(array), labels, tuple(said))
+
+
+def _as_images(array: np.ndarray, said: list[str]) -> np.ndarray:
+    """An array ``(N, ...)`` whose images are ``(N, C, H, W)``, and what was done, added to ``said``."""
+    if array.ndim == 3 and array.dtype.kind in "biu":
+        array = array[:, None]
+        said.append(f"taken as grey images, {array.shape[1:]}")
+    if array.ndim == 4 and _channels_are_last(array.shape):
+        array = np.moveaxis(array, -1, 1)
+        said.append(f"its channels come last and were brought to the front, {array.shape[1:]}")
+    return array
+
+
+def _channels_are_last(shape: tuple[int, ...]) -> bool:
+    _, first, second, last = shape
+    return last in CHANNELS and first not in CHANNELS and min(first, second) > last
+
+
+def _as_eight_bit(array: np.ndarray) -> np.ndarray | None:
+    """The levels of floating numbers in [0, 1] that are all multiples of 1/255; ``None`` for others."""
+    # a few first: most floating numbers are no levels
+    for part in (array.reshape(-1)[:4096], array):
+        if array.dtype.kind != "f" or not (np.isfinite(part).all() and part.min() >= 0 and part.max() <= 1):
+            return None
+        scaled = EIGHT_BIT * part.astype(np.float32)
+        found = np.rint(scaled)
+        if np.abs(scaled - found).max() > (0.1 if array.dtype == np.float16 else 1e-3):
+            return None
+    # nothing but black and white is of two levels
+    return found.astype(np.uint8) if len(np.unique(found)) > 2 else None
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """Numbers as ``float32``, ``uint8`` or ``int64``, shape of the array."""
+    if array.dtype != np.uint8:
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+    return torch.from_numpy(np.ascontiguousarray(array))
