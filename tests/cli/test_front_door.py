@@ -249,9 +249,23 @@ LEVELS = np.random.default_rng(0).integers(0, 256, (60, 6, 6, 3)).astype(np.uint
 def test_images_in_an_array(array, expected, said, folder, capsys):
     np.savez(folder / "images.npz", x=array)
     assert np.array_equal(f2.data.read_rows("images.npz"), expected)
-    trained("--data", "images.npz")
+    f2d2("init", "mine", "--data", "images.npz")
     assert said in capsys.readouterr().out
-    assert len(likelihoods("images.npz")) == 60
+    data = yaml.safe_load((folder / "mine/teacher.yaml").read_text())["data"]["init_args"]
+    made = Table(data["path"], levels=data.get("levels"))
+    assert made.dataset("train").quantization.levels == (16 if array.max() == 15 else 256)
+
+
+def test_levels_that_were_divided_by_255_are_read_by_all_commands(folder):
+    np.save(folder / "images.npy", LEVELS / 255)
+    f2d2("init", "mine", "--data", "images.npy")
+    for name in ("teacher", "student"):
+        f2d2("fit", "--config", f"mine/{name}.yaml", *SHORT)
+    found = likelihoods("images.npy")
+    np.save(folder / "levels.npy", LEVELS)
+    (folder / "nll.csv").unlink()
+    assert [row["log_prob"] for row in likelihoods("levels.npy")] == [row["log_prob"] for row in found]
+    assert len(found) == 60
 
 
 def test_arrays_that_stay_as_they_are(tmp_path):
