@@ -168,7 +168,9 @@ class TestRuns:
         trainer = fit(tmp_path, module, data=Pair(96), max_epochs=12)
         choice, regressed = module.objective.choice, 96 * 12
         most = min(3 * regressed / choice.cost, regressed / 2, starts / 2)
-        assert choice.trajectories == max(least, int(most))
+        paid = distillation.SHARE * 3 * regressed / choice.cost  # no more than this, however few
+        assert choice.trajectories == int(max(min(least, paid), most))
+        assert paid < 1_000
         assert module.objective.pool(module.joint).max_capacity == choice.trajectories
         path = tmp_path / "kept.ckpt"
         trainer.save_checkpoint(path)

@@ -216,7 +216,9 @@ class DistilledModel(RangedModel):
         )
         if objective.capacity is None:
             most = min(evaluations / choice.cost, count * steps / REUSED, STARTS / x[0].numel())
-            choice = replace(choice, trajectories=max(CAPACITY, int(most / trainer.world_size)))
+            # a short run does not pay for many
+            least = min(CAPACITY * trainer.world_size, SHARE * evaluations / choice.cost)
+            choice = replace(choice, trajectories=max(1, int(max(least, most) / trainer.world_size)))
         objective.choice = choice
         self._take_choice()
         if trainer.num_training_batches * count < trajectories:

@@ -55,8 +55,8 @@ class TrajectoryRegression(Objective):
         nodes: Steps per trajectory, about, one teacher evaluation each; the likelihood grids' times are always among
             them. ``None`` takes what module and callback measure on the data before the first step
             (:func:`~f2d2_lightning.objectives.targets.choose_targets`), 16 where nothing is measured.
-        capacity: Most trajectories kept, per process. ``None`` goes with ``nodes``: at least 12,000, and as many as
-            take no longer to integrate than training takes.
+        capacity: Most trajectories kept, per process. ``None`` goes with ``nodes``: as many as take no longer to
+            integrate than training takes, but 12,000 where these take at most three times as long.
         max_mib: Memory for them, in MiB, per process; the smaller of the two limits holds.
         refresh: New trajectories per training step once the pool is full, on average.
         chunk: Trajectories integrated at a time, begun at the data of as many batches as that takes.
