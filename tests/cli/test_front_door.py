@@ -297,3 +297,32 @@ def test_states_of_several_axes_have_one_unit(tmp_path):
     assert (float(train.mean()), float(train.std())) == pytest.approx((0, 1), abs=1e-4)
     assert len({*data.units.scale.flatten().tolist()}) == 1
     assert data.log_scale == pytest.approx(16 * np.log(3), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("f2d2 va", {"validate"}),
+        ("f2d2 fit --config digits_t", {"digits_teacher"}),
+        ("f2d2 fit -c strategies/dd", {"strategies/ddp"}),
+        ("f2d2 nll --ou", {"--out"}),
+        ("f2d2 nll --data ro", {"rows.npy"}),
+    ],
+)
+def test_a_shell_completes(line, expected, tmp_path, monkeypatch, capsys):
+    main(["completion", "bash"])
+    (tmp_path / "rows.npy").touch()
+    (tmp_path / "f2d2").write_text("#!/bin/sh\necho '  --data DATA   what to read'; echo '  --out OUT'\n")
+    (tmp_path / "f2d2").chmod(0o755)
+    words = " ".join(f"'{word}'" for word in line.split(" "))
+    ask = f'COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _f2d2; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    script = f"PATH={tmp_path}:$PATH\ncd {tmp_path}\n{capsys.readouterr().out}\n{ask}"
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert set(found.stdout.split()) == expected
+    assert not found.stderr
+
+
+def test_completion_of_another_shell_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["completion", "fish"])
+    assert "'fish'; f2d2 completion bash, or zsh" in capsys.readouterr().err

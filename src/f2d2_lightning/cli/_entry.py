@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 
+from f2d2_lightning.cli._completion import completion
 from f2d2_lightning.cli._configs import UsageError, closest, described_configs, with_configs
 from f2d2_lightning.cli._given import with_variables
 
@@ -21,6 +22,7 @@ commands:
   nll        log-likelihood of every sample of any data:  f2d2 nll --ckpt ... --data digits --steps 4 --out nll.csv
   sample     draw samples:  f2d2 sample --ckpt ... --steps 2 --num 64 --out grid.png
   configs    list the configurations that come with the package:  f2d2 fit --config digits_teacher
+  completion teach bash or zsh to complete all this:  eval "$(f2d2 completion bash)"
 
 f2d2 COMMAND --help shows the options of a command, f2d2 fit --print_config a whole configuration.
 Hyphens will do for underscores. Variables stand for options: F2D2_FIT__TRAINER__MAX_STEPS=3 f2d2 fit --config ...
@@ -28,6 +30,7 @@ Errors are a line; --debug, or F2D2_DEBUG=1, shows where they come from. f2d2 --
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
 _OTHERS = ("init", "nll", "sample")
+_COMMANDS = (*_LIGHTNING, *_OTHERS, "configs", "completion")
 
 
 def _underscored(text: str) -> str:
@@ -54,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
             if rest:
                 raise UsageError(f"f2d2 configs takes no arguments, and {rest[0]!r} was given")
             print(described_configs())
+        elif command == "completion":
+            print(completion(" ".join(rest) or "bash", _COMMANDS))
         elif command in _OTHERS:
             rest = with_variables(command, rest)
             module = importlib.import_module(f"f2d2_lightning.cli.{command}")
@@ -67,8 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif command.startswith("-"):
             raise UsageError(f"{command} belongs to a command, such as f2d2 fit {command}; f2d2 --help lists them")
         else:
-            commands = (*_LIGHTNING, *_OTHERS, "configs")
-            raise UsageError(f"there is no command {command!r}{closest(command, commands)}; f2d2 --help lists them")
+            raise UsageError(f"there is no command {command!r}{closest(command, _COMMANDS)}; f2d2 --help lists them")
     except UsageError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
