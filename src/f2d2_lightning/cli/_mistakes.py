@@ -37,7 +37,7 @@ DEBUG = "--debug shows the traceback"
 _TORCH = re.compile(r"In PyTorch 2\.6, we changed .*?(?:your use case: |$)")
 """Advice that nobody should follow."""
 _within = ContextVar("within", default=False)
-_LONGEST = 500
+_LONGEST = 900
 """Characters of a message."""
 
 
