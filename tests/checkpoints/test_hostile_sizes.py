@@ -7,6 +7,7 @@ import struct
 import tracemalloc
 import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +88,7 @@ def patched(path, name, field, value):
 
 # --- numpy's files ---
 
+PLANE = SimpleNamespace(levels=None, shape=(2,))
 LIES = {
     "23 TiB": (head((23 * 2**40,)), "which is 25,288,767,438,848 bytes, and 50 follow"),
     "a product that wraps to the size": (head((2**33, 2**31, 1, 50)), "bytes, and 50 follow"),
@@ -112,7 +114,7 @@ def test_a_head_that_lies(tmp_path, case):
     refused(lambda: read_numbers(zipped), f"{zipped} cannot be read", message, remedy)
     refused(lambda: map_numbers(plain), f"{plain} cannot be read", message)
     refused(lambda: StoredValues(plain), f"{plain} cannot be read", message, "remove it, and make it again")
-    refused(lambda: load_points(str(plain), None, None, Reading()), f"{plain} cannot be read", message)
+    refused(lambda: load_points(str(plain), None, PLANE, Reading()), f"{plain} cannot be read", message)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_an_archive_that_grows_is_not_unpacked(grown):
     said = f"would become {3 * (LARGE + len(head((LARGE,)))):,}"
     for call, remedy in (
         (lambda: read_numbers(grown), "numpy.savez, not savez_compressed"),
-        (lambda: load_points(str(grown), None, None, Reading()), "numpy.savez, not savez_compressed"),
+        (lambda: load_points(str(grown), None, PLANE, Reading()), "numpy.savez, not savez_compressed"),
         (lambda: imagenet._read(grown), "get it again from https://image-net.org"),
     ):
         refused(call, str(grown), said, "1,0", "times as many; up to 100 times, or 67,108,864 bytes", remedy)

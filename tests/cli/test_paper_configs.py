@@ -145,7 +145,7 @@ def parser():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("f2d2_lightning.cli._main.F2D2CLI", Parser)
         with pytest.raises(_StopError):
-            main(["fit"])
+            main(["fit", "--print_config"])
     return found[0]
 
 

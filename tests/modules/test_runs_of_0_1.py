@@ -45,7 +45,7 @@ def test_runs_of_0_1_keep_the_objective_that_was_the_default_then(tmp_path, old)
     again = callback(objective=None, teacher=velocity)
     fit(tmp_path, MeanFlowModule(), again, max_epochs=2, ckpt_path=path)
     assert again.objective.refresh == (8.0 if old else 0.0)
-    assert again.objective.kept == (2048 if old else 12_000)
+    assert again.objective.kept == (2048 if old else began.objective.choice.trajectories)
 
 
 def test_options_and_configurations_go_by_their_old_names():
