@@ -128,7 +128,7 @@ def bits_of_a_standard_normal(x):
 # --- parsing ---
 
 
-class _StopError(Exception):
+class _StopError(BaseException):
     pass
 
 
