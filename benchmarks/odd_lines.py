@@ -231,16 +231,13 @@ def of_lightning(command: str) -> Iterator[Line]:
     name = f"F2D2_{command}__TRAINER__MAX_STEPS".upper()
     yield Line(command, "variable", start, (name,), variables={name: "x"})
     if command == "fit":
-        for key, values in OWN.items():
-            for value in values:
-                small_one = {"class_path": value, "init_args": {"flow_map": BASE["model"]["init_args"]["flow_map"]}}
-                content = (
-                    {"model": small_one} if key == "model" else {"trainer": {"callbacks": [{"class_path": value}]}}
-                )
-                whole = {**BASE, **content} if key == "model" else content
-                files = {"odd.yaml": yaml.safe_dump(whole)}
-                arguments = [command, *([] if key == "model" else ["--config", "base.yaml"]), "--config", "odd.yaml"]
-                yield Line(command, "own code", arguments, ("mine.py",), files, own=True)
+        for value in OWN["model"]:
+            model = {"class_path": value, "init_args": {"flow_map": BASE["model"]["init_args"]["flow_map"]}}
+            files = {"odd.yaml": yaml.safe_dump({**BASE, "model": model})}
+            yield Line(command, "own code", [command, "--config", "odd.yaml"], ("mine.py",), files, own=True)
+        for value in OWN["trainer.callbacks"]:
+            files = {"odd.yaml": nested("trainer.callbacks", [{"class_path": value}])}
+            yield Line(command, "own code", [*start, "--config", "odd.yaml"], ("mine.py",), files, own=True)
         refused = [{"class_path": "mine.Level", "init_args": {"level": 1}}]
         yield from both("own refusal", "trainer.callbacks", refused, "level")
 
@@ -260,7 +257,7 @@ def of_a_tool(command: str) -> Iterator[Line]:
             yield line("value", {key: value}, (key, *parts, *([str(value)] if value != "" else [])))
     for key in ODD[command]:
         for wrong in (key[:-1], f"{key}s", key[1:]):
-            if wrong not in ("",):
+            if wrong:
                 yield line("misspelled", {}, (f"--{wrong}",), f"--{wrong}=1")
         yield line("without value", {}, (key,), f"--{key}")
     for key in good:

@@ -25,7 +25,7 @@ from f2d2_lightning.nn import PreconditionedUNet
 from f2d2_lightning.plots import sample_figure
 from f2d2_lightning.plots.likelihood import calibration_figure
 from f2d2_lightning.utils.measuring import spread_of
-from measuring import agreement, quiet_trainer
+from measuring import StepTimes, agreement, quiet_trainer
 from train_features import EPOCHS, SHIFT, train
 
 SHAPE, LEVELS, STEPS = (1, 28, 28), 256, (1, 2, 4, 8)
@@ -84,7 +84,7 @@ def fit(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1,
         precision="32-true" if device.type == "cpu" else "bf16-mixed",
-        callbacks=[_Rate(max(1, steps // 40), device)],
+        callbacks=[_Rate(max(1, steps // 40))],
         profiler="simple",
         max_time=timedelta(seconds=sizes.seconds),  # the rest of a stage's nine minutes is for what is measured
     )
@@ -99,33 +99,28 @@ def steps_within(
     """Steps that fit into the seconds of a training, by the time of a few: the learning rate shall reach zero."""
     if sizes.tiny:
         return most
-    rate = _Rate(60, device)
-    quiet_trainer(61, accelerator="auto", devices=1, precision="bf16-mixed", max_epochs=-1, callbacks=[rate]).fit(
-        make(), datamodule=images
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    skipped, counted = 10, 50
+    pace = StepTimes(skipped, clock)
+    trainer = quiet_trainer(
+        skipped + counted, accelerator="auto", devices=1, precision="bf16-mixed", max_epochs=-1, callbacks=[pace]
     )
-    return min(most, int(0.9 * sizes.seconds / rate.seconds))
+    trainer.fit(make(), datamodule=images)
+    return min(most, int(0.9 * sizes.seconds * counted / pace.seconds))
 
 
 class _Rate(L.Callback):
-    """Prints loss and time now and then: a stage that is cut off shows how far it was.
+    """Prints loss and time now and then: a stage that is cut off shows how far it was."""
 
-    ``seconds`` of a step are a mean without the first ten.
-    """
-
-    def __init__(self, every: int, device: torch.device) -> None:
-        self.every, self.device, self.start = every, device, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return (self.last - self.tenth) / (self.steps - 10)
+    def __init__(self, every: int) -> None:
+        self.every, self.start = every, time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self.steps = trainer.global_step
-        if self.device.type == "cuda" and self.steps in (10, 60):
-            torch.cuda.synchronize(self.device)
-        self.last = time.perf_counter()
-        if self.steps == 10:
-            self.tenth = self.last
         if trainer.global_step % self.every == 0:
             loss = float(trainer.callback_metrics["train/loss"])
             print(f"step {trainer.global_step}, loss {loss:.4g}, {time.perf_counter() - self.start:.0f} s", flush=True)

@@ -14,6 +14,7 @@ from f2d2_lightning import DivergenceHead, F2D2Module, FlowMap, GaussianBaseline
 from f2d2_lightning.adapters import Adapter
 from f2d2_lightning.checkpoints import from_pretrained, read_description, save_pretrained
 from f2d2_lightning.checkpoints.pretrained import CONFIG, WEIGHTS
+from f2d2_lightning.checkpoints.trust import called
 from f2d2_lightning.flows import GaussianFlow, TrigonometricPath
 from f2d2_lightning.modules.ema import copy_frozen
 from f2d2_lightning.nn import (
@@ -492,6 +493,15 @@ def test_files_from_before_an_argument_mean_what_it_was_then(tmp_path):
     assert read.network.frequencies is None
     x = torch.randn(3, 2)
     assert torch.equal(read(x, 0.2, 0.9), network(x, 0.2, 0.9))
+
+
+def test_a_subclass_need_not_take_an_argument_that_was_added():
+    class Narrow(PreconditionedMLP):
+        def __init__(self, shape):
+            super().__init__(shape, width=8)
+
+    assert called(Narrow, {"shape": [2]}, "the network").network.frequencies.shape == (2, 32)
+    assert called(PreconditionedMLP, {"shape": [2]}, "the network").network.frequencies is None
 
 
 def test_plain_values_are_told_from_objects():

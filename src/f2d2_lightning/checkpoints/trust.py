@@ -276,7 +276,9 @@ def _opens_files(cls: type) -> bool:
 
 def called(cls: type, arguments: Mapping[str, Any], place: str) -> Any:
     """An object of a class for a place; a ``ValueError`` if the arguments do not fit, or ask for too much."""
-    arguments = {**getattr(cls, "BEFORE", {}), **arguments}
+    if before := getattr(cls, "BEFORE", None):
+        # a subclass need not take it
+        arguments = {**{name: value for name, value in before.items() if name in takes(cls).hints}, **arguments}
     _check_sizes(cls, arguments)
     try:
         return make(cls, arguments)

@@ -6,9 +6,10 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from f2d2_lightning.checkpoints.trust import takes
 from f2d2_lightning.cli._configs import closest
 
 LISTED = 8
@@ -24,29 +25,12 @@ def imported(path: str) -> Any:
         return None
 
 
-def arguments_of(class_path: str) -> list[str]:
-    """Names of the arguments of a class, those of its bases among them, or of a function."""
-    made: Callable | None = imported(class_path)
-    if made is None:
-        return []
-    found: dict[str, inspect.Parameter] = {}
-    for part in inspect.getmro(made) if inspect.isclass(made) else (made,):
-        if part is not object:
-            found |= inspect.signature(part).parameters
-    return [name for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-
-
-def hint_of(class_path: str, name: str) -> Any:
-    """Type of an argument of a class or function."""
-    owner = imported(class_path)
-    for part in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
-        try:
-            hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
-        except (NameError, TypeError):
-            continue
-        if name in hints:
-            return hints[name]
-    return None
+def hints_of(class_path: str) -> Mapping[str, Any]:
+    """Types of the arguments of a class or function by name; none of what cannot be imported."""
+    made = imported(class_path)
+    if inspect.isclass(made):
+        return takes(made).hints
+    return {} if made is None else dict.fromkeys(inspect.signature(made).parameters) | typing.get_type_hints(made)
 
 
 def classes(hint: Any) -> list[type]:

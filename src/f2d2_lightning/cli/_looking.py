@@ -10,7 +10,6 @@ from f2d2_lightning.cli._common import imported
 from f2d2_lightning.cli._points import DATA
 from f2d2_lightning.data.images._files import decoded
 from f2d2_lightning.data.images._stores import image_rows, open_store
-from f2d2_lightning.data.rows import find_rows
 from f2d2_lightning.data.table import Table
 
 __all__ = ["Found", "look_at"]
@@ -55,24 +54,23 @@ def look_at(data: str, size: int | None) -> Found:
 
 
 def _look_at_rows(path: Path) -> Found:
-    rows = find_rows(path)
-    floating, highest = rows.values.is_floating_point(), int(rows.values.max())
-    shape = tuple(rows.values.shape[1:])
+    table = Table(str(path))
+    parts = [values for values, _ in table.splits().values()]
+    floating, highest = parts[0].is_floating_point(), max(int(part.max()) for part in parts)
+    count, shape = sum(map(len, parts)), table.shape
     if not floating and len(shape) != 3:
         raise ValueError(
-            f"{path} holds integers of shape {tuple(rows.values.shape)}; images are (N, channels, height, width). A "
+            f"{path} holds integers of shape {(count, *shape)}; images are (N, channels, height, width). A "
             "table of counts has no density: give floating numbers, with noise added over each count's width"
         )
     # 8 bits, unless the numbers say otherwise
     eight_bit = floating or 128 <= highest < 256
-    table = Table(str(path), levels=None if eight_bit else highest + 1)
-    table.setup()
-    count = len(table.dataset("train"))
-    arguments: dict[str, Any] = {"path": str(path)} | ({} if eight_bit else {"levels": highest + 1})
+    levels = None if floating else 256 if eight_bit else highest + 1
+    arguments: dict[str, Any] = {"path": str(path)} | ({} if eight_bit else {"levels": levels})
     what = {"class_path": "f2d2_lightning.data.Table", "init_args": arguments}
-    more = "standardised by those to train on" if floating else f"{table.levels} levels"
-    said = f"{len(rows.values):,} {'rows' if floating else 'images'} of shape {shape}, {more}"
-    return Found(shape, count, table.levels, what, "; ".join((said, *rows.said)))
+    more = "standardised by those to train on" if floating else f"{levels} levels"
+    said = f"{count:,} {'rows' if floating else 'images'} of shape {shape}, {more}"
+    return Found(shape, len(parts[0]), levels, what, "; ".join((said, *table.said)))
 
 
 def _look_at_images(path: Path, size: int | None) -> Found:

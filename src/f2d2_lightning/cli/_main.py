@@ -24,11 +24,12 @@ from f2d2_lightning.callbacks import JointSummary, LastCheckpoint, RunProgress, 
 from f2d2_lightning.cli._common import working_directory
 from f2d2_lightning.cli._configs import shown_config
 from f2d2_lightning.cli._mistakes import Instantiators, in_a_line, refusals, suggesting
-from f2d2_lightning.cli._resuming import checkpoint_content, differences, is_finished, newest_checkpoint, of_the_run
+from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint, of_the_run
 from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.modules import FlowModule
 from f2d2_lightning.training.folders import run_folder
+from f2d2_lightning.training.loading import look_into
 from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.files import whole_file
 
@@ -207,7 +208,7 @@ class F2D2CLI(LightningCLI):
             return
         if getattr(self.trainer, "fast_dev_run", False):
             if given not in (None, "last"):
-                checkpoint_content(Path(given))
+                look_into(Path(given))
             return
         newest = self._newest()
         changed, begun = self._changed(folder), None
@@ -265,7 +266,7 @@ class F2D2CLI(LightningCLI):
                 raise FileNotFoundError(f"{run_folder(self.trainer)} holds no checkpoint; train first: f2d2 fit ...")
             config["ckpt_path"] = str(newest)
         if config["ckpt_path"] is not None and not _is_elsewhere(config["ckpt_path"]):
-            checkpoint_content(Path(config["ckpt_path"]))
+            look_into(Path(config["ckpt_path"]))
 
     before_validate = before_test = _before_evaluation
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from f2d2_lightning.cli._class_names import LISTED, arguments_of, classes, hint_of, no_class
+from f2d2_lightning.cli._class_names import LISTED, classes, hints_of, no_class
 from f2d2_lightning.cli._configs import closest
 from f2d2_lightning.cli._given import Given, find
 
@@ -136,7 +136,7 @@ def said(text: str, options: Sequence[str], everything: Sequence[Given], roots: 
         path = find(f"{leaf.key}.class_path", leaf.value, everything)
         if path is not None and (given is None or str(given.value) != leaf.value):
             given = path
-        hint = hint_of(leaf.owners[-1], leaf.path[-1]) if leaf.owners else roots.get(leaf.key)
+        hint = hints_of(leaf.owners[-1]).get(leaf.path[-1]) if leaf.owners else roots.get(leaf.key)
         came = given.value if given is not None else leaf.value
         value = str(came.get("class_path") if isinstance(came, dict) else came)
         return f"{_placed(leaf, given)}: {no_class(value, classes(hint))}"
@@ -176,7 +176,7 @@ def _no_option(leaf: Leaf, name: str, options: Sequence[str], everything: Sequen
     if not leaf.owners:
         return f"there is no key {key}{where}{_near(key, options)}"
     owner = leaf.owners[-1]
-    return f"there is no {key}{where}: {owner} takes no {name!r}{_near(name, arguments_of(owner), few=True)}"
+    return f"there is no {key}{where}: {owner} takes no {name!r}{_near(name, list(hints_of(owner)), few=True)}"
 
 
 def _near(name: str, known: Sequence[str], before: str = "", few: bool = False) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from f2d2_lightning.callbacks.last_checkpoint import NAMES, LastCheckpoint
-from f2d2_lightning.checkpoints.trust import said
-from f2d2_lightning.training.loading import check_checkpoint
+from f2d2_lightning.training.loading import look_into
 
 _MISSING = object()
 SHOWING = ("enable_progress_bar", "enable_model_summary")
@@ -39,31 +35,13 @@ def newest_checkpoint(checkpoints: Path, requeued: Path) -> Path | None:
     return max((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def checkpoint_content(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint holds, of a folder of shards the part that is not sharded. Nothing is run or copied.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or none of Lightning's.
-    """
-    check_checkpoint(path)
-    file = path / "meta.pt" if path.is_dir() else path
-    try:
-        content = torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file), map_location="cpu")
-    except Exception as error:  # a file of another kind fails wherever it differs
-        raise ValueError(f"{path} cannot be read as a checkpoint of plain values: {said(error)[:200]}") from error
-    if not isinstance(content, Mapping) or ("state_dict" not in content and path.is_file()):
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no 'state_dict'")
-    return content
-
-
 def is_finished(path: Path) -> bool:
     """Whether training was complete when a checkpoint was written.
 
     Raises:
         ValueError: If it is damaged.
     """
-    return bool(checkpoint_content(path).get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("finished"))
+    return bool(look_into(path).get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("finished"))
 
 
 def of_the_run(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,13 +103,14 @@ def _init(options: Any) -> None:
     dim = math.prod(found.shape)
     steps = lengths(dim, found.count)
     own = None if options.network is None else _own_network(options, found)
+    package = (options.network or "").partition(".")[0]
     models = _models(found, own, folder / "teacher" / "checkpoints" / "last.ckpt")
     if own is not None:
         for model in models.values():
             # of an adapted network only the data say it
             model["init_args"]["shape"] = list(found.shape)
         # the network's code is yours, which the teacher's file may name
-        models["student"]["init_args"]["trust"] = [options.network.partition(".")[0]]
+        models["student"]["init_args"]["trust"] = [package]
     data = found.data | {"init_args": found.data["init_args"] | {"batch_size": batch_size(dim)}}
     comments = {
         "teacher": f"Flow-matching teacher on {options.data}: {found.said}.",
@@ -126,7 +127,7 @@ def _init(options: Any) -> None:
         say(f"  f2d2 fit --config {path}")
     last = folder / "student" / "checkpoints" / "last.ckpt"
     say(f"  f2d2 test --config {files['student']} --ckpt_path last")
-    trust = "" if own is None else f" --trust {options.network.partition('.')[0]}"
+    trust = "" if own is None else f" --trust {package}"
     say(f"  f2d2 nll --ckpt {last} --data {options.data} --steps 4 --out {folder / 'nll.csv'}{trust}")
 
 

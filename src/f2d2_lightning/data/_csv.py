@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,10 @@ def read_csv(path: Path) -> np.ndarray:
     names = lines[0] if lines and not any(map(_is_number, lines[0])) else None
     start = int(names is not None)
     rows, width = lines[start:], len(lines[0]) if lines else 0
+    with suppress(ValueError):
+        array = np.array(rows, dtype=np.float64).reshape(len(rows), width)
+        if np.isfinite(array).all():
+            return array
     for number, row in zip(numbers[start:], rows, strict=True):
         if len(row) != width:
             raise ValueError(

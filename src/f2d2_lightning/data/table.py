@@ -86,6 +86,8 @@ class Table(FlowDataModule):
             raise ValueError(f"val={val} and test={test} of the rows leave none to train on; their sum is below 1")
         self.path, self.standardize, self.val, self.test = path, standardize, val, test
         self._said_levels = levels
+        self.said: tuple[str, ...] = ()
+        """How the file was read, where that is not as it stands there, in words, once it was."""
         self.units: Units | None = None
         """Of floating numbers, once the data are set up or a checkpoint was read."""
 
@@ -96,7 +98,8 @@ class Table(FlowDataModule):
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         found = find_rows(self.path)
-        for said in found.said:
+        self.said = found.said
+        for said in self.said:
             rank_zero_info(f"{self.path}: {said}")
         rows = found.values
         count = len(rows)

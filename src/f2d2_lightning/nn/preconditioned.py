@@ -119,6 +119,10 @@ class AngleEmbedding(nn.Module, Configured):
         return self.project(nn.functional.silu(self.start(first) + self.difference(self._waves(t) - first)))
 
 
+FEW_DIMENSIONS, WAVES = 8, 32
+"""Dimensions up to which a perceptron sees waves, and how many."""
+
+
 class PreconditionedMLP(GaussianPreconditioned):
     """A :class:`MLP` in whitened coordinates, its times embedded by angles: for vectors and small images.
 
@@ -150,7 +154,8 @@ class PreconditionedMLP(GaussianPreconditioned):
         waves: int | None = None,
     ) -> None:
         baseline = GaussianBaseline(shape, covariance)
-        waves = waves if waves is not None else 32 if math.prod(shape) <= 8 else 0
+        if waves is None:
+            waves = WAVES if math.prod(shape) <= FEW_DIMENSIONS else 0
         embedding = AngleEmbedding(baseline)
         network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding, waves)
         super().__init__(network, baseline)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,9 +185,9 @@ def choose_targets(
         if not within or min(row[0] for row in within) <= BIAS * spread:
             break
     bias, cost, nodes, near_data = min(tried, key=lambda row: (max(row[0], BIAS * spread), row[1], row[0]))
+    chosen = partial(TargetChoice, nodes, near_data, bias=bias, spread=spread, affordable=affordable, beyond_fit=beyond)
     if estimator is not None:
-        noise = noise_of(estimator, nodes, near_data)
-        return TargetChoice(nodes, near_data, None, bias, noise, spread, cost, affordable, beyond_fit=beyond)
+        return chosen(probes=None, noise=noise_of(estimator, nodes, near_data), cost=cost)
     # errors of a trajectory's probes cancel, so that twice as many can make a tenth of the noise: each is tried
     probes = 1
     while True:
@@ -195,5 +196,5 @@ def choose_targets(
             break
         probes *= 2
     if noise > NOISE * spread and dim * cost <= affordable:
-        return TargetChoice(nodes, near_data, 0, bias, 0.0, spread, cost * dim, affordable, beyond_fit=beyond)
-    return TargetChoice(nodes, near_data, probes, bias, noise, spread, cost * probes, affordable, beyond_fit=beyond)
+        return chosen(probes=0, noise=0.0, cost=cost * dim)
+    return chosen(probes=probes, noise=noise, cost=cost * probes)

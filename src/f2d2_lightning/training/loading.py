@@ -56,12 +56,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         _check_whole(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails wherever its damage is
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint of plain values: {said(error)[:500]}{_older(path)}"
-        ) from error
+        raise _no_plain_values(path, error) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no 'state_dict'")
+        raise _no_checkpoint(path)
     return checkpoint
+
+
+def look_into(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint holds, of a folder of shards the part that is not sharded; weights stay on the disk.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or none of Lightning's.
+    """
+    check_checkpoint(path)
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        content = torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file), map_location="cpu")
+    except Exception as error:  # a file of another kind fails wherever it differs
+        raise _no_plain_values(path, error) from error
+    if not isinstance(content, Mapping) or ("state_dict" not in content and path.is_file()):
+        raise _no_checkpoint(path)
+    return content
+
+
+def _no_plain_values(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as a checkpoint of plain values: {said(error)[:500]}{_older(path)}")
+
+
+def _no_checkpoint(path: Path) -> ValueError:
+    return ValueError(f"{path} is not a Lightning checkpoint: it has no 'state_dict'")
 
 
 def check_checkpoint(path: str | Path) -> None:
