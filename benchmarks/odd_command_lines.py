@@ -24,7 +24,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ import torch
 import yaml
 
 from f2d2_lightning.cli import main as f2d2
-from odd_lines import BASE, CODE, Line, lines
+from odd_lines import BASE, CODE, Line, drawn, lines
 
 OUTCOMES = ("clear", "unclear", "accepted")
 GOAL, LONGEST, SECONDS = 0.02, 600, 60
@@ -108,6 +108,8 @@ def run(line: Line) -> tuple[int, str, str]:
 def classify(line: Line) -> tuple[str, str]:
     """Outcome of a line, and the end of what was said."""
     status, _, text = run(line)
+    for made in Path().glob("new*"):
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
     errors = [one for one in text.splitlines() if one.startswith("error: ")]
     said = errors[0] if errors else " ".join(text.split())[-200:]
     if status == 0:
@@ -122,21 +124,17 @@ def classify(line: Line) -> tuple[str, str]:
     return ("clear" if clear else "unclear"), f"[{status}] {said}"
 
 
-def measure(chosen: list[Line], show: Callable[[str], None] = lambda text: None) -> list[tuple[Line, str, str]]:
-    """Outcomes of lines, in a folder of their own."""
-    here, path, found = Path.cwd(), [*sys.path], []
+@contextlib.contextmanager
+def models() -> Iterator[None]:
+    """A folder with what lines name, which is the working one meanwhile."""
+    here, path = Path.cwd(), [*sys.path]
     with tempfile.TemporaryDirectory() as folder:
         try:
             prepare(Path(folder))
-            for line in chosen:
-                found.append((line, *classify(line)))
-                for made in Path().glob("new*"):
-                    shutil.rmtree(made) if made.is_dir() else made.unlink()
-                show(f"{found[-1][1]:9}{' '.join(line.arguments)}: {found[-1][2]}")
+            yield
         finally:
             os.chdir(here)
             sys.path[:] = path
-    return found
 
 
 def main() -> None:
@@ -145,10 +143,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="commands that hold this")
     parser.add_argument("--every", type=int, default=1, help="one line of so many")
     parser.add_argument("--show", action="store_true", help="every line as it ends")
+    parser.add_argument("--drawn", type=int, default=0, help="so many lines with values drawn at random instead")
     options = parser.parse_args()
     warm()
-    chosen = [line for line in lines() if options.only in line.command][:: options.every]
-    found = measure(chosen, lambda text: print(text, flush=True) if options.show else None)
+    draw = random.Random(0)
+    source = (drawn(draw) for _ in range(options.drawn)) if options.drawn else lines()
+    chosen = [line for line in source if options.only in line.command][:: options.every]
+    found = []
+    with models():
+        for line in chosen:
+            found.append((line, *classify(line)))
+            if options.show:
+                print(f"{found[-1][1]:9}{' '.join(line.arguments)}: {found[-1][2]}", flush=True)
     counts: dict[str, Counter[str]] = {}
     for line, outcome, _ in found:
         counts.setdefault(line.command, Counter())[outcome] += 1

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import random
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning as L
+import torch
 import yaml
+
+import f2d2_lightning as f2
+from f2d2_lightning.nn import PreconditionedMLP
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 CODE = """
@@ -292,3 +300,55 @@ def lines() -> Iterator[Line]:
         [""],
     ):
         yield Line("f2d2", "command", arguments, (arguments[-1],))
+
+
+TAKEN = {
+    "trainer": L.Trainer,
+    "model.init_args": f2.F2D2Module,
+    NETWORK: PreconditionedMLP,
+    OBJECTIVE: f2.TrajectoryRegression,
+    OPTIMIZER: torch.optim.AdamW,
+    "model.init_args.reference.init_args": f2.Reference,
+    "data.init_args": f2.data.Digits,
+}
+"""What a configuration's arguments are those of."""
+WAITING = ("devices", "num_nodes", "strategy", "plugins", "kwargs")
+"""Arguments under which a run waits for other processes."""
+
+
+def drawn(draw: random.Random) -> Line:
+    """A line with a value, of whatever type, for one option of whatever command."""
+    command = draw.choice((*LIGHTNING, *TOOLS))
+    value = _value(draw)
+    text = value if isinstance(value, str) else json.dumps(value)
+    if command in TOOLS:
+        key = draw.choice((*TOOLS[command], *ODD[command]))
+        options = [f"--{name}={text if name == key else of}" for name, of in ({key: None} | TOOLS[command]).items()]
+        return Line(command, "drawn", [command, *(["new"] if command == "init" else []), *options], _names(key, text))
+    place = draw.choice((*TAKEN,))
+    arguments = [name for name in inspect.signature(TAKEN[place]).parameters if name not in WAITING]
+    key = f"{place}.{draw.choice(arguments)}"
+    start = [command, *small(**({} if command == "fit" else {"ckpt_path": "student.ckpt"}))]
+    if draw.random() < 0.5:
+        return Line(command, "drawn, option", [*start, f"--{key}={text}"], _names(key, text))
+    in_file = {"odd.yaml": nested(key, value)}
+    return Line(command, "drawn, file", [*start, "--config", "odd.yaml"], _names(key, text), in_file)
+
+
+def _names(key: str, text: str) -> tuple[str, ...]:
+    parts = [part for part in re.split(r"\W+", text) if len(part) > 2]
+    return (key.rpartition(".")[2], *parts, *([text] if text else []))
+
+
+def _value(draw: random.Random, depth: int = 0) -> Any:
+    kind = draw.randrange(9 if depth < 2 else 6)
+    if kind < 5:
+        word = "".join(draw.choices(string.printable.strip() + " é", k=draw.randrange(6)))
+        number = draw.choice((draw.uniform(-2, 2), 10.0 ** draw.randrange(-9, 9), float("nan"), float("inf")))
+        return (None, draw.random() < 0.5, draw.randint(-3, 20), number, word)[kind]
+    if kind == 5:
+        return draw.choice(
+            ("none", "nowhere.Net", "torch.nn.Linear", "few.npy", "folder", "student.ckpt", "1e-3", "[1")
+        )
+    many = [_value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    return many if kind < 8 else {str(i) if draw.random() < 0.5 else "class_path": v for i, v in enumerate(many)}

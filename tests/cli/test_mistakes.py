@@ -9,14 +9,16 @@ from contextlib import nullcontext
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.cli import main
 from f2d2_lightning.cli._given import all_given, short, with_variables
 from f2d2_lightning.cli._mistakes import in_a_line, refusals
 from f2d2_lightning.cli._parser_text import leaves
-from odd_command_lines import LONGEST, measure, warm
-from odd_lines import BASE, CODE, lines
+from odd_command_lines import LONGEST, classify, models, warm
+from odd_lines import BASE, CODE, drawn, lines
 
 # Lightning's log keeps the stream that was there when it was imported, which must not be one of a single test
 warm()
@@ -149,9 +151,9 @@ def test_a_refusal_is_no_more_than_the_error_elsewhere(monkeypatch):
 def test_variables_stand_for_options(folder, capsys, monkeypatch):
     monkeypatch.setenv("F2D2_FIT__TRAINER__MAX_STEPS", "7")
     monkeypatch.setenv("F2D2_DEBUG", "")
-    for given, expected in (([], 7), (["--trainer.max-steps", "8"], 8)):
+    for more, expected in (([], 7), (["--trainer.max-steps", "8"], 8)):
         with pytest.raises(SystemExit):
-            main(["fit", "--config", "base.yaml", *given, "--print_config"])
+            main(["fit", "--config", "base.yaml", *more, "--print_config"])
         assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] == expected
     monkeypatch.setenv("F2D2_FIT__TRAINER__MAX_STEP", "7")
     expected = "there is no option --trainer.max_step=7 (F2D2_FIT__TRAINER__MAX_STEP); did you mean"
@@ -198,12 +200,28 @@ def test_usage_errors_come_before_torch(arguments):
     assert done.stderr.startswith("error: ")
 
 
+@pytest.fixture(scope="module")
+def tiny_models():
+    with models():
+        yield
+
+
+@pytest.mark.usefixtures("tiny_models")
 def test_odd_command_lines():
     """A sample of those that the benchmark counts, which are to be 98 % of all."""
     every = list(lines())
     assert len(every) > 1000
-    found = measure(every[7 :: len(every) // 25])
+    found = [(line, *classify(line)) for line in every[7 :: len(every) // 25]]
     unclear = [(line.arguments, said) for line, outcome, said in found if outcome == "unclear"]
     assert unclear == []
     assert sum(outcome == "clear" for _, outcome, _ in found) >= 22
     assert max(len(said) for _, _, said in found) <= LONGEST + 4
+
+
+@pytest.mark.usefixtures("tiny_models")
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
+@given(draw=st.randoms(use_true_random=False))
+def test_any_value_of_any_option_is_taken_or_refused_in_a_line(draw):
+    line = drawn(draw)
+    outcome, said = classify(line)
+    assert outcome in ("clear", "accepted"), f"{line.arguments} {line.files}: {said}"

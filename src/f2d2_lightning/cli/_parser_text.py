@@ -25,6 +25,8 @@ _CALLABLE = re.compile(r"^Type typing\.Callable.* expects a function or a callab
 _MADE = re.compile(r"Namespace\(class_path='([\w.]+)'")
 _LITERAL = re.compile(r"^Expected an? typing\.Literal\[(.*)\]$")
 _RANGE = re.compile(r"^Not of type \w+: .* does not conform to restriction v *(.*)$")
+_POSITIVE = "Not of type PositiveInt"
+_NAME = re.compile(r"(?!(?:true|false|null)$)[A-Za-z_][\w.]*$", re.IGNORECASE)
 _ONE_OF = "one of "
 _SKIPPED = re.compile(r"^(Does not validate against any|Subtypes:|Errors:|Given value type:|Expected a path but)")
 
@@ -121,6 +123,9 @@ def said(text: str, options: Sequence[str], everything: Sequence[Given], roots: 
     rest = [leaf for leaf in found_leaves if len(leaf.path) == deepest]
     types = [name for leaf in rest if (name := _type(leaf.problem)) is not None]
     others = [leaf for leaf in rest if _type(leaf.problem) is None]
+    if types and not any(_NAME.match(leaf.value or "") for leaf in others):
+        # a type of its union is a class, and this is no name of one
+        others = [leaf for leaf in others if not _NO_CLASS.search(leaf.problem)]
     leaf = (others or rest)[0]
     if "before subcommand" in leaf.problem:
         return f"{everything[0].where if everything else 'options'} stands before the command, and belongs after it"
@@ -155,6 +160,8 @@ def _type(problem: str) -> str | None:
         return f"{_ONE_OF}{found[1]}"
     if found := _RANGE.match(problem):
         return f"a number {found[1]}"
+    if problem.startswith(_POSITIVE):
+        return "a whole number above 0"
     found = _EXPECTED.match(problem)
     name = found[1].rpartition(".")[2] if found else None
     return "None" if name == "NoneType" else name

@@ -71,12 +71,12 @@ def _sample(options: Any) -> None:
     out = Path(options.out)
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out is {out}; .png (a picture) and .npz (arrays) can be written")
-    guidance = None
-    if options.guidance_scale != 0 and options.guidance_steps != 0:
-        keep_norm, method = options.guidance_keep_norm, options.guidance_method
-        guidance = SelfGuidance(
-            options.guidance_scale, options.guidance_steps, keep_norm=keep_norm, measure=True, method=method
-        )
+    keep_norm, method = options.guidance_keep_norm, options.guidance_method
+    guidance: SelfGuidance | None = SelfGuidance(
+        options.guidance_scale, options.guidance_steps, keep_norm=keep_norm, measure=True, method=method
+    )
+    if options.guidance_scale == 0 or options.guidance_steps == 0:
+        guidance = None
     refuse_to_overwrite(out, options.overwrite)
     module = load_model(options)
     # drawn on the CPU, so that a seed gives the same samples on any device
