@@ -18,6 +18,7 @@ from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.cli import main
 from f2d2_lightning.cli._configs import config_names
 from f2d2_lightning.data import Table
+from f2d2_lightning.data.rows import find_rows
 from lightning_parts import CONFIGS
 
 SHORT = [
@@ -229,6 +230,15 @@ def test_separators_of_a_table(separator, tmp_path):
     header = "" if separator == " " else separator.join("abc")
     np.savetxt(path, rows(), delimiter=separator, header=header, comments="")
     assert torch.equal(f2.data.read_rows(path), torch.tensor(rows(), dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("name", "kept"), [("", 2), ("Unnamed: 0", 2), ("a", 3)])
+def test_the_numbers_that_pandas_gives_to_rows_are_no_column(name, kept, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{name},b,c\n7,0.5,1\n9,0.25,2\n")
+    found = find_rows(path)
+    assert torch.equal(found.values, torch.tensor([[7, 0.5, 1], [9, 0.25, 2]])[:, -kept:])
+    assert bool(found.said) == (kept == 2)
 
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (60, 6, 6, 3)).astype(np.uint8)

@@ -19,6 +19,7 @@ from f2d2_lightning.nn import (
     IntervalEmbedding,
     OneTimeEmbedding,
     PreconditionedMLP,
+    PreconditionedUNet,
     ResNet,
     UNet,
     with_second_time,
@@ -376,6 +377,12 @@ SIZES = {
     "'M'; it is one of 'S', 'B', 'L', 'XL'": lambda: DiT.sized("M", (4, 32, 32)),
     r"\(3, 6, 4\).*multiples of 4": lambda: unet((3, 6, 4), multipliers=(1, 2, 2)),
     "8 channels do not divide by heads=3": lambda: unet(heads=3),
+    "width=0": lambda: MLP((2,), width=0),
+    "blocks=-1": lambda: PreconditionedMLP((2,), blocks=-1),
+    "expansion=0": lambda: MLP((2,), expansion=0),
+    "classes=-1": lambda: MLP((2,), classes=-1),
+    "width=-1": lambda: PreconditionedUNet((1, 4, 4), width=-1),
+    "blocks=-2": lambda: ResNet((1, 4, 4), blocks=-2),
 }
 
 

@@ -57,11 +57,15 @@ class Reading:
     """Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``."""
     units: Units | None = None
     """Of floating numbers, where the model was trained on a table that was standardised."""
+    units_unknown: bool = False
+    """Whether a table's units were not kept with the model."""
 
 
 def reading_of(checkpoint: str, given: Reading) -> Reading:
     """How the model of a checkpoint's training read files, with what was given besides."""
-    kept = {} if Path(checkpoint).is_dir() else read_checkpoint(checkpoint)
+    if Path(checkpoint).is_dir():
+        return replace(given, units_unknown=True)
+    kept = read_checkpoint(checkpoint)
     table, images = (kept.get(cls.__qualname__) for cls in (Table, ImageFolder))
     if isinstance(table, Mapping) and "center" in table:
         given = replace(given, units=Units(**table))
@@ -242,6 +246,8 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     else:
         if reading.units is not None:
             rows, log_scale = reading.units.states(rows), reading.units.log_scale
+        elif reading.units_unknown:
+            say(f"{path}: rows are taken as the model's states as they stand; a saved folder keeps no units of a table")
         check_values(rows, module.quantization)
         dataset = DequantizedDataset(rows, classes)
     no_labels = "give an .npz file with labels y of shape (N,), integers"

@@ -16,8 +16,8 @@ SEPARATORS = ("\t", ";", ",")
 """The first of them that the first line has."""
 
 
-def read_csv(path: Path) -> np.ndarray:
-    """Rows of numbers ``(N, columns)``; the first line may name the columns.
+def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
+    """Rows of numbers ``(N, columns)``, and the names of the columns where the first line has them.
 
     Raises:
         ValueError: If it is no such text, or a cell is no number. Names row, column and remedy.
@@ -42,7 +42,7 @@ def read_csv(path: Path) -> np.ndarray:
     with suppress(ValueError):
         array = np.array(rows, dtype=np.float64).reshape(len(rows), width)
         if np.isfinite(array).all():
-            return array
+            return array, names
     for number, row in zip(numbers[start:], rows, strict=True):
         if len(row) != width:
             raise ValueError(
@@ -55,7 +55,7 @@ def read_csv(path: Path) -> np.ndarray:
                     f"{path}, row {number}: {text!r} in column {column}; "
                     f"{_remedy(text, [other[place] for other in rows if place < len(other)])}"
                 )
-    return np.array(rows, dtype=np.float64).reshape(len(rows), width)
+    return np.array(rows, dtype=np.float64).reshape(len(rows), width), names
 
 
 def _in_words(line: str) -> bool:

@@ -34,7 +34,8 @@ class Rows:
 def read_rows(path: str | Path) -> Tensor:
     """Rows of a ``.csv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
 
-    The first line of a ``.csv`` file may name the columns, which commas, semicolons or tabs separate. Integers ``(N, H,
+    The first line of a ``.csv`` file may name the columns, which commas, semicolons or tabs separate; a first column of
+    whole numbers whose name is empty, as pandas numbers rows, is left out. Integers ``(N, H,
     W)`` are grey images, ``(N, 1, H, W)``; channels that come last are brought to the front; images of floating numbers
     that are all whole multiples of 1/255 are their 8-bit levels.
 
@@ -57,13 +58,16 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a .csv, .npy or .npz file of rows")
     is_text = path.suffix.lower() == ".csv"
-    arrays = {"x": read_csv(path)} if is_text else read_numbers(path, ("x", "y"))
-    array, labels = arrays["x"], arrays.get("y")
+    said: list[str] = []
+    if is_text:
+        array, labels = _without_index(*read_csv(path), said), None
+    else:
+        arrays = read_numbers(path, ("x", "y"))
+        array, labels = arrays["x"], arrays.get("y")
     if array.ndim < 2 or len(array) == 0 or array.dtype.kind not in "biuf":
         raise ValueError(
             f"{path} holds {array.dtype} of shape {array.shape}; numbers of shape (N, ...) are needed, a row a sample"
         )
-    said: list[str] = []
     if not is_text:
         if levels and array.ndim in (3, 4) and (found := _as_eight_bit(array)) is not None:
             array = found
@@ -71,6 +75,15 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
         if array.shape[1:] != shape:
             array = _as_images(array, said)
     return Rows(_as_tensor(array), labels, tuple(said))
+
+
+def _without_index(array: np.ndarray, names: list[str] | None, said: list[str]) -> np.ndarray:
+    """Rows without the numbers that pandas writes before them."""
+    numbered = names is not None and len(names) > 1 and names[0].strip() in ("", "Unnamed: 0")
+    if not numbered or not (array[:, 0] == array[:, 0].round()).all():
+        return array
+    said.append("its first column has no name and whole numbers, those of the rows, and was left out")
+    return array[:, 1:]
 
 
 def _as_images(array: np.ndarray, said: list[str]) -> np.ndarray:

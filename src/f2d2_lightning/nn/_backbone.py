@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn._layers import has_tangent
-from f2d2_lightning.utils.checks import check_shape
+from f2d2_lightning.utils.checks import at_least, check_shape
 
 
 class Backbone(FlowMap):
@@ -19,6 +19,7 @@ class Backbone(FlowMap):
     def __init__(
         self, shape: Sequence[int], features: int, directions: str, embedding: nn.Module, classes: int
     ) -> None:
+        at_least(0, classes=classes)
         super().__init__()
         self.shape, self.features = tuple(shape), features
         self.directions = Direction.parse(directions)

@@ -72,7 +72,8 @@ class MLP(Backbone):
         embedding: nn.Module | None = None,
         waves: int = 0,
     ) -> None:
-        at_least(0, waves=waves)
+        at_least(1, width=width, expansion=expansion)
+        at_least(0, blocks=blocks, waves=waves)
         super().__init__(shape, width, directions, embedding or IntervalEmbedding(64), classes)
         dim = math.prod(self.shape)
         # the same ones in every network: a student starts from its teacher's weights

@@ -27,6 +27,7 @@ from f2d2_lightning.flows.maps import Direction, FlowMap
 from f2d2_lightning.flows.paths import distinct, expand_time, like
 from f2d2_lightning.nn.mlp import MLP
 from f2d2_lightning.nn.unet import UNet
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["AngleEmbedding", "GaussianPreconditioned", "PreconditionedMLP", "PreconditionedUNet"]
@@ -210,6 +211,7 @@ class PreconditionedUNet(GaussianPreconditioned):
         directions: str = "both",
         checkpointing: bool = False,
     ) -> None:
+        at_least(1, width=width)
         baseline = GaussianBaseline(shape, covariance)
         network = UNet(
             shape,

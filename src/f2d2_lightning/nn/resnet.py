@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._layers import GroupNorm
 from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.utils.checks import at_least
 
 __all__ = ["ResNet"]
 
@@ -64,6 +65,8 @@ class ResNet(Backbone):
     ) -> None:
         if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
             raise ValueError(f"shape is {tuple(shape)}; the network takes (C, H, W) with even H and W")
+        at_least(1, width=width)
+        at_least(0, blocks=blocks)
         embedding = 4 * width
         super().__init__(shape, width, directions, IntervalEmbedding(embedding), classes)
         self.inlet = nn.Conv2d(self.shape[0], width, 3, padding=1)
