@@ -6,6 +6,7 @@ import functools
 import math
 import threading
 import warnings
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -592,6 +593,20 @@ def test_a_doubtful_likelihood_is_in_log_and_table():
     assert float(results["reference_error"]) == pytest.approx((0.25 / 3) ** 0.5 / (2 * math.log(2)), rel=1e-5)
     assert "the likelihood in 2 steps is doubtful" in evaluation.doubts()
     assert [bool(row["doubt"]) for row in evaluation.rows()] == [False, True]
+
+
+def test_what_stays_doubtful_is_said_once_while_a_model_trains(tmp_path):
+    class Off(f2.F2D2Module):
+        def log_prob(self, *args, **kwargs):
+            answer = super().log_prob(*args, **kwargs)
+            return replace(answer, value=answer.value - 50.0)
+
+    module, run = Off(teacher().flow_map, reference=f2.Reference(steps=8, probes=0)), trainer(tmp_path, max_epochs=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(module, datamodule=Pair())
+        run.test(module, datamodule=Pair(), verbose=False)
+    assert len([w for w in caught if "in 1 step is doubtful" in str(w.message)]) == 2
 
 
 # --- conditioning ---

@@ -108,6 +108,7 @@ class Evaluation:
         self.likelihoods: LikelihoodEvaluation | None = None
         self._references: dict[str | None, tuple[Tensor, Tensor | None]] = {}
         self._identity: tuple[Any, str | None] = None, None
+        self._doubted: set[str] = set()
         # whose derivative was compared with differences
         self._checked: Any = None
         self._cost = (0.0, 0)  # seconds, evaluations per sample
@@ -181,8 +182,12 @@ class Evaluation:
         references = [results.pop(name) for name in list(results) if name.startswith("reference_nll")]
         for name, value in [*results.items(), *(("reference_nll", value) for value in references[-1:])]:
             log(f"{prefix}{name}", value)
-        if doubts := self.likelihoods.doubts():
+        doubts = self.likelihoods.doubts()
+        doubtful = {n for n, v in results.items() if n.startswith(("doubtful", "unconverged")) and bool(v > 0)}
+        # validations while a model trains do not say again what they log
+        if doubts and not (prefix.startswith("val") and doubtful and doubtful <= self._doubted):
             rank_zero_warn(doubts)
+        self._doubted |= doubtful
 
     # --- the reference ---
 
