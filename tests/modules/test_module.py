@@ -292,6 +292,20 @@ def test_the_head_is_compared_with_the_maps_own_density(tmp_path, levels):
         )
 
 
+def test_a_short_run_does_not_pay_for_estimates_of_its_own_density(tmp_path):
+    """Above 256 dimensions they cost what many steps of training do; a validation by itself makes them."""
+    data = torch.randn(8, 1, 17, 17)
+    loaders = [torch.utils.data.DataLoader(data, batch_size=8) for _ in range(2)]
+    network = f2.nn.PreconditionedUNet((1, 17, 17), width=4, multipliers=(1,), blocks=1)
+    objective = f2.TrajectoryRegression(nodes=2, capacity=8, unroll=0.0)
+    module = f2.F2D2Module(network, objective=objective, steps=(1,), reference=f2.Reference(steps=1, probes=1))
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, *loaders)
+    assert "val/nll_1" in run.callback_metrics
+    assert not any("own_density" in name for name in run.callback_metrics)
+    assert "val/own_density_gap_1" in run.validate(module, loaders[1], verbose=False)[0]
+
+
 def test_a_validation_calibrates_error_bars_and_a_test_counts_what_they_cover(tmp_path):
     of = teacher()
     fit(tmp_path, of)

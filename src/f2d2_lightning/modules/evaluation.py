@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import check_differentiable
 from f2d2_lightning.divergence._tangents import DerivativeError
 from f2d2_lightning.flows.maps import Direction
-from f2d2_lightning.likelihood.determinant import Determinant
+from f2d2_lightning.likelihood.determinant import EXACT_UP_TO, Determinant
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import LOOKED_AT, Reference
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation
+from f2d2_lightning.objectives.targets import PASSES
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.measuring import clock
 from f2d2_lightning.utils.processes import Places, process_count
@@ -93,6 +94,8 @@ IN_TRAINING = 64
 """Samples that are compared with the reference while a model trains, where nothing is said."""
 OWN, OWN_IN_TEST = 2**12, 2**18
 """Derivatives that a validation, and a test, may take to compare the head with the map's own changes of volume."""
+OWN_SHARE = 0.05
+"""Of the evaluations between two validations: most such derivatives while a model trains, where they only estimate."""
 
 
 class Evaluation:
@@ -124,9 +127,12 @@ class Evaluation:
         self._identity, self._checked = (None, None), None
         self.likelihoods = LikelihoodEvaluation(model.steps, model.dim, model.quantization, model.device, model.draws)
         derivatives = Determinant().derivatives(model.dim) * sum(model.steps)
+        most = OWN_IN_TEST if trainer.testing else OWN
+        if training and model.dim > EXACT_UP_TO:
+            most = min(most, int(OWN_SHARE * _trained_between(trainer)))
         # all processes must call a sharded network equally often
         self._sharded = process_count() > 1 and is_sharded(model.joint)
-        self._owned = 0 if self._sharded else min(64, (OWN_IN_TEST if trainer.testing else OWN) // derivatives)
+        self._owned = 0 if self._sharded else min(64, most // derivatives)
         if not model.reference_fixed:
             # the model's own diagonal has changed since
             self._cost = (0.0, 0)
@@ -285,3 +291,12 @@ class Evaluation:
         aligned = torch.full_like(values[last], math.nan)
         aligned[good[:count]] = reference[:count].cpu().double()
         return aligned
+
+
+def _trained_between(trainer: L.Trainer) -> float:
+    """Evaluations of the network that training takes from one validation to the next."""
+    batches, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if batches is None or math.isinf(batches):
+        batches = trainer.num_training_batches
+    size = getattr(trainer.train_dataloader, "batch_size", None) or 1
+    return PASSES * size * batches * (epochs or 1)
