@@ -1,0 +1,36 @@
+"""The site is built without a warning; its notebooks are executed by ``make site``, their code by ``test_documents``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    for name in ("sphinx", "furo", "myst_nb"):
+        pytest.importorskip(name)
+    # the reference's pages are written beside their sources, so these are a copy
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "src", "examples", "configs", "benchmarks"):
+        (tmp_path / name).symlink_to(HOUSE / name)
+    for path in (HOUSE / "docs").iterdir():
+        if path.name not in ("_build", "api"):
+            (tmp_path / "docs" / path.name).symlink_to(path)
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "F2D2_DOCS_EXECUTE": "off"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    for page in ("index", "CONCEPTS", "notebooks/density", "api/f2d2_lightning.F2D2Module"):
+        assert (tmp_path / f"html/{page}.html").exists(), page
