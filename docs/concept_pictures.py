@@ -1,8 +1,9 @@
 """The pictures of the page of concepts: a mixture of three Gaussians on the line, whose flow is known.
 
-    python docs/concept_pictures.py
+python docs/concept_pictures.py
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def save(figure: Figure) -> None:
 def path(noise: Tensor) -> Tensor:
     """Ways of points ``(B, 1)`` from noise to data, ``(len(TIMES), B)``, by the midpoint rule."""
     states = [noise]
-    for s, t in zip(TIMES[:-1], TIMES[1:], strict=True):
+    for s, t in itertools.pairwise(TIMES):
         middle = states[-1] + (t - s) / 2 * FLOW.velocity(states[-1], s)
         states.append(states[-1] + (t - s) * FLOW.velocity(middle, (s + t) / 2))
     return torch.stack(states)[..., 0]

@@ -1,4 +1,4 @@
-"""The site is built without a warning; its notebooks are executed by ``make site``, their code by ``test_documents``."""
+"""The site is built without a warning; ``test_documents`` runs its notebooks' code, ``make site`` executes them."""
 
 from __future__ import annotations
 
