@@ -57,6 +57,12 @@ def _resolve_short_name(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
     return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, role, found.pop(), node, content)
 
 
+def _link_inside(app: Sphinx, name: str, text: list[str]) -> None:
+    """Files of the repository that are pages here."""
+    text[0] = text[0].replace("](../CHANGELOG.md)", "](CHANGES.md)")
+
+
 def setup(app: Sphinx) -> None:
     """Add what is not an extension of its own."""
+    app.connect("source-read", _link_inside)
     app.connect("missing-reference", _resolve_short_name)
