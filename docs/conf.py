@@ -37,6 +37,7 @@ nb_output_stderr = "remove"  # progress and notices of the Trainer
 autosummary_ignore_module_all = False
 autosummary_context = {"door": f2.__all__}
 autodoc_inherit_docstrings = False  # Lightning's and torch's are theirs
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # arguments are described in words, with shapes
 autodoc_class_signature = "mixed"
