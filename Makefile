@@ -20,6 +20,7 @@ lint: $(VENV)/.installed-dev
 
 # some minutes: the notebooks are executed. F2D2_DOCS_STEPS=20 shortens their trainings, F2D2_DOCS_EXECUTE=off leaves them out
 site: $(VENV)/.installed-dev
+	rm -rf docs/api
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
 $(VENV)/bin/python:

@@ -35,7 +35,12 @@ nb_output_stderr = "remove"  # progress and notices of the Trainer
 
 # what a folder lists is what it documents, and a name at the door is documented there alone
 autosummary_ignore_module_all = False
-autosummary_context = {"door": f2.__all__}
+autosummary_context = {
+    "door": f2.__all__,
+    "theirs": ["Figure"],
+    # of what models inherit, what users call
+    "answers": ["log_prob", "sample", "nll", "error_bar", "calibrate", "diagnose", "export"],
+}
 autodoc_inherit_docstrings = False  # Lightning's and torch's are theirs
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
@@ -45,17 +50,15 @@ add_module_names = False
 
 
 def _resolve_short_name(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
-    """Link a name to the documented object of that name, wherever in the package the docstring stands."""
-    if node.get("refdomain") != "py":
+    """Link the name of a class or function to its page, wherever in the package the docstring stands."""
+    if node.get("refdomain") != "py" or node["reftype"] not in ("class", "func", "exc"):
         return None
-    last = "." + node["reftarget"].rpartition(".")[2]
-    found = {name for name, _, kind, *_ in env.domains["py"].get_objects() if name.endswith(last) and kind != "module"}
-    # a method is found by its class, which the domain has tried
-    found = {name for name in found if name.rpartition(".")[0].islower()}
-    if len(found) != 1 or node["reftype"] not in ("class", "func", "obj", "exc"):
+    ending = "." + node["reftarget"].rpartition(".")[2]
+    objects = env.domains["py"].objects
+    pages = [name for name, entry in objects.items() if name.endswith(ending) and entry.docname.endswith(name)]
+    if len(pages) != 1:
         return None
-    role = "obj"
-    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, role, found.pop(), node, content)
+    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", pages[0], node, content)
 
 
 def _link_inside(app: Sphinx, name: str, text: list[str]) -> None:
