@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import f2d2_lightning as f2
+
 HOUSE = Path(__file__).parent.parent
+
+
+def test_the_reference_lists_every_name_at_the_door_and_every_folder():
+    listed = set((HOUSE / "docs/API.md").read_text().split())
+    assert set(dir(f2)) - {"cli"} <= listed
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
