@@ -28,7 +28,7 @@ myst_heading_anchors = 4
 # off, or what is executed anew only where a notebook has changed
 nb_execution_mode = os.environ.get("F2D2_DOCS_EXECUTE", "cache")
 nb_execution_in_temp = True
-nb_execution_timeout = 900
+nb_execution_timeout = 3600  # seconds a cell, on a busy machine
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_output_stderr = "remove"  # progress and notices of the Trainer
