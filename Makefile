@@ -1,8 +1,8 @@
-# `make demo`: install, train on digits, report. `make test`: install, lint, type-check, test.
+# `make demo`: install, train on digits, report. `make test`: install, lint, type-check, test. `make site`: documentation.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-.PHONY: demo test lint clean
+.PHONY: demo test lint site clean
 
 # each command goes on with a run that was interrupted, and leaves a finished one alone
 demo: $(VENV)/.installed
@@ -18,6 +18,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# some minutes: the notebooks are executed. F2D2_DOCS_STEPS=20 shortens their trainings, F2D2_DOCS_EXECUTE=off leaves them out
+site: $(VENV)/.installed-dev
+	rm -rf docs/api
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -30,4 +35,4 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api

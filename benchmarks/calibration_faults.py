@@ -1,4 +1,4 @@
-"""Whose the error of a student's likelihoods is: the targets', the head's, the map's or the grid's, point by point.
+"""Where the error of a student's likelihoods comes from, point by point: targets, head, map or grid.
 
 The parts are those of ``F2D2Module.diagnose`` (``f2d2_lightning.metrics.diagnosis``), and those that take determinants.
 From the folder of the runs:

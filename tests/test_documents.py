@@ -18,8 +18,11 @@ from documents import commands_of, python_of
 from f2d2_lightning.cli._configs import config_names
 
 HOUSE = Path(__file__).parent.parent
-PAGES = [HOUSE / "README.md", *sorted((HOUSE / "docs").glob("*.md"))]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+PAGES = [
+    *(HOUSE / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(page for folder in ("docs", "docs/notebooks") for page in (HOUSE / folder).glob("*.md")),
+]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "F2D2_DOCS_STEPS": "2", "MPLBACKEND": "agg"}
 
 
 def run(command: list[str], folder: Path) -> str:

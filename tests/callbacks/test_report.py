@@ -133,7 +133,7 @@ def test_the_report_has_the_numbers(tested):
 def test_the_report_says_whose_the_error_is(tested):
     run, _, _ = tested
     text, found = (run / "report.md").read_text(), json.loads((run / "test_report.json").read_text())["diagnosis"]
-    section = text.split("## Whose the error is\n\n")[1].split("\n\n##")[0]
+    section = text.split("## Where the error comes from\n\n")[1].split("\n\n##")[0]
     paragraph, table = section.split("\n\n")
     assert paragraph == found["text"]
     assert found["points"] == 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
@@ -308,6 +309,11 @@ def test_files_appear_whole_and_hold_the_pixels(tmp_path):
         save_figure(figure, tmp_path / "new/grid.nothing")
     assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
     assert save_figure(figure, tmp_path / "grid.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_notebooks_show_figures():
+    figure = sample_figure({"points": torch.randn(5, 2)})
+    assert imread(io.BytesIO(figure._repr_png_())).shape[:2] == pixels(figure).shape[:2]
 
 
 def test_numbers():

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 BLOCK = re.compile(
-    r"(<!-- not run: [^\n]+ -->\n+)?^( *)```(\w+)\n(.*?)^\2```$|<!-- first:\n(.*?)-->", re.DOTALL | re.MULTILINE
+    r"(<!-- not run: [^\n]+ -->\n+)?^( *)```(?:\{code-cell\} )?(\w+)\n(?::tags:[^\n]*\n)?(.*?)^\2```$"
+    r"|<!-- first:\n(.*?)-->",
+    re.DOTALL | re.MULTILINE,
 )
 SHORT = """
 import functools, lightning

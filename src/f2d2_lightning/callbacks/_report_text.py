@@ -52,7 +52,7 @@ class Report:
     ranked_by: int
     """Step count whose likelihoods rank images."""
     diagnosis: Diagnosis | None = None
-    """Whose the error is."""
+    """Where the error comes from."""
     command: Sequence[str] = field(default_factory=lambda: list(sys.argv))
     date: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
@@ -132,7 +132,7 @@ class Report:
         names = ("error", "targets", "probes", "head", "map")
         head = ["steps", f"mean error, {self.unit}", "by the targets", "by their probes", "by the head", "by the map"]
         lines = [[str(row.steps), *(number(getattr(row, name)) for name in names)] for row in self.diagnosis.rows]
-        return ["## Whose the error is", str(self.diagnosis), _table(head, lines)]
+        return ["## Where the error comes from", str(self.diagnosis), _table(head, lines)]
 
     def _others(self) -> list[str]:
         by_steps: dict[str, dict[int, float]] = {}
@@ -180,7 +180,7 @@ def likelihood_table(
     Args:
         rows: One per step count, and the reference's, whose ``steps`` is ``None``.
         nll: Head of the column of negative log-likelihoods.
-        reference_name: Whose the reference is.
+        reference_name: What the reference is called.
         more: Head and cells of columns that only step counts have, beside those that there always are.
     """
     compared: dict[str, Cell] = {

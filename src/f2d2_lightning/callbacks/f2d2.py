@@ -71,7 +71,7 @@ class F2D2Callback(AddedModel, L.Callback):
         optimizer: Makes the head's optimiser from its parameters; AdamW at 1e-3 by default.
         follow_schedule: Scale the head's learning rate as the module's first optimiser scales its own.
         gradient_clip: Largest norm of the head's gradient; ``None`` for no clipping.
-        ema_decay: Decay of the average of the added weights, which validates and answers.
+        ema_decay: Decay of the average of the added weights, which is used in validation and after training.
         data_to_state: ``batch -> (x, cond)``, states ``(B, ...)`` at ``t = 1`` as the network sees them in training,
             or the name of a method of the module that does so; by default a tensor, or the first two items of a
             sequence.

@@ -24,14 +24,14 @@ FOLDER = "pictures"
 class Pictures(GalleryCallback):
     """Makes the pictures that model and data allow, every so many validations and in test.
 
-    ==============  ===================================================================================
-    ``samples``     samples at each step count from the same noise, and the teacher's
-    ``calibration`` few-step NLL against the teacher's, one point per sample
-    ``nll_steps``   NLL against the number of steps, with the teacher's line
-    ``ranked``      most and least likely images, each with its NLL and the teacher's
-    ``density``     maps in the plane: at each step count, the teacher's and, if the data module has
-                    ``log_prob``, the true one
-    ==============  ===================================================================================
+    ===============  ==================================================================================
+    ``samples``      samples at each step count from the same noise, and the teacher's
+    ``calibration``  few-step NLL against the teacher's, one point per sample
+    ``nll_steps``    NLL against the number of steps, with the teacher's line
+    ``ranked``       most and least likely images, each with its NLL and the teacher's
+    ``density``      maps in the plane: at each step count, the teacher's and, if the data module has
+                     ``log_prob``, the true one
+    ===============  ==================================================================================
 
     For :class:`~f2d2_lightning.F2D2Module`, for somebody else's module with an
     :class:`~f2d2_lightning.F2D2Callback`, and for the teacher, :class:`~f2d2_lightning.FlowMatchingModule` (samples

@@ -39,7 +39,7 @@ class TestReport(GalleryCallback):
     Files that are there are not written over: the report of a second test goes to the folder ``test-2``, the next one
     to ``test-3``.
 
-    A diagnosis says whose the error is, and what to do: :meth:`~f2d2_lightning.F2D2Module.diagnose`.
+    A diagnosis says where the error comes from, and what to do: :meth:`~f2d2_lightning.F2D2Module.diagnose`.
 
     Args:
         folder: Where to write; ``None`` for the logger's folder.

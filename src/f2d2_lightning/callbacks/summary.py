@@ -72,7 +72,7 @@ def model_parts(module: L.LightningModule, callbacks: Iterable[Any] = ()) -> lis
     elif isinstance(module, FlowMatchingModule):
         parts = [
             counter.part("backbone", module.flow_map),
-            counter.part("average", module.average, "of the weights; samples and answers"),
+            counter.part("average", module.average, "of the weights; used after training"),
         ]
     for callback in added:
         parts += _added_parts(callback, module, counter, f" of {callback.flow_map}" if len(added) > 1 else "")
@@ -91,7 +91,7 @@ def _student_parts(module: F2D2Module, counter: _Counter) -> list[Part]:
     parts.append(counter.part("backbone", joint.flow_map, backbone))
     parts.append(counter.part("head", joint.head))
     of = "of the head's weights" if joint.frozen else "of backbone and head"
-    parts.append(counter.part("average", module.average, f"{of}; samples and answers"))
+    parts.append(counter.part("average", module.average, f"{of}; used after training"))
     return parts
 
 
@@ -110,7 +110,9 @@ def _added_parts(callback: F2D2Callback, module: L.LightningModule, counter: _Co
     parts.append(counter.part(f"head{of}", live["head"], "in the callback"))
     if "interval" in live:
         parts.append(counter.part(f"interval{of}", live["interval"], "added time embedding"))
-    parts.append(counter.part(f"average{of}", average, "of what was added; answers", _kind(average["head"])))
+    parts.append(
+        counter.part(f"average{of}", average, "of what was added; used after training", _kind(average["head"]))
+    )
     return parts
 
 

@@ -152,7 +152,7 @@ class LikelihoodModel(ABC):
 
     @property
     def reference_name(self) -> str:
-        """Whose the reference is."""
+        """What the reference is called."""
         return "teacher" if self.reference_fixed else "own velocity"
 
     @property
@@ -463,7 +463,7 @@ class LikelihoodModel(ABC):
         reference: Tensor | None = None,
         reference_error: float = math.nan,
     ) -> Diagnosis:
-        """Whose the error of few-step likelihoods is: targets, head, map or grid, and what to do; ``print`` it.
+        """Where the error of few-step likelihoods comes from: targets, head, map or grid, and what to do; ``print`` it.
 
         Args:
             x: States at ``t = 1`` that were not trained on, ``(B, *shape)``; 32 are enough.

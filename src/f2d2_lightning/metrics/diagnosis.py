@@ -1,4 +1,4 @@
-r"""Whose the error of few-step likelihoods is, and what to do next.
+r"""Where the error of few-step likelihoods comes from, and what to do next.
 
 A student learns from trajectories of its teacher. Beside the reference's log-likelihood of a point, there is what those
 trajectories say it is, and what the head says of it along their states; so, point by point and without a rest,
@@ -206,7 +206,7 @@ class Faults:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Whose the error of a model's few-step likelihoods is; ``str`` of it is a paragraph."""
+    """Where the error of a model's few-step likelihoods comes from; ``str`` of it is a paragraph."""
 
     unit: str
     """Of every number: ``"nats"`` or ``"bits/dim"``."""

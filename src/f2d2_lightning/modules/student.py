@@ -73,7 +73,7 @@ class F2D2Module(FlowModule, DistilledModel):
         optimizer: Makes the optimiser; AdamW at 1e-3 by default.
         lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
         warmup: Steps of linear rise of the default schedule.
-        ema_decay: Decay of the weight average that validates, samples and answers.
+        ema_decay: Decay of the weight average, which is used in validation and after training.
         reference: Solver of the teacher's likelihood that validation compares with.
         channels_last: Memory format of convolutions' weights, see :class:`FlowModule`.
         compile: Compile the backbone, see :class:`FlowModule`.

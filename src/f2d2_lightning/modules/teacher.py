@@ -51,7 +51,7 @@ class FlowMatchingModule(FlowModule):
         optimizer: Makes the optimiser; AdamW at 1e-3 by default.
         lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
         warmup: Steps of linear rise of the default schedule.
-        ema_decay: Decay of the weight average that validates, samples and answers.
+        ema_decay: Decay of the weight average, which is used in validation and after training.
         reference: Solver of the likelihood that validation logs; ``validate_nll`` turns it on.
         units: ``"natural"``: errors of the velocity are in standard deviations per radian of the backbone's Gaussian
             baseline and times follow its clock, where it has one; ``"velocity"``: plain errors, uniform times.

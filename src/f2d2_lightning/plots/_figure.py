@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,21 @@ DPI = 150
 EDGE = 0.06  # inches kept free on all sides
 
 
+class _NotebookFigure(Figure):
+    """A figure that notebooks show without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches, whose parts make room for one another."""
     # panels of fixed aspect are moved together, which may take a few pixels more than the layout reckons with
     inside = (EDGE / width, EDGE / height, 1 - 2 * EDGE / width, 1 - 2 * EDGE / height)
     layout = ConstrainedLayoutEngine(compress=True, rect=inside)
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    figure = _NotebookFigure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

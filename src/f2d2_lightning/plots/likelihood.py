@@ -27,7 +27,7 @@ def calibration_figure(
         values: Step count to negative log-likelihoods ``(N,)``, in the unit named; NaN where there is none.
         reference: The reference's on the same points, ``(N,)``.
         unit: Name of the unit, for the labels: ``"nats"``, ``"bits/dim"``.
-        reference_name: Whose the reference is.
+        reference_name: What the reference is called.
 
     Raises:
         ValueError: If there is no step count, or shapes differ.
@@ -93,7 +93,7 @@ def nll_steps_figure(
         unit: Name of the unit, for the labels.
         reference: The reference's mean over the same samples; NaN for no line.
         reference_error: Its standard error, drawn as a band.
-        reference_name: Whose the reference is.
+        reference_name: What the reference is called.
         error_of: What the bars are the standard error of, for the legend: ``"mean"`` over samples, or ``"gap"`` to the
             reference, which is smaller, as both are of the same samples.
 

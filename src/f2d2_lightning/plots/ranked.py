@@ -31,7 +31,7 @@ def ranked_figure(
         unit: Name of the unit: ``"nats"``, ``"bits/dim"``.
         name: What gave the values, such as ``"4 steps"``.
         reference: The reference's of each, ``(N,)``, written below; ``None`` for none.
-        reference_name: Whose the reference is.
+        reference_name: What the reference is called.
         count: Images in each row, at most.
         low: Value shown as black.
         high: Value shown as white.

@@ -54,7 +54,7 @@ def all_finite(value: Tensor) -> bool:
 
 
 def shard(module: nn.Module, mesh: Any) -> None:
-    """Spread a module's parameters over processes: each block of its ``nn.ModuleList``s, then what is left.
+    """Spread a module's parameters over processes: each block of every ``nn.ModuleList``, then what is left.
 
     Nothing is done to a module without parameters, or one that is sharded already.
     """
