@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.modules._optimization import make_optimizers
 from f2d2_lightning.modules._ranges import RANGE, RangedModel
 from f2d2_lightning.modules.ema import update_average, warmed_decay
+from f2d2_lightning.nn._backbone import fit_conditions
 from f2d2_lightning.nn.head import JointFlowMap
 from f2d2_lightning.training.batches import FirstLook, all_training_batches, check_precision, check_trained
 from f2d2_lightning.training.loading import read_checkpoint, restore_module
@@ -220,10 +221,13 @@ class FlowModule(L.LightningModule, RangedModel):
 
     @torch.no_grad()
     def fit_baselines(self) -> None:
-        """Fit every Gaussian baseline that is not fitted yet to the training data."""
-        fit_baselines(
-            self.live, lambda: (self.state(batch)[0] for batch in self.training_batches()), self.sum_over_processes
-        )
+        """Fit every Gaussian baseline that is not fitted yet to the training data, and the scale of conditions."""
+
+        def parts(of: int) -> Callable[[], Iterable[Any]]:
+            return lambda: (self.state(batch)[of] for batch in self.training_batches())
+
+        fit_baselines(self.live, parts(0), self.sum_over_processes)
+        fit_conditions(self.live, parts(1), self.sum_over_processes)
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         """Sum of a tensor over all processes, each of which sees a part of the training data."""

@@ -52,6 +52,8 @@ class MLP(Backbone):
         waves: Random directions whose sine and cosine the network sees beside the state, of unit scale: in few
             dimensions a perceptron learns fine structure slowly without them (Tancik et al., 2020,
             https://arxiv.org/abs/2006.10739). Their frequencies have mean square 1 along a unit vector of the plane.
+        condition: What it is conditioned on, where that is no label: the length of a vector, or a module
+            ``cond -> (B, C)`` with an attribute ``features`` ``= C``, trained along; 0 for nothing.
 
     >>> import torch
     >>> MLP((2,))(torch.zeros(3, 2), 0.0, torch.ones(3)).shape
@@ -71,10 +73,11 @@ class MLP(Backbone):
         directions: str = "both",
         embedding: nn.Module | None = None,
         waves: int = 0,
+        condition: int | nn.Module = 0,
     ) -> None:
         at_least(1, width=width, expansion=expansion)
         at_least(0, blocks=blocks, waves=waves)
-        super().__init__(shape, width, directions, embedding or IntervalEmbedding(64), classes)
+        super().__init__(shape, width, directions, embedding or IntervalEmbedding(64), classes, condition)
         dim = math.prod(self.shape)
         # the same ones in every network: a student starts from its teacher's weights
         drawn = torch.randn(dim, waves, generator=torch.Generator().manual_seed(0), dtype=torch.float32)

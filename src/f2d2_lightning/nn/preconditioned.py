@@ -57,6 +57,11 @@ class GaussianPreconditioned(FlowMap):
         return self.network.conditional
 
     @property
+    def condition(self) -> nn.Module | None:
+        """Embedding of what the network is conditioned on, if anything."""
+        return getattr(self.network, "condition", None)
+
+    @property
     def features(self) -> int:
         """Feature channels of the network."""
         return int(self.network.features)  # type: ignore[arg-type]
@@ -137,6 +142,7 @@ class PreconditionedMLP(GaussianPreconditioned):
         classes: Number of class labels; 0 for none.
         directions: Orders of time it is to be trained for.
         waves: As for :class:`MLP`; ``None`` for 32 up to 8 dimensions (docs/RECIPE.md) and none beyond.
+        condition: As for :class:`MLP`.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = {"waves": 0}
@@ -153,12 +159,13 @@ class PreconditionedMLP(GaussianPreconditioned):
         classes: int = 0,
         directions: str = "both",
         waves: int | None = None,
+        condition: int | nn.Module = 0,
     ) -> None:
         baseline = GaussianBaseline(shape, covariance)
         if waves is None:
             waves = WAVES if math.prod(shape) <= FEW_DIMENSIONS else 0
         embedding = AngleEmbedding(baseline)
-        network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding, waves)
+        network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding, waves, condition)
         super().__init__(network, baseline)
 
 
@@ -188,6 +195,7 @@ class PreconditionedUNet(GaussianPreconditioned):
         classes: Number of class labels; 0 for none.
         directions: Orders of time it is to be trained for.
         checkpointing: Recompute activations in the backward pass.
+        condition: As for :class:`UNet`.
 
     Raises:
         ValueError: If the sizes do not fit.
@@ -210,6 +218,7 @@ class PreconditionedUNet(GaussianPreconditioned):
         classes: int = 0,
         directions: str = "both",
         checkpointing: bool = False,
+        condition: int | nn.Module = 0,
     ) -> None:
         at_least(1, width=width)
         baseline = GaussianBaseline(shape, covariance)
@@ -228,6 +237,7 @@ class PreconditionedUNet(GaussianPreconditioned):
             patch=patch,
             inputs=shape[0] * (1 if levels is None else 3),
             checkpointing=checkpointing,
+            condition=condition,
         )
         super().__init__(network, baseline, pixels=True)
         self.edges: tuple[float, ...] = ()
