@@ -27,6 +27,7 @@ from f2d2_lightning.likelihood.quantization import bits_per_dim, dequantization_
 from f2d2_lightning.metrics.likelihood import percentile_rank, said_of_bits, said_of_values
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.class_names import as_names
+from f2d2_lightning.utils.conditions import moved
 from f2d2_lightning.utils.seeding import mix_seed
 
 __all__ = ["nll_command"]
@@ -170,7 +171,7 @@ def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: 
             raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
         if module.conditional and cond is not None:
             check_labels(module, cond, points.source)
-        x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
+        x, cond = x.to(module.device), moved(cond, module.device)
         if reference and getattr(module.reference, "open", False) and not found[0]:
             # what a run chose was for its teacher
             module.reference_choice = module.reference.chosen(velocity, x, cond)

@@ -14,6 +14,7 @@ from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.data.rows import find_rows
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.utils.checks import positive
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.seeding import mix_seed
 
 __all__ = ["Table", "Units"]
@@ -96,7 +97,7 @@ class Table(FlowDataModule):
         """What log-likelihoods of states are above those in the units of the file, nats."""
         return 0.0 if self.units is None else self.units.log_scale
 
-    def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def splits(self) -> dict[str, tuple[Tensor, Cond | None]]:
         found = find_rows(self.path)
         self.said = found.said
         for said in self.said:

@@ -23,6 +23,7 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.sampling import normal_log_prob, walk
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.utils.checks import checked
+from f2d2_lightning.utils.conditions import Cond
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +47,7 @@ def log_prob(
     joint_map: JointMap | FlowMap,
     x: Array,
     steps: int | Sequence[float] = 4,
-    cond: Array | None = None,
+    cond: Cond | None = None,
     *,
     inversion: Inversion | None = None,
     determinant: Determinant | str | None = None,
@@ -103,7 +104,7 @@ def _by_inversion(
     joint_map: JointMap,
     x: Tensor,
     grid: list[float],
-    cond: Tensor | None,
+    cond: Cond | None,
     inversion: Inversion,
     determinant: Determinant | None,
 ) -> LogProb:

@@ -35,6 +35,7 @@ from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.checks import at_least, check_arguments, counts
 from f2d2_lightning.utils.class_names import agree_on_classes, as_names
+from f2d2_lightning.utils.conditions import Cond, halves
 from f2d2_lightning.utils.sharding import is_sharded, shard, whole, whole_weights
 
 if TYPE_CHECKING:
@@ -94,17 +95,16 @@ class FlowModule(L.LightningModule, RangedModel):
 
     # --- what a subclass may override ---
 
-    def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def data_to_state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         """State at ``t = 1`` and conditioning from a batch; override for batches of another form.
 
-        A batch is states ``(B, *shape)`` or a sequence whose first items are states and conditioning.
+        A batch is states ``(B, *shape)`` or a sequence whose first items are states and conditioning: a tensor, or a
+        tuple or dictionary of them, each with first axis ``B``.
 
         Raises:
             ValueError: If the states have another shape than the module's.
         """
-        x, cond = batch, None
-        if isinstance(batch, (tuple, list)) and batch:
-            x, cond = batch[0], batch[1] if len(batch) > 1 else None
+        x, cond = halves(batch)
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape:
             came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
@@ -116,7 +116,7 @@ class FlowModule(L.LightningModule, RangedModel):
         check_cond(cond, len(x))
         return x, cond
 
-    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         """:meth:`data_to_state`; the first states of each stage are compared with ``levels``, ``low`` and ``high``.
 
         Raises:

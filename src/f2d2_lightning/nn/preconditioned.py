@@ -28,6 +28,7 @@ from f2d2_lightning.flows.paths import distinct, expand_time, like
 from f2d2_lightning.nn.mlp import MLP
 from f2d2_lightning.nn.unet import UNet
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["AngleEmbedding", "GaussianPreconditioned", "PreconditionedMLP", "PreconditionedUNet"]
@@ -67,7 +68,7 @@ class GaussianPreconditioned(FlowMap):
         return int(self.network.features)  # type: ignore[arg-type]
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         s, t = expand_time(s, x), expand_time(t, x)
         baseline = self.baseline
