@@ -195,3 +195,51 @@ def test_a_posterior_is_learned_and_distilled(condition, tmp_path):
     given = {} if condition == "vector" else {"flow_map": copy.deepcopy(student.joint.flow_map)}
     again = f2.F2D2Module.load_from_checkpoint(tmp_path / "student.ckpt", **given).double()
     close(again.log_prob(theta, 2, x).value, student.log_prob(theta, 2, x).value)
+
+
+# --- one condition for many states ---
+
+
+def test_one_condition_stands_for_all_and_is_embedded_once(make):
+    network = make(condition=3)
+    seen = []
+    network.condition.register_forward_hook(lambda module, given, answer: seen.append(len(answer)))
+    joint = f2.JointFlowMap(network, randomize(f2.DivergenceHead(network.features))).eval()
+    model = f2.likelihood.JointModel(joint, make.shape)
+    x, cond = torch.randn(6, *make.shape), torch.randn(1, 3)
+    each = cond.repeat(6, 1)
+    for ask in (
+        lambda c: model.log_prob(x, 2, c).value,
+        lambda c: model.log_prob(x, 2, c, batch_size=4).value,
+        lambda c: model.log_prob(x, 2, c, determinant="exact").value,
+        lambda c: model.sample(6, 2, c, seed=1).state,
+        lambda c: model.sample(x, 2, c).state,
+        lambda c: f2.reference_log_prob(joint, x, c, steps=2).value,
+    ):
+        expected = ask(each)
+        seen.clear()
+        close(ask(cond), expected)
+        assert {*seen} == {1}
+    # the gradient is that of all together
+    cond.requires_grad_(True)
+    model.log_prob(x, 2, cond).value.sum().backward()
+    each.requires_grad_(True)
+    model.log_prob(x, 2, each).value.sum().backward()
+    close(cond.grad, each.grad.sum(0, keepdim=True))
+
+
+def test_conditions_share_a_number_of_samples_evenly(make):
+    network = make(condition=3)
+    model = f2.likelihood.JointModel(f2.JointFlowMap(network, f2.DivergenceHead(network.features)).eval(), make.shape)
+    cond = torch.randn(3, 3)
+    shared = model.sample(6, 2, cond, seed=1)
+    close(shared.state, model.sample(6, 2, cond.repeat_interleave(2, 0), seed=1).state)
+    # given noise and given states are paired one by one, and nothing is guessed
+    for wrong in (
+        lambda: model.sample(7, 2, cond),
+        lambda: model.sample(2, 2, cond),
+        lambda: model.sample(shared.noise, 2, cond),
+        lambda: model.log_prob(shared.state, 2, cond),
+    ):
+        with pytest.raises(ValueError, match=r"cond is shape \(3, 3\); a tensor whose first axis is that of the"):
+            wrong()

@@ -106,10 +106,17 @@ def check_state(x: Tensor, what: str) -> None:
         raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
 
 
-def as_cond(cond: Any, states: Tensor) -> Cond | None:
+def as_cond(cond: Any, states: Tensor, drawn: bool = False) -> Cond | None:
     """Conditioning as tensors, on the device of the states, floating numbers in their dtype.
 
-    A list is one tensor, as everywhere; several conditions stand in a tuple or a dictionary.
+    A list is one tensor, as everywhere; several conditions stand in a tuple or a dictionary. One with first axis 1 is
+    that of all states, without a copy.
+
+    Args:
+        cond: Conditioning.
+        states: What it is for, ``(B, ...)``.
+        drawn: Whether only the number of states was said. Conditions then share them evenly: ``M`` of them, where ``M``
+            divides ``B``, have ``B / M`` states in a row each.
 
     Raises:
         TypeError, ValueError: As :func:`as_tensor`.
@@ -117,7 +124,11 @@ def as_cond(cond: Any, states: Tensor) -> Cond | None:
 
     def one(part: Any) -> Tensor:
         part = as_tensor(part, "cond")
-        return part.to(states) if part.is_floating_point() else part.to(states.device)
+        part = part.to(states) if part.is_floating_point() else part.to(states.device)
+        count, own = len(states), len(part) if part.ndim else 0
+        if own == 1 < count:
+            return part.expand(count, *part.shape[1:])
+        return part.repeat_interleave(count // own, 0) if drawn and 1 < own < count and count % own == 0 else part
 
     return one(cond) if isinstance(cond, list) else mapped(one, cond)
 
@@ -140,8 +151,9 @@ def check_cond(cond: object, count: int, model: object = None) -> None:
             came = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
             raise ValueError(
                 f"cond {'is' if part is cond else 'holds'} {came}; a tensor whose first axis is that of the {count} "
-                "states is needed, or a tuple or dictionary of such. A network that takes none says so, conditional = "
-                "False in its class; or leave cond out in data_to_state"
+                "states is needed, or a tuple or dictionary of such (log_prob and sample take 1 for all of them, and "
+                "sample(number) a divisor of the number). A network that takes none says so, conditional = False in "
+                "its class; or leave cond out in data_to_state"
             )
     if getattr(model, "conditional", None) is False:
         raise ValueError(

@@ -59,7 +59,7 @@ def log_prob(
         x: Data at ``t = 1``, ``(B, ...)``, dequantized if they were discrete. They are brought to dtype and device of
             the map's weights; arrays and lists become tensors.
         steps: Number of uniform steps, or the times themselves.
-        cond: Conditioning, first axis ``B``.
+        cond: Conditioning, first axis ``B``, or 1 for all: a tensor, or a tuple or dictionary of them.
         inversion: Invert the map's steps to data instead of using its steps to noise. Unconverged samples get
             NaN, ``converged`` says which, and a warning counts them.
         determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: take the change of volume of the map's own

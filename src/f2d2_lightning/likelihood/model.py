@@ -196,7 +196,7 @@ class LikelihoodModel(ABC):
             x: ``(B, *shape)``. Integers of a model of discrete data are levels, and are dequantized to its range;
                 floating numbers are states.
             steps: As of :meth:`log_prob`, whose default is taken where none are given.
-            cond: Conditioning, first axis ``B``.
+            cond: Conditioning, first axis ``B``, or 1 for all.
             draws: Dequantization draws per sample of integers, whose log-likelihoods are averaged: the bound on the
                 code length is then less noisy, not tighter.
             determinant: As of :meth:`log_prob`.
@@ -262,7 +262,7 @@ class LikelihoodModel(ABC):
         Args:
             x: States, ``(B, *shape)``.
             steps: Number of uniform steps, or the times themselves.
-            cond: Conditioning, first axis ``B``.
+            cond: Conditioning, first axis ``B``, or 1 for all states: a tensor, or a tuple or dictionary of them.
             determinant: See :func:`f2d2_lightning.log_prob`.
             batch_size: Most states at a time, which bounds the memory where no gradients are kept; values stay the
                 same.
@@ -300,7 +300,7 @@ class LikelihoodModel(ABC):
         Args:
             x: States, ``(B, *shape)``.
             steps: Number of uniform steps.
-            cond: Conditioning, first axis ``B``.
+            cond: Conditioning, first axis ``B``, or 1 for all.
             batch_size: Most states at a time.
 
         Returns:
@@ -408,7 +408,8 @@ class LikelihoodModel(ABC):
         Args:
             noise: Number of samples, or draws of ``N(0, I)``, ``(B, *shape)``.
             steps: Number of uniform steps, or the times themselves.
-            cond: Conditioning, first axis ``B``.
+            cond: Conditioning, first axis ``B``, or 1 for all; where ``noise`` is a number, a divisor of it: of ``M``
+                conditions each then has ``B / M`` samples in a row, ``state.unflatten(0, (M, -1))``.
             with_log_prob: Also the samples' log-density.
             determinant: See :func:`f2d2_lightning.sample`.
             guidance: Towards higher likelihood, see :class:`f2d2_lightning.SelfGuidance`.
@@ -422,7 +423,7 @@ class LikelihoodModel(ABC):
             ValueError: If it has another shape than the model's, or ``cond`` does not fit it.
         """
         joint, determinant = self.joint_map, Determinant.said(determinant)
-        noise = self._noise(noise, seed, generator)
+        drawn, noise = not hasattr(noise, "__len__"), self._noise(noise, seed, generator)
         if (seed := seed_of(seed, generator)) is not None and determinant is not None:
             determinant = replace(determinant, seed=seed)
         if guidance is not None and determinant is not None:
@@ -432,7 +433,7 @@ class LikelihoodModel(ABC):
             return in_parts(
                 lambda noise, cond: ask(joint, noise, steps, cond, with_log_prob=with_log_prob),
                 noise,
-                self._conditioning(cond, noise),
+                self._conditioning(cond, noise, drawn),
                 batch_size,
             )
 
@@ -452,8 +453,8 @@ class LikelihoodModel(ABC):
         x = as_tensor(x, what)
         return self._shaped(x).to(self.device)
 
-    def _conditioning(self, cond: Cond | None, x: Tensor) -> Cond | None:
-        cond = as_cond(cond, x)
+    def _conditioning(self, cond: Cond | None, x: Tensor, drawn: bool = False) -> Cond | None:
+        cond = as_cond(cond, x, drawn)
         check_cond(cond, len(x), self.joint_map)
         return cond
 

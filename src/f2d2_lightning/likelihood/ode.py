@@ -126,7 +126,7 @@ def reference_log_prob(
     Args:
         velocity: ``(x, t, cond) -> v``, or a flow map or joint map, whose diagonal is then integrated.
         x: Data at ``t = 1``, ``(B, ...)``.
-        cond: Conditioning, first axis ``B``.
+        cond: Conditioning, first axis ``B``, or 1 for all: a tensor, or a tuple or dictionary of them.
         divergence: By default :class:`~f2d2_lightning.divergence.Exact` for states of up to 128 dimensions, and one
         probe of
             :class:`~f2d2_lightning.Hutchinson` above, where the exact one takes as many derivatives an evaluation as

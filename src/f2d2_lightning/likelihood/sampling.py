@@ -123,7 +123,7 @@ def sample(
         noise: Draws of ``N(0, I)``, ``(B, ...)``; ``torch.randn(n, *shape)``. It is brought to dtype and device of the
             map's weights; arrays and lists become tensors.
         steps: Number of uniform steps from ``t = 0`` to ``t = 1``, or the times themselves.
-        cond: Conditioning, first axis ``B``.
+        cond: Conditioning, first axis ``B``, or 1 for all: a tensor, or a tuple or dictionary of them.
         with_log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
         determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: the log-density by the change of volume of
             the map's own jumps, which is that of the sampler itself, in the place of what the head says; without

@@ -186,9 +186,9 @@ class FlowMatchingModule(FlowModule):
                 "the teacher draws samples in a number of solver steps, without likelihoods and guidance; distil it "
                 "(F2D2Module), or use reference_sample and reference_log_prob"
             )
-        noise = self._noise(noise, seed, generator)
+        drawn, noise = not hasattr(noise, "__len__"), self._noise(noise, seed, generator)
         draw = partial(reference_sample, self.average.velocity, method=self.method, steps=steps)
-        return in_parts(draw, noise, self._conditioning(cond, noise), batch_size)
+        return in_parts(draw, noise, self._conditioning(cond, noise, drawn), batch_size)
 
     def forward(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Velocity of the weight average, ``(B, ...), () or (B,) -> (B, ...)``."""

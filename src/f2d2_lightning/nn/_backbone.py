@@ -12,6 +12,7 @@ from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn._layers import has_tangent
 from f2d2_lightning.nn.embedding import VectorEmbedding
 from f2d2_lightning.utils.checks import at_least, check_shape
+from f2d2_lightning.utils.conditions import Cond, kind_of, one_row
 
 
 class Backbone(FlowMap):
@@ -59,7 +60,7 @@ class Backbone(FlowMap):
         shape = self.shape if channels is None else (channels, *self.shape[1:])
         check_shape(x, shape, "the network takes", "set shape= to that of the data")
 
-    def embed(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None) -> Tensor:
+    def embed(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None) -> Tensor:
         """What every block is modulated with, ``(B or 1, E)``: both times, and label or condition where there is one.
 
         Raises:
@@ -74,11 +75,14 @@ class Backbone(FlowMap):
             time = time + self.join(self._embedded(self.condition, cond, len(x)))
         return nn.functional.silu(time)
 
-    def _embedded(self, condition: nn.Module, cond: Tensor | None, count: int) -> Tensor:
+    def _embedded(self, condition: nn.Module, cond: Cond | None, count: int) -> Tensor:
         name, features = type(condition).__name__, self.join.in_features
         if cond is None and not isinstance(condition, VectorEmbedding):
             raise ValueError(f"the network needs cond, for its {name}; got none")
-        found = condition(cond)
+        # one for all, as of a posterior, is embedded once
+        shared = one_row(cond)
+        count = count if shared is cond else 1
+        found = condition(shared)
         if found.shape != (count, features):
             raise ValueError(
                 f"the {name} of condition= answered shape {tuple(found.shape)} for {count} states; "
@@ -114,10 +118,10 @@ def _width(network: nn.Module) -> int:
     return found
 
 
-def _checked(cond: Tensor | None, classes: int) -> Tensor:
-    if cond is None or torch.is_floating_point(cond) or cond.ndim != 1:
-        came = "none" if cond is None else f"dtype {cond.dtype}, shape {tuple(cond.shape)}"
-        raise ValueError(f"the network has {classes} classes and needs cond of shape (B,), integers; got {came}")
+def _checked(cond: Cond | None, classes: int) -> Tensor:
+    if not isinstance(cond, Tensor) or torch.is_floating_point(cond) or cond.ndim != 1:
+        said = f"the network has {classes} classes and needs cond of shape (B,), integers"
+        raise ValueError(f"{said}; got {kind_of(cond)}")
     readable = cond.device.type == "cpu" and not torch.compiler.is_compiling() and not has_tangent(cond)
     if readable and bool(((cond < 0) | (cond >= classes)).any()):
         raise ValueError(

@@ -13,6 +13,7 @@ from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._layers import attention, run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["DiT"]
 
@@ -112,7 +113,7 @@ class DiT(Backbone):
         return cls(shape, patch, width, depth, heads, **options)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(x)
         recompute = self.checkpointing and self.training

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.paths import distinct
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import kind_of
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["IntervalEmbedding", "SlowWaves", "VectorEmbedding"]
@@ -121,11 +122,9 @@ class VectorEmbedding(nn.Module, Configured):
             ValueError: If it is none.
         """
         if not isinstance(vector, Tensor) or not vector.is_floating_point() or vector.shape[1:] != (self.numbers,):
-            came = "none" if vector is None else f"a {type(vector).__name__}"
-            came = f"dtype {vector.dtype}, shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else came
             raise ValueError(
-                f"the network needs cond of shape (B, {self.numbers}), floating numbers; got {came}; set condition= to "
-                "how many there are, or to a network that embeds what there is"
+                f"the network needs cond of shape (B, {self.numbers}), floating numbers; got {kind_of(vector)}; set "
+                "condition= to how many there are, or to a network that embeds what there is"
             )
         return vector
 

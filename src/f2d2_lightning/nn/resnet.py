@@ -10,6 +10,7 @@ from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._layers import GroupNorm
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["ResNet"]
 
@@ -85,7 +86,7 @@ class ResNet(Backbone):
         nn.init.zeros_(self.outlet.bias)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(x)
         time = self.embed(x, s, t, cond)

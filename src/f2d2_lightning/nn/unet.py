@@ -13,6 +13,7 @@ from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._layers import GroupNorm, attention, run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["UNet"]
 
@@ -248,7 +249,7 @@ class UNet(Backbone):
         self.outlet = _convolution(current, channels, 3, gain=1e-5)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(x, self.inputs)
         recompute = self.checkpointing and self.training

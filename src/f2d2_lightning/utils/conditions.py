@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Cond", "halves", "joined", "mapped", "moved", "one_row", "repeated", "some_of", "tensors"]
+__all__ = ["Cond", "halves", "joined", "kind_of", "mapped", "moved", "one_row", "repeated", "some_of", "tensors"]
 
 Cond: TypeAlias = Any
 """A tensor ``(B, ...)``, or a tuple or a dictionary of them, or of such, as a sequence and its mask."""
@@ -70,6 +70,13 @@ def repeated(cond: Cond | None, times: int, each: bool = False) -> Cond | None:
         return part.repeat_interleave(times, 0) if each else part.repeat(times, *(1 for _ in part.shape[1:]))
 
     return mapped(one, cond)
+
+
+def kind_of(cond: Any) -> str:
+    """What it is, for messages."""
+    if isinstance(cond, Tensor):
+        return f"dtype {cond.dtype}, shape {tuple(cond.shape)}"
+    return "none" if cond is None else f"a {type(cond).__name__}"
 
 
 def is_shared(part: Tensor) -> bool:
