@@ -35,8 +35,9 @@ __all__ = ["nll_command"]
 REFERENCE_ERROR = "reference_standard_error"
 DATA_HELP = (
     f"{', '.join(DATA)}, or the class path of a data module (test split; digits:train, my.Data:val for others); "
-    ".npy or .npz: integers (dequantized here) or states as x, labels as y; .csv: rows; for a model of a Table "
-    "both are in the units of that table; an image, or a folder of images (PNG, "
+    ".npy or .npz: integers (dequantized here) or states as x, labels as y, or parameters as theta and their "
+    "conditions as x; .csv: rows; for a model of a Table or of Pairs they are in its units; an image, or a folder of "
+    "images (PNG, "
     "JPEG, BMP, WebP, PPM, TIFF; recursive, in the order of their paths)"
 )
 
@@ -168,7 +169,7 @@ def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: 
         if not points.dequantized and not found[0] and torch.is_floating_point(x):
             check_values(x, module.quantization)
         if module.conditional and cond is None:
-            raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
+            raise ValueError(f"the model is conditional, and {points.source} has no labels: {points.no_labels}")
         if module.conditional and cond is not None:
             check_labels(module, cond, points.source)
         x, cond = x.to(module.device), moved(cond, module.device)
