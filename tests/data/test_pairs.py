@@ -151,3 +151,12 @@ def test_the_command_scores_pairs_in_the_units_of_the_file(tmp_path, monkeypatch
     again.load_state_dict(torch.load("student.ckpt", weights_only=True)["Pairs"])
     again.setup()
     close(again.units.center, data.units.center)
+
+
+def test_conditions_of_another_precision_are_brought_to_the_states(tmp_path):
+    """Arrays of NumPy are of double precision, and a loader's collate function keeps it."""
+    theta, x = draw(64)
+    loader = torch.utils.data.DataLoader(list(zip(theta.double().numpy(), x.double().numpy(), strict=True)), 32)
+    teacher = f2.FlowMatchingModule(PreconditionedMLP((2,), width=8, blocks=1, condition=3), warmup=1)
+    trainer(tmp_path, max_steps=2).fit(teacher, loader)
+    close(teacher.average.condition.center, x.mean(0), rtol=1e-4, atol=1e-4)

@@ -83,7 +83,10 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
 
 def holds_pairs(path: str | Path) -> bool:
     """Whether it is an ``.npz`` file that has an array ``theta``, as :func:`read_pairs` reads."""
-    return zipfile.is_zipfile(path) and "theta.npy" in zipfile.ZipFile(path).namelist()
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "theta.npy" in archive.namelist()
 
 
 def read_pairs(path: str | Path) -> tuple[Tensor, Cond]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.checkpoints.descriptions import describe_model
 from f2d2_lightning.flows.gaussian import fit_baselines
-from f2d2_lightning.likelihood._inputs import Array, check_cond
+from f2d2_lightning.likelihood._inputs import Array, as_cond, check_cond
 from f2d2_lightning.likelihood.error_bars import kept_bars, read_bars
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
@@ -124,7 +124,8 @@ class FlowModule(L.LightningModule, RangedModel):
         """
         x, cond = self.data_to_state(batch)
         self._look(x, self.quantization, self.attached)
-        return x.to(self.dtype), cond
+        x = x.to(self.dtype)
+        return x, as_cond(cond, x)
 
     @property
     @abstractmethod

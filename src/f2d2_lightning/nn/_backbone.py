@@ -32,8 +32,8 @@ class Backbone(FlowMap):
         classes: int,
         condition: int | nn.Module = 0,
     ) -> None:
-        at_least(0, classes=classes, condition=condition if isinstance(condition, int) else 0)
-        if classes and condition:
+        at_least(0, classes=classes, condition=0 if isinstance(condition, nn.Module) else condition)
+        if classes and condition != 0:
             raise ValueError(
                 f"classes={classes} and condition= are both given; take condition= alone, and embed the label in it"
             )
@@ -43,7 +43,11 @@ class Backbone(FlowMap):
         self.embedding = embedding
         self.embedded = int(embedding.features)  # type: ignore[arg-type]
         self.labels = nn.Embedding(classes, self.embedded) if classes else None
-        self.condition = VectorEmbedding(condition) if isinstance(condition, int) and condition else condition or None
+        self.condition: nn.Module | None = None
+        if isinstance(condition, nn.Module):
+            self.condition = condition
+        elif condition:
+            self.condition = VectorEmbedding(condition)
         if self.condition is not None:
             self.join = nn.Linear(_width(self.condition), self.embedded)
 
