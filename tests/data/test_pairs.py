@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import f2d2_lightning as f2
-from command_line import single_precision  # noqa: F401
+from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.cli import nll_command, sample_command
 from f2d2_lightning.data import Pairs
 from f2d2_lightning.nn import PreconditionedMLP
@@ -160,3 +160,26 @@ def test_conditions_of_another_precision_are_brought_to_the_states(tmp_path):
     teacher = f2.FlowMatchingModule(PreconditionedMLP((2,), width=8, blocks=1, condition=3), warmup=1)
     trainer(tmp_path, max_steps=2).fit(teacher, loader)
     close(teacher.average.condition.center, x.mean(0), rtol=1e-4, atol=1e-4)
+
+
+CONFIGURATION = """
+trainer: {max_steps: 2, accelerator: cpu, logger: false, enable_checkpointing: false, callbacks: []}
+model:
+  class_path: f2d2_lightning.FlowMatchingModule
+  init_args:
+    flow_map:
+      class_path: f2d2_lightning.nn.PreconditionedMLP
+      init_args: {shape: [2], width: 8, blocks: 1, condition: CONDITION}
+data: {class_path: f2d2_lightning.data.Pairs, init_args: {parameters: pairs.npz, batch_size: 32}}
+"""
+
+
+@pytest.mark.parametrize(
+    "condition", ["3", "{class_path: f2d2_lightning.nn.VectorEmbedding, init_args: {numbers: 3, features: 7}}"]
+)
+def test_a_configuration_trains_on_pairs(tmp_path, monkeypatch, condition):
+    monkeypatch.chdir(tmp_path)
+    theta, x = draw(100)
+    np.savez("pairs.npz", theta=theta, x=x)
+    (tmp_path / "teacher.yaml").write_text(CONFIGURATION.replace("CONDITION", condition))
+    f2d2("fit", "--config", "teacher.yaml", "--trainer.default_root_dir", tmp_path)
