@@ -142,9 +142,7 @@ def learned(task: Task, data: f2.data.Pairs, steps: int, width: int) -> tuple[f2
     teacher = f2.FlowMatchingModule(network, optimizer=adam, ema_decay=0.998, reference=f2.Reference(steps=32))
     teacher.method = "heun2"
     train(teacher, data, steps)
-    student = f2.F2D2Module(
-        teacher=teacher, estimator=f2.divergence.Exact(), optimizer=adam, ema_decay=0.998, reference=teacher.reference
-    )
+    student = f2.F2D2Module(teacher=teacher, estimator=f2.divergence.Exact(), optimizer=adam, ema_decay=0.998)
     train(student, data, steps)
     return teacher, student
 
