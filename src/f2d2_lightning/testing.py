@@ -25,6 +25,7 @@ from f2d2_lightning.divergence.estimators import Exact, jacobian_product
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.flows.paths import Point, expand_time
 from f2d2_lightning.nn.head import JointFlowMap
+from f2d2_lightning.utils.conditions import Cond, some_of
 
 __all__ = ["FlowMapContract"]
 
@@ -77,15 +78,15 @@ class FlowMapContract:
         """A joint map, whose pair is then checked too."""
         return None
 
-    def exact_velocity(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor | None:
+    def exact_velocity(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor | None:
         """The known instantaneous velocity at times ``(B,)``, shape of ``x``."""
         return None
 
-    def exact_jump(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor | None:
+    def exact_jump(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None) -> Tensor | None:
         """The known state at times ``t``, from ``x`` at times ``s``, both ``(B,)``; shape of ``x``."""
         return None
 
-    def exact_divergence(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor | None:
+    def exact_divergence(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor | None:
         """The known divergence of the instantaneous velocity, ``(B,)``, nats per unit of time."""
         return None
 
@@ -153,7 +154,7 @@ class FlowMapContract:
         s, t = self._pairs(flow_map, diagonal=True)[-1]
         batch = flow_map(x, s, t, cond)
         for i in range(len(x)):
-            alone = flow_map(x[i : i + 1], s, t, None if cond is None else cond[i : i + 1])
+            alone = flow_map(x[i : i + 1], s, t, some_of(cond, slice(i, i + 1)))
             self._same(alone, batch[i : i + 1], f"u of sample {i} alone")
         again = flow_map(x, s, t, cond)
         self._same(again, batch, "u asked for twice")

@@ -125,16 +125,16 @@ def test_labels():
     assert torch.equal(Adapter(null_label=9)(Labelled())(x, 0.1, 0.2), x + 36)
 
 
-@pytest.mark.parametrize("cond", [{"y": torch.zeros(4)}, (torch.zeros(4), None), ["a", "b", "c", "d"], 3])
-def test_conditioning_is_a_tensor(cond):
+@pytest.mark.parametrize("cond", [{"y": "text"}, (torch.zeros(8), 3.0), ["a", "b", "c", "d"], 3])
+def test_conditioning_is_of_tensors(cond):
     network = nn.Sequential(nn.Linear(3, 3))
     x = torch.randn(8, 3)
     for adapter in (Adapter(), Adapter("net(x)", directions="none"), Adapter(output=0), Adapter(classes=3)):
         flow_map = adapter(network)
         for function in (flow_map, flow_map.forward_features):
-            with pytest.raises(ValueError, match=rf"cond is an? {type(cond).__name__}|a mapping.*\(B, \.\.\.\)"):
+            with pytest.raises(ValueError, match=r"cond (is|holds) a (str|int|float), .* a tensor \(B, \.\.\.\)"):
                 function(x, 0.2, 0.2, cond)
-        with pytest.raises(ValueError, match=r"one tensor \(B, \.\.\.\)"):
+        with pytest.raises(ValueError, match=r"a tensor \(B, \.\.\.\)"):
             check_convention(flow_map, x, cond)
 
 

@@ -654,10 +654,10 @@ def test_conditioning_that_would_be_ignored_is_refused():
         f2.reference_log_prob(made.average, x, labels, steps=2)
 
 
-@pytest.mark.parametrize("cond", [{"label": torch.zeros(4)}, (torch.zeros(4), torch.zeros(4)), ["a"] * 4])
+@pytest.mark.parametrize("cond", [{"label": torch.zeros(3)}, (torch.zeros(4), "b"), ["a"] * 4])
 def test_conditioning_of_another_form_is_refused(cond):
     joint = f2.JointFlowMap(ByContract(), f2.DivergenceHead(features=2))
-    with pytest.raises(ValueError, match=f"cond is a {type(cond).__name__}.*a tensor"):
+    with pytest.raises((ValueError, TypeError), match=r"cond (is|holds) (shape|a).*a tensor"):
         f2.log_prob(joint, torch.randn(4, 2), 2, cond)
     of = f2.FlowMatchingModule(ByContract(), (2,))
     with pytest.raises(ValueError, match="a tensor"):

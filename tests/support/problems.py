@@ -293,3 +293,40 @@ class ToData(JointMap):
 
     def joint(self, x, s, t, cond):
         return self.original(x, s, t, cond)
+
+
+class LinearGaussian:
+    """``theta ~ N(m, S)``, ``x = A theta + b + noise``: the posterior of ``theta`` given ``x`` in closed form.
+
+    The observations have other scales and other offsets than the parameters, and are more.
+    """
+
+    def __init__(self, dim=2, seen=3):
+        self.shape, self.seen = (dim,), seen
+        self.mean = torch.linspace(-0.5, 0.8, dim, dtype=torch.float64)
+        self.covariance = _covariance(dim, 0.4, 1.5, seed=3)
+        generator = torch.Generator().manual_seed(5)
+        self.matrix = 20 * torch.randn(seen, dim, generator=generator, dtype=torch.float64)
+        self.offset = torch.linspace(100.0, 300.0, seen, dtype=torch.float64)
+        self.noise = 15.0
+
+    def draw(self, count):
+        """Pairs ``(count, dim), (count, seen)``."""
+        theta = MultivariateNormal(self.mean, self.covariance).sample((count,))
+        return theta, theta @ self.matrix.T + self.offset + self.noise * torch.randn(count, self.seen)
+
+    def posterior(self, x):
+        """Distribution of ``theta`` for each ``x``, ``(B, seen)``: ``C = (S^-1 + A^T A / noise^2)^-1``."""
+        precision = torch.linalg.inv(self.covariance) + self.matrix.T @ self.matrix / self.noise**2
+        covariance = torch.linalg.inv(precision)
+        pull = torch.linalg.solve(self.covariance, self.mean) + (x - self.offset) @ self.matrix / self.noise**2
+        return MultivariateNormal(pull @ covariance, covariance)
+
+    def velocity(self, theta, t, cond):
+        """Of the linear path from noise to the posterior."""
+        posterior = self.posterior(cond)
+        eye, t = torch.eye(len(self.mean)), t[:, None]
+        marginal = ((1 - t) ** 2)[..., None] * eye + (t**2)[..., None] * posterior.covariance_matrix
+        growth = (t - 1)[..., None] * eye + t[..., None] * posterior.covariance_matrix
+        away = torch.linalg.solve(marginal, (theta - t * posterior.mean)[..., None])
+        return posterior.mean + (growth @ away).squeeze(-1)

@@ -23,6 +23,7 @@ from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.divergence._tangents import named, raised_in
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows.paths import LinearPath, like
+from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.sharding import is_sharded
 
 __all__ = ["check_derivative"]
@@ -36,7 +37,7 @@ CLEAR = 4.0  # how far outside of the difference of two finite differences a der
 
 
 def check_derivative(
-    velocity: Callable[..., Tensor], x: Tensor, noise: Tensor, cond: Tensor | None, mode: str, network: Any = None
+    velocity: Callable[..., Tensor], x: Tensor, noise: Tensor, cond: Cond | None, mode: str, network: Any = None
 ) -> None:
     """Compare one derivative of the velocity along random directions with finite differences of it.
 
@@ -57,7 +58,7 @@ def check_derivative(
     rows = torch.arange(ROWS, device=x.device)
     times = x.new_tensor(TIMES)[rows % len(TIMES)]
     states = LinearPath().sample(x[rows % len(x)], noise[rows % len(x)], times)
-    labels = None if cond is None else cond[rows % len(x)]
+    labels = some_of(cond, rows % len(x))
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(states.shape, dtype=x.dtype, generator=generator).to(x.device)
 

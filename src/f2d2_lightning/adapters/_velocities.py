@@ -24,6 +24,7 @@ from f2d2_lightning.adapters.call import Call, ConventionError
 from f2d2_lightning.adapters.variance_exploding import PRECONDITIONINGS, VarianceExploding
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import LinearPath, like
+from f2d2_lightning.utils.conditions import Cond, moved, repeated, some_of
 from f2d2_lightning.utils.sharding import is_sharded
 
 __all__ = ["FEWEST_SAMPLES", "check_velocity"]
@@ -83,18 +84,18 @@ class _Noised:
     """Noised data, ``(times, B, ...)``, and what networks may have learned of them."""
 
     states: Tensor
-    cond: Tensor | None
+    cond: Cond | None
     target: Tensor  # data - noise, (1, B, d)
     draws: int  # noises per data point, which follow each other
 
     @classmethod
-    def of(cls, x: Tensor, noise: Tensor, cond: Tensor | None) -> _Noised:
+    def of(cls, x: Tensor, noise: Tensor, cond: Cond | None) -> _Noised:
         # of small states several noises each, which cost little there, and of which the mean says more
         draws = max(1, min(MOST_DRAWS, 128 // x[0].numel()))
         generator = torch.Generator().manual_seed(2)
         more = [torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) for _ in range(draws - 1)]
         noise = torch.stack([noise, *more], 1).flatten(0, 1)
-        x, cond = x.repeat_interleave(draws, 0), None if cond is None else cond.repeat_interleave(draws, 0)
+        x, cond = x.repeat_interleave(draws, 0), repeated(cond, draws, each=True)
         states = torch.stack([LinearPath().sample(x, noise, x.new_full((len(x),), t)) for t in TIMES])
         return cls(states, cond, (x - noise).flatten(1)[None], draws)
 
@@ -110,7 +111,7 @@ class _Noised:
         return (factor[:, None, None] * flat - self.target).square().mean((1, 2))
 
 
-def check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Tensor | None) -> None:
+def check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Cond | None) -> None:
     """Refuse a network, in evaluation mode, of which another convention is clearly and certainly right on noised data.
 
     Raises:
@@ -284,7 +285,7 @@ class _Asker:
             except Exception:  # not every network has a copy
                 self.bears = False
 
-    def __call__(self, adapter: Adapter, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    def __call__(self, adapter: Adapter, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         """The velocity, or :class:`_UnfitError` from any other adapter than the declared one."""
         if adapter is self.flow_map.adapter:
             return called(self.flow_map, lambda: self.flow_map(x, s, t, cond), x.device)
@@ -292,13 +293,13 @@ class _Asker:
             raise _UnfitError
         if self.copy is not None:
             few = slice(0, None, max(1, len(x) // len(TIMES)))  # every time, once
-            labels = None if cond is None else cond[few].cpu()
+            labels = moved(some_of(cond, few), "cpu")
             self._tried(self.copy, adapter, x[few].cpu(), s[few].cpu(), t[few].cpu(), labels)
         return self._tried(self.flow_map, adapter, x, s, t, cond)
 
     @staticmethod
     def _tried(
-        flow_map: AdaptedFlowMap, adapter: Adapter, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None
+        flow_map: AdaptedFlowMap, adapter: Adapter, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None
     ) -> Tensor:
         seed(x.device)
         other = copy.copy(flow_map)  # the same network
@@ -317,12 +318,12 @@ def _answers(ask: _Asker, way: _Way, noised: _Noised) -> Tensor:
     few = max(FEW, min(64, 1024 // noised.states[0, 0].numel()))
     count = noised.states.shape[1] if way.adapter is ask.flow_map.adapter else few * noised.draws
     states, at = noised.states[:, :count], noised.times[:, :count]
-    cond = None if noised.cond is None else noised.cond[:count]
+    cond = some_of(noised.cond, slice(count))
     at = 1 - at if way.mirrored else at
     to = torch.ones_like(at) if ask.flow_map.endpoint_only else at
     if way.adapter is ask.flow_map.adapter:
         return torch.stack([ask(way.adapter, *row, cond) for row in zip(states, at, to, strict=True)]).flatten(2)
-    labels = None if cond is None else cond.repeat(len(TIMES), *(1 for _ in cond.shape[1:]))
+    labels = repeated(cond, len(TIMES))
     answer = ask(way.adapter, states.flatten(0, 1), at.flatten(), to.flatten(), labels)
     return answer.reshape(states.shape).flatten(2)
 
@@ -422,7 +423,7 @@ def _remedy(adapter: Adapter, way: _Way, reading: _Reading) -> str:
 # --- jumps ---
 
 
-def _check_jumps(ask: _Asker, x: Tensor, noise: Tensor, cond: Tensor | None, plausible: set[str]) -> None:
+def _check_jumps(ask: _Asker, x: Tensor, noise: Tensor, cond: Cond | None, plausible: set[str]) -> None:
     """Compare jumps with many steps along the network's own velocity, in all forms of the second time.
 
     ``plausible`` are the calls whose velocity is another than that of the declared call, and as good.
@@ -438,7 +439,7 @@ def _check_jumps(ask: _Asker, x: Tensor, noise: Tensor, cond: Tensor | None, pla
     count = min(FEW, len(x))
     few = torch.arange(count, device=x.device).repeat(len(pairs))
     s, t = (column.repeat_interleave(count) for column in pairs.unbind(1))
-    states, labels = LinearPath().sample(x[few], noise[few], s), None if cond is None else cond[few]
+    states, labels = LinearPath().sample(x[few], noise[few], s), some_of(cond, few)
 
     def many_steps(called_as: Adapter) -> tuple[Tensor, Tensor]:
         """Average velocity along the instantaneous one, and that at the start."""

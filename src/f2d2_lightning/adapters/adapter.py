@@ -22,6 +22,7 @@ from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.flows.maps import Direction, FlowMap, check_interval
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.utils.checks import one_of
+from f2d2_lightning.utils.conditions import Cond, mapped, some_of, tensors
 from f2d2_lightning.utils.configured import Configured
 from f2d2_lightning.utils.seeding import own_random_state
 
@@ -136,7 +137,7 @@ class Adapter(Configured):
     # --- what a family may override ---
 
     def average_velocity(
-        self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None
+        self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Cond | None
     ) -> Tensor:
         """``u(x, s, t)``, shape of ``x``, in this package's convention and times, ``(B,)``."""
         if self.answer == "velocity":
@@ -150,7 +151,7 @@ class Adapter(Configured):
         state = self.ask(network, self.prior_std * x, start, end, cond) / self.prior_std
         return (state - x) / like(end - start, x)
 
-    def ask(self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    def ask(self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         """Call the network at foreign state ``x`` and our times ``s``, ``t``; its answer, shape of ``x``."""
         return self._ask(network, x, self.foreign_time(s), self.foreign_time(t), cond)
 
@@ -160,7 +161,7 @@ class Adapter(Configured):
 
     # --- the call itself ---
 
-    def _ask(self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    def _ask(self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         axes = (len(x), *(1 for _ in range(self.time_axes - 1)))
         dtype = compute_dtype(network, x)
         state = x.movedim(1, -1) if self.channels_last else x
@@ -181,7 +182,7 @@ class Adapter(Configured):
         # autocast, and networks of lower precision, do not lower the precision of the state
         return (answer.movedim(-1, 1) if self.channels_last else answer).to(x.dtype)
 
-    def _labels(self, x: Tensor, cond: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _labels(self, x: Tensor, cond: Cond | None, dtype: torch.dtype) -> Cond | None:
         check_conditioning(cond)
         if "cond" not in self.call.names:
             return None
@@ -190,13 +191,13 @@ class Adapter(Configured):
                 return None
             cond = torch.full((len(x),), self.null_label, device=x.device)
         if self.classes is not None:
-            if torch.is_floating_point(cond) or cond.ndim != 1:
+            if not isinstance(cond, Tensor) or torch.is_floating_point(cond) or cond.ndim != 1:
                 raise ValueError(
-                    f"cond has dtype {cond.dtype} and shape {tuple(cond.shape)}; with classes={self.classes} it is "
+                    f"cond is {_kind(cond)}; with classes={self.classes} it is "
                     "integer labels (B,), which the adapter makes one-hot"
                 )
             cond = nn.functional.one_hot(cond.long(), self.classes).to(dtype)
-        return cond.to(dtype if torch.is_floating_point(cond) else cond.dtype, copy=True)
+        return mapped(lambda part: part.to(dtype if part.is_floating_point() else part.dtype, copy=True), cond)
 
     def _part(self, answer: Any) -> Tensor:
         output = self.output
@@ -343,7 +344,7 @@ class AdaptedFlowMap(FlowMap, Configured):
             )
         return self._features
 
-    def probe(self, x: Tensor, cond: Tensor | None = None) -> int:
+    def probe(self, x: Tensor, cond: Cond | None = None) -> int:
         """Channels ``F`` for ``DivergenceHead(features=F)``, found by one call on states ``(B, ...)``.
 
         The call is without training mode and gradients.
@@ -353,7 +354,7 @@ class AdaptedFlowMap(FlowMap, Configured):
             self.forward_features(x, low, low if self.answerable == Direction.NONE else high, cond)
         return self.features
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         directions = self.answerable
         if directions != Direction.BOTH:
             check_interval(s, t, directions, what=Adapter.describe(self.network))
@@ -361,7 +362,7 @@ class AdaptedFlowMap(FlowMap, Configured):
         with self.eager(), self._interval_added(s, t):
             return self.adapter.average_velocity(self.network, x, s, t, cond)
 
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Instantaneous velocity ``u(x, t, t)``, shape of ``x``.
 
         Raises:
@@ -376,7 +377,7 @@ class AdaptedFlowMap(FlowMap, Configured):
         return super().velocity(x, t, cond)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         if self.tap is None:
             raise ValueError(
@@ -389,12 +390,12 @@ class AdaptedFlowMap(FlowMap, Configured):
         self._features = features.shape[1]
         return u, features.to(x.dtype)
 
-    def _find_layer(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None) -> None:
+    def _find_layer(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None) -> None:
         """Which of several outputs' last layers the velocity comes from, by one more call on one state."""
         assert self.tap is not None
         check_conditioning(cond)
         s, t = expand_time(s, x)[:1], expand_time(t, x)[:1]
-        cond = None if cond is None else cond[:1]
+        cond = some_of(cond, slice(1))
         with own_random_state(x.device), evaluating(self):
             self.tap.find(lambda: self(x[:1], s, t, cond))
 
@@ -440,12 +441,13 @@ def _is_compiled(network: nn.Module) -> bool:
 
 
 def check_conditioning(cond: Any) -> None:
-    """Refuse conditioning that is no tensor: a ``ValueError`` says what came."""
-    if cond is not None and not isinstance(cond, Tensor):
+    """Refuse conditioning that is neither a tensor nor of tensors: a ``ValueError`` says what came."""
+    if wrong := [part for part in tensors(cond) if not isinstance(part, Tensor)]:
         raise ValueError(
-            f"cond is {_kind(cond)}, and conditioning is one tensor (B, ...), such as labels (B,) or embeddings "
-            "(B, E), or None; make it a tensor (data_to_state= of the callback, data_to_state of the module), and put "
-            "the rest of what the network takes into the adapter's call=, as in call=\"net(x, s, extra={'y': cond})\""
+            f"cond {'is' if wrong[0] is cond else 'holds'} {_kind(wrong[0])}, and conditioning is a tensor (B, ...), "
+            "such as labels (B,) or embeddings (B, E), or a tuple or dictionary of tensors, or None; make it so "
+            "(data_to_state= of the callback, data_to_state of the module), and put the rest of what the network takes "
+            "into the adapter's call=, as in call=\"net(x, s, extra={'y': cond})\""
         )
 
 
@@ -461,6 +463,8 @@ def compute_dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
 def _kind(answer: Any) -> str:
     if isinstance(answer, (tuple, list)):
         return f"a {type(answer).__name__} of {len(answer)} ({', '.join(type(item).__name__ for item in answer)})"
+    if isinstance(answer, Tensor):
+        return f"a tensor of dtype {answer.dtype} and shape {tuple(answer.shape)}"
     if isinstance(answer, Mapping):
         return f"a mapping with {', '.join(map(repr, answer))}"
     return f"a {type(answer).__name__}"

@@ -17,6 +17,7 @@ from f2d2_lightning.divergence.estimators import check_mode, instantaneous
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import LinearPath, expand_time
 from f2d2_lightning.likelihood._inputs import check_state
+from f2d2_lightning.utils.conditions import Cond, moved, some_of
 
 __all__ = ["ConventionError", "check_convention", "check_differentiable"]
 
@@ -24,7 +25,7 @@ LARGEST_BATCH = 64
 
 
 @torch.no_grad()
-def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None = None, mode: str = "forward") -> None:
+def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Cond | None = None, mode: str = "forward") -> None:
     """Refuse a network that is not what its adapter declares.
 
     It is called without training mode, some forty times, mostly on at most 64 states. Random state, mode and gradients
@@ -66,7 +67,7 @@ def check_convention(flow_map: AdaptedFlowMap, data: Tensor, cond: Tensor | None
 
 @torch.no_grad()
 def check_differentiable(
-    velocity: Callable[..., Tensor], data: Tensor, cond: Tensor | None = None, mode: str = "forward"
+    velocity: Callable[..., Tensor], data: Tensor, cond: Cond | None = None, mode: str = "forward"
 ) -> None:
     """Refuse a velocity whose derivative is not that of its answers: its divergence would be wrong without a word.
 
@@ -83,15 +84,15 @@ def check_differentiable(
         check_derivative(velocity, *_drawn(data, cond, device), mode)
 
 
-def _drawn(data: Tensor, cond: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+def _drawn(data: Tensor, cond: Cond | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """The first data, noise for them, the same each time, and their conditioning."""
     # a copy: what was made in inference mode takes no part in differentiation
     x = data[:LARGEST_BATCH].detach().clone().to(device)
     noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)).to(device)
-    return x, noise, None if cond is None else cond[:LARGEST_BATCH].to(device)
+    return x, noise, moved(some_of(cond, slice(LARGEST_BATCH)), device)
 
 
-def _check_answers(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Tensor | None) -> None:
+def _check_answers(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Cond | None) -> None:
     # times that the map can be asked for, ends of the interval included
     pairs = [(0.5, 0.5), (0.0, 0.0), (1.0, 1.0)]
     pairs += [(0.0, 1.0), (0.5, 0.75)] if Direction.TO_DATA in flow_map.answerable else []
@@ -109,12 +110,12 @@ def _check_answers(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Ten
             )
 
 
-def _check_second_time(flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None) -> None:
+def _check_second_time(flow_map: AdaptedFlowMap, x: Tensor, cond: Cond | None) -> None:
     adapter, device = flow_map.adapter, x.device
     # an added interval sees both times, whatever the network does
     if not adapter.sees_end or flow_map.interval is not None or flow_map.answerable == Direction.NONE:
         return
-    x, cond = x[:FEWEST_SAMPLES], None if cond is None else cond[:FEWEST_SAMPLES]
+    x, cond = x[:FEWEST_SAMPLES], some_of(cond, slice(FEWEST_SAMPLES))
     ends = []
     if Direction.TO_DATA in flow_map.directions:
         # far apart, for indices of the interval's octave

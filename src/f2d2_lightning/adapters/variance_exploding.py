@@ -21,6 +21,7 @@ from f2d2_lightning.adapters.adapter import Adapter
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.utils.checks import one_of
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["CTM", "Consistency", "Denoiser", "VarianceExploding"]
 
@@ -91,7 +92,7 @@ class VarianceExploding(Adapter):
         return (1 - t) / t
 
     def average_velocity(
-        self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None
+        self, network: Callable[..., Any], x: Tensor, s: Tensor, t: Tensor, cond: Cond | None
     ) -> Tensor:
         """``u(x, s, t)``: along the straight line to the clean image that the network answers."""
         sigma, sigma_end = self.foreign_time(s), self.foreign_time(t)
@@ -112,7 +113,7 @@ class VarianceExploding(Adapter):
         return (clean - like(latest / s.clamp(min=latest), x) * x) / like(1 - s.clamp(max=latest), x)
 
     def _clean(
-        self, network: Callable[..., Any], state: Tensor, sigma: Tensor, sigma_end: Tensor, cond: Tensor | None
+        self, network: Callable[..., Any], state: Tensor, sigma: Tensor, sigma_end: Tensor, cond: Cond | None
     ) -> Tensor:
         if self.precondition == "none":
             return self._ask(network, state, sigma, sigma_end, cond)

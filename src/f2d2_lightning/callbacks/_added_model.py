@@ -27,6 +27,7 @@ from f2d2_lightning.modules.distillation import DistilledModel, default_head
 from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.objectives.sources import TeacherSource
 from f2d2_lightning.training.batches import HALF, BatchStates, FirstLook, training_batches
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.sharding import whole_state
 
 
@@ -86,10 +87,10 @@ class AddedModel(DistilledModel):
         with evaluating(self._network), weights_held(self._network):
             yield
 
-    def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def data_to_state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         return self.states(batch, self._module)
 
-    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         """States and conditioning; the first states of each stage are compared with levels and range."""
         x, cond = self.data_to_state(batch)
         self._look(x, self.quantization, self._trainer)
@@ -198,7 +199,7 @@ class AddedModel(DistilledModel):
 
     # --- making and training it ---
 
-    def _make_head(self, flow_map: AdaptedFlowMap, x: Tensor, cond: Tensor | None) -> Head:
+    def _make_head(self, flow_map: AdaptedFlowMap, x: Tensor, cond: Cond | None) -> Head:
         if self.head is not None and not self.head.reads_features:
             return self.head
         channels = flow_map.probe(x, cond)

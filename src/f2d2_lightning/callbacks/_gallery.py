@@ -25,6 +25,7 @@ from f2d2_lightning.plots import (
 )
 from f2d2_lightning.plots._figure import limits, plural, settle
 from f2d2_lightning.plots.samples import is_image, is_plane
+from f2d2_lightning.utils.conditions import Cond, joined, mapped, moved, some_of, tensors
 
 CHUNK = 512
 
@@ -37,31 +38,32 @@ class Points:
         self.seen = 0
         """Samples that were offered."""
         self.x = torch.empty(0)
-        self.cond: Tensor | None = None
+        self.cond: Cond | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def add(self, x: Tensor, cond: Tensor | None) -> None:
+    def add(self, x: Tensor, cond: Cond | None) -> None:
         """Keep what is still wanted of a batch ``(B, ...)``."""
         left = self.most - len(self)
         self.seen += len(x)
         if left <= 0:
             return
         if cond is not None:
-            self.cond = _joined(self.cond, cond[:left])
-        self.x = _joined(self.x if len(self) else None, x[:left])
+            self.cond = _kept(self.cond, some_of(cond, slice(left)))
+        self.x = _kept(self.x if len(self) else None, x[:left])
 
-    def classes(self, count: int) -> Tensor | None:
+    def classes(self, count: int) -> Cond | None:
         """Conditioning for ``count`` samples: the labels that there are, in order, again and again.
 
         Conditioning that is no label is taken as it comes.
         """
         if self.cond is None:
             return None
-        labels = self.cond.ndim == 1 and not torch.is_floating_point(self.cond)
-        kinds = self.cond.unique() if labels else self.cond
-        return kinds[torch.arange(count) % len(kinds)]
+        kinds = self.cond
+        if isinstance(kinds, Tensor) and kinds.ndim == 1 and not kinds.is_floating_point():
+            kinds = kinds.unique()
+        return some_of(kinds, torch.arange(count) % len(next(tensors(kinds))))
 
 
 @dataclass
@@ -152,7 +154,7 @@ class Gallery:
         # drawn on the CPU and from a generator of its own: the same noise whenever and wherever
         noise = torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(0))
         noise, cond = noise.to(self.points.x.dtype).to(model.device), self.points.classes(count)
-        cond = None if cond is None else cond.to(model.device)
+        cond = moved(cond, model.device)
         made = {}
         if model.draws_samples:
             made = {plural(k, "step"): model.sample(noise, k, cond).state.cpu() for k in model.steps}
@@ -162,19 +164,19 @@ class Gallery:
             made[f"{model.reference_name}, {plural(found.evaluations, 'evaluation')}"] = found.state.cpu()
         return made
 
-    def _log_prob(self, x: Tensor, steps: int, cond: Tensor | None = None) -> Tensor:
+    def _log_prob(self, x: Tensor, steps: int, cond: Cond | None = None) -> Tensor:
         device, parts = self.model.device, []
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
-            of = None if cond is None else cond[part].to(device)
+            of = moved(some_of(cond, part), device)
             parts.append(self.model.log_prob(x[part].to(device), steps, of).value.cpu())
         return torch.cat(parts)
 
-    def _integrated(self, x: Tensor, cond: Tensor | None = None) -> Tensor | None:
+    def _integrated(self, x: Tensor, cond: Cond | None = None) -> Tensor | None:
         velocity, device = self.model.reference_velocity(), self.model.device
         if velocity is None:
             return None
-        cond = None if cond is None else cond.to(device)
+        cond = moved(cond, device)
         return self.model.reference_log_prob(velocity, x.to(device), cond).value.cpu()
 
     def _reference(self, values: dict[int, Tensor]) -> Tensor | None:
@@ -281,9 +283,9 @@ class GalleryCallback(L.Callback):
                     gallery.points.add(*gallery.model.state(batch))
 
 
-def _joined(before: Tensor | None, more: Tensor) -> Tensor:
-    more = more.detach().cpu().clone()
-    return more if before is None else torch.cat((before, more))
+def _kept(before: Cond | None, more: Cond) -> Cond:
+    more = mapped(lambda part: part.detach().cpu().clone(), more)
+    return more if before is None else joined((before, more))
 
 
 def _around(x: Tensor) -> tuple[float, float, float, float]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import state_images
+from f2d2_lightning.utils.conditions import Cond, joined, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.seeding import mix_seed
 
@@ -99,7 +100,7 @@ class RealImages:
         self.copies = bool(longest) and all(own == longest[: len(own)] for own in digests)
         return self.copies
 
-    def first(self, count: int = 8) -> tuple[Tensor, Tensor | None]:
+    def first(self, count: int = 8) -> tuple[Tensor, Cond | None]:
         """States and conditioning of the first images, the same on every process.
 
         Raises:
@@ -107,7 +108,7 @@ class RealImages:
         """
         rows = None if self.streams else self.order[:count]
         for x, cond in self._batches(rows):
-            return x[:count], None if cond is None else cond[:count]
+            return x[:count], some_of(cond, slice(count))
         raise ValueError(f"there are no data to compare samples of {self.model.title} with")
 
     def images(self, x: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ class RealImages:
         """A fingerprint of each of this process's images."""
         return [fingerprint(image) for _, images in self for image in images.cpu()]
 
-    def conditions(self, start: int, end: int) -> Tensor:
+    def conditions(self, start: int, end: int) -> Cond:
         """Conditioning of the images at these places of the order, from the beginning again after the last one.
 
         Raises:
@@ -149,9 +150,9 @@ class RealImages:
             )
         rows = [self.order[i % len(self.order)] for i in range(start, end)]
         parts = [cond for _, cond in self._batches(rows) if cond is not None]
-        return torch.cat(parts)
+        return joined(parts)
 
-    def _batches(self, rows: list[int] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _batches(self, rows: list[int] | None) -> Iterator[tuple[Tensor, Cond | None]]:
         """States and conditioning of rows of the data set, or of the whole stream; random numbers begin anew."""
         _seed_all(0)
         for batch in self.loader if rows is None else self._loader(rows):

@@ -36,6 +36,7 @@ from f2d2_lightning.training.batches import BatchStates, FirstLook, check_traine
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.checks import at_least, checked, counts, positive
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.seeding import mix_seed, own_random_state
 
 
@@ -115,7 +116,7 @@ class F2D2Callback(AddedModel, L.Callback):
         follow_schedule: bool = True,
         gradient_clip: float | None = 1.0,
         ema_decay: float = 0.999,
-        data_to_state: Callable[[Any], tuple[Tensor, Tensor | None]] | str | None = None,
+        data_to_state: Callable[[Any], tuple[Tensor, Cond | None]] | str | None = None,
         levels: int | None = None,
         low: float | None = None,
         high: float | None = None,

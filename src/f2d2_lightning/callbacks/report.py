@@ -25,6 +25,7 @@ from f2d2_lightning.plots import Figure, save_figure, training_figure
 from f2d2_lightning.plots._figure import settle
 from f2d2_lightning.training.folders import run_folder, unused
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import some_of
 from f2d2_lightning.utils.files import whole_file
 
 
@@ -140,11 +141,7 @@ class TestReport(GalleryCallback):
         enough = int(reference[first].isfinite().sum()) > 1
         error = rows[-1].get("reference_error", math.nan) if rows else math.nan
         try:
-            return (
-                model.diagnose(x[first], None if cond is None else cond[first], reference[first], error)
-                if enough
-                else None
-            )
+            return model.diagnose(x[first], some_of(cond, first), reference[first], error) if enough else None
         except ValueError as failure:
             rank_zero_warn(f"the test has no diagnosis: {failure}")
             return None

@@ -21,6 +21,7 @@ from f2d2_lightning.metrics._cache import Statistics, StatisticsCache
 from f2d2_lightning.metrics.image import ImageDistance
 from f2d2_lightning.metrics.networks import check_network, extract_features, load_network
 from f2d2_lightning.utils.checks import checked
+from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import gather_states
 from f2d2_lightning.utils.seeding import mix_seed
@@ -114,7 +115,7 @@ class SampleQuality(L.Callback):
         self._key = ""
         self._shape: tuple[int, ...] = ()
         self._dtype = torch.float32
-        self._cond: Tensor | None = None
+        self._cond: Cond | None = None
         self._warned = False
 
     # --- the start of a run ---
@@ -267,7 +268,7 @@ class SampleQuality(L.Callback):
             noise = self.noise(indices or (0,), self._shape).to(device, self._dtype)
             cond = None
             if self._cond is not None:
-                cond = self._cond[offset : offset + len(indices)] if indices else self._cond[:1]
+                cond = some_of(self._cond, slice(offset, offset + len(indices)) if indices else slice(1))
             for k in self.steps:
                 x = model.sample(noise, k, cond).state[: len(indices)]
                 # counted out here, and refused by all processes together once they have met

@@ -20,6 +20,7 @@ from f2d2_lightning.cli._configs import closest
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.modules.loading import load
+from f2d2_lightning.utils.conditions import Cond
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -132,7 +133,7 @@ def class_count(module: LikelihoodModel) -> int | None:
     return None
 
 
-def check_labels(module: LikelihoodModel, cond: Tensor, source: str) -> None:
+def check_labels(module: LikelihoodModel, cond: Cond, source: str) -> None:
     """Refuse labels that are none of a model's classes.
 
     Args:
@@ -147,11 +148,9 @@ def check_labels(module: LikelihoodModel, cond: Tensor, source: str) -> None:
     adapters = [part.adapter for part in module.joint_map.modules() if isinstance(part, AdaptedFlowMap)]
     if count is None and all(adapter.null_label is None for adapter in adapters):
         return  # conditioning of another kind
-    if torch.is_floating_point(cond) or cond.ndim != 1:
-        raise ValueError(
-            f"{source} has labels of type {cond.dtype} and shape {tuple(cond.shape)}; the model takes class labels: "
-            "integers, one a sample"
-        )
+    if not isinstance(cond, Tensor) or torch.is_floating_point(cond) or cond.ndim != 1:
+        came = f"type {cond.dtype} and shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
+        raise ValueError(f"{source} has labels of {came}; the model takes class labels: integers, one a sample")
     low, high = int(cond.min()), int(cond.max())
     if low < 0 or (count is not None and high >= count):
         expected = "labels count from 0" if count is None else f"the model is for {count} classes, 0 to {count - 1}"

@@ -22,8 +22,8 @@ from f2d2_lightning.data.images._reader import Framing, ImageFiles, read_images
 from f2d2_lightning.data.images._stores import SUFFIXES
 from f2d2_lightning.data.images.folder import ImageFolder
 from f2d2_lightning.data.module import FlowDataModule
-from f2d2_lightning.data.rows import find_rows
-from f2d2_lightning.data.table import Table, Units
+from f2d2_lightning.data.rows import Rows, find_rows, holds_pairs, read_pairs
+from f2d2_lightning.data.table import Pairs, Table, Units
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.training.batches import check_values
@@ -66,9 +66,10 @@ def reading_of(checkpoint: str, given: Reading) -> Reading:
     if Path(checkpoint).is_dir():
         return replace(given, units_unknown=True)
     kept = read_checkpoint(checkpoint)
-    table, images = (kept.get(cls.__qualname__) for cls in (Table, ImageFolder))
-    if isinstance(table, Mapping) and "center" in table:
-        given = replace(given, units=Units(**table))
+    table, pairs, images = (kept.get(cls.__qualname__) for cls in (Table, Pairs, ImageFolder))
+    for units in (table, pairs):
+        if isinstance(units, Mapping) and "center" in units:
+            given = replace(given, units=Units(**units))
     if isinstance(images, Mapping):
         framing = given.framing or Framing(1, images.get("crop"), images.get("resize"))
         given = replace(given, convert=given.convert or bool(images.get("convert")), framing=framing)
@@ -148,8 +149,8 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
     if path.suffix.lower() in (".csv", *ARRAYS):
         return _from_rows(path, module, reading)
     raise ValueError(
-        f"--data is {name}; .csv, .npy and .npz files (an .npz holds its data as 'x', labels as 'y') and images "
-        f"({', '.join(SUFFIXES)}) can be read"
+        f"--data is {name}; .csv, .npy and .npz files (an .npz holds its data as 'x', labels as 'y', or pairs as "
+        f"'theta' and 'x') and images ({', '.join(SUFFIXES)}) can be read"
     )
 
 
@@ -223,8 +224,13 @@ def _check_data_module(name: str, data: L.LightningDataModule, module: Likelihoo
 
 def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     """Rows of a file, floating ones in the units of the table that the model was trained on."""
-    found = find_rows(path, levels=module.levels is not None, shape=module.shape)
-    rows, labels, classes = found.values, found.labels, None
+    paired, classes = module.conditional is not False and holds_pairs(path), None
+    if paired:
+        theta, classes = read_pairs(path)
+        found = Rows(theta)
+    else:
+        found = find_rows(path, levels=module.levels is not None, shape=module.shape)
+    rows, labels = found.values, found.labels
     if labels is not None:
         if labels.shape != tuple(rows.shape[:1]) or labels.dtype.kind not in "iu":
             raise ValueError(
@@ -250,7 +256,7 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
             say(f"{path}: rows are taken as the model's states as they stand; a saved folder keeps no units of a table")
         check_values(rows, module.quantization)
         dataset = DequantizedDataset(rows, classes)
-    no_labels = "give an .npz file with labels y of shape (N,), integers"
+    no_labels = "give an .npz file with labels y of shape (N,), integers, or with theta and x"
     return Points.of(path, dataset, no_labels=no_labels, log_scale=log_scale)
 
 

@@ -27,6 +27,7 @@ from f2d2_lightning.likelihood.quantization import bits_per_dim, dequantization_
 from f2d2_lightning.metrics.likelihood import percentile_rank, said_of_bits, said_of_values
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.class_names import as_names
+from f2d2_lightning.utils.conditions import moved
 from f2d2_lightning.utils.seeding import mix_seed
 
 __all__ = ["nll_command"]
@@ -34,8 +35,9 @@ __all__ = ["nll_command"]
 REFERENCE_ERROR = "reference_standard_error"
 DATA_HELP = (
     f"{', '.join(DATA)}, or the class path of a data module (test split; digits:train, my.Data:val for others); "
-    ".npy or .npz: integers (dequantized here) or states as x, labels as y; .csv: rows; for a model of a Table "
-    "both are in the units of that table; an image, or a folder of images (PNG, "
+    ".npy or .npz: integers (dequantized here) or states as x, labels as y, or parameters as theta and their "
+    "conditions as x; .csv: rows; for a model of a Table or of Pairs they are in its units; an image, or a folder of "
+    "images (PNG, "
     "JPEG, BMP, WebP, PPM, TIFF; recursive, in the order of their paths)"
 )
 
@@ -167,10 +169,10 @@ def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: 
         if not points.dequantized and not found[0] and torch.is_floating_point(x):
             check_values(x, module.quantization)
         if module.conditional and cond is None:
-            raise ValueError(f"the model is class-conditional, and {points.source} has no labels: {points.no_labels}")
+            raise ValueError(f"the model is conditional, and {points.source} has no labels: {points.no_labels}")
         if module.conditional and cond is not None:
             check_labels(module, cond, points.source)
-        x, cond = x.to(module.device), None if cond is None else cond.to(module.device)
+        x, cond = x.to(module.device), moved(cond, module.device)
         if reference and getattr(module.reference, "open", False) and not found[0]:
             # what a run chose was for its teacher
             module.reference_choice = module.reference.chosen(velocity, x, cond)

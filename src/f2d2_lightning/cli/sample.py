@@ -20,6 +20,7 @@ from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim
 from f2d2_lightning.likelihood.sampling import Samples
 from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
+from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.plots._figure import plural
 from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
@@ -81,6 +82,11 @@ def _sample(options: Any) -> None:
     module = load_model(options)
     # drawn on the CPU, so that a seed gives the same samples on any device
     noise = torch.randn(options.num, *module.shape, generator=torch.Generator().manual_seed(options.seed))
+    if any(isinstance(part, Backbone) and part.condition is not None for part in module.joint_map.modules()):
+        raise ValueError(
+            "the model is conditioned on more than a class, which no option says; draw its samples in Python: "
+            "f2.load(checkpoint).sample(number, cond=...)"
+        )
     if (options.label is None) == bool(module.conditional):
         raise ValueError(
             f"--label is {options.label}, and the model {'needs a class' if module.conditional else 'has no classes'}; "

@@ -17,7 +17,7 @@ from f2d2_lightning.data.images.folder import ImageFolder
 from f2d2_lightning.data.images.imagenet import ImageNet64
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.data.rows import read_rows
-from f2d2_lightning.data.table import Table
+from f2d2_lightning.data.table import Pairs, Table
 from f2d2_lightning.data.toy import Checkerboard, GaussianMixture
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "ImageFolder",
     "ImageNet64",
     "LazyValues",
+    "Pairs",
     "StoredValues",
     "Table",
     "read_rows",

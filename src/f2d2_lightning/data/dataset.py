@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.utils.arrays import map_numbers
 from f2d2_lightning.utils.checks import checked
+from f2d2_lightning.utils.conditions import Cond, some_of, tensors
 from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
 __all__ = ["DequantizedDataset", "LazyValues", "StoredValues", "Values", "as_values", "take"]
@@ -142,7 +143,7 @@ class DequantizedDataset(Dataset):
     Args:
         values: Integers ``(N, ...)`` with ``quantization``, else states ``(N, ...)``; a tensor, or what
             :func:`f2d2_lightning.data.dataset.as_values` takes. Of lazy values each batch is checked as it is read.
-        labels: Integers ``(N,)``, or ``None``.
+        labels: Integers ``(N,)``, or any condition: a tensor ``(N, ...)``, a tuple or dictionary of them; or ``None``.
         quantization: Levels and range; ``None`` for continuous data.
         seed: Stream of the noise.
         flip: Mirror images left to right from epoch 1 on, each with probability 1/2 in each epoch. Plain indices
@@ -156,7 +157,7 @@ class DequantizedDataset(Dataset):
     def __init__(
         self,
         values: Values | Any,
-        labels: Tensor | None = None,
+        labels: Cond | None = None,
         quantization: Quantization | None = None,
         seed: int = 0,
         flip: bool = False,
@@ -164,8 +165,9 @@ class DequantizedDataset(Dataset):
         values = as_values(values)
         if quantization is not None and isinstance(values, Tensor):
             quantization.check(values)
-        if labels is not None and len(labels) != len(values):
-            raise ValueError(f"there are {len(values)} values and {len(labels)} labels; as many are expected")
+        for part in tensors(labels):
+            if len(part) != len(values):
+                raise ValueError(f"there are {len(values)} values and {len(part)} labels; as many are expected")
         if flip and len(values.shape) != 4:
             raise ValueError(
                 f"flip=True mirrors images (N, C, H, W), and the data have shape {tuple(values.shape)}; set flip=False"
@@ -188,12 +190,11 @@ class DequantizedDataset(Dataset):
         if self.quantization is not None:
             counters = index[:, None] * self.dim + torch.arange(self.dim)
             values = self.quantization.dequantize(values, counter_uniform(counters, self.seed).reshape(values.shape))
-        return values if self.labels is None else (values, self.labels[position])
+        return values if self.labels is None else (values, some_of(self.labels, position))
 
     def __iter__(self) -> Iterator[Any]:
         """One epoch: indices themselves have no end, and a loop over them had none either."""
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Any:
-        batch = self.__getitems__([index])
-        return tuple(part[0] for part in batch) if isinstance(batch, tuple) else batch[0]
+        return some_of(self.__getitems__([index]), 0)

@@ -25,6 +25,7 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.training.loading import described, read_checkpoint
 from f2d2_lightning.training.progress import Place, place_of
 from f2d2_lightning.utils.checks import at_least, checked
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.seeding import mix_seed
 from f2d2_lightning.utils.text import briefly
 
@@ -107,7 +108,7 @@ class FlowDataModule(L.LightningDataModule):
         """Number of levels of discrete data, ``None`` for continuous data."""
         return None if self.quantization is None else self.quantization.levels
 
-    def splits(self) -> Mapping[str, tuple[Values | Any, Tensor | None]]:
+    def splits(self) -> Mapping[str, tuple[Values | Any, Cond | None]]:
         """Values and labels of ``"train"``, ``"val"`` and ``"test"``; values as :class:`DequantizedDataset` takes."""
         raise NotImplementedError(f"{type(self).__name__} must define splits()")
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from f2d2_lightning.data._csv import read_csv
+from f2d2_lightning.likelihood._inputs import as_tensor
 from f2d2_lightning.utils.arrays import read_numbers
+from f2d2_lightning.utils.conditions import Cond, mapped, tensors
 
-__all__ = ["Rows", "find_rows", "read_rows"]
+__all__ = ["Rows", "as_pairs", "find_rows", "holds_pairs", "read_pairs", "read_rows"]
 
 CHANNELS = (1, 3)
 """Of images whose channels come last."""
@@ -75,6 +79,65 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
         if array.shape[1:] != shape:
             array = _as_images(array, said)
     return Rows(_as_tensor(array), labels, tuple(said))
+
+
+def holds_pairs(path: str | Path) -> bool:
+    """Whether it is an ``.npz`` file that has an array ``theta``, as :func:`read_pairs` reads."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "theta.npy" in archive.namelist()
+
+
+def read_pairs(path: str | Path) -> tuple[Tensor, Cond]:
+    """Parameters and conditions of an ``.npz`` file: its arrays ``theta``, ``(N, ...)``, and ``x``, ``(N, ...)``.
+
+    In the place of ``x`` there may be several, ``x.sequence`` and ``x.mask`` for one, which become a dictionary.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no such arrays, or see :func:`as_pairs`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give an .npz file with arrays theta and x")
+    arrays = read_numbers(path)
+    parts = {name.removeprefix("x."): value for name, value in arrays.items() if name.startswith("x.")}
+    if "theta" not in arrays or not ("x" in arrays) ^ bool(parts):
+        raise ValueError(
+            f"{path} holds {', '.join(arrays)}; theta and x, or theta and several x.NAME, are needed, a row a pair"
+        )
+    return as_pairs(arrays["theta"], parts or arrays["x"], str(path))
+
+
+def as_pairs(parameters: Any, conditions: Any, what: str = "pairs") -> tuple[Tensor, Cond]:
+    """Parameters and conditions as tensors of ``float32`` or integers; numbers ``(N,)`` that float are vectors of one.
+
+    Args:
+        parameters: Floating numbers, ``(N, ...)``.
+        conditions: An array, or a tuple or dictionary of arrays, ``(N, ...)``.
+        what: What holds them, for errors.
+
+    Raises:
+        TypeError: If something is no array.
+        ValueError: If there are not as many of both, parameters are no floating numbers, or there is nothing.
+    """
+
+    def one(part: Any) -> Tensor:
+        part = as_tensor(part, what)
+        if not part.is_floating_point():
+            return part
+        return part.float()[:, None] if part.ndim == 1 else part.float()
+
+    theta, x = one(parameters), mapped(one, conditions) if not isinstance(conditions, list) else one(conditions)
+    counts = [len(part) if part.ndim else 0 for part in (theta, *tensors(x))]
+    if not theta.is_floating_point() or len({*counts}) > 1 or not counts[0] or len(counts) == 1:
+        raise ValueError(
+            f"{what}: parameters have dtype {theta.dtype} and shape {tuple(theta.shape)}, conditions shapes "
+            f"{[tuple(part.shape) for part in tensors(x)]}; floating parameters (N, ...) and as many conditions are "
+            "needed"
+        )
+    return theta, x
 
 
 def _without_index(array: np.ndarray, names: list[str] | None, said: list[str]) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""Rows of a file as a data module, and their units."""
+"""Rows of a file, or pairs of parameters and conditions, as a data module, and their units."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from f2d2_lightning.data.module import FlowDataModule
-from f2d2_lightning.data.rows import find_rows
+from f2d2_lightning.data.rows import as_pairs, find_rows, read_pairs
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.utils.checks import positive
+from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["Table", "Units"]
+__all__ = ["Pairs", "Table", "Units"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Units:
     def states(self, rows: Tensor) -> Tensor:
         """Rows ``(N, ...)`` as states."""
         return (rows - self.center) / self.scale
+
+    def rows(self, states: Tensor) -> Tensor:
+        """States ``(N, ...)`` as rows."""
+        return states * self.scale + self.center
 
 
 class Table(FlowDataModule):
@@ -96,12 +102,16 @@ class Table(FlowDataModule):
         """What log-likelihoods of states are above those in the units of the file, nats."""
         return 0.0 if self.units is None else self.units.log_scale
 
-    def splits(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def read(self) -> tuple[Tensor, Cond | None]:
+        """Rows as they stand there, ``(N, ...)``, and what they are conditioned on."""
         found = find_rows(self.path)
         self.said = found.said
         for said in self.said:
             rank_zero_info(f"{self.path}: {said}")
-        rows = found.values
+        return found.values, None
+
+    def splits(self) -> dict[str, tuple[Tensor, Cond | None]]:
+        rows, conditions = self.read()
         count = len(rows)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(self.seed, "rows")))
         sizes = [max(1, round(share * count)) for share in (self.val, self.test)]
@@ -114,7 +124,8 @@ class Table(FlowDataModule):
         elif self.standardize:
             self.units = self.units or Units.of(rows[parts[0]])
             rows = self.units.states(rows)
-        return {name: (rows[part], None) for name, part in zip(("train", "val", "test"), parts, strict=True)}
+        names = ("train", "val", "test")
+        return {name: (rows[part], some_of(conditions, part)) for name, part in zip(names, parts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """Units, for a checkpoint."""
@@ -135,3 +146,52 @@ class Table(FlowDataModule):
                 "trained on; give the same file and seed, or ask f2d2 nll, which takes the checkpoint's"
             )
         self.units = kept
+
+
+class Pairs(Table):
+    """Parameters, and what their posterior is conditioned on: simulated pairs, divided at random.
+
+    Parameters are standardised as the rows of a :class:`Table` are, and the checkpoint keeps their units. Conditions
+    stay as they are: networks of this package standardise vectors by themselves, and embed the rest as you say.
+
+    Args:
+        parameters: Floating numbers ``(N, d)``; or an ``.npz`` file with arrays ``theta`` and ``x``, or ``theta`` and
+            several ``x.NAME``, which become a dictionary.
+        conditions: ``(N, ...)``, an array, or a tuple or dictionary of arrays; ``None`` where a file has them.
+        standardize: Whether parameters are.
+        val: Share of the pairs to validate on.
+        test: Share of the pairs to test on.
+        batch_size: Pairs per training batch.
+        eval_batch_size: Pairs per validation and test batch.
+        seed: Of split and order.
+
+    Raises:
+        FileNotFoundError: When the data are first asked for, if there is no such file.
+        ValueError: If there are not as many of both, or the shares leave nothing to train on.
+
+    >>> data = Pairs(torch.randn(100, 2), {"series": torch.randn(100, 9, 3), "mask": torch.ones(100, 9)})
+    >>> states, conditions = next(iter(data.val_dataloader()))
+    >>> states.shape, conditions["series"].shape
+    (torch.Size([15, 2]), torch.Size([15, 9, 3]))
+    """
+
+    def __init__(
+        self,
+        parameters: Any,
+        conditions: Any = None,
+        standardize: bool = True,
+        val: float = 0.15,
+        test: float = 0.15,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        seed: int = 0,
+    ) -> None:
+        file = isinstance(parameters, (str, Path))
+        if file is (conditions is not None):
+            raise ValueError("give parameters and conditions, or the path of an .npz file that has both")
+        path = str(parameters) if file else "the pairs"
+        super().__init__(path, standardize, None, val, test, batch_size, eval_batch_size, seed)
+        self._pairs = None if file else (parameters, conditions)
+
+    def read(self) -> tuple[Tensor, Cond | None]:
+        return read_pairs(self.path) if self._pairs is None else as_pairs(*self._pairs)

@@ -22,6 +22,7 @@ from f2d2_lightning.divergence._tangents import REMEDY, DerivativeError, forward
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.paths import LinearPath, Path, Point, even_rows, repeat_time
 from f2d2_lightning.utils.checks import at_least, checked, one_of, positive
+from f2d2_lightning.utils.conditions import Cond, mapped, repeated
 from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, own_random_state, row_keys
 from f2d2_lightning.utils.text import briefly
 
@@ -147,8 +148,8 @@ def _usable(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
-def _at(velocity: Callable[..., Tensor], t: Tensor, cond: Tensor | None, x: Tensor) -> Tensor:
-    return velocity(x, _usable(t), None if cond is None else _usable(cond))
+def _at(velocity: Callable[..., Tensor], t: Tensor, cond: Cond | None, x: Tensor) -> Tensor:
+    return velocity(x, _usable(t), mapped(_usable, cond))
 
 
 class DivergenceEstimator(ABC):
@@ -203,7 +204,7 @@ class Exact(DivergenceEstimator):
             basis[torch.arange(count), torch.arange(start, stop)] = 1
             tangent = basis.repeat(batch, 1).reshape(batch * count, *x.shape[1:])
             times = t[:1].expand(batch * count) if t.stride(0) == 0 else t.repeat_interleave(count)
-            conds = None if point.cond is None else point.cond.repeat_interleave(count, 0)
+            conds = repeated(point.cond, count, each=True)
             function = partial(_at, velocity, times, conds)
             value, product = _products(function, x.repeat_interleave(count, 0), tangent, self.mode, self.step)
             trace = trace + (product * tangent).reshape(batch, -1).sum(-1)
@@ -266,7 +267,7 @@ class Hutchinson(DivergenceEstimator):
         count, batch = len(probes), len(x)
         eps = probes.reshape(count * batch, *x.shape[1:])
         xs = x.repeat(count, *(1 for _ in x.shape[1:]))
-        cs = None if cond is None else cond.repeat(count, *(1 for _ in cond.shape[1:]))
+        cs = repeated(cond, count)
         function = partial(_at, velocity, repeat_time(t, count), cs)
         values, product = _products(function, xs, eps, self.mode, self.step)
         v = values[:batch]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.flows.maps import FlowMap
+from f2d2_lightning.utils.conditions import Cond
 
 
 @contextmanager
@@ -53,17 +54,17 @@ class HeldFlowMap(FlowMap):
     def conditional(self) -> bool | None:
         return self.flow_map.conditional
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         with evaluating(self.flow_map), torch.no_grad():
             return self.flow_map(x, s, t, cond)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         with evaluating(self.flow_map), torch.no_grad():
             return self.flow_map.forward_features(x, s, t, cond)
 
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         # where a state asks for gradients it is differentiated itself, by reverse mode
         with evaluating(self.flow_map), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             return self.flow_map.velocity(x, t, cond)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from f2d2_lightning.flows.maps import Joint, JointMap
 from f2d2_lightning.flows.paths import LinearPath, Path, distinct, like
 from f2d2_lightning.utils.checks import check_shape, counts, one_of
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["GaussianBaseline", "GaussianFlow", "baseline_of", "fit_baselines"]
@@ -529,5 +530,5 @@ class GaussianFlow(JointMap):
         super().__init__()
         self.baseline = baseline
 
-    def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
+    def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None) -> Joint:
         return Joint(self.baseline.average_velocity(x, s, t), self.baseline.divergence(s, t))

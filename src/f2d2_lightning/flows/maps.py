@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.utils.checks import checked, one_of
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["Direction", "FlowMap", "Joint", "JointMap", "Jump", "Velocity", "as_flow_map"]
@@ -157,14 +158,14 @@ class FlowMap(nn.Module, Configured):
         """
         return self.labels is not None if hasattr(self, "labels") else None
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Average velocity from ``s`` to ``t``.
 
         Args:
             x: State at time ``s``, ``(B, ...)``.
             s: Time of ``x``, ``()`` or ``(B,)``.
             t: Target time, ``()`` or ``(B,)``.
-            cond: Conditioning, or ``None``.
+            cond: Conditioning: a tensor, or a tuple or dictionary of them, each with first axis ``B``; or ``None``.
 
         Returns:
             ``u``, shape of ``x``; by default that of :meth:`forward_features`.
@@ -174,7 +175,7 @@ class FlowMap(nn.Module, Configured):
         return self.forward_features(x, s, t, cond)[0]
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, with the hidden features that a divergence head reads.
 
@@ -186,11 +187,11 @@ class FlowMap(nn.Module, Configured):
             "head its own network: DivergenceHead(network=...)"
         )
 
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Instantaneous velocity ``u(x, t, t)``, shape of ``x``."""
         return self(x, t, t, cond)
 
-    def jump(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def jump(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """State at time ``t``, shape of ``x``.
 
         Raises:
@@ -207,7 +208,7 @@ class _FunctionFlowMap(FlowMap):
         self.function = function  # registered as a submodule where it is one
         self.directions = Direction.parse(directions)
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         return self.function(x, expand_time(s, x), expand_time(t, x), cond)
 
 
@@ -240,10 +241,10 @@ class JointMap(nn.Module, Configured, ABC):
         return None
 
     @abstractmethod
-    def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
+    def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None) -> Joint:
         """The pair for checked times ``(B,)``; what a subclass defines."""
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Joint:
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Joint:
         """Average velocity and divergence from ``s`` to ``t``.
 
         Args:
@@ -261,16 +262,16 @@ class JointMap(nn.Module, Configured, ABC):
         check_interval(s, t, self.directions, what=type(self).__name__)
         return self.joint(x, expand_time(s, x), expand_time(t, x), cond)
 
-    def jump(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Jump:
+    def jump(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Jump:
         """State at time ``t`` and the change of log-density on the way, nats."""
         u, divergence = self(x, s, t, cond)
         elapsed = expand_time(t, x) - expand_time(s, x)
         return Jump(x + like(elapsed, x) * u, -elapsed * divergence)
 
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Instantaneous velocity ``u(x, t, t)``, shape of ``x``."""
         return self(x, t, t, cond).velocity
 
-    def divergence(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def divergence(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Instantaneous divergence ``D(x, t, t)``, ``(B,)``, nats per unit of time."""
         return self(x, t, t, cond).divergence

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.paths import Path, expand_time
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["MixtureFlow"]
 
@@ -62,14 +63,14 @@ class MixtureFlow(nn.Module):
         """Log-density at time ``t``, ``(B,)``, nats."""
         return self._joint_log_prob(x, expand_time(t, x)).logsumexp(-1)
 
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Marginal velocity, shape of ``x``."""
         t = expand_time(t, x)
         posterior = self._joint_log_prob(x, t).softmax(-1)
         velocities = torch.stack([c.average_velocity(x, t, t) for c in self._baselines()], -1)
         return (velocities * posterior.reshape(len(x), *(1 for _ in x.shape[1:]), -1)).sum(-1)
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """As :meth:`velocity`."""
         return self.velocity(x, t, cond)
 

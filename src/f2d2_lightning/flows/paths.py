@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = [
@@ -106,13 +107,13 @@ class Point:
     """
 
     def __init__(
-        self, x: Tensor, t: Tensor | float, cond: Tensor | None = None, pair: tuple[Tensor, Tensor] | None = None
+        self, x: Tensor, t: Tensor | float, cond: Cond | None = None, pair: tuple[Tensor, Tensor] | None = None
     ) -> None:
         self.x, self.t, self.cond, self.pair = x, expand_time(t, x), cond, pair
 
     def __getitem__(self, rows: Tensor | slice) -> Point:
         """Some of the states, by their places."""
-        cond = None if self.cond is None else self.cond[rows]
+        cond = some_of(self.cond, rows)
         pair = None if self.pair is None else (self.pair[0][rows], self.pair[1][rows])
         return Point(self.x[rows], self.t[rows], cond, pair)
 
@@ -140,7 +141,7 @@ class Path(Configured, ABC):
         """State at time ``t``, shape of ``data``, for the pair ``(data, noise)``; ``t`` is ``(B,)``."""
         return like(self.sigma(t), data) * noise + like(self.alpha(t), data) * data
 
-    def point(self, data: Tensor, noise: Tensor, t: Tensor, cond: Tensor | None = None) -> Point:
+    def point(self, data: Tensor, noise: Tensor, t: Tensor, cond: Cond | None = None) -> Point:
         """:meth:`sample` with all that belongs to it."""
         return Point(self.sample(data, noise, t), t, cond, (data, noise))
 

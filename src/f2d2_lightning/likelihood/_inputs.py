@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.utils.checks import at_least, check_shape
+from f2d2_lightning.utils.conditions import Cond, mapped, some_of, tensors
 
 __all__ = ["Array", "as_cond", "as_states", "as_tensor", "check_cond", "check_state", "in_parts", "seed_of"]
 
@@ -105,18 +106,31 @@ def check_state(x: Tensor, what: str) -> None:
         raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
 
 
-def as_cond(cond: Any, states: Tensor) -> Tensor | None:
-    """Conditioning as a tensor, on the device of the states, floating numbers in their dtype.
+def as_cond(cond: Any, states: Tensor, drawn: bool = False) -> Cond | None:
+    """Conditioning as tensors, on the device of the states, floating numbers in their dtype.
+
+    A list is one tensor, as everywhere; several conditions stand in a tuple or a dictionary. One with first axis 1 is
+    that of all states, without a copy.
+
+    Args:
+        cond: Conditioning.
+        states: What it is for, ``(B, ...)``.
+        drawn: Whether only the number of states was said. Conditions then share them evenly: ``M`` of them, where ``M``
+            divides ``B``, have ``B / M`` states in a row each.
 
     Raises:
         TypeError, ValueError: As :func:`as_tensor`.
     """
-    if cond is None:
-        return None
-    if isinstance(cond, (Mapping, tuple)):
-        check_cond(cond, len(states))  # says what to do with several
-    cond = as_tensor(cond, "cond")
-    return cond.to(states) if cond.is_floating_point() else cond.to(states.device)
+
+    def one(part: Any) -> Tensor:
+        part = as_tensor(part, "cond")
+        part = part.to(states) if part.is_floating_point() else part.to(states.device)
+        count, own = len(states), len(part) if part.ndim else 0
+        if own == 1 < count:
+            return part.expand(count, *part.shape[1:])
+        return part.repeat_interleave(count // own, 0) if drawn and 1 < own < count and count % own == 0 else part
+
+    return one(cond) if isinstance(cond, list) else mapped(one, cond)
 
 
 def check_cond(cond: object, count: int, model: object = None) -> None:
@@ -128,17 +142,19 @@ def check_cond(cond: object, count: int, model: object = None) -> None:
         model: The map, whose ``conditional`` says whether it takes any.
 
     Raises:
-        ValueError: If ``cond`` is no tensor ``(B, ...)``, or the map ignores it.
+        ValueError: If a part of ``cond`` is no tensor ``(B, ...)``, or the map ignores it.
     """
     if cond is None:
         return
-    if not isinstance(cond, Tensor) or cond.ndim < 1 or len(cond) != count:
-        came = f"shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else f"a {type(cond).__name__}"
-        raise ValueError(
-            f"cond is {came}; a tensor whose first axis is that of the {count} states is needed. Several conditions "
-            "(a dictionary, a tuple) go into one tensor, which the network takes apart. A network that takes none says "
-            "so, conditional = False in its class; or leave cond out in data_to_state"
-        )
+    for part in tensors(cond):
+        if not isinstance(part, Tensor) or part.ndim < 1 or len(part) != count:
+            came = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            raise ValueError(
+                f"cond {'is' if part is cond else 'holds'} {came}; a tensor whose first axis is that of the {count} "
+                "states is needed, or a tuple or dictionary of such (log_prob and sample take 1 for all of them, and "
+                "sample(number) a divisor of the number). A network that takes none says so, conditional = False in "
+                "its class; or leave cond out in data_to_state"
+            )
     if getattr(model, "conditional", None) is False:
         raise ValueError(
             f"cond was given, but {type(model).__name__} takes none: its answer would be that without it; leave cond "
@@ -159,9 +175,7 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
-def in_parts(
-    ask: Callable[[Tensor, Tensor | None], Answer], x: Tensor, cond: Tensor | None, size: int | None
-) -> Answer:
+def in_parts(ask: Callable[[Tensor, Cond | None], Answer], x: Tensor, cond: Cond | None, size: int | None) -> Answer:
     """Answers for so many states at a time, joined along the first axis; for all at once where ``size`` is ``None``.
 
     Raises:
@@ -171,11 +185,11 @@ def in_parts(
         return ask(x, cond)
     at_least(1, batch_size=size)
     size = max(1, min(int(size), len(x)))
-    conds = [None] * len(x) if cond is None else cond.split(size)
-    return joined([ask(part, of_part) for part, of_part in zip(x.split(size), conds)])
+    parts = [slice(start, start + size) for start in range(0, len(x), size)]
+    return _joined([ask(x[part], some_of(cond, part)) for part in parts])
 
 
-def joined(parts: Sequence[Answer]) -> Answer:
+def _joined(parts: Sequence[Answer]) -> Answer:
     """Dataclasses of tensors ``(B, ...)`` as one; of numbers, such as evaluations, the largest."""
     found: dict[str, Any] = {}
     for field in fields(parts[0]):  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.sampling import normal_log_prob, walk
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.utils.checks import checked
+from f2d2_lightning.utils.conditions import Cond
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +47,7 @@ def log_prob(
     joint_map: JointMap | FlowMap,
     x: Array,
     steps: int | Sequence[float] = 4,
-    cond: Array | None = None,
+    cond: Cond | None = None,
     *,
     inversion: Inversion | None = None,
     determinant: Determinant | str | None = None,
@@ -58,7 +59,7 @@ def log_prob(
         x: Data at ``t = 1``, ``(B, ...)``, dequantized if they were discrete. They are brought to dtype and device of
             the map's weights; arrays and lists become tensors.
         steps: Number of uniform steps, or the times themselves.
-        cond: Conditioning, first axis ``B``.
+        cond: Conditioning, first axis ``B``, or 1 for all: a tensor, or a tuple or dictionary of them.
         inversion: Invert the map's steps to data instead of using its steps to noise. Unconverged samples get
             NaN, ``converged`` says which, and a warning counts them.
         determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: take the change of volume of the map's own
@@ -103,7 +104,7 @@ def _by_inversion(
     joint_map: JointMap,
     x: Tensor,
     grid: list[float],
-    cond: Tensor | None,
+    cond: Cond | None,
     inversion: Inversion,
     determinant: Determinant | None,
 ) -> LogProb:

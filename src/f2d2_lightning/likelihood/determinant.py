@@ -29,6 +29,7 @@ from f2d2_lightning.flows.maps import JointMap, Jump
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.utils.checks import at_least, check_fields
+from f2d2_lightning.utils.conditions import Cond, repeated, some_of
 from f2d2_lightning.utils.seeding import hashed, mix_seed, row_keys
 
 __all__ = ["Determinant"]
@@ -101,7 +102,7 @@ class Determinant:
         x: Tensor,
         s: float,
         t: float,
-        cond: Tensor | None = None,
+        cond: Cond | None = None,
         keys: Tensor | None = None,
     ) -> tuple[Jump, Tensor | None]:
         """A jump whose change of log-density is that of its own volume, without gradients.
@@ -120,7 +121,7 @@ class Determinant:
             # the same rows, as often as there are vectors
             def moved(y: Tensor) -> Tensor:
                 times = len(y) // len(start[rows])
-                own = None if cond is None else cond[rows].repeat(times, *(1 for _ in cond.shape[1:]))
+                own = repeated(some_of(cond, rows), times)
                 return y + (t - s) * joint_map(y, start[rows].repeat(times), end[rows].repeat(times), own).velocity
 
             return moved

@@ -26,6 +26,7 @@ from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_c
 from f2d2_lightning.likelihood.sampling import Samples, normal_log_prob, sample
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.utils.checks import at_least, check_fields, checked, one_of
+from f2d2_lightning.utils.conditions import Cond, mapped
 
 __all__ = ["GuidedSamples", "SelfGuidance"]
 
@@ -90,7 +91,7 @@ class SelfGuidance:
         joint_map: JointMap | FlowMap,
         noise: Array,
         steps: int | Sequence[float] = 1,
-        cond: Array | None = None,
+        cond: Cond | None = None,
         *,
         with_log_prob: bool = False,
     ) -> GuidedSamples:
@@ -141,12 +142,12 @@ class SelfGuidance:
             log_prob_after=after,
         )
 
-    def _gradient(self, joint_map: JointMap, noise: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _gradient(self, joint_map: JointMap, noise: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
         """Gradient of the summed log-likelihood in the noise, and the log-likelihoods ``(B,)``."""
         # tensors made under inference_mode take part in no graph; a copy made outside of it does
         with torch.inference_mode(False), torch.enable_grad():
             start = noise.detach().clone().requires_grad_(True)
-            cond = None if cond is None else cond.clone()
+            cond = mapped(torch.clone, cond)
             x, change = start, start.new_zeros(len(start))
             for s, t in itertools.pairwise(time_grid(self.likelihood_steps)):
                 u, divergence = joint_map(x, s, t, cond)

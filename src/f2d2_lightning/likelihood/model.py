@@ -37,6 +37,7 @@ from f2d2_lightning.likelihood.quantization import Quantization, bits_per_dim
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.likelihood.sampling import Samples, draw_noise, sample
 from f2d2_lightning.utils.checks import at_least, check_shape, checked, counts
+from f2d2_lightning.utils.conditions import Cond, halves
 
 if TYPE_CHECKING:
     from f2d2_lightning.metrics.diagnosis import Diagnosis
@@ -91,10 +92,10 @@ class LikelihoodModel(ABC):
         """Where it is."""
 
     @abstractmethod
-    def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def data_to_state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         """States ``(B, *shape)`` at ``t = 1`` and conditioning of a batch."""
 
-    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         """:meth:`data_to_state`, looked at."""
         return self.data_to_state(batch)
 
@@ -181,7 +182,7 @@ class LikelihoodModel(ABC):
         self,
         x: Array,
         steps: int | Sequence[float] | None = None,
-        cond: Array | None = None,
+        cond: Cond | None = None,
         *,
         draws: int = 1,
         determinant: Determinant | str | None = None,
@@ -195,7 +196,7 @@ class LikelihoodModel(ABC):
             x: ``(B, *shape)``. Integers of a model of discrete data are levels, and are dequantized to its range;
                 floating numbers are states.
             steps: As of :meth:`log_prob`, whose default is taken where none are given.
-            cond: Conditioning, first axis ``B``.
+            cond: Conditioning, first axis ``B``, or 1 for all.
             draws: Dequantization draws per sample of integers, whose log-likelihoods are averaged: the bound on the
                 code length is then less noisy, not tighter.
             determinant: As of :meth:`log_prob`.
@@ -235,7 +236,7 @@ class LikelihoodModel(ABC):
         return -value if quantization is None else bits_per_dim(value, self.dim, quantization)
 
     def bits_per_dim(
-        self, x: Array, steps: int | Sequence[float] | None = None, cond: Array | None = None, **kwargs: Any
+        self, x: Array, steps: int | Sequence[float] | None = None, cond: Cond | None = None, **kwargs: Any
     ) -> Tensor:
         """As :meth:`nll`, in bits per dimension of continuous data too: there it depends on the unit of the states."""
         value = self.nll(x, steps, cond, **kwargs)
@@ -246,7 +247,7 @@ class LikelihoodModel(ABC):
         self,
         x: Array,
         steps: int | Sequence[float] = 4,
-        cond: Array | None = None,
+        cond: Cond | None = None,
         *,
         determinant: Determinant | str | None = None,
         batch_size: int | None = None,
@@ -261,7 +262,7 @@ class LikelihoodModel(ABC):
         Args:
             x: States, ``(B, *shape)``.
             steps: Number of uniform steps, or the times themselves.
-            cond: Conditioning, first axis ``B``.
+            cond: Conditioning, first axis ``B``, or 1 for all states: a tensor, or a tuple or dictionary of them.
             determinant: See :func:`f2d2_lightning.log_prob`.
             batch_size: Most states at a time, which bounds the memory where no gradients are kept; values stay the
                 same.
@@ -286,7 +287,7 @@ class LikelihoodModel(ABC):
         self,
         x: Array,
         steps: int = 4,
-        cond: Array | None = None,
+        cond: Cond | None = None,
         *,
         batch_size: int | None = None,
     ) -> Tensor:
@@ -299,7 +300,7 @@ class LikelihoodModel(ABC):
         Args:
             x: States, ``(B, *shape)``.
             steps: Number of uniform steps.
-            cond: Conditioning, first axis ``B``.
+            cond: Conditioning, first axis ``B``, or 1 for all.
             batch_size: Most states at a time.
 
         Returns:
@@ -320,7 +321,7 @@ class LikelihoodModel(ABC):
             )
         return self.error_bars[steps](found)
 
-    def disagreement(self, x: Tensor, steps: int, cond: Tensor | None = None) -> tuple[LogProb, Disagreement]:
+    def disagreement(self, x: Tensor, steps: int, cond: Cond | None = None) -> tuple[LogProb, Disagreement]:
         """The log-likelihood of states in a number of steps, and what the model disagrees with itself about there."""
         answer = self.log_prob(x, steps, cond)
         finer = self.log_prob(x, 2 * steps, cond).value - answer.value
@@ -332,7 +333,7 @@ class LikelihoodModel(ABC):
 
     @torch.no_grad()
     def calibrate(
-        self, x: Array, cond: Array | None = None, *, steps: Sequence[int] | None = None, coverage: float = 0.9
+        self, x: Array, cond: Cond | None = None, *, steps: Sequence[int] | None = None, coverage: float = 0.9
     ) -> None:
         """Make :attr:`error_bars` from states that the model was not trained on and their reference.
 
@@ -360,7 +361,7 @@ class LikelihoodModel(ABC):
         self.error_bars = bars
 
     def settled_reference(
-        self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None, identity: str | None = None
+        self, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None = None, identity: str | None = None
     ) -> Reference:
         """:attr:`reference` with what it leaves open chosen on the first states that come here, ``(B, *shape)``.
 
@@ -382,7 +383,7 @@ class LikelihoodModel(ABC):
         if self.reference_choice is not None and not self.reference_fixed:
             self.reference_choice = None
 
-    def reference_log_prob(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:
+    def reference_log_prob(self, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None = None) -> LogProb:
         """Log-likelihood of states ``(B, *shape)`` at ``t = 1`` by :meth:`settled_reference`, nats."""
         return self.settled_reference(velocity, x, cond)(velocity, x, cond)
 
@@ -391,7 +392,7 @@ class LikelihoodModel(ABC):
         self,
         noise: int | Array,
         steps: int | Sequence[float] = 4,
-        cond: Array | None = None,
+        cond: Cond | None = None,
         *,
         with_log_prob: bool = False,
         determinant: Determinant | str | None = None,
@@ -407,7 +408,8 @@ class LikelihoodModel(ABC):
         Args:
             noise: Number of samples, or draws of ``N(0, I)``, ``(B, *shape)``.
             steps: Number of uniform steps, or the times themselves.
-            cond: Conditioning, first axis ``B``.
+            cond: Conditioning, first axis ``B``, or 1 for all; where ``noise`` is a number, a divisor of it: of ``M``
+                conditions each then has ``B / M`` samples in a row, ``state.unflatten(0, (M, -1))``.
             with_log_prob: Also the samples' log-density.
             determinant: See :func:`f2d2_lightning.sample`.
             guidance: Towards higher likelihood, see :class:`f2d2_lightning.SelfGuidance`.
@@ -421,7 +423,7 @@ class LikelihoodModel(ABC):
             ValueError: If it has another shape than the model's, or ``cond`` does not fit it.
         """
         joint, determinant = self.joint_map, Determinant.said(determinant)
-        noise = self._noise(noise, seed, generator)
+        drawn, noise = not hasattr(noise, "__len__"), self._noise(noise, seed, generator)
         if (seed := seed_of(seed, generator)) is not None and determinant is not None:
             determinant = replace(determinant, seed=seed)
         if guidance is not None and determinant is not None:
@@ -431,7 +433,7 @@ class LikelihoodModel(ABC):
             return in_parts(
                 lambda noise, cond: ask(joint, noise, steps, cond, with_log_prob=with_log_prob),
                 noise,
-                self._conditioning(cond, noise),
+                self._conditioning(cond, noise, drawn),
                 batch_size,
             )
 
@@ -451,15 +453,15 @@ class LikelihoodModel(ABC):
         x = as_tensor(x, what)
         return self._shaped(x).to(self.device)
 
-    def _conditioning(self, cond: Array | None, x: Tensor) -> Tensor | None:
-        cond = as_cond(cond, x)
+    def _conditioning(self, cond: Cond | None, x: Tensor, drawn: bool = False) -> Cond | None:
+        cond = as_cond(cond, x, drawn)
         check_cond(cond, len(x), self.joint_map)
         return cond
 
     def diagnose(
         self,
         x: Tensor,
-        cond: Tensor | None = None,
+        cond: Cond | None = None,
         reference: Tensor | None = None,
         reference_error: float = math.nan,
     ) -> Diagnosis:
@@ -539,11 +541,9 @@ class JointModel(LikelihoodModel):
         self._joint.to(device)
         return self
 
-    def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def data_to_state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         """A batch is states, or a sequence whose first items are states and conditioning."""
-        x, cond = batch, None
-        if isinstance(batch, (tuple, list)) and batch:
-            x, cond = batch[0], batch[1] if len(batch) > 1 else None
+        x, cond = halves(batch)
         return self._fitting(x), None if self.conditional is False else cond
 
     def reference_velocity(self) -> Callable[..., Tensor]:

@@ -30,6 +30,7 @@ from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.sampling import Samples, normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
 from f2d2_lightning.utils.checks import at_least, checked, one_of
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.progress import tell
 
 __all__ = ["ADAPTIVE", "FIXED", "WEIGHTS", "reference_log_prob", "reference_sample"]
@@ -55,7 +56,7 @@ class _Counted:
         self.velocity = instantaneous(velocity)
         self.calls = 0
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
         self.calls += 1
         # the last stage of a step may round past the end of the interval
         return self.velocity(x, t.clamp(0, 1), cond)
@@ -110,7 +111,7 @@ def _fixed_times(steps: int, near_data: float) -> Tensor:
 def reference_log_prob(
     velocity: Callable[..., Tensor],
     x: Array,
-    cond: Array | None = None,
+    cond: Cond | None = None,
     *,
     divergence: DivergenceEstimator | None = None,
     method: str = "heun2",
@@ -125,7 +126,7 @@ def reference_log_prob(
     Args:
         velocity: ``(x, t, cond) -> v``, or a flow map or joint map, whose diagonal is then integrated.
         x: Data at ``t = 1``, ``(B, ...)``.
-        cond: Conditioning, first axis ``B``.
+        cond: Conditioning, first axis ``B``, or 1 for all: a tensor, or a tuple or dictionary of them.
         divergence: By default :class:`~f2d2_lightning.divergence.Exact` for states of up to 128 dimensions, and one
         probe of
             :class:`~f2d2_lightning.Hutchinson` above, where the exact one takes as many derivatives an evaluation as
@@ -236,7 +237,7 @@ class _Scatter:
 def reference_sample(
     velocity: Callable[..., Tensor],
     noise: Array,
-    cond: Array | None = None,
+    cond: Cond | None = None,
     *,
     method: str = "heun2",
     steps: int | None = None,

@@ -17,6 +17,7 @@ from f2d2_lightning.likelihood._log_prob import LogProb
 from f2d2_lightning.likelihood.ode import ADAPTIVE, FIXED, WEIGHTS, reference_log_prob
 from f2d2_lightning.likelihood.time_grids import PLACINGS
 from f2d2_lightning.utils.checks import at_least, check_fields, one_of, share
+from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.measuring import clock, spread_of
 
 __all__ = ["Reference", "ReferenceChoice"]
@@ -107,7 +108,7 @@ class Reference:
         return all(getattr(self, f.name) in (None, getattr(other, f.name)) for f in fields(self))
 
     @torch.no_grad()
-    def __call__(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> LogProb:
+    def __call__(self, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None = None) -> LogProb:
         """:func:`reference_log_prob` with these settings; draws no random numbers."""
         if self.open:
             choice = self.chosen(velocity, x, cond)
@@ -133,7 +134,7 @@ class Reference:
         return in_parts(solve, x, cond, self.batch or max(1, len(x)))
 
     @torch.no_grad()
-    def chosen(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None = None) -> ReferenceChoice:
+    def chosen(self, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None = None) -> ReferenceChoice:
         """What is left open, chosen such that log p is off by little beside its spread over data.
 
         Steps are doubled, evenly spread and with half of them near the data, until the states move by less than .5 %
@@ -152,7 +153,7 @@ class Reference:
         """
         if not self.open:
             return ReferenceChoice(self, 0)
-        few, of_few = x[:LOOKED_AT], None if cond is None else cond[:LOOKED_AT]
+        few, of_few = x[:LOOKED_AT], some_of(cond, slice(LOOKED_AT))
         found = _Search(self, velocity, few, of_few).choice() if len(few) >= FEWEST else None
         as_before = replace(self, method=self.method or "heun2", steps=500, near_data=self.near_data or 0.0)
         return found or ReferenceChoice(as_before, len(few))
@@ -254,7 +255,7 @@ class ReferenceChoice:
 class _Search:
     """For what a reference leaves open, on a few states."""
 
-    def __init__(self, given: Reference, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None) -> None:
+    def __init__(self, given: Reference, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None) -> None:
         self.given, self.velocity, self.x, self.cond = given, velocity, x, cond
         self.method, self.dim = given.method or "rk4", x[0].numel()
 

@@ -18,6 +18,7 @@ from f2d2_lightning.likelihood._inputs import Array, as_cond, as_states, check_c
 from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.utils.checks import at_least, checked
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["Samples", "draw_noise", "normal_log_prob", "sample"]
 
@@ -83,7 +84,7 @@ def walk(
     joint_map: JointMap,
     x: Tensor,
     grid: Sequence[float],
-    cond: Tensor | None,
+    cond: Cond | None,
     determinant: Determinant | None,
     keys: Tensor | None = None,
 ) -> Way:
@@ -110,7 +111,7 @@ def sample(
     flow_map: FlowMap | JointMap,
     noise: Array,
     steps: int | Sequence[float] = 4,
-    cond: Array | None = None,
+    cond: Cond | None = None,
     *,
     with_log_prob: bool = False,
     determinant: Determinant | str | None = None,
@@ -122,7 +123,7 @@ def sample(
         noise: Draws of ``N(0, I)``, ``(B, ...)``; ``torch.randn(n, *shape)``. It is brought to dtype and device of the
             map's weights; arrays and lists become tensors.
         steps: Number of uniform steps from ``t = 0`` to ``t = 1``, or the times themselves.
-        cond: Conditioning, first axis ``B``.
+        cond: Conditioning, first axis ``B``, or 1 for all: a tensor, or a tuple or dictionary of them.
         with_log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
         determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: the log-density by the change of volume of
             the map's own jumps, which is that of the sampler itself, in the place of what the head says; without

@@ -13,9 +13,11 @@ from f2d2_lightning.metrics.likelihood import (
     percentile_rank,
 )
 from f2d2_lightning.metrics.networks import InceptionFeatures, SmallFeatures
+from f2d2_lightning.metrics.posterior import Calibration, c2st, calibration
 
 __all__ = [
     "Agreement",
+    "Calibration",
     "Diagnosis",
     "Faults",
     "InceptionFeatures",
@@ -25,5 +27,7 @@ __all__ = [
     "RoundTripError",
     "SmallFeatures",
     "agreement",
+    "c2st",
+    "calibration",
     "percentile_rank",
 ]

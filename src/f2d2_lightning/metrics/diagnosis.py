@@ -36,6 +36,7 @@ from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives.integrator import integrated_log_prob
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.measuring import clock, spread_of
 from f2d2_lightning.utils.seeding import own_random_state
 
@@ -99,7 +100,7 @@ def taught_path(
     taught: Taught,
     x: Tensor,
     steps: Sequence[int] = (),
-    cond: Tensor | None = None,
+    cond: Cond | None = None,
     reference: Tensor | None = None,
 ) -> TaughtPath:
     """Integrate a student's targets from points, and find what is wrong with them. Draws from the global generator.
@@ -145,7 +146,7 @@ def taught_path(
 
 
 def faults(
-    model: LikelihoodModel, path: TaughtPath, reference: Tensor, steps: int, cond: Tensor | None = None
+    model: LikelihoodModel, path: TaughtPath, reference: Tensor, steps: int, cond: Cond | None = None
 ) -> dict[str, Tensor]:
     """Parts of the error of a model's likelihoods of the points that a path begins at.
 
@@ -275,7 +276,7 @@ def diagnose(
     taught: Taught,
     x: Tensor,
     reference: Tensor,
-    cond: Tensor | None = None,
+    cond: Cond | None = None,
     *,
     steps: Sequence[int] = (),
     reference_error: float = math.nan,

@@ -16,6 +16,7 @@ from f2d2_lightning.likelihood.error_bars import Disagreement, ErrorBars, enough
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.sampling import Samples
 from f2d2_lightning.metrics.likelihood import Agreement, LikelihoodAgreement, MeanLikelihood, RoundTripError, doubt
+from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.measuring import clock
 from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
@@ -103,7 +104,7 @@ class LikelihoodEvaluation:
         log_prob: Callable[[Tensor, int, Tensor | None], LogProb],
         sample: Callable[[Tensor, int, Tensor | None], Samples] | None,
         x: Tensor,
-        cond: Tensor | None,
+        cond: Cond | None,
         reference: Tensor | None,
         reference_error: Tensor | None = None,
         counted: Tensor | None = None,
@@ -156,7 +157,7 @@ class LikelihoodEvaluation:
         self,
         log_prob: Callable[[Tensor, int, Tensor | None], LogProb] | None,
         x: Tensor,
-        cond: Tensor | None,
+        cond: Cond | None,
         values: Mapping[int, Tensor],
         errors: Mapping[int, Tensor],
         reference: Tensor,
@@ -168,7 +169,7 @@ class LikelihoodEvaluation:
             if finer is None:
                 if log_prob is None:
                     continue
-                finer = log_prob(x[:count], 2 * k, None if cond is None else cond[:count]).value[None]
+                finer = log_prob(x[:count], 2 * k, some_of(cond, slice(count))).value[None]
             value = values[k][0, :count]
             miss = errors[k][:count].sqrt() if errors else torch.zeros_like(value)
             self._disagreements[k].update(finer[0, :count] - value, miss, value - reference)

@@ -12,6 +12,7 @@ from f2d2_lightning.adapters import AdaptedFlowMap
 from f2d2_lightning.flows.maps import FlowMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn._layers import has_tangent
+from f2d2_lightning.utils.conditions import Cond
 
 MODES = ("default", "max-autotune-no-cudagraphs")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune", "cudagraphs")
@@ -37,7 +38,7 @@ class CompiledCall:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_fast": None}
 
-    def __call__(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Any:
+    def __call__(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Any:
         s, t = expand_time(s, x), expand_time(t, x)
         plain = getattr(type(self.network), self.name).__get__(self.network)
         if torch.compiler.is_compiling() or has_tangent(x, s, t):

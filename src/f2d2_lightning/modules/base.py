@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.checkpoints.descriptions import describe_model
 from f2d2_lightning.flows.gaussian import fit_baselines
-from f2d2_lightning.likelihood._inputs import Array, check_cond
+from f2d2_lightning.likelihood._inputs import Array, as_cond, check_cond
 from f2d2_lightning.likelihood.error_bars import kept_bars, read_bars
 from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
@@ -27,6 +27,7 @@ from f2d2_lightning.modules._compile import compile_network
 from f2d2_lightning.modules._optimization import make_optimizers
 from f2d2_lightning.modules._ranges import RANGE, RangedModel
 from f2d2_lightning.modules.ema import update_average, warmed_decay
+from f2d2_lightning.nn._backbone import fit_conditions
 from f2d2_lightning.nn.head import JointFlowMap
 from f2d2_lightning.training.batches import FirstLook, all_training_batches, check_precision, check_trained
 from f2d2_lightning.training.loading import read_checkpoint, restore_module
@@ -34,6 +35,7 @@ from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.checks import at_least, check_arguments, counts
 from f2d2_lightning.utils.class_names import agree_on_classes, as_names
+from f2d2_lightning.utils.conditions import Cond, halves
 from f2d2_lightning.utils.sharding import is_sharded, shard, whole, whole_weights
 
 if TYPE_CHECKING:
@@ -93,17 +95,16 @@ class FlowModule(L.LightningModule, RangedModel):
 
     # --- what a subclass may override ---
 
-    def data_to_state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def data_to_state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         """State at ``t = 1`` and conditioning from a batch; override for batches of another form.
 
-        A batch is states ``(B, *shape)`` or a sequence whose first items are states and conditioning.
+        A batch is states ``(B, *shape)`` or a sequence whose first items are states and conditioning: a tensor, or a
+        tuple or dictionary of them, each with first axis ``B``.
 
         Raises:
             ValueError: If the states have another shape than the module's.
         """
-        x, cond = batch, None
-        if isinstance(batch, (tuple, list)) and batch:
-            x, cond = batch[0], batch[1] if len(batch) > 1 else None
+        x, cond = halves(batch)
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape:
             came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
@@ -115,7 +116,7 @@ class FlowModule(L.LightningModule, RangedModel):
         check_cond(cond, len(x))
         return x, cond
 
-    def state(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def state(self, batch: Any) -> tuple[Tensor, Cond | None]:
         """:meth:`data_to_state`; the first states of each stage are compared with ``levels``, ``low`` and ``high``.
 
         Raises:
@@ -123,7 +124,8 @@ class FlowModule(L.LightningModule, RangedModel):
         """
         x, cond = self.data_to_state(batch)
         self._look(x, self.quantization, self.attached)
-        return x.to(self.dtype), cond
+        x = x.to(self.dtype)
+        return x, as_cond(cond, x)
 
     @property
     @abstractmethod
@@ -220,10 +222,13 @@ class FlowModule(L.LightningModule, RangedModel):
 
     @torch.no_grad()
     def fit_baselines(self) -> None:
-        """Fit every Gaussian baseline that is not fitted yet to the training data."""
-        fit_baselines(
-            self.live, lambda: (self.state(batch)[0] for batch in self.training_batches()), self.sum_over_processes
-        )
+        """Fit every Gaussian baseline that is not fitted yet to the training data, and the scale of conditions."""
+
+        def parts(of: int) -> Callable[[], Iterable[Any]]:
+            return lambda: (self.state(batch)[of] for batch in self.training_batches())
+
+        fit_baselines(self.live, parts(0), self.sum_over_processes)
+        fit_conditions(self.live, parts(1), self.sum_over_processes)
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         """Sum of a tensor over all processes, each of which sees a part of the training data."""

@@ -30,6 +30,7 @@ from f2d2_lightning.objectives.targets import PASSES, choose_targets
 from f2d2_lightning.objectives.trajectories import CAPACITY, TrajectoryRegression
 from f2d2_lightning.objectives.volume import VolumeRegression
 from f2d2_lightning.training.run_seed import RunSeed
+from f2d2_lightning.utils.conditions import Cond, moved, some_of
 from f2d2_lightning.utils.processes import gather_states, own_state
 
 PATH_NODES = 64
@@ -160,7 +161,7 @@ class DistilledModel(RangedModel):
         self.objective.quantize(self.quantization)
 
     def check_networks(
-        self, flow_map: FlowMap, teacher: Callable[..., Tensor] | None, x: Tensor, cond: Tensor | None
+        self, flow_map: FlowMap, teacher: Callable[..., Tensor] | None, x: Tensor, cond: Cond | None
     ) -> None:
         """Compare a foreign network with its adapter, and what is differentiated with differences.
 
@@ -186,7 +187,7 @@ class DistilledModel(RangedModel):
         trainer: L.Trainer,
         velocity: Callable[..., Tensor],
         x: Tensor,
-        cond: Tensor | None,
+        cond: Cond | None,
     ) -> None:
         """Choose what was left open of trajectories and their estimator, by what it costs and what targets it makes.
 
@@ -203,11 +204,11 @@ class DistilledModel(RangedModel):
         trajectories = (objective.capacity or CAPACITY) * trainer.world_size
         few = MEASURED if x[0].numel() <= MANY else MEASURED // 4
         device = x.device
-        x, cond = trainer.strategy.broadcast((x[:few], None if cond is None else cond[:few]))
+        x, cond = trainer.strategy.broadcast((x[:few], some_of(cond, slice(few))))
         choice = choose_targets(
             velocity,
             x.to(device),
-            None if cond is None else cond.to(device),
+            moved(cond, device),
             baseline_of(self.joint),
             objective.grids,
             affordable=SHARE * evaluations / trajectories,
@@ -242,7 +243,7 @@ class DistilledModel(RangedModel):
         self,
         head: Head,
         source: VelocitySource,
-        batches: Iterable[tuple[Tensor, Tensor | None]],
+        batches: Iterable[tuple[Tensor, Cond | None]],
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Set the scale of the head's answers from data, once its baseline is fitted."""
@@ -254,7 +255,7 @@ class DistilledModel(RangedModel):
         batch_index: int,
         student: JointFlowMap,
         x: Tensor,
-        cond: Tensor | None,
+        cond: Cond | None,
         source: VelocitySource,
         anchor: VelocitySource | None = None,
     ) -> Terms:
@@ -312,11 +313,11 @@ class DistilledModel(RangedModel):
     def diagnose(
         self,
         x: Tensor,
-        cond: Tensor | None = None,
+        cond: Cond | None = None,
         reference: Tensor | None = None,
         reference_error: float = math.nan,
     ) -> Diagnosis:
-        x, cond = self._fitting(x).to(self.device), None if cond is None else cond.to(self.device)
+        x, cond = self._fitting(x).to(self.device), moved(cond, self.device)
         velocity = self.reference_velocity()
         if velocity is None:
             raise ValueError(

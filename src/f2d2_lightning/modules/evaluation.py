@@ -21,6 +21,7 @@ from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import LOOKED_AT, Reference
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation
 from f2d2_lightning.objectives.targets import PASSES
+from f2d2_lightning.utils.conditions import Cond, moved, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.measuring import clock
 from f2d2_lightning.utils.processes import Places, process_count
@@ -54,7 +55,7 @@ class SharedReference:
         self.model, self.trainer, self.most, self.identify = model, trainer, most, identify
         self._settled = most == 0 or not getattr(model.reference, "open", False)
 
-    def settle(self, x: Tensor, cond: Tensor | None) -> None:
+    def settle(self, x: Tensor, cond: Cond | None) -> None:
         """Choose; nothing after the first time. Every process must call it, and the first one's states decide."""
         velocity = None if self._settled else self.model.reference_velocity()
         self._settled = True
@@ -66,10 +67,10 @@ class SharedReference:
         kept = known if model.reference_fixed and fits else None
         other = kept is not None and kept.identity != identity
         # a sharded network is called equally often by all processes; each has a device of its own
-        few = (x[:LOOKED_AT].cpu(), None if cond is None else cond[:LOOKED_AT].cpu())
+        few = (x[:LOOKED_AT].cpu(), moved(some_of(cond, slice(LOOKED_AT)), "cpu"))
         choice, (x, cond) = strategy.broadcast((None if other else kept, few))
         if choice is None:
-            x, cond = x.to(model.device), None if cond is None else cond.to(model.device)
+            x, cond = x.to(model.device), moved(cond, model.device)
             choice = strategy.broadcast(replace(model.reference.chosen(velocity, x, cond), identity=identity))
         model.reference_choice = choice
         before = model.said_reference if known is None else known.reference
@@ -138,7 +139,7 @@ class Evaluation:
             self._cost = (0.0, 0)
 
     @torch.no_grad()
-    def add(self, x: Tensor, cond: Tensor | None, loader: int = 0) -> None:
+    def add(self, x: Tensor, cond: Cond | None, loader: int = 0) -> None:
         """Likelihoods of a batch of states ``(B, ...)`` at ``t = 1``, of one of the trainer's loaders."""
         assert self.likelihoods is not None
         model = self.model
@@ -150,13 +151,13 @@ class Evaluation:
         self._shared.settle(x, cond)
         if compared > 0 and velocity is not None:
             # places ascend
-            reference, error = self.reference(velocity, x[:compared], None if cond is None else cond[:compared])
+            reference, error = self.reference(velocity, x[:compared], some_of(cond, slice(compared)))
         sample = model.sample if Direction.TO_DATA in model.directions else None
         few = int((counted & (place < self._owned)).sum())
-        own = self._own_density(x[:few], None if cond is None else cond[:few]) if few else None
+        own = self._own_density(x[:few], some_of(cond, slice(few))) if few else None
         self.likelihoods.evaluate(model.log_prob, sample, x, cond, reference, error, counted, own, not self._sharded)
 
-    def _own_density(self, x: Tensor, cond: Tensor | None) -> dict[int, Tensor] | None:
+    def _own_density(self, x: Tensor, cond: Cond | None) -> dict[int, Tensor] | None:
         """Log-likelihoods by the changes of volume of the map's own jumps, by step count, ``(B,)``, nats.
 
         ``None``, with a warning, where the network has no derivative by which to find them.
@@ -197,9 +198,7 @@ class Evaluation:
 
     # --- the reference ---
 
-    def reference(
-        self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def reference(self, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor | None]:
         """Reference log-likelihoods, ``(B,)``, nats, and their standard errors over probes where those are known.
 
         Computed once per batch of points, and kept while what answers stays the same.
@@ -215,12 +214,12 @@ class Evaluation:
             self._references[key] = value.cpu(), None if error is None else error.cpu()
         return value, error
 
-    def settled(self, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None) -> Reference:
+    def settled(self, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None) -> Reference:
         """The model's reference with nothing left open, chosen for this velocity."""
         return self.model.settled_reference(velocity, x, cond, self._identity_of(velocity))
 
     def _integrated(
-        self, solver: Reference, velocity: Callable[..., Tensor], x: Tensor, cond: Tensor | None
+        self, solver: Reference, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None
     ) -> tuple[Tensor, Tensor | None]:
         # a callback wraps its network anew for every batch
         asked = getattr(velocity, "__self__", velocity) if self.model.reference_fixed else self.model

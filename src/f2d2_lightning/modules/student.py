@@ -31,6 +31,7 @@ from f2d2_lightning.nn.second_time import one_time_state
 from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.objectives.sources import ConditionalSource, DiagonalSource, TeacherSource, VelocitySource
 from f2d2_lightning.utils.checks import at_least, check_arguments, counts, one_of
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.sharding import load_whole
 
 
@@ -293,7 +294,7 @@ class F2D2Module(FlowModule, DistilledModel):
         anchor = self._targets()[1]
         self.fit_scale(self.joint.head, anchor, self._states(), self.sum_over_processes)
 
-    def _states(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _states(self) -> Iterator[tuple[Tensor, Cond | None]]:
         for batch in self.training_batches():
             yield self.state(self.transfer_batch_to_device(batch, self.device, 0))
 
@@ -353,7 +354,7 @@ class F2D2Module(FlowModule, DistilledModel):
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None) -> Any:
         """``(u, D)`` of the weight average."""
         return self.average(x, s, t, cond)
 

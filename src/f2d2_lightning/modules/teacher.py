@@ -29,6 +29,7 @@ from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.ema import copy_frozen
 from f2d2_lightning.modules.evaluation import SharedReference
 from f2d2_lightning.utils.checks import check_arguments, checked, one_of, share
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.processes import Places
 from f2d2_lightning.utils.seeding import counter_normal, counter_uniform, mix_seed, row_keys
 
@@ -136,7 +137,7 @@ class FlowMatchingModule(FlowModule):
         self,
         x: Array,
         steps: Any = None,
-        cond: Array | None = None,
+        cond: Cond | None = None,
         *,
         determinant: Determinant | str | None = None,
         batch_size: int | None = None,
@@ -166,7 +167,7 @@ class FlowMatchingModule(FlowModule):
         self,
         noise: int | Array,
         steps: int | Sequence[float] = 100,
-        cond: Array | None = None,
+        cond: Cond | None = None,
         *,
         with_log_prob: bool = False,
         determinant: Determinant | str | None = None,
@@ -185,15 +186,15 @@ class FlowMatchingModule(FlowModule):
                 "the teacher draws samples in a number of solver steps, without likelihoods and guidance; distil it "
                 "(F2D2Module), or use reference_sample and reference_log_prob"
             )
-        noise = self._noise(noise, seed, generator)
+        drawn, noise = not hasattr(noise, "__len__"), self._noise(noise, seed, generator)
         draw = partial(reference_sample, self.average.velocity, method=self.method, steps=steps)
-        return in_parts(draw, noise, self._conditioning(cond, noise), batch_size)
+        return in_parts(draw, noise, self._conditioning(cond, noise, drawn), batch_size)
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Velocity of the weight average, ``(B, ...), () or (B,) -> (B, ...)``."""
         return self.average.velocity(x, t, cond)
 
-    def _error(self, flow_map: FlowMap, x: Tensor, cond: Tensor | None, draw: int | None = None) -> Tensor:
+    def _error(self, flow_map: FlowMap, x: Tensor, cond: Cond | None, draw: int | None = None) -> Tensor:
         """Error of the velocity, ``(B, ...)``; time and noise of a ``draw`` are a function of each sample alone."""
         found = getattr(flow_map, "baseline", None)
         baseline = found if self.units == "natural" and isinstance(found, GaussianBaseline) else None

@@ -1,7 +1,7 @@
 """Backbones that take two times in any order and are smooth enough for derivatives."""
 
 from f2d2_lightning.nn.dit import DiT
-from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.nn.embedding import IntervalEmbedding, VectorEmbedding
 from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
 from f2d2_lightning.nn.mlp import MLP
 from f2d2_lightning.nn.preconditioned import (
@@ -28,5 +28,6 @@ __all__ = [
     "PreconditionedUNet",
     "ResNet",
     "UNet",
+    "VectorEmbedding",
     "with_second_time",
 ]

@@ -13,6 +13,7 @@ from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._layers import attention, run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least, one_of
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["DiT"]
 
@@ -46,6 +47,8 @@ class DiT(Backbone):
             ``width`` by default.
         checkpointing: In training, compute every block a second time in the backward pass instead of keeping its inner
             activations.
+        condition: What it is conditioned on, where that is no label: the length of a vector, or a module
+            ``cond -> (B, C)`` with an attribute ``features`` ``= C``, trained along; 0 for nothing.
 
     Raises:
         ValueError: If the sizes do not divide as said.
@@ -70,6 +73,7 @@ class DiT(Backbone):
         directions: str = "both",
         embedding: nn.Module | None = None,
         checkpointing: bool = False,
+        condition: int | nn.Module = 0,
     ) -> None:
         at_least(1, patch=patch, width=width, depth=depth, heads=heads, expansion=expansion)
         if len(shape) != 3 or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
@@ -81,7 +85,8 @@ class DiT(Backbone):
             raise ValueError(f"width={width} is divisible by 4 and by heads={heads}; change one of them")
         if null_label and not classes:
             raise ValueError("null_label=True is one label more than classes=, and there are none; set classes=")
-        super().__init__(shape, width, directions, embedding or IntervalEmbedding(width), classes + null_label)
+        embedding = embedding or IntervalEmbedding(width)
+        super().__init__(shape, width, directions, embedding, classes + null_label, condition)
         self.patch, self.checkpointing, self.null_label = patch, checkpointing, null_label
         channels, height, across = self.shape
         self.register_buffer("positions", _positions(height // patch, across // patch, width), persistent=False)
@@ -108,7 +113,7 @@ class DiT(Backbone):
         return cls(shape, patch, width, depth, heads, **options)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(x)
         recompute = self.checkpointing and self.training

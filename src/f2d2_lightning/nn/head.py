@@ -18,6 +18,7 @@ from f2d2_lightning.flows.maps import Direction, FlowMap, Joint, JointMap
 from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["DivergenceHead", "Head", "JointFlowMap"]
@@ -41,7 +42,7 @@ class Head(nn.Module, Configured):
         self.baseline = baseline
         self.register_buffer("scale", torch.ones(()))
 
-    def residual(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None, features: Tensor | None) -> Tensor:
+    def residual(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None, features: Tensor | None) -> Tensor:
         """What is learned, in units of ``scale``; arguments as :meth:`forward`, in the head's own precision.
 
         Returns:
@@ -69,7 +70,7 @@ class Head(nn.Module, Configured):
         x: Tensor,
         s: Tensor | float,
         t: Tensor | float,
-        cond: Tensor | None = None,
+        cond: Cond | None = None,
         features: Tensor | None = None,
     ) -> Tensor:
         """Average divergence from ``s`` to ``t``.
@@ -169,7 +170,7 @@ class DivergenceHead(Head):
         """Whether the head needs the backbone's features."""
         return self.network is None
 
-    def residual(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None, features: Tensor | None) -> Tensor:
+    def residual(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None, features: Tensor | None) -> Tensor:
         if self.network is None:
             return self._from_features(features, s, t)
         answer = self.network(x, s, t, cond)
@@ -272,12 +273,12 @@ class JointFlowMap(JointMap):
             self.flow_map.eval()
         return self
 
-    def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None) -> Joint:
+    def joint(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None) -> Joint:
         _ = self.head.precision  # refused before the network says so in its own way
         if not self.head.reads_features:
             return Joint(self.flow_map(x, s, t, cond), self.head(x, s, t, cond))
         u, features = self.flow_map.forward_features(x, s, t, cond)
         return Joint(u, self.head(x, s, t, cond, features))
 
-    def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor | float, cond: Cond | None = None) -> Tensor:
         return self.flow_map.velocity(x, t, cond)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["MLP"]
 
@@ -52,6 +53,8 @@ class MLP(Backbone):
         waves: Random directions whose sine and cosine the network sees beside the state, of unit scale: in few
             dimensions a perceptron learns fine structure slowly without them (Tancik et al., 2020,
             https://arxiv.org/abs/2006.10739). Their frequencies have mean square 1 along a unit vector of the plane.
+        condition: What it is conditioned on, where that is no label: the length of a vector, or a module
+            ``cond -> (B, C)`` with an attribute ``features`` ``= C``, trained along; 0 for nothing.
 
     >>> import torch
     >>> MLP((2,))(torch.zeros(3, 2), 0.0, torch.ones(3)).shape
@@ -71,10 +74,11 @@ class MLP(Backbone):
         directions: str = "both",
         embedding: nn.Module | None = None,
         waves: int = 0,
+        condition: int | nn.Module = 0,
     ) -> None:
         at_least(1, width=width, expansion=expansion)
         at_least(0, blocks=blocks, waves=waves)
-        super().__init__(shape, width, directions, embedding or IntervalEmbedding(64), classes)
+        super().__init__(shape, width, directions, embedding or IntervalEmbedding(64), classes, condition)
         dim = math.prod(self.shape)
         # the same ones in every network: a student starts from its teacher's weights
         drawn = torch.randn(dim, waves, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -88,7 +92,7 @@ class MLP(Backbone):
         nn.init.zeros_(self.outlet.bias)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(x)
         time = self.embed(x, s, t, cond)

@@ -28,6 +28,7 @@ from f2d2_lightning.flows.paths import distinct, expand_time, like
 from f2d2_lightning.nn.mlp import MLP
 from f2d2_lightning.nn.unet import UNet
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
 __all__ = ["AngleEmbedding", "GaussianPreconditioned", "PreconditionedMLP", "PreconditionedUNet"]
@@ -57,12 +58,17 @@ class GaussianPreconditioned(FlowMap):
         return self.network.conditional
 
     @property
+    def condition(self) -> nn.Module | None:
+        """Embedding of what the network is conditioned on, if anything."""
+        return getattr(self.network, "condition", None)
+
+    @property
     def features(self) -> int:
         """Feature channels of the network."""
         return int(self.network.features)  # type: ignore[arg-type]
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         s, t = expand_time(s, x), expand_time(t, x)
         baseline = self.baseline
@@ -137,6 +143,7 @@ class PreconditionedMLP(GaussianPreconditioned):
         classes: Number of class labels; 0 for none.
         directions: Orders of time it is to be trained for.
         waves: As for :class:`MLP`; ``None`` for 32 up to 8 dimensions (docs/RECIPE.md) and none beyond.
+        condition: As for :class:`MLP`.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = {"waves": 0}
@@ -153,12 +160,13 @@ class PreconditionedMLP(GaussianPreconditioned):
         classes: int = 0,
         directions: str = "both",
         waves: int | None = None,
+        condition: int | nn.Module = 0,
     ) -> None:
         baseline = GaussianBaseline(shape, covariance)
         if waves is None:
             waves = WAVES if math.prod(shape) <= FEW_DIMENSIONS else 0
         embedding = AngleEmbedding(baseline)
-        network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding, waves)
+        network = MLP(shape, width, blocks, expansion, dropout, classes, directions, embedding, waves, condition)
         super().__init__(network, baseline)
 
 
@@ -188,6 +196,7 @@ class PreconditionedUNet(GaussianPreconditioned):
         classes: Number of class labels; 0 for none.
         directions: Orders of time it is to be trained for.
         checkpointing: Recompute activations in the backward pass.
+        condition: As for :class:`UNet`.
 
     Raises:
         ValueError: If the sizes do not fit.
@@ -210,6 +219,7 @@ class PreconditionedUNet(GaussianPreconditioned):
         classes: int = 0,
         directions: str = "both",
         checkpointing: bool = False,
+        condition: int | nn.Module = 0,
     ) -> None:
         at_least(1, width=width)
         baseline = GaussianBaseline(shape, covariance)
@@ -228,6 +238,7 @@ class PreconditionedUNet(GaussianPreconditioned):
             patch=patch,
             inputs=shape[0] * (1 if levels is None else 3),
             checkpointing=checkpointing,
+            condition=condition,
         )
         super().__init__(network, baseline, pixels=True)
         self.edges: tuple[float, ...] = ()

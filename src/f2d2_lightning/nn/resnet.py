@@ -10,6 +10,7 @@ from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._layers import GroupNorm
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["ResNet"]
 
@@ -49,6 +50,8 @@ class ResNet(Backbone):
         dropout: Probability of dropping a hidden unit in training.
         classes: Number of class labels; 0 for none. ``cond`` is then ``(B,)`` integers.
         directions: Orders of time it is to be trained for.
+        condition: What it is conditioned on, where that is no label: the length of a vector, or a module
+            ``cond -> (B, C)`` with an attribute ``features`` ``= C``, trained along; 0 for nothing.
 
     Raises:
         ValueError: If ``shape`` is not ``(C, H, W)`` with even sides.
@@ -62,13 +65,14 @@ class ResNet(Backbone):
         dropout: float = 0.0,
         classes: int = 0,
         directions: str = "both",
+        condition: int | nn.Module = 0,
     ) -> None:
         if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
             raise ValueError(f"shape is {tuple(shape)}; the network takes (C, H, W) with even H and W")
         at_least(1, width=width)
         at_least(0, blocks=blocks)
         embedding = 4 * width
-        super().__init__(shape, width, directions, IntervalEmbedding(embedding), classes)
+        super().__init__(shape, width, directions, IntervalEmbedding(embedding), classes, condition)
         self.inlet = nn.Conv2d(self.shape[0], width, 3, padding=1)
         self.fine_in = nn.ModuleList(_Block(width, embedding, dropout) for _ in range(blocks))
         self.widen = nn.Conv2d(width, 2 * width, 1)
@@ -82,7 +86,7 @@ class ResNet(Backbone):
         nn.init.zeros_(self.outlet.bias)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(x)
         time = self.embed(x, s, t, cond)

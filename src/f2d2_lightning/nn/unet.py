@@ -13,6 +13,7 @@ from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.nn._layers import GroupNorm, attention, run_block
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
+from f2d2_lightning.utils.conditions import Cond
 
 __all__ = ["UNet"]
 
@@ -166,6 +167,8 @@ class UNet(Backbone):
         skip_scale: Factor on the sum of residual and branch: ``sqrt(1/2)`` (DDPM++), 1 (ADM).
         checkpointing: In training, compute every block a second time in the backward pass instead of keeping its
             inner activations.
+        condition: What it is conditioned on, where that is no label: the length of a vector, or a module
+            ``cond -> (B, C)`` with an attribute ``features`` ``= C``, trained along; 0 for nothing.
 
     Raises:
         ValueError: If the sides cannot be halved as often, or channels do not divide by heads.
@@ -194,6 +197,7 @@ class UNet(Backbone):
         checkpointing: bool = False,
         head_width: int | None = None,
         skip_scale: float = math.sqrt(0.5),
+        condition: int | nn.Module = 0,
     ) -> None:
         at_least(1, width=width, blocks=blocks, heads=heads, patch=patch)
         at_least(1, **{"the least of multipliers": min(multipliers, default=0)})
@@ -207,7 +211,8 @@ class UNet(Backbone):
         for multiplier in multipliers:
             if unit < 1 or width * multiplier % unit:
                 raise ValueError(f"{width * multiplier} channels do not divide by {name}={unit}")
-        super().__init__(shape, width * multipliers[0], directions, embedding or IntervalEmbedding(4 * width), classes)
+        embedding = embedding or IntervalEmbedding(4 * width)
+        super().__init__(shape, width * multipliers[0], directions, embedding, classes, condition)
         self.patch = patch
         self.inputs = self.shape[0] if inputs is None else inputs
         self.frequencies, self.checkpointing = tuple(frequencies), checkpointing
@@ -244,7 +249,7 @@ class UNet(Backbone):
         self.outlet = _convolution(current, channels, 3, gain=1e-5)
 
     def forward_features(
-        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Tensor | None = None
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(x, self.inputs)
         recompute = self.checkpointing and self.training

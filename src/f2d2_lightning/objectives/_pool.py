@@ -16,6 +16,7 @@ from f2d2_lightning.objectives.base import Examples
 from f2d2_lightning.objectives.integrator import integrate_both_ways
 from f2d2_lightning.objectives.sources import VelocitySource
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
+from f2d2_lightning.utils.conditions import Cond, moved, some_of
 from f2d2_lightning.utils.progress import tell
 
 
@@ -26,7 +27,7 @@ class Trajectories(NamedTuple):
     """``(B, times, ...)``"""
     change: Tensor
     """Of the log-density since the first time, ``(B, times)``, nats."""
-    cond: Tensor | None
+    cond: Cond | None
     """Conditioning."""
 
 
@@ -84,11 +85,11 @@ class TrajectoryPool:
         """Whether every place is taken."""
         return self.ring is not None and self.ring.full
 
-    def add(self, source: VelocitySource, x: Tensor, node: int, cond: Tensor | None = None) -> None:
+    def add(self, source: VelocitySource, x: Tensor, node: int, cond: Cond | None = None) -> None:
         """Integrate from ``x`` at ``times[node]`` to both ends and keep the trajectories, the last that fit."""
         seed, fits = int(torch.randint(2**62, ())), self.capacity_for(x)
         # what would be written over at once is not integrated
-        x, cond = x[-fits:], None if cond is None else cond[-fits:]
+        x, cond = x[-fits:], some_of(cond, slice(-fits, None))
         self._add(source, {"x": x.detach().clone(), "node": node % len(self.times), "cond": cond, "seed": seed})
 
     def _add(self, source: VelocitySource, entry: dict[str, Any]) -> None:
@@ -129,11 +130,11 @@ class TrajectoryPool:
         # the ring goes on writing where it was
         self.ring.next = (self.ring.next - sum(len(e["x"]) for e in entries)) % self.ring.capacity
         for number, entry in enumerate(entries, start=1):
-            cond = None if entry["cond"] is None else entry["cond"].to(device)
+            cond = moved(entry["cond"], device)
             self._add(source, {**entry, "x": entry["x"].to(device), "cond": cond})
             tell("trajectories, again", number, len(entries))
 
-    def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _held(self) -> tuple[Tensor, Tensor, Tensor, Cond | None]:
         """The kept times, and the ring's states, changes and conditioning."""
         assert self.ring is not None
         states = self.ring["states"]
@@ -160,7 +161,7 @@ class TrajectoryPool:
         rows = self._rows(count, kept.device, wish)
         columns = _nearest(kept, torch.tensor(times, dtype=kept.dtype, device=kept.device))
         states, change = states[rows][:, columns], change[rows][:, columns]
-        return Trajectories(states, change - change[:, :1], None if cond is None else cond[rows])
+        return Trajectories(states, change - change[:, :1], some_of(cond, rows))
 
     def draw(self, s: Tensor, t: Tensor, likelihood_of_data: bool = False) -> Examples:
         """Random trajectories at the kept times nearest to ``s`` and ``t``, ``(B,)`` each.
@@ -185,15 +186,13 @@ class TrajectoryPool:
         x = states[rows, i]
         u = (states[rows, j] - x) / like(t - s, x)
         divergence = -(change[rows, j] - change[rows, i]) / (t - s)
-        return Examples(x, s, t, None if cond is None else cond[rows], Joint(u, divergence))
+        return Examples(x, s, t, some_of(cond, rows), Joint(u, divergence))
 
     def state_dict(self, whole: bool = False) -> Mapping[str, Any]:
         """Starting points and seeds, on the CPU; with ``whole`` also the trajectories, for a source that changes."""
         if self._loaded is not None:
             return self._loaded
-        entries = [
-            {**e, "x": e["x"].cpu(), "cond": None if e["cond"] is None else e["cond"].cpu()} for e in self._entries
-        ]
+        entries = [{**e, "x": e["x"].cpu(), "cond": moved(e["cond"], "cpu")} for e in self._entries]
         state: dict[str, Any] = {"entries": entries, "next": 0 if self.ring is None else self.ring.next}
         if whole and self.ring is not None:
             state["kept"] = self.ring.state_dict()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from f2d2_lightning.utils.conditions import Cond, mapped, tensors
+
 
 class Ring:
     """Rows of several tensors in a fixed number of places, where new ones take those of the oldest."""
@@ -17,15 +19,15 @@ class Ring:
         """Places that are taken."""
         self.next = 0
         """The place that is written next."""
-        self._held: dict[str, Tensor | None] = {}
+        self._held: dict[str, Cond | None] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         value = self._held[name]
         assert value is not None
         return value
 
-    def get(self, name: str) -> Tensor | None:
-        """Places ``(capacity, ...)``, or ``None`` where the rows came without."""
+    def get(self, name: str) -> Cond | None:
+        """Places ``(capacity, ...)``, in the form that the rows had; ``None`` where they came without."""
         return self._held.get(name)
 
     @property
@@ -33,30 +35,31 @@ class Ring:
         """Whether every place is taken."""
         return self.count == self.capacity
 
-    def add(self, **values: Tensor | None) -> None:
+    def add(self, **values: Cond | None) -> None:
         """Take in rows ``(N, ...)``, the last that fit: two writes of one place would race between threads."""
-        came = next(len(value) for value in values.values() if value is not None)
-        for name, value in values.items():
-            if value is None:
-                self._held[name] = None
-                continue
+        came = len(next(tensors(values)))
+
+        def write(value: Tensor, held: Tensor | None = None) -> Tensor:
             places = (self.next + torch.arange(came, device=value.device)) % self.capacity
-            held = self._held.get(name)
             held = value.new_zeros(self.capacity, *value.shape[1:]) if held is None else held
             held[places[-self.capacity :]] = value[-self.capacity :]
-            self._held[name] = held
+            return held
+
+        for name, value in values.items():
+            held = self._held.get(name)
+            self._held[name] = mapped(write, value) if held is None else mapped(write, value, held)
         self.next = (self.next + came) % self.capacity
         self.count = min(self.count + came, self.capacity)
 
     def to(self, device: torch.device | str | None) -> None:
         """Move what is held to a device."""
-        self._held = {name: None if value is None else value.to(device) for name, value in self._held.items()}
+        self._held = mapped(lambda value: value.to(device), self._held) or {}
 
-    def state_dict(self) -> dict[str, Tensor | None]:
+    def state_dict(self) -> dict[str, Cond | None]:
         """The places that are taken, on the CPU."""
-        return {name: None if v is None else v[: self.count].cpu().clone() for name, v in self._held.items()}
+        return mapped(lambda value: value[: self.count].cpu().clone(), self._held) or {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Cond | None]) -> None:
         """Take over rows; ``next`` is told apart."""
         place, self._held, self.count, self.next = self.next, {}, 0, 0
         if state:

@@ -11,13 +11,14 @@ from torch import Tensor
 from f2d2_lightning.flows.paths import Path
 from f2d2_lightning.nn.head import Head
 from f2d2_lightning.objectives.sources import VelocitySource
+from f2d2_lightning.utils.conditions import Cond
 
 
 @torch.no_grad()
 def measure_scale(
     head: Head,
     source: VelocitySource,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
+    batches: Iterable[tuple[Tensor, Cond | None]],
     path: Path,
     count: int = 1024,
     reduce: Callable[[Tensor], Tensor] | None = None,

@@ -15,6 +15,7 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.sampling import sample
 from f2d2_lightning.objectives.intervals import pick
 from f2d2_lightning.utils.checks import check_fields
+from f2d2_lightning.utils.conditions import Cond, joined, some_of
 
 KINDS = ("data", "perturbed", "mixed", "path", "noise", "wide", "student")
 WIDER = 0.25
@@ -46,28 +47,28 @@ class Starts:
             raise ValueError(f"perturbation is {perturbation}; two positive numbers, the smaller first")
 
     def draw(
-        self, student: JointMap, x: Tensor, cond: Tensor | None, times: Sequence[float]
-    ) -> dict[int, tuple[Tensor, Tensor | None]]:
+        self, student: JointMap, x: Tensor, cond: Cond | None, times: Sequence[float]
+    ) -> dict[int, tuple[Tensor, Cond | None]]:
         """One start for each state of a batch of data, ``(B, ...)``: by node of ``times``, states and conditioning."""
         shares = torch.tensor([float(share) for share in self.shares.values()])
         kinds = torch.multinomial(shares, len(x), replacement=True, generator=self.structure).to(x.device)
         # starts at the same time are integrated together
-        groups: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        groups: dict[int, list[tuple[Tensor, Cond | None]]] = {}
         for index, kind in enumerate(self.shares):
             mine = (kinds == index).nonzero().squeeze(-1)
             if len(mine):
-                cond_mine = None if cond is None else cond[mine]
+                cond_mine = some_of(cond, mine)
                 start, node = self._start(kind, student, x[mine], cond_mine, times)
                 groups.setdefault(node, []).append((start, cond_mine))
-        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        found: dict[int, tuple[Tensor, Cond | None]] = {}
         for node, parts in groups.items():
-            conds = [c for _, c in parts if c is not None]
-            found[node] = torch.cat([start for start, _ in parts]), torch.cat(conds) if conds else None
+            starts, conds = zip(*parts)
+            found[node] = torch.cat(starts), joined(conds)
         return found
 
     @torch.no_grad()
     def _start(
-        self, kind: str, student: JointMap, x: Tensor, cond: Tensor | None, times: Sequence[float]
+        self, kind: str, student: JointMap, x: Tensor, cond: Cond | None, times: Sequence[float]
     ) -> tuple[Tensor, int]:
         """States to start from, and the node at which."""
         last = len(times) - 1

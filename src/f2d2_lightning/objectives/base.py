@@ -17,6 +17,7 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
 from f2d2_lightning.utils.checks import at_least, check_fields, checked, one_of, positive, share
+from f2d2_lightning.utils.conditions import Cond, joined
 from f2d2_lightning.utils.text import briefly
 
 __all__ = ["Batch", "Examples", "Objective", "Terms", "Weighting"]
@@ -30,8 +31,8 @@ class Batch:
     """States at ``t = 1``, ``(B, ...)``; noise and times are drawn by the objective."""
     source: VelocitySource
     """Gives ``(v, div v)``."""
-    cond: Tensor | None = None
-    """Conditioning, ``(B, ...)``."""
+    cond: Cond | None = None
+    """Conditioning, ``(B, ...)``; a tensor, or a tuple or dictionary of them."""
     anchor: VelocitySource | None = None
     """Gives ``(v, div v)`` on the diagonal, ``source`` by default. Self-distillation takes the student's own diagonal
     as source and the conditional velocity as anchor."""
@@ -63,7 +64,7 @@ class Examples(NamedTuple):
     """Starts, ``(B,)``."""
     t: Tensor
     """Ends, ``(B,)``."""
-    cond: Tensor | None
+    cond: Cond | None
     """Conditioning."""
     target: Joint
     """``(u, D)`` from ``s`` to ``t``, detached."""
@@ -249,5 +250,6 @@ class Objective(ABC):
 
 def _concatenate(parts: list[Examples]) -> Examples:
     x, s, t, conds, targets = zip(*parts, strict=True)
-    cond = None if conds[0] is None else torch.cat(conds)
-    return Examples(torch.cat(x), torch.cat(s), torch.cat(t), cond, Joint(*map(torch.cat, zip(*targets, strict=True))))
+    return Examples(
+        torch.cat(x), torch.cat(s), torch.cat(t), joined(conds), Joint(*map(torch.cat, zip(*targets, strict=True)))
+    )

@@ -15,6 +15,7 @@ from f2d2_lightning.flows.paths import Point, expand_time
 from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import times_near_data
 from f2d2_lightning.objectives.sources import VelocitySource
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.seeding import own_random_state
 
 VERSION = 2
@@ -28,7 +29,7 @@ def integrate(
     source: VelocitySource,
     x: Tensor,
     times: Sequence[float],
-    cond: Tensor | None = None,
+    cond: Cond | None = None,
     baseline: GaussianBaseline | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A second-order predictor-corrector along given times, one evaluation each, with the log-density's change.
@@ -81,7 +82,7 @@ def integrated_log_prob(
     source: VelocitySource,
     x: Tensor,
     times: Sequence[float],
-    cond: Tensor | None = None,
+    cond: Cond | None = None,
     baseline: GaussianBaseline | None = None,
 ) -> tuple[Tensor, Tensor]:
     """States of :func:`integrate` along times that go down to noise, and log p of the data ``x``, ``(B,)``, nats."""
@@ -96,7 +97,7 @@ def integrate_both_ways(
     *,
     x: Tensor,
     node: int,
-    cond: Tensor | None,
+    cond: Cond | None,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`integrate`, from ``times[node]`` to both ends of ascending times; ``seed`` is that of the probes.

@@ -29,6 +29,7 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.likelihood.time_grids import PLACINGS
 from f2d2_lightning.objectives.integrator import integrated_log_prob, trajectory_times
 from f2d2_lightning.objectives.sources import TeacherSource
+from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.measuring import spread_of
 from f2d2_lightning.utils.seeding import own_random_state
 
@@ -108,7 +109,7 @@ def target_log_prob(
     velocity: Callable[..., Tensor],
     estimator: DivergenceEstimator,
     x: Tensor,
-    cond: Tensor | None,
+    cond: Cond | None,
     nodes: int,
     near_data: float,
     baseline: GaussianBaseline | None,
@@ -124,7 +125,7 @@ def target_log_prob(
 def choose_targets(
     velocity: Callable[..., Tensor],
     x: Tensor,
-    cond: Tensor | None = None,
+    cond: Cond | None = None,
     baseline: GaussianBaseline | None = None,
     grids: tuple[int, ...] = (),
     affordable: float = math.inf,

@@ -35,6 +35,7 @@ from f2d2_lightning.objectives.intervals import Intervals, pick
 from f2d2_lightning.objectives.targets import TargetChoice
 from f2d2_lightning.objectives.trajectory_cache import TrajectoryCache
 from f2d2_lightning.utils.checks import at_least, checked, share
+from f2d2_lightning.utils.conditions import Cond, mapped, moved, some_of
 from f2d2_lightning.utils.progress import tell
 
 __all__ = ["TrajectoryRegression"]
@@ -136,7 +137,7 @@ class TrajectoryRegression(Objective):
         self._pool: TrajectoryPool | None = None
         self._saved_pool: Mapping[str, Any] | None = None
         self._due = 0.0
-        self._recent: tuple[Tensor, Tensor | None] | None = None  # data to begin at, of several batches
+        self._recent: tuple[Tensor, Cond | None] | None = None  # data to begin at, of several batches
         self._stationary = True
         self.choice: TargetChoice | None = None
         """Nodes and their placing, where they were measured, and what was measured."""
@@ -220,10 +221,10 @@ class TrajectoryRegression(Objective):
         self._due += self.refresh if pool.full else min(self.chunk, len(data))
         if self._recent is not None:
             before, labels = self._recent
-            data = torch.cat((before.to(data), data))
-            cond = None if cond is None or labels is None else torch.cat((labels.to(cond), cond))
+            data = _after(before, data)
+            cond = None if cond is None or labels is None else mapped(_after, labels, cond)
         rows = min(self.chunk, len(data), pool.capacity_for(data))
-        self._recent = x, cond = data[-rows:], None if cond is None else cond[-rows:]
+        self._recent = x, cond = data[-rows:], some_of(cond, slice(-rows, None))
         while self._due >= rows:
             self._due -= rows
             for node, (start, labels) in self._starts().draw(student, x, cond, pool.times).items():
@@ -236,7 +237,7 @@ class TrajectoryRegression(Objective):
     def state_dict(self) -> dict[str, Any]:
         pool = self._saved_pool if self._pool is None else self._pool.state_dict(whole=not self._stationary)
         chosen = None if self.choice is None else asdict(self.choice)
-        recent = None if self._recent is None else tuple(v if v is None else v.cpu() for v in self._recent)
+        recent = None if self._recent is None else moved(self._recent, "cpu")
         return {"pool": pool, "due": self._due, "recent": recent, "targets": chosen, "starts": self.starts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -246,3 +247,7 @@ class TrajectoryRegression(Objective):
         self.choice = None if kept is None else TargetChoice(**kept)
         if not self._starts_given:
             self.starts = dict(state.get("starts", self.starts))
+
+
+def _after(before: Tensor, more: Tensor) -> Tensor:
+    return torch.cat((before.to(more), more))

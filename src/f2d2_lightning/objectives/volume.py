@@ -28,6 +28,7 @@ from f2d2_lightning.objectives._ring import Ring
 from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
 from f2d2_lightning.objectives.intervals import Intervals, pick
 from f2d2_lightning.utils.checks import at_least, checked, share
+from f2d2_lightning.utils.conditions import Cond, some_of
 
 __all__ = ["VolumeRegression"]
 
@@ -106,13 +107,13 @@ class VolumeRegression(Objective):
         x, cond = ring["x"][rows], ring.get("cond")
         # what the map answers is what it should: only D is trained, and this part of the error is left at zero
         target = Joint(torch.zeros_like(x), ring["divergence"][rows])
-        labels = None if cond is None else cond[rows]
+        labels = some_of(cond, rows)
         return self.terms(student, Examples(x, ring["s"][rows], ring["t"][rows], labels, target))
 
-    def _make(self, student: JointMap, data: Tensor, cond: Tensor | None) -> None:
+    def _make(self, student: JointMap, data: Tensor, cond: Cond | None) -> None:
         """Put a chunk of new examples in the place of the oldest."""
         rows = torch.arange(self.chunk, device=data.device) % len(data)
-        data, cond = data[rows], None if cond is None else cond[rows]
+        data, cond = data[rows], some_of(cond, rows)
         s, t = (v.to(data.dtype) for v in self.intervals.sample(len(data), data.device, self.on_diagonal(len(data))))
         x = self.path.sample(data, torch.randn_like(data), s)
         own = torch.rand(len(data), device=data.device) < self.own_path
@@ -120,7 +121,7 @@ class VolumeRegression(Objective):
         self._ring.add(x=x, s=s, t=t, divergence=self.volume(student, Point(x, s, cond), t), cond=cond)
 
     @torch.no_grad()
-    def _led_to(self, student: JointMap, x: Tensor, s: Tensor, cond: Tensor | None) -> Tensor:
+    def _led_to(self, student: JointMap, x: Tensor, s: Tensor, cond: Cond | None) -> Tensor:
         """Where the map's own jumps on one of the grids lead from noise ``x`` until times ``s``."""
         for a, b in itertools.pairwise(time_grid(pick(self.intervals.steps, self.structure))):
             start, end = expand_time(a, x), torch.minimum(s, expand_time(b, x))

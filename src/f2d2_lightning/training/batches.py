@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from f2d2_lightning.likelihood._inputs import check_cond, check_state
 from f2d2_lightning.likelihood.data_checks import MOST_STATES, check_data, find_discrete
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.utils.conditions import Cond, halves
 from f2d2_lightning.utils.processes import gather_states
 
 FIT_SAMPLES = 2**17
@@ -72,7 +73,7 @@ class FirstLook:
 
     def at_training_data(
         self,
-        states: Callable[[Any], tuple[Tensor, Tensor | None]],
+        states: Callable[[Any], tuple[Tensor, Cond | None]],
         quantization: Quantization | None,
         trainer: L.Trainer,
     ) -> None:
@@ -108,12 +109,12 @@ class BatchStates:
     """
 
     def __init__(
-        self, convert: Callable[[Any], tuple[Tensor, Tensor | None]] | str | None = None, conditional: bool = True
+        self, convert: Callable[[Any], tuple[Tensor, Cond | None]] | str | None = None, conditional: bool = True
     ) -> None:
         self.convert, self.conditional = convert, conditional
         self.shape: tuple[int, ...] | None = None
 
-    def __call__(self, batch: Any, module: L.LightningModule) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, batch: Any, module: L.LightningModule) -> tuple[Tensor, Cond | None]:
         """``(B, ...)`` and conditioning or ``None``; the first batch decides the shape.
 
         Raises:
@@ -134,7 +135,7 @@ class BatchStates:
         check_cond(cond, len(x))
         return x, cond
 
-    def _convert(self, batch: Any, module: L.LightningModule) -> tuple[Tensor, Tensor | None]:
+    def _convert(self, batch: Any, module: L.LightningModule) -> tuple[Tensor, Cond | None]:
         convert = self.convert
         if isinstance(convert, str):
             method = getattr(module, convert, None)
@@ -143,10 +144,9 @@ class BatchStates:
             return method(batch)
         if convert is not None:
             return convert(batch)
-        if isinstance(batch, Tensor):
-            return batch, None
-        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-            return batch[0], batch[1] if len(batch) > 1 else None
+        x, cond = halves(batch)
+        if isinstance(x, Tensor):
+            return x, cond
         keys = f" with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
         raise ValueError(
             f"a batch is a {type(batch).__name__}{keys}; say where its states are: "
