@@ -32,6 +32,7 @@ from f2d2_lightning.objectives import (
     Semigroup,
     TeacherSource,
 )
+from f2d2_lightning.objectives._pool import busy_times
 from problems import MUTATIONS, PROBLEMS, Mutant, Nothing, Student, randomize, trace, z_score
 
 close = torch.testing.assert_close
@@ -369,6 +370,34 @@ def test_intervals_without_length_are_their_share_and_come_in_few_counts(share):
     assert abs(statistics.fmean(counts) / 11 - share) < 0.003
     s, t = intervals.sample(11, on_diagonal=4)
     assert (s == t).tolist() == [True] * 4 + [False] * 7
+
+
+def test_steps_of_a_grid_lie_where_places_do():
+    """A step is drawn as often as there are places in it, and all else is drawn as without them."""
+    intervals = Intervals("to_data", diagonal=0.0, grid=1.0, steps=(4,))
+    places = torch.tensor([0.1, 0.3, 0.8, 0.85, 0.9])
+    torch.manual_seed(0)
+    s, t = intervals.sample(20_000, places=places)
+    assert torch.allclose(t - s, torch.full_like(s, 0.25))
+    shares = torch.bincount((4 * s).round().long(), minlength=4) / len(s)
+    assert torch.allclose(shares, torch.tensor([0.2, 0.2, 0.0, 0.6]), atol=0.01)
+    mixed = Intervals(diagonal=0.1, grid=0.5)
+    torch.manual_seed(1)
+    even = mixed.sample(1000, on_diagonal=100)
+    torch.manual_seed(1)
+    placed = mixed.sample(1000, on_diagonal=100, places=(torch.arange(1024) + 0.5) / 1024)
+    assert all(torch.equal(one, other) for one, other in zip(even, placed))
+
+
+def test_busy_times_share_the_clock_out():
+    """Of data with narrow axes, the last step of eight to data gets more than an eighth."""
+    baseline = GaussianBaseline.from_covariance(torch.zeros(2), torch.diag(torch.tensor([1.0, 1e-4])))
+    times = busy_times(baseline)
+    shares = 0.5 * baseline.clock(times) + 0.5 * times
+    assert torch.allclose(shares, (torch.arange(1024) + 0.5) / 1024, atol=1e-3)
+    assert float((times > 7 / 8).float().mean()) > 0.25
+    alike = busy_times(GaussianBaseline.from_covariance(torch.zeros(2), torch.eye(2)))
+    assert float((alike > 7 / 8).float().mean()) == pytest.approx(1 / 8, abs=0.04)
 
 
 def test_trajectories_ask_a_teacher_for_a_whole_batch_or_for_nothing():

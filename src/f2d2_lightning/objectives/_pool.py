@@ -57,6 +57,8 @@ class TrajectoryPool:
         self.baseline = baseline
         self.max_mib = max_mib
         self.max_capacity = capacity
+        self.busy = None if baseline is None else busy_times(baseline)
+        """Times between which equal shares of what happens lie, ``(N,)``; ``None`` without a fit."""
         self.ring: Ring | None = None
         """States ``(capacity, times, ...)``, ``change`` of log-density, ``cond``, and ``begun``, the starts' nodes."""
         self._entries: list[dict[str, Any]] = []  # starting points, oldest first
@@ -201,6 +203,15 @@ class TrajectoryPool:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over starting points; they are integrated by :meth:`restore`."""
         self.ring, self._entries, self._loaded = None, [], state
+
+
+def busy_times(baseline: GaussianBaseline, even: float = 0.5) -> Tensor:
+    """Times between which equal shares of the fit's clock lie, mixed with a share of even ones, ``(1024,)``.
+
+    Of images, most of what a likelihood depends on happens in the last step to data.
+    """
+    count = 1024
+    return baseline.times_at((torch.arange(count, device=baseline.mean.device) + 0.5) / count, even)
 
 
 def _nearest(kept: Tensor, t: Tensor) -> Tensor:

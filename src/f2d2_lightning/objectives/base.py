@@ -87,8 +87,8 @@ class Weighting:
     value to the power ``adaptive`` (Geng et al., 2024, https://arxiv.org/abs/2406.14548).
 
     Args:
-        divergence: Weight of the divergence error. ``None``: .1 up to 16 dimensions, and as the inverse of their number
-            beyond, where the map needs more of what is learned (docs/RECIPE.md).
+        divergence: Weight of the divergence error. ``None``: .1 up to 16 dimensions, and as the inverse square of their
+            number beyond, where the head would cost samples (docs/RECIPE.md).
         adaptive: 0 for plain squared errors, up to 1 for errors that count alike whatever their size; at .5 an error
             counts by its size, as it does in the mean error of a likelihood. What is learned from targets that scatter
             (conditional velocities) is then no longer their mean.
@@ -143,7 +143,7 @@ class Weighting:
 
     def of_divergence(self, dim: int) -> float:
         """Weight of the divergence error of states of so many dimensions."""
-        return 0.1 * min(1.0, 16 / dim) if self.divergence is None else self.divergence
+        return 0.1 * min(1.0, 16 / dim) ** 2 if self.divergence is None else self.divergence
 
     def _natural(self, error: Tensor, examples: Examples, baseline: GaussianBaseline | None) -> tuple[Tensor, Tensor]:
         """Squared position error in standard deviations, ``(B,)``, and the length of the jumps, ``(B,)``."""
@@ -199,6 +199,10 @@ class Objective(ABC):
         """How many of a batch of ``count`` are regressed on the diagonal."""
         return self.intervals.on_diagonal(count, self.structure)
 
+    def draw_intervals(self, count: int, device: torch.device, on_diagonal: int) -> tuple[Tensor, Tensor]:
+        """``(s, t)``, ``(count,)`` each, of which the first have no length; see :meth:`Intervals.sample`."""
+        return self.intervals.sample(count, device, on_diagonal)
+
     def regress(self, student: JointMap, batch: Batch, off_diagonal: Callable[[Point, Tensor], Examples]) -> Terms:
         """Loss over intervals drawn afresh, on the path of the data: the anchor answers where they have no length.
 
@@ -209,7 +213,7 @@ class Objective(ABC):
         """
         data, cond, count = batch.data, batch.cond, len(batch.data)
         still = self.on_diagonal(count)
-        s, t = (time.to(data.dtype) for time in self.intervals.sample(count, data.device, still))
+        s, t = (time.to(data.dtype) for time in self.draw_intervals(count, data.device, still))
         point, parts = self.path.point(data, torch.randn_like(data), s, cond), []
         if still:
             here = point[:still]

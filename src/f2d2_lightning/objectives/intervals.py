@@ -78,7 +78,11 @@ class Intervals:
         return math.ceil(self.diagonal * count - float(torch.rand((), generator=structure)))
 
     def sample(
-        self, count: int, device: torch.device | str | None = None, on_diagonal: int | None = None
+        self,
+        count: int,
+        device: torch.device | str | None = None,
+        on_diagonal: int | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw ``count`` intervals: ``(s, t)``, each ``(count,)``, float32.
 
@@ -86,6 +90,7 @@ class Intervals:
             count: Number of intervals.
             device: Device of the answer.
             on_diagonal: How many have no length, which are the first ones; drawn by default.
+            places: Ascending times, ``(N,)``, of which a grid's steps get equal shares; evenly by default.
         """
         on_diagonal = self.on_diagonal(count) if on_diagonal is None else on_diagonal
         uniform = torch.rand(count, 4, device=device, dtype=torch.float32)
@@ -97,7 +102,10 @@ class Intervals:
         if self.grid > 0:
             choices = torch.tensor(self.steps, device=device)
             k = choices[torch.randint(len(choices), (count,), device=device)]
-            step = (uniform[:, 2] * k).floor().clamp(max=k - 1)
+            place = uniform[:, 2]
+            if places is not None:
+                place = places[(place * len(places)).long()].to(place)
+            step = (place * k).floor().clamp(max=k - 1)
             on_grid = uniform[:, 0] * (1 - self.diagonal) < self.grid
             low, high = torch.where(on_grid, step / k, low), torch.where(on_grid, (step + 1) / k, high)
             up = torch.where(on_grid, uniform[:, 3] >= self.to_noise, up)

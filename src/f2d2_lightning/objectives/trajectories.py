@@ -74,7 +74,8 @@ class TrajectoryRegression(Objective):
             afresh, so that they look like data. ``None`` for continuous data; module and callback then give theirs.
         unroll: Last share of training in which whole paths are regressed, in [0, 1]; 0 for none.
         intervals: Distribution of ``(s, t)``; its diagonal share is regressed on the source at the batch's own
-            noised states, its grids are those that are unrolled.
+            noised states, its grids are those that are unrolled. Of their steps half are drawn by the clock of the
+            student's Gaussian fit, if it has one: of images most happens in the last step to data.
         weighting: How errors become a loss; by default adaptive at .5, as a teacher's targets hardly scatter, and
             with a weight of the divergence by dimension.
         path: Probability path.
@@ -198,6 +199,10 @@ class TrajectoryRegression(Objective):
             return self.whole_paths(student, max(1, len(batch.data) // 2), pick(self.intervals.steps, self.structure))
         pool = self.pool(student)
         return self.regress(student, batch, lambda point, t: pool.draw(point.t, t, self.likelihood_of_data))
+
+    def draw_intervals(self, count: int, device: torch.device, on_diagonal: int) -> tuple[Tensor, Tensor]:
+        # the pool was made before the first interval is drawn
+        return self.intervals.sample(count, device, on_diagonal, None if self._pool is None else self._pool.busy)
 
     def on_diagonal(self, count: int) -> int:
         # all or none: a teacher answers for a few states in much the time that it takes for a batch
