@@ -88,7 +88,7 @@ def patched(path, name, field, value):
 
 # --- numpy's files ---
 
-PLANE = SimpleNamespace(levels=None, shape=(2,))
+PLANE = SimpleNamespace(levels=None, shape=(2,), conditional=False)
 LIES = {
     "23 TiB": (head((23 * 2**40,)), "which is 25,288,767,438,848 bytes, and 50 follow"),
     "a product that wraps to the size": (head((2**33, 2**31, 1, 50)), "bytes, and 50 follow"),

@@ -476,7 +476,7 @@ def test_modules_remember_plain_arguments_and_copies_of_them_too():
     network = MLP(sizes, 12, blocks=1, embedding=IntervalEmbedding(6))
     sizes.append(5)
     given = {"shape": [2, 4, 4], "width": 12, "blocks": 1, "embedding": OBJECT}
-    defaults = {"expansion": 2, "dropout": 0.0, "classes": 0, "directions": "both", "waves": 0}
+    defaults = {"expansion": 2, "dropout": 0.0, "classes": 0, "directions": "both", "waves": 0, "condition": 0}
     assert arguments_of(network) == given | defaults
     assert arguments_of(copy.deepcopy(network)) == given | defaults
     assert arguments_of(copy.deepcopy(network).embedding) == {"features": 6, "frequencies": 8}
