@@ -75,6 +75,8 @@ def test_nll_of_raw_data_is_that_of_the_known_density():
 def test_the_same_numbers_in_any_batches_and_from_any_array(models, name):
     model, x = models[name], torch.randn(11, 2)
     whole = model.log_prob(x)
+    with pytest.raises(ValueError, match=r"shape \(0, .*B >= 1"):
+        model.log_prob(x[:0], batch_size=4)
     parts = model.log_prob(x, batch_size=4)
     assert torch.allclose(parts.value, whole.value)
     assert parts.value.shape == (11,)

@@ -185,7 +185,8 @@ def in_parts(ask: Callable[[Tensor, Cond | None], Answer], x: Tensor, cond: Cond
         return ask(x, cond)
     at_least(1, batch_size=size)
     size = max(1, min(int(size), len(x)))
-    parts = [slice(start, start + size) for start in range(0, len(x), size)]
+    # of no states one part, which has the answer's shape
+    parts = [slice(start, start + size) for start in range(0, max(1, len(x)), size)]
     return _joined([ask(x[part], some_of(cond, part)) for part in parts])
 
 
