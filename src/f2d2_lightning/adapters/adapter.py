@@ -22,7 +22,7 @@ from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.flows.maps import Direction, FlowMap, check_interval
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.utils.checks import one_of
-from f2d2_lightning.utils.conditions import Cond, mapped, some_of, tensors
+from f2d2_lightning.utils.conditions import Cond, kind_of, mapped, some_of, tensors
 from f2d2_lightning.utils.configured import Configured
 from f2d2_lightning.utils.seeding import own_random_state
 
@@ -193,7 +193,7 @@ class Adapter(Configured):
         if self.classes is not None:
             if not isinstance(cond, Tensor) or torch.is_floating_point(cond) or cond.ndim != 1:
                 raise ValueError(
-                    f"cond is {_kind(cond)}; with classes={self.classes} it is "
+                    f"cond is {kind_of(cond)}; with classes={self.classes} it is "
                     "integer labels (B,), which the adapter makes one-hot"
                 )
             cond = nn.functional.one_hot(cond.long(), self.classes).to(dtype)
@@ -463,8 +463,6 @@ def compute_dtype(network: Callable[..., Any], x: Tensor) -> torch.dtype:
 def _kind(answer: Any) -> str:
     if isinstance(answer, (tuple, list)):
         return f"a {type(answer).__name__} of {len(answer)} ({', '.join(type(item).__name__ for item in answer)})"
-    if isinstance(answer, Tensor):
-        return f"a tensor of dtype {answer.dtype} and shape {tuple(answer.shape)}"
     if isinstance(answer, Mapping):
         return f"a mapping with {', '.join(map(repr, answer))}"
     return f"a {type(answer).__name__}"

@@ -20,7 +20,7 @@ from f2d2_lightning.cli._configs import closest
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
 from f2d2_lightning.modules import F2D2Module
 from f2d2_lightning.modules.loading import load
-from f2d2_lightning.utils.conditions import Cond
+from f2d2_lightning.utils.conditions import Cond, kind_of
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -149,8 +149,9 @@ def check_labels(module: LikelihoodModel, cond: Cond, source: str) -> None:
     if count is None and all(adapter.null_label is None for adapter in adapters):
         return  # conditioning of another kind
     if not isinstance(cond, Tensor) or torch.is_floating_point(cond) or cond.ndim != 1:
-        came = f"type {cond.dtype} and shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
-        raise ValueError(f"{source} has labels of {came}; the model takes class labels: integers, one a sample")
+        raise ValueError(
+            f"{source} has labels of {kind_of(cond)}; the model takes class labels: integers, one a sample"
+        )
     low, high = int(cond.min()), int(cond.max())
     if low < 0 or (count is not None and high >= count):
         expected = "labels count from 0" if count is None else f"the model is for {count} classes, 0 to {count - 1}"

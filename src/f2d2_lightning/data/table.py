@@ -159,11 +159,7 @@ class Pairs(Table):
             several ``x.NAME``, which become a dictionary.
         conditions: ``(N, ...)``, an array, or a tuple or dictionary of arrays; ``None`` where a file has them.
         standardize: Whether parameters are.
-        val: Share of the pairs to validate on.
-        test: Share of the pairs to test on.
-        batch_size: Pairs per training batch.
-        eval_batch_size: Pairs per validation and test batch.
-        seed: Of split and order.
+        **kwargs: Shares, batch sizes and seed, as :class:`Table`.
 
     Raises:
         FileNotFoundError: When the data are first asked for, if there is no such file.
@@ -175,22 +171,12 @@ class Pairs(Table):
     (torch.Size([15, 2]), torch.Size([15, 9, 3]))
     """
 
-    def __init__(
-        self,
-        parameters: Any,
-        conditions: Any = None,
-        standardize: bool = True,
-        val: float = 0.15,
-        test: float = 0.15,
-        batch_size: int = 256,
-        eval_batch_size: int = 512,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, parameters: Any, conditions: Any = None, standardize: bool = True, **kwargs: Any) -> None:
         file = isinstance(parameters, (str, Path))
         if file is (conditions is not None):
             raise ValueError("give parameters and conditions, or the path of an .npz file that has both")
         path = str(parameters) if file else "the pairs"
-        super().__init__(path, standardize, None, val, test, batch_size, eval_batch_size, seed)
+        super().__init__(path, standardize, levels=None, **kwargs)
         self._pairs = None if file else (parameters, conditions)
 
     def read(self) -> tuple[Tensor, Cond | None]:

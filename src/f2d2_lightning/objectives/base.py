@@ -199,21 +199,24 @@ class Objective(ABC):
         """How many of a batch of ``count`` are regressed on the diagonal."""
         return self.intervals.on_diagonal(count, self.structure)
 
-    def draw_intervals(self, count: int, device: torch.device, on_diagonal: int) -> tuple[Tensor, Tensor]:
-        """``(s, t)``, ``(count,)`` each, of which the first have no length; see :meth:`Intervals.sample`."""
-        return self.intervals.sample(count, device, on_diagonal)
-
-    def regress(self, student: JointMap, batch: Batch, off_diagonal: Callable[[Point, Tensor], Examples]) -> Terms:
+    def regress(
+        self,
+        student: JointMap,
+        batch: Batch,
+        off_diagonal: Callable[[Point, Tensor], Examples],
+        places: Tensor | None = None,
+    ) -> Terms:
         """Loss over intervals drawn afresh, on the path of the data: the anchor answers where they have no length.
 
         Args:
             student: The joint map in training.
             batch: What there is to learn from.
             off_diagonal: Examples from points at ``s``, which know their pair, and ends ``t``, ``(B,)``.
+            places: Where steps of grids lie, see :meth:`Intervals.sample`.
         """
         data, cond, count = batch.data, batch.cond, len(batch.data)
         still = self.on_diagonal(count)
-        s, t = (time.to(data.dtype) for time in self.draw_intervals(count, data.device, still))
+        s, t = (time.to(data.dtype) for time in self.intervals.sample(count, data.device, still, places))
         point, parts = self.path.point(data, torch.randn_like(data), s, cond), []
         if still:
             here = point[:still]

@@ -198,11 +198,7 @@ class TrajectoryRegression(Objective):
         if late and bool(torch.rand((), generator=self.structure) < 0.5):
             return self.whole_paths(student, max(1, len(batch.data) // 2), pick(self.intervals.steps, self.structure))
         pool = self.pool(student)
-        return self.regress(student, batch, lambda point, t: pool.draw(point.t, t, self.likelihood_of_data))
-
-    def draw_intervals(self, count: int, device: torch.device, on_diagonal: int) -> tuple[Tensor, Tensor]:
-        # the pool was made before the first interval is drawn
-        return self.intervals.sample(count, device, on_diagonal, None if self._pool is None else self._pool.busy)
+        return self.regress(student, batch, lambda point, t: pool.draw(point.t, t, self.likelihood_of_data), pool.busy)
 
     def on_diagonal(self, count: int) -> int:
         # all or none: a teacher answers for a few states in much the time that it takes for a batch
