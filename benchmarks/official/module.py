@@ -43,7 +43,11 @@ class DyadicIntervals(Intervals):
         super().__init__(Direction.TO_DATA, diagonal=0.5, grid=0.5, steps=[2**i for i in range(finest + 1)])
 
     def sample(
-        self, count: int, device: torch.device | str | None = None, structure: torch.Generator | None = None
+        self,
+        count: int,
+        device: torch.device | str | None = None,
+        on_diagonal: int | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         # exactly half and half, as the official loss has both terms on every image
         on_diagonal = torch.arange(count, device=device) < count // 2
