@@ -128,6 +128,10 @@ class VectorEmbedding(nn.Module, Configured):
             )
         return vector
 
+    def standardized(self, vector: Tensor) -> Tensor:
+        """The vector ``(B, numbers)``, less its mean over the data, by its deviation."""
+        return (self.check(vector) - self.center) / self.scale
+
     def forward(self, vector: Tensor) -> Tensor:
         """``(B, numbers) -> (B, features)``."""
-        return self.layers((self.check(vector) - self.center) / self.scale)
+        return self.layers(self.standardized(vector))

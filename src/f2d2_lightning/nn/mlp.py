@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.nn._backbone import Backbone
-from f2d2_lightning.nn.embedding import IntervalEmbedding
+from f2d2_lightning.nn.embedding import IntervalEmbedding, VectorEmbedding
 from f2d2_lightning.utils.checks import at_least
-from f2d2_lightning.utils.conditions import Cond
+from f2d2_lightning.utils.conditions import Cond, one_row
 
 __all__ = ["MLP"]
 
@@ -54,7 +55,8 @@ class MLP(Backbone):
             dimensions a perceptron learns fine structure slowly without them (Tancik et al., 2020,
             https://arxiv.org/abs/2006.10739). Their frequencies have mean square 1 along a unit vector of the plane.
         condition: What it is conditioned on, where that is no label: the length of a vector, or a module
-            ``cond -> (B, C)`` with an attribute ``features`` ``= C``, trained along; 0 for nothing.
+            ``cond -> (B, C)`` with an attribute ``features`` ``= C``, trained along; 0 for nothing. A vector stands
+            beside the state as well.
 
     >>> import torch
     >>> MLP((2,))(torch.zeros(3, 2), 0.0, torch.ones(3)).shape
@@ -84,7 +86,9 @@ class MLP(Backbone):
         drawn = torch.randn(dim, waves, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         frequencies = (drawn * (2 / dim) ** 0.5).to(torch.get_default_dtype())
         self.register_buffer("frequencies", frequencies if waves else None)
-        self.inlet = nn.Linear(dim + 2 * waves, width)
+        # a posterior often is of a difference to what was seen, which modulation alone learns slowly
+        beside = self.condition.numbers if isinstance(self.condition, VectorEmbedding) else 0
+        self.inlet = nn.Linear(dim + 2 * waves + beside, width)
         self.blocks = nn.ModuleList(_Block(width, self.embedded, expansion, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.outlet = nn.Linear(width, dim)
@@ -100,6 +104,9 @@ class MLP(Backbone):
         if self.frequencies is not None:
             phases = seen @ self.frequencies
             seen = torch.cat((seen, phases.sin(), phases.cos()), -1)
+        if isinstance(self.condition, VectorEmbedding):
+            vector = self.condition.standardized(cast(Tensor, one_row(cond)))
+            seen = torch.cat((seen, vector.expand(len(x), -1)), -1)
         h = self.inlet(seen)
         for block in self.blocks:
             h = block(h, time)
