@@ -74,7 +74,7 @@ def main() -> None:
 
     data = f2.data.Pairs(theta, x, standardize=False, val=0.01, test=0.01, batch_size=512)
     velocity = FlowMatching("net(x, cond, s)", noise_time=1.0, data_time=0.0)(estimator.eval().requires_grad_(False))
-    network = PreconditionedMLP((task.dim,), width=options.width, blocks=3, waves=32, condition=x.shape[1])
+    network = PreconditionedMLP((task.dim,), width=options.width, blocks=3, condition=x.shape[1])
     student = example.distilled(velocity, data, options.steps, network)
     for steps in (1, 2, 4, 8):
         told, errors, spent = [], [], 0.0

@@ -86,7 +86,7 @@ def main() -> None:
     L.seed_everything(0, verbose=False)
     task, short = TASKS[options.task], options.steps < 100
     data = f2.data.Pairs(*task.draw(options.pairs), val=0.01, test=0.01, batch_size=512)
-    network = PreconditionedMLP((task.dim,), width=options.width, blocks=3, waves=32, condition=data.read()[1].shape[1])
+    network = PreconditionedMLP((task.dim,), width=options.width, blocks=3, condition=data.read()[1].shape[1])
     teacher = posterior(network, data, options.steps)
     student = distilled(teacher, data, options.steps)
     torch.manual_seed(1)

@@ -88,6 +88,19 @@ def test_standardised_vectors_do_not_know_their_units(make):
     close(moved_(x, 0.2, 0.7, data[:4] * scale - 7), plain(x, 0.2, 0.7, data[:4]))
 
 
+def test_a_vector_stands_beside_the_state():
+    """Without blocks nothing is modulated, and the features know the vector nevertheless."""
+    network, x, time = MLP((2,), width=16, blocks=0, waves=4, condition=3), torch.zeros(4, 2), torch.ones(4)
+    network.condition.fit([torch.randn(50, 3) * 100 + 7])
+    one, other = (network.forward_features(x, 0 * time, time, v)[1] for v in torch.randn(2, 4, 3) * 100 + 7)
+    assert float((one - other).abs().mean()) > 0.1
+    v = torch.randn(1, 3)
+    close(
+        network.forward_features(x, 0 * time, time, v.expand(4, -1))[1],
+        network.forward_features(x, 0 * time, time, v.repeat(4, 1))[1],
+    )
+
+
 def test_a_constant_is_no_scale():
     embedding = VectorEmbedding(2).fit([torch.tensor([[5.0, 1.0], [5.0, 3.0]])])
     close(embedding.scale, torch.tensor([1.0, 1.0]))
