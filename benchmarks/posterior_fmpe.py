@@ -1,7 +1,7 @@
 """The posterior estimator FMPE of the package sbi on the tasks of ``examples/posterior.py``, for comparison.
 
-Needs ``pip install sbi``. The same pairs (the same seed), as many numbers in the network, sbi's own defaults otherwise:
-its learning rate, batch, time embedding, early stopping on a tenth of the pairs. C2ST of its samples for the same
+Needs ``pip install sbi``. The same pairs (the same seed), a network as wide, sbi's own defaults otherwise: its learning
+rate, batch, time embedding, early stopping on a tenth of the pairs. C2ST of its samples within the prior for the same
 observations, and how many log-posteriors it gives a second. Then its network, in an adapter, is the teacher of a
 few-step student, whose log-posteriors are held against those of sbi's own solver.
 
