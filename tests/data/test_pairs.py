@@ -105,7 +105,7 @@ def test_files_without_pairs_are_refused(tmp_path):
 def test_the_command_scores_pairs_in_the_units_of_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     theta, x = draw(60)
-    network = randomize(PreconditionedMLP((2,), width=12, blocks=1, condition=3), 0.5)
+    network = randomize(PreconditionedMLP((2,), width=12, blocks=2, condition=3), 0.2)
     data = Pairs(theta, x)
     student = f2.F2D2Module(
         teacher=f2.FlowMatchingModule(network, warmup=1),
