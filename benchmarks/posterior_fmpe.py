@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -70,7 +71,7 @@ def main() -> None:
             truth.append(posterior.log_prob(points[-1], x=one))
         spent += time.perf_counter()
     rate = len(told) * options.scored / spent
-    print(f"C2ST {sum(told) / len(told):.3f} (worst {max(told):.3f}), {rate:,.1f} log-probs a second", flush=True)
+    print(f"C2ST {fmean(told):.3f} (worst {max(told):.3f}), {rate:,.1f} log-probs a second", flush=True)
 
     data = f2.data.Pairs(theta, x, standardize=False, val=0.01, test=0.01, batch_size=512)
     velocity = FlowMatching("net(x, cond, s)", noise_time=1.0, data_time=0.0)(estimator.eval().requires_grad_(False))
@@ -83,11 +84,10 @@ def main() -> None:
             spent -= time.perf_counter()
             answer = student.log_prob(point, steps, one[None]).value.detach()
             spent += time.perf_counter()
-            errors.append((answer - value).abs().mean() / value.std())
-        text = f"student of it, {steps} steps: C2ST {sum(told) / len(told):.3f} (worst {max(told):.3f}), log p off by "
-        text += (
-            f"{float(sum(errors)) / len(errors):.3f} of the spread, {len(told) * options.scored / spent:,.0f} a second"
-        )
+            errors.append(float((answer - value).abs().mean() / value.std()))
+        rate = len(told) * options.scored / spent
+        text = f"student of it, {steps} steps: C2ST {fmean(told):.3f} (worst {max(told):.3f}), log p off by "
+        text += f"{fmean(errors):.3f} of the spread, {rate:,.0f} a second"
         print(text, flush=True)
 
 

@@ -44,11 +44,11 @@ def two_moons(theta: Tensor) -> Tensor:
 
 def within(bound: float, count: int, draw: Callable[[], Tensor]) -> Tensor:
     """As many of the parameters drawn as lie in the prior; those that are nothing lie nowhere."""
-    found = torch.empty(0)
-    while len(found) < count:
+    found: list[Tensor] = []
+    while sum(map(len, found)) < count:
         theta = draw()
-        found = torch.cat((found.reshape(-1, theta.shape[1]), theta[(theta.abs() < bound).all(-1)]))
-    return found[:count]
+        found.append(theta[(theta.abs() < bound).all(-1)])
+    return torch.cat(found)[:count]
 
 
 def two_moons_reference(x: Tensor, count: int) -> Tensor:
