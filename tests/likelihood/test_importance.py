@@ -51,6 +51,32 @@ def test_weights_of_any_size_and_targets_of_zero():
     assert float(cut.mean(x > 0).standard_error) == pytest.approx(0, abs=1e-12)
 
 
+def test_clipped_weights_are_those_below_a_quantile_and_biased_as_quadrature_says():
+    grid = torch.linspace(-15, 15, 20_001, dtype=torch.float64)
+    w = (NARROW.log_prob(grid) - WIDE.log_prob(grid)).exp() * math.exp(2.0)
+    order = w.argsort()
+    cells = WIDE.log_prob(grid).exp()[order] * (grid[1] - grid[0])
+    most = w[order][int((cells.cumsum(0) < 0.7).sum())]
+    biased = float((w.clamp(max=most) * WIDE.log_prob(grid).exp()).sum() * (grid[1] - grid[0]))
+    x, weights = drawn(200_000)
+    clipped = weights.clipped(0.7)
+    assert float(clipped.log_normalizer.value) == pytest.approx(math.log(biased), abs=0.005)
+    assert float(weights.log_normalizer.value) - math.log(biased) > 0.025
+    assert float(clipped.effective_sample_size) > float(weights.effective_sample_size)
+    assert float((clipped.log_weights < weights.log_weights - 1e-9).double().mean()) == pytest.approx(0.3, abs=1e-5)
+    torch.testing.assert_close(weights.clipped(1.0).log_weights, weights.log_weights)
+    torch.testing.assert_close(clipped.log_prob, weights.log_prob)
+
+
+@pytest.mark.parametrize("quantile", [0.0, 1.5, -1])
+def test_a_quantile_out_of_range_is_refused(quantile):
+    with pytest.raises(ValueError, match="share of the samples"):
+        drawn(9)[1].clipped(quantile)
+    nothing = ImportanceWeights(torch.tensor([-torch.inf] * 9 + [0.0]), torch.zeros(10))
+    with pytest.raises(ValueError, match="larger quantile"):
+        nothing.clipped(0.5)
+
+
 def test_equal_weights_are_as_many_as_there_are():
     weights = ImportanceWeights(torch.zeros(7), torch.zeros(7))
     assert float(weights.effective_sample_size) == pytest.approx(7)

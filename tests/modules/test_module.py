@@ -29,6 +29,23 @@ def test_the_teacher_learns_a_gaussian(tmp_path):
     assert torch.allclose(f2.reference_log_prob(module.average, x).value, exact.log_prob(x), atol=0.5)
 
 
+def test_coupled_with_itself_data_do_not_move(tmp_path):
+    """A network that begins at zero velocity is then right, in training and in validation."""
+    losses = {}
+    for name, coupling in (("independent", None), ("itself", lambda noise, x: x)):
+        module = f2.FlowMatchingModule(MLP((2,), width=8, blocks=1), warmup=2, coupling=coupling)
+        run = fit(tmp_path / name, module, max_epochs=1)
+        losses[name] = [float(run.callback_metrics[key]) for key in ("train/loss", "val/loss")]
+    assert losses["itself"] == [0.0, 0.0]
+    assert min(losses["independent"]) > 0.5
+    run.save_checkpoint(tmp_path / "teacher.ckpt")
+    assert f2.load(tmp_path / "teacher.ckpt").coupling is None  # of training alone
+    for wrong, came in ((lambda noise, x: x[:1], r"shape \(1, 2\)"), (lambda noise, x: (noise, x), "tuple")):
+        module = f2.FlowMatchingModule(MLP((2,), width=8, blocks=1), coupling=wrong)
+        with pytest.raises(ValueError, match=rf"coupling\(noise, data\) answered {came}"):
+            fit(tmp_path, module, max_epochs=1)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_is_trained(tmp_path, frozen):
     # a flow map in both directions, as it would be without a likelihood

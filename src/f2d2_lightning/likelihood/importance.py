@@ -87,6 +87,33 @@ class ImportanceWeights(Answer):
         share = (count / self.effective_sample_size - 1).clamp(min=0) / max(1, count - 1)
         return Estimate(value, share.sqrt())
 
+    def clipped(self, quantile: float = 0.999) -> ImportanceWeights:
+        """The same samples, with weights above a quantile of them brought down to it.
+
+        Fewer samples decide, at a bias: ``log Z`` only falls, by as much as the clipped one is lower than the other,
+        and means lean to what has much of ``q``. (Ionides, "Truncated importance sampling", 2008,
+        https://doi.org/10.1198/106186008X320456.)
+
+        Args:
+            quantile: Share of the samples whose weights stay as they are, in (0, 1].
+
+        Raises:
+            ValueError: If it is out of range.
+
+        >>> weights = ImportanceWeights(torch.tensor([0.0, 0.0, 0.0, 9.0]), torch.zeros(4))
+        >>> float(weights.clipped(0.75).effective_sample_size)
+        4.0
+        """
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile={quantile}; it is a share of the samples, in (0, 1]")
+        ordered = self.log_weights.sort().values
+        most = ordered[max(1, round(quantile * len(ordered))) - 1]
+        if most == -torch.inf:
+            raise ValueError(
+                f"quantile={quantile} of the weights are zero, and clipping would leave none; take a larger quantile"
+            )
+        return ImportanceWeights(self.log_weights.clamp(max=most) + self.log_prob.double(), self.log_prob)
+
     def mean(self, values: Tensor) -> Estimate:
         """Mean under the target of something that each sample has.
 

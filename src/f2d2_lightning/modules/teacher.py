@@ -62,6 +62,10 @@ class FlowMatchingModule(FlowModule):
         validate_nll: Log the reference likelihood in validation, not only in test.
         channels_last: Memory format of convolutions' weights, see :class:`FlowModule`.
         compile: Compile the backbone, see :class:`FlowModule`.
+        coupling: Which noise goes with which data, ``(noise, data) -> noise``, each ``(B, ...)``; independent by
+            default. Of what it answers the distribution must be the normal one still: noise in another order within a
+            batch (Tong et al., 2023, https://arxiv.org/abs/2302.00482), or turned as data may be turned as well (Klein
+            et al., 2023, https://arxiv.org/abs/2306.15030). Paths are straighter then, and take fewer steps.
 
     >>> from f2d2_lightning.nn import MLP
     >>> teacher = FlowMatchingModule(MLP((2,), width=8, blocks=1), reference=Reference(steps=8))
@@ -93,6 +97,7 @@ class FlowMatchingModule(FlowModule):
         validate_nll: bool = False,
         channels_last: bool = False,
         compile: bool | str = False,
+        coupling: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         check_arguments(FlowMatchingModule.__init__, locals())
         one_of("units", units, ("natural", "velocity"))
@@ -101,11 +106,11 @@ class FlowMatchingModule(FlowModule):
         super().__init__(
             shape, levels, low, high, optimizer, lr_scheduler, warmup, ema_decay, reference, channels_last, compile
         )
-        objects = ("flow_map", "path", "optimizer", "lr_scheduler", "reference")
+        objects = ("flow_map", "path", "optimizer", "lr_scheduler", "reference", "coupling")
         self.save_hyperparameters(ignore=object_names(locals(), *objects))
         self.flow_map = flow_map
         self.average = copy_frozen(flow_map)
-        self.path = path or LinearPath()
+        self.path, self.coupling = path or LinearPath(), coupling
         self.units = units
         self.near_data = near_data
         self.validate_nll = validate_nll
@@ -217,11 +222,23 @@ class FlowMatchingModule(FlowModule):
         else:
             places = keys[:, None] + torch.arange(self.dim, device=x.device)
             noise = counter_normal(places, 3).to(x).reshape(x.shape)
+        if self.coupling is not None:
+            noise = self._coupled(self.coupling, noise, x)
         error = flow_map.velocity(self.path.sample(x, noise, t), t, cond)
         error = error - self.path.conditional_velocity(x, noise, t)
         if baseline is not None:
             error = baseline.to_axes(error) / (baseline.marginal_variances(t).sqrt() * baseline.angle_rate(t, t))
         return error
+
+    @staticmethod
+    def _coupled(coupling: Callable[[Tensor, Tensor], Tensor], noise: Tensor, x: Tensor) -> Tensor:
+        found = coupling(noise, x)
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            came = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"coupling(noise, data) answered {came}; noise like the data is expected, {tuple(x.shape)}"
+            )
+        return found.detach()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Conditional flow-matching loss."""
