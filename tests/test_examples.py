@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NOT_EXAMPLES = {"third_party_models.py", "posterior_tasks.py"}
+NOT_EXAMPLES = {"third_party_models.py", "posterior_tasks.py", "boltzmann_systems.py"}
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in NOT_EXAMPLES)
 
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan))"
