@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from boltzmann import generator
 from boltzmann_systems import SYSTEMS, System, annealed, moved
 
