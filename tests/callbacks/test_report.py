@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
 from datetime import datetime, timezone
+from html.parser import HTMLParser
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import f2d2_lightning as f2
 from f2d2_lightning.callbacks import RunLogger, TestReport
+from f2d2_lightning.callbacks._report_page import page
 from f2d2_lightning.callbacks._report_text import Report, other_metrics, read_curves, to_json, without_machine_paths
 from f2d2_lightning.callbacks.report import print_table
 from f2d2_lightning.callbacks.summary import Part
@@ -195,12 +198,55 @@ def test_numbers_are_json_for_any_parser(tested):
     assert json.loads(to_json({"a": [math.nan, {"b": math.inf}], "c": 1})) == {"a": [None, {"b": None}], "c": 1}
 
 
+class Seen(HTMLParser):
+    """What a page holds: text of its cells and headings, and sources of its pictures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.pictures, self.inside = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        assert tag != "script"
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        if tag in ("td", "h1", "h2"):
+            self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside is not None:
+            self.inside += data
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "h1", "h2"):
+            self.cells.append(self.inside)
+            self.inside = None
+
+
+def test_the_page_holds_the_same_numbers_and_its_pictures(tested):
+    run, _, rows = tested
+    seen = Seen((run / "report.html").read_text())
+    assert seen.cells[0] == "Test of F2D2Module on Pair"
+    for row in rows[:2]:
+        assert f"{row['nll']:.3f} ± {row['nll_standard_error']:.3f}" in seen.cells
+    names = re.findall(r"\]\((\w+\.png)\)", (run / "report.md").read_text())
+    assert names
+    held = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in seen.pictures]
+    assert held == [(run / name).read_bytes() for name in names]
+
+
+def test_tags_in_a_report_stay_text(tmp_path):
+    seen = Seen(page("# Test of <script>a()</script>\n\n| a |\n| --- |\n| <img src=x> |\n", tmp_path))
+    assert seen.cells == ["Test of <script>a()</script>", "<img src=x>"]
+    assert seen.pictures == []
+
+
 def test_a_second_test_writes_beside_the_first(tested):
     run, first, _ = tested
     now = texts(run)
     assert all(now[name] == content for name, content in first.items() if not name.startswith("metrics"))
     again = texts(run / "test-2")
-    assert {"report.md", "test_report.json", "samples.png"} <= set(again)
+    assert {"report.md", "report.html", "test_report.json", "samples.png"} <= set(again)
     # links are to the pictures beside it, the checkpoint is where it was
     assert b"](samples.png)" in again["report.md"]
     assert b"| checkpoint | `checkpoints/last.ckpt`, relative to the run's folder |" in again["report.md"]

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from f2d2_lightning.callbacks._gallery import Gallery, GalleryCallback, Measured
 from f2d2_lightning.callbacks._models import find_models
+from f2d2_lightning.callbacks._report_page import page
 from f2d2_lightning.callbacks._report_text import Report, likelihood_table, other_metrics, read_curves, to_json
 from f2d2_lightning.callbacks.summary import model_parts
 from f2d2_lightning.likelihood.model import LikelihoodModel
@@ -30,12 +31,13 @@ from f2d2_lightning.utils.files import whole_file
 
 
 class TestReport(GalleryCallback):
-    """After ``test`` of an :class:`~f2d2_lightning.F2D2Module`: a printed table, ``report.md``, figures, JSON.
+    """After ``test`` of an :class:`~f2d2_lightning.F2D2Module`: a printed table, ``report.md``, ``report.html``,
+    figures, JSON.
 
     The report names the model's parts, versions and command, and shows likelihoods, whatever else was logged as
     ``test/...`` (sample quality, for one), the training curve of a CSV logger, and the pictures that the data allow:
-    samples, calibration, NLL against steps, most and least likely images, densities in the plane. It refers to its
-    pictures by name, so that the folder can be moved.
+    samples, calibration, NLL against steps, most and least likely images, densities in the plane. ``report.md`` refers
+    to its pictures by name, so that the folder can be moved; ``report.html`` holds them, to be sent alone.
 
     Files that are there are not written over: the report of a second test goes to the folder ``test-2``, the next one
     to ``test-3``.
@@ -152,9 +154,10 @@ class TestReport(GalleryCallback):
             numbers["diagnosis"] = report.diagnosis.to_dict()
         texts = {"test_report.json": to_json(numbers), "report.md": report.markdown()}
         pictures = {f"{name}.png": figure for name, figure in figures.items()}
-        if not self.overwrite and any((folder / name).exists() for name in (*texts, *pictures)):
+        if not self.overwrite and any((folder / name).exists() for name in (*texts, "report.html", *pictures)):
             folder = unused(folder / "test", number=2)
         written = [save_figure(figure, folder / name) for name, figure in pictures.items()]
+        texts["report.html"] = page(texts["report.md"], folder)
         for name, text in texts.items():
             with whole_file(folder / name) as partial:
                 partial.write_text(text, encoding="utf-8")
