@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from f2d2_lightning import DivergenceHead, F2D2Module, FlowMap, GaussianBaseline, JointFlowMap, as_flow_map
 from f2d2_lightning.adapters import Adapter
 from f2d2_lightning.checkpoints import from_pretrained, read_description, save_pretrained
-from f2d2_lightning.checkpoints.pretrained import CONFIG, WEIGHTS
+from f2d2_lightning.checkpoints.pretrained import CONFIG, WEIGHTS, read_units
 from f2d2_lightning.checkpoints.trust import called
 from f2d2_lightning.flows import GaussianFlow, TrigonometricPath
+from f2d2_lightning.likelihood.units import Units
 from f2d2_lightning.modules.ema import copy_frozen
 from f2d2_lightning.nn import (
     MLP,
@@ -436,6 +437,32 @@ def test_configurations_that_are_wrong(saved, change, message):
     edit(saved, change)
     with pytest.raises(ValueError, match=message):
         from_pretrained(saved)
+
+
+WRONG_UNITS = [
+    *(3, [], "center", {"center": [0.0]}, {"center": [0.0], "scale": 1.0}, {"center": [0.0], "scale": [0.0]}),
+    *({"center": [0.0] * 3, "scale": [1.0]}, {"center": ["0"], "scale": [1.0]}, {"center": [True], "scale": [1.0]}),
+    *({"center": [0.0], "scale": [-1.0]}, {"center": [10**400], "scale": [1.0]}, {"center": [[0.0]], "scale": [1.0]}),
+]
+
+
+def test_units_come_back_and_wrong_ones_are_refused(tmp_path):
+    units = Units(torch.tensor([0.1, -3.0], dtype=torch.float32), torch.tensor([2.0, 1e-7], dtype=torch.float32))
+    alike = Units(*(torch.full((3, 8, 8), value, dtype=torch.float32) for value in (0.3, 4.0)))
+    for own, shape in ((units, (2,)), (alike, (3, 8, 8))):
+        save_pretrained(MLP(shape, width=8, blocks=1), tmp_path, units=own)
+        found = read_units(tmp_path)
+        assert torch.equal(found.center, own.center)
+        assert torch.equal(found.scale, own.scale)
+    assert len((tmp_path / "config.json").read_text()) < 2000  # what all entries have is written once
+    with pytest.raises(ValueError, match=r"rows of shape \(3, 8, 8\), and states have \(2,\)"):
+        save_pretrained(MLP((2,), width=8, blocks=1), tmp_path, units=alike)
+    save_pretrained(MLP((2,), width=8, blocks=1), tmp_path)
+    assert read_units(tmp_path) is None
+    for wrong in WRONG_UNITS:
+        edit(tmp_path, lambda content, wrong=wrong: content.update(units=wrong))
+        with pytest.raises(ValueError, match="units in a file are"):
+            read_units(tmp_path)
 
 
 def test_configurations_that_are_no_json(saved):

@@ -169,6 +169,29 @@ def test_a_table_in_its_own_units(folder, capsys):
     assert torch.allclose(got, expected, atol=1e-3)
     assert data.units.scale.tolist() == pytest.approx([1.0, 100.0, 0.01], rel=0.15)
 
+    # a saved folder takes and gives rows in the same units, if it was told them
+    about = {"shape": student.shape, "levels": student.levels, "low": student.low, "high": student.high}
+    f2.save_pretrained(student.average, "told", **about, units=data.units)
+    f2.save_pretrained(student.average, "untold", **about)
+    scores = {}
+    for model in ("mine/student/checkpoints/last.ckpt", "told", "untold"):
+        main(["nll", "--ckpt", model, "--data", "rows.csv", "--out", "again.csv", "--overwrite", "true"])
+        with open("again.csv", newline="") as file:
+            lines = csv.DictReader(line for line in file if not line.startswith("#"))
+            scores[model] = torch.tensor([float(line["log_prob"]) for line in lines], dtype=torch.float64)
+        assert ("saved without units=" in "".join(capsys.readouterr())) == (model == "untold")
+        main(["sample", "--ckpt", model, "--num", "50", "--out", "made.npz", "--overwrite", "true"])
+        made = np.load("made.npz")
+        few = student.sample(torch.from_numpy(made["noise"]), 4, with_log_prob=True)
+        if model == "untold":
+            assert np.allclose(made["x"], few.state.detach(), atol=1e-4)
+            continue
+        assert torch.allclose(scores[model], expected, atol=1e-3)
+        # by hand again
+        there = few.state.detach() * data.units.scale + data.units.center
+        assert np.allclose(made["x"], there, rtol=1e-4, atol=1e-4)
+        assert np.allclose(made["log_prob"], few.log_prob.detach() - data.units.scale.log().sum(), atol=1e-3)
+
 
 def test_a_network_of_ones_own(folder):
     (folder / "my_net.py").write_text(NET)

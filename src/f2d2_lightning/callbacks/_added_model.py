@@ -21,6 +21,7 @@ from f2d2_lightning.flows._held import HeldFlowMap, evaluating, weights_held
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.likelihood.error_bars import kept_bars, read_bars
 from f2d2_lightning.likelihood.reference import ReferenceChoice
+from f2d2_lightning.likelihood.units import Units
 from f2d2_lightning.modules._ranges import RANGE
 from f2d2_lightning.modules._teaching import KeptTeacher
 from f2d2_lightning.modules.distillation import DistilledModel, default_head
@@ -137,10 +138,10 @@ class AddedModel(DistilledModel):
 
     joint_map = joint
 
-    def export(self, path: str | Path) -> None:
+    def export(self, path: str | Path, units: Units | None = None) -> None:
         """Write network, head and conventions to a folder, for :func:`f2d2_lightning.from_pretrained`.
 
-        Under FSDP every process must call it; the first one writes.
+        Under FSDP every process must call it; the first one writes. ``units`` are those of a ``Table``.
         """
         state = whole_state(self._network)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -153,6 +154,7 @@ class AddedModel(DistilledModel):
                 high=self.high,
                 network_state=state,
                 error_bars=self.error_bars,
+                units=units,
             )
 
     def _head(self, kind: str) -> Head:

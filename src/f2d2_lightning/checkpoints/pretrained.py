@@ -26,6 +26,7 @@ from f2d2_lightning.checkpoints.descriptions import describe_model, given_places
 from f2d2_lightning.checkpoints.trust import check_extent, said, within_size
 from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.likelihood.error_bars import ErrorBars, kept_bars, read_bars
+from f2d2_lightning.likelihood.units import Units
 from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.utils.checks import checked, counts, listed
 from f2d2_lightning.utils.files import whole_file
@@ -37,6 +38,7 @@ __all__ = [
     "from_pretrained",
     "read_description",
     "read_error_bars",
+    "read_units",
     "save_pretrained",
 ]
 
@@ -76,12 +78,13 @@ def save_pretrained(
     high: float = 1.0,
     network_state: Mapping[str, Any] | None = None,
     error_bars: Mapping[int, ErrorBars] | None = None,
+    units: Units | None = None,
 ) -> FilePath:
     """Write a flow map or a joint map to a folder, for :func:`from_pretrained`.
 
     For a trained module: ``save_pretrained(module.average, folder, shape=module.shape, levels=module.levels,
-    low=module.low, high=module.high, error_bars=module.error_bars)``. Of somebody else's network in an adapter, the
-    weights are written, and how it is called; who reads the folder makes the network.
+    low=module.low, high=module.high, error_bars=module.error_bars)``, and ``units=data.units`` of a table. Of somebody
+    else's network in an adapter, the weights are written, and how it is called; who reads the folder makes the network.
 
     Args:
         model: Made of classes of this package. It is seen to that it can be made again before anything is written.
@@ -92,12 +95,15 @@ def save_pretrained(
         high: Upper edge.
         network_state: Weights of an adapted network, where they are sharded and had to be gathered; by default its own.
         error_bars: Of a model that was validated, by step count: ``module.error_bars``.
+        units: Of the rows whose states the model knows: ``units`` of the data module, a ``Table`` or ``Pairs``. The
+            commands then take and give rows in these units.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If a part is of another class, or was changed in a way that its arguments do not say.
+        ValueError: If a part is of another class, or was changed in a way that its arguments do not say; if units are
+            of rows of another shape.
         FileExistsError: If ``folder`` is a file.
 
     >>> import tempfile
@@ -115,6 +121,10 @@ def save_pretrained(
         model.directions.label,
     )
     content = describe_model(model) | ({"error_bars": kept_bars(error_bars)} if error_bars else {})
+    if units is not None:
+        if tuple(units.scale.shape) != about.shape:
+            raise ValueError(f"units are of rows of shape {tuple(units.scale.shape)}, and states have {about.shape}")
+        content["units"] = units.kept()
     tensors, shared = _once(whole_state(model, network_state))
     folder = FilePath(folder)
     if folder.is_file():
@@ -211,6 +221,17 @@ def read_error_bars(folder: str | FilePath) -> dict[int, ErrorBars]:
         ValueError: If they are no such values.
     """
     return read_bars(_read(folder)[0].get("error_bars"))
+
+
+def read_units(folder: str | FilePath) -> Units | None:
+    """Units of the rows that a saved model was trained on; ``None`` where it was saved without.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no configuration in it.
+        ValueError: If they are no such values.
+    """
+    content, about, _ = _read(folder)
+    return Units.read(content.get("units"), about.shape)
 
 
 def state_shape(model: nn.Module) -> Sequence[int]:

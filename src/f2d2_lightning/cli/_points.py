@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from f2d2_lightning.checkpoints.pretrained import read_units
 from f2d2_lightning.cli._common import class_count, imported, say, warn
 from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.data.images._reader import Framing, ImageFiles, read_images
@@ -23,9 +24,10 @@ from f2d2_lightning.data.images._stores import SUFFIXES
 from f2d2_lightning.data.images.folder import ImageFolder
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.data.rows import Rows, find_rows, holds_pairs, read_pairs
-from f2d2_lightning.data.table import Pairs, Table, Units
+from f2d2_lightning.data.table import Pairs, Table
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.likelihood.units import Units
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.training.loading import read_checkpoint
 from f2d2_lightning.utils.class_names import agree_on_classes, guessed_labels, labels_of
@@ -64,7 +66,8 @@ class Reading:
 def reading_of(checkpoint: str, given: Reading) -> Reading:
     """How the model of a checkpoint's training read files, with what was given besides."""
     if Path(checkpoint).is_dir():
-        return replace(given, units_unknown=True)
+        units = read_units(checkpoint)
+        return replace(given, units=units, units_unknown=units is None)
     kept = read_checkpoint(checkpoint)
     table, pairs, images = (kept.get(cls.__qualname__) for cls in (Table, Pairs, ImageFolder))
     for units in (table, pairs):
@@ -253,7 +256,7 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
         if reading.units is not None:
             rows, log_scale = reading.units.states(rows), reading.units.log_scale
         elif reading.units_unknown:
-            say(f"{path}: rows are taken as the model's states as they stand; a saved folder keeps no units of a table")
+            say(f"{path}: rows are taken as the model's states as they stand; the folder was saved without units=")
         check_values(rows, module.quantization)
         dataset = DequantizedDataset(rows, classes)
     no_labels = "give an .npz file with labels y of shape (N,), integers, or with theta and x"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from f2d2_lightning.cli._common import add_model, check_labels, load_model, say
 from f2d2_lightning.cli._mistakes import in_a_line, parsed
+from f2d2_lightning.cli._points import Reading, reading_of
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim
@@ -36,7 +37,12 @@ def sample_command(arguments: list[str]) -> None:
     add_model(parser)
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
     parser.add_argument("--num", type=PositiveInt, default=64, help="samples")
-    parser.add_argument("--out", type=str, default="samples.png", help=".png: picture; .npz: arrays x, noise, log_prob")
+    parser.add_argument(
+        "--out",
+        type=str,
+        default="samples.png",
+        help=".png: picture; .npz: arrays x, noise, log_prob, of a table in its units",
+    )
     for name, default, meaning in (
         ("scale", 0.0, "step size of a gradient step towards higher likelihood; 0 for no guidance"),
         ("steps", 1, "gradient steps towards higher likelihood, 0 for none"),
@@ -98,13 +104,17 @@ def _sample(options: Any) -> None:
         cond = None if label is None else torch.full((len(chunk),), label, device=module.device)
         made.append(module.sample(chunk.to(module.device), options.steps, cond, with_log_prob=True, guidance=guidance))
     state, log_prob = _joined(made, "state"), _joined(made, "log_prob")
+    units, states = reading_of(options.ckpt, Reading()).units, state
+    if units is not None:
+        state, log_prob = units.rows(state), log_prob - units.log_scale
     if out.suffix == ".npz":
         # the noise that led to x, which guidance has moved
         with whole_file(out) as partial, partial.open("wb") as file:
             np.savez(file, x=state.numpy(), noise=_joined(made, "noise").numpy(), log_prob=log_prob.numpy())
     else:
         columns = math.ceil(math.sqrt(options.num))
-        save_figure(sample_figure({plural(options.steps, "step"): state}, module.low, module.high, columns), out)
+        shown = state if state.ndim == 2 else states  # the range of pixels is that of states
+        save_figure(sample_figure({plural(options.steps, "step"): shown}, module.low, module.high, columns), out)
     if guidance is not None:
         before, after = (float(_joined(made, f"log_prob_{when}").mean()) for when in ("before", "after"))
         say(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,12 @@ from torch import Tensor
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.data.rows import as_pairs, find_rows, read_pairs
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.likelihood.units import Units
 from f2d2_lightning.utils.checks import positive
 from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["Pairs", "Table", "Units"]
-
-
-@dataclass(frozen=True)
-class Units:
-    """Of rows, shape of one each: a state is what is left of a row without ``center``, in ``scale``."""
-
-    center: Tensor
-    scale: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Units:
-        """Mean and deviation of rows ``(N, ...)``, of a column each for itself."""
-        # entries of images and the like differ in scale for other reasons
-        axes = (0,) if rows.ndim == 2 else tuple(range(rows.ndim))
-        found = (rows.double().mean(axes), rows.double().std(axes))
-        center, deviation = (part.float().expand(rows.shape[1:]).clone() for part in found)
-        # a constant stays one, and is said by the checks before training
-        return cls(center, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
-
-    @property
-    def log_scale(self) -> float:
-        """Logarithm of the volume, in the units of the rows, of a unit of the states."""
-        return float(self.scale.double().log().sum())
-
-    def states(self, rows: Tensor) -> Tensor:
-        """Rows ``(N, ...)`` as states."""
-        return (rows - self.center) / self.scale
-
-    def rows(self, states: Tensor) -> Tensor:
-        """States ``(N, ...)`` as rows."""
-        return states * self.scale + self.center
+__all__ = ["Pairs", "Table"]
 
 
 class Table(FlowDataModule):

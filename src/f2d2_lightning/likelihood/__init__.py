@@ -18,6 +18,7 @@ from f2d2_lightning.likelihood.quantization import (
 )
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.likelihood.sampling import Samples, sample
+from f2d2_lightning.likelihood.units import Units
 
 __all__ = [
     "DequantizationBounds",
@@ -34,6 +35,7 @@ __all__ = [
     "ReferenceChoice",
     "Samples",
     "SelfGuidance",
+    "Units",
     "bits_per_dim",
     "check_data",
     "dequantization_bounds",
