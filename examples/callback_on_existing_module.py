@@ -75,6 +75,8 @@ def main() -> None:
     _, plain = train(options.steps, [])
 
     f2d2 = f2.F2D2Callback("net", MeanFlow(directions="both"), levels=17)  # the line
+    if options.steps < 100:
+        f2d2.reference, f2d2.reference_samples = f2.Reference(steps=8), 4
     _, trainer = train(options.steps, [f2d2])
 
     losses = [float(t.callback_metrics["val/meanflow"]) for t in (plain, trainer)]
