@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 import zipfile
@@ -191,6 +192,13 @@ def test_a_table_in_its_own_units(folder, capsys):
         there = few.state.detach() * data.units.scale + data.units.center
         assert np.allclose(made["x"], there, rtol=1e-4, atol=1e-4)
         assert np.allclose(made["log_prob"], few.log_prob.detach() - data.units.scale.log().sum(), atol=1e-3)
+    # what guidance says of log p is in them as well
+    guided = []
+    for model in ("told", "untold"):
+        given = ("--guidance_scale", "0.01", "--out", "made.npz", "--overwrite", "true")
+        main(["sample", "--ckpt", model, "--num", "50", *given])
+        guided.append(float(re.search(r"one-step log p (\S+)", "".join(capsys.readouterr()))[1]))
+    assert guided[1] - guided[0] == pytest.approx(data.log_scale, abs=2e-3)
 
 
 def test_a_network_of_ones_own(folder):

@@ -86,6 +86,8 @@ def _sample(options: Any) -> None:
         guidance = None
     refuse_to_overwrite(out, options.overwrite)
     module = load_model(options)
+    units = reading_of(options.ckpt, Reading()).units
+    below = 0.0 if units is None else units.log_scale
     # drawn on the CPU, so that a seed gives the same samples on any device
     noise = torch.randn(options.num, *module.shape, generator=torch.Generator().manual_seed(options.seed))
     if any(isinstance(part, Backbone) and part.condition is not None for part in module.joint_map.modules()):
@@ -103,20 +105,18 @@ def _sample(options: Any) -> None:
     for chunk in track(noise.split(options.batch_size), description="sampling", transient=True):
         cond = None if label is None else torch.full((len(chunk),), label, device=module.device)
         made.append(module.sample(chunk.to(module.device), options.steps, cond, with_log_prob=True, guidance=guidance))
-    state, log_prob = _joined(made, "state"), _joined(made, "log_prob")
-    units, states = reading_of(options.ckpt, Reading()).units, state
-    if units is not None:
-        state, log_prob = units.rows(state), log_prob - units.log_scale
+    state, log_prob = _joined(made, "state"), _joined(made, "log_prob") - below
+    rows = state if units is None else units.rows(state)
     if out.suffix == ".npz":
         # the noise that led to x, which guidance has moved
         with whole_file(out) as partial, partial.open("wb") as file:
-            np.savez(file, x=state.numpy(), noise=_joined(made, "noise").numpy(), log_prob=log_prob.numpy())
+            np.savez(file, x=rows.numpy(), noise=_joined(made, "noise").numpy(), log_prob=log_prob.numpy())
     else:
         columns = math.ceil(math.sqrt(options.num))
-        shown = state if state.ndim == 2 else states  # the range of pixels is that of states
+        shown = rows if rows.ndim == 2 else state  # the range of pixels is that of states
         save_figure(sample_figure({plural(options.steps, "step"): shown}, module.low, module.high, columns), out)
     if guidance is not None:
-        before, after = (float(_joined(made, f"log_prob_{when}").mean()) for when in ("before", "after"))
+        before, after = (float(_joined(made, f"log_prob_{when}").mean()) - below for when in ("before", "after"))
         say(
             f"guided in {plural(guidance.steps, 'step')} of scale {guidance.scale:g}: one-step log p {before:.3f} "
             f"before, {after:.3f} nats after"

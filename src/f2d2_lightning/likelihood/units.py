@@ -46,9 +46,7 @@ class Units:
     def kept(self) -> dict[str, list[float]]:
         """As plain values, for a file: one where all entries of a row have the same, else all of them in order."""
         parts = {name: part.flatten() for name, part in vars(self).items()}
-        return {
-            name: part.unique().tolist() if len(part.unique()) == 1 else part.tolist() for name, part in parts.items()
-        }
+        return {name: (part[:1] if bool((part == part[0]).all()) else part).tolist() for name, part in parts.items()}
 
     @classmethod
     def read(cls, kept: Any, shape: Sequence[int]) -> Units | None:
