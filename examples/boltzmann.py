@@ -5,9 +5,8 @@ particles are alike and that space has no directions (Satorras et al., "E(n) Equ
 https://arxiv.org/abs/2102.09844, and Schütt et al., "PaiNN", 2021, https://arxiv.org/abs/2102.03150), and its few-step
 student. For the student at each step count, with the density of its own jumps (exact determinants) and with what its
 head says, and for the teacher's ODE: the effective sample size as a share of the samples, ``log Z`` beside that of
-annealed populations, the same with the largest weights clipped, the mean energy, and the time a sample takes.
-Half an hour on one core for ``dw4``;
-``--steps 20`` shows that it runs. What was measured is in ``docs/BOLTZMANN.md``.
+annealed populations, the same with the largest weights clipped, the mean energy, and the time a sample takes. Half an
+hour on one core for ``dw4``; ``--steps 20`` shows that it runs. What was measured is in ``docs/BOLTZMANN.md``.
 
     python examples/boltzmann.py --system lj13
 """
@@ -122,9 +121,9 @@ def weighed(system: System, draw: Callable[[Tensor], tuple[Tensor, Tensor]], cou
         x, log_q = draw(noise)
         energy = system.energy(x.double())
         weights = ImportanceWeights(-energy, log_q)
-        clipped, shares = weights.clipped(0.999), (float(weights.effective_sample_size) / count,)
-        offs = [float(each.log_normalizer.value) - system.log_z[0] for each in (weights, clipped)]
-        shares += (float(clipped.effective_sample_size) / count,)
+        both = (weights, weights.clipped(0.999))
+        shares = [float(each.effective_sample_size) / count for each in both]
+        offs = [float(each.log_normalizer.value) - system.log_z[0] for each in both]
         found.append((float(log_q.mean()), *shares, *offs, abs(offs[0]), float(weights.mean(energy).value)))
     seconds = time.perf_counter() - begin
     log_q, ess, cut, off, cut_off, size, energy = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
