@@ -130,7 +130,20 @@ def test_tangents_in_half_precision(name):
     assert divergence.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def by_two_reverse_passes(function, x, v):
+    """The value, and ``v^T J v`` summed: torch's gradients of that are right, those of its tangents are not."""
+    x = x.requires_grad_(True)
+    value = function(x)
+    (back,) = torch.autograd.grad(value, x, v, create_graph=True)
+    return value, back * v
+
+
+def by_a_tangent(function, x, v):
+    value, moved = jacobian_product(function, x, v)
+    return value, moved * v
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_tangents_are_differentiable(name):
     network, x, s, t = make(name)
     v = torch.randn_like(x)
@@ -138,12 +151,25 @@ def test_tangents_are_differentiable(name):
     def slope(product):
         network.zero_grad()
         moved = x.clone().requires_grad_(True)
-        (product(lambda y: network(y, s, t), moved, v)[1] * v).sum().backward()
-        # an output's bias does not enter: torch gives it zeros, the rules nothing
-        return [moved.grad, *(torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters())]
+        value, along = product(lambda y: network(y, s, t), moved, v)
+        (value.square().sum() + along.sum()).backward()
+        return [moved.grad, *(parameter.grad for parameter in network.parameters())]
 
-    for got, expected in zip(slope(jacobian_product), slope(own_rules), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    for got, expected in zip(slope(by_a_tangent), slope(by_two_reverse_passes), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "norm" in name])
+def test_tangents_of_normalisations_are_differentiable(name):
+    function, shape = OPERATIONS[name]
+    torch.manual_seed(0)
+    x, v = torch.randn(2, *shape, dtype=torch.float64)
+    got, expected = (
+        torch.autograd.grad(product(function, y, v)[1].sum(), y)[0]
+        for product, y in ((by_a_tangent, x.clone().requires_grad_(True)), (by_two_reverse_passes, x.clone()))
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    assert float(expected.abs().max()) > 1e-2
 
 
 class Convolutions(TorchDispatchMode):

@@ -228,24 +228,33 @@ def _layer_norm(
     *rest: Any,
     **named: Any,
 ) -> Tensor | None:
-    tangent = _own_tangent(input, weight, bias)
-    if tangent is None:
-        return None
-    x = forward_ad.unpack_dual(input).primal
-    value, mean, inverse = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-    rows = (*x.shape[: x.ndim - len(normalized_shape)], -1)
-    moved = _normalized_tangent(
-        x.reshape(rows), tangent.reshape(rows), mean.reshape(*rows[:-1], 1), inverse.reshape(*rows[:-1], 1)
-    ).reshape(x.shape)
+    x, leading = forward_ad.unpack_dual(input).primal, input.shape[: input.ndim - len(normalized_shape)]
+    if torch.is_grad_enabled():
+        # torch's own rule holds the statistics constant: gradients of its tangents are wrong, without a word
+        # (https://github.com/pytorch/pytorch/issues/196700)
+        tangent = _tangent(input) if _constant(weight, bias) else None
+        if tangent is None:
+            return None
+        value = func(x, normalized_shape, weight, bias, eps, *rest, **named)
+        x, tangent = x.to(value.dtype), tangent.to(value.dtype)
+        flat = x.reshape(*leading, -1)
+        mean, inverse = flat.mean(-1), (flat.var(-1, correction=0) + eps).rsqrt()
+    else:
+        tangent = _own_tangent(input, weight, bias)
+        if tangent is None:
+            return None
+        value, mean, inverse = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    each, rows = (*leading, 1), (*leading, -1)
+    moved = _normalized_tangent(x.reshape(rows), tangent.reshape(rows), mean.reshape(each), inverse.reshape(each))
+    moved = moved.reshape(x.shape)
     return forward_ad.make_dual(value, moved if weight is None else moved * weight)
 
 
 def _normalized_tangent(x: Tensor, tangent: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """Tangent of ``(x - mean) / deviation`` over the last axis, with ``inverse`` one over the deviation."""
-    normal = (x - mean).mul_(inverse)
+    normal = (x - mean) * inverse
     along = (normal * tangent).mean(-1, keepdim=True)
-    moved = tangent - tangent.mean(-1, keepdim=True)
-    return moved.sub_(normal.mul_(along)).mul_(inverse)
+    return (tangent - tangent.mean(-1, keepdim=True) - normal * along) * inverse
 
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
