@@ -88,6 +88,32 @@ def test_a_networks_own_density(shape, count):
     assert torch.equal(made.state, f2.sample(joint, x, 2).state)
 
 
+@pytest.mark.parametrize("ask", ["sample", "log_prob", "inverted"])
+def test_what_is_exact_has_the_gradients_of_its_differences(ask):
+    joint, x, weight = student((3,)).requires_grad_(True), torch.randn(4, 3), torch.randn(4)
+    about = next(p for name, p in joint.flow_map.named_parameters() if name.endswith("outlet.weight"))
+
+    def value(moved, noise):
+        if ask == "sample":
+            return f2.sample(joint, noise, 2, with_log_prob=True, determinant=moved).log_prob @ weight
+        inversion = Inversion("newton") if ask == "inverted" else None
+        return f2.log_prob(joint, noise, 2, inversion=inversion, determinant=moved).value @ weight
+
+    states = x.clone().requires_grad_(True)
+    found = torch.autograd.grad(value("exact", states), (states, about))
+    for part, place, index in ((states, x, (1, 2)), (about, about.data, (0, 5))):
+        differences, kept = [], place[index].item()
+        for step in (1e-5, -1e-5):
+            place[index] = kept + step
+            with torch.no_grad():
+                differences.append(float(value("exact", x)))
+        place[index] = kept
+        slope = found[0 if part is states else 1][index]
+        close(slope, torch.tensor((differences[0] - differences[1]) / 2e-5), rtol=1e-4, atol=1e-6)
+    if ask != "inverted":
+        assert not value(Determinant(probes=2, lanczos=2), x).requires_grad
+
+
 def test_conditions_stay_with_their_states():
     joint, x, labels = student((4,), cond=True), torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
     for determinant in ("exact", Determinant(probes=400, lanczos=4)):

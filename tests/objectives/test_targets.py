@@ -106,6 +106,33 @@ def test_many_dimensions_are_measured_with_a_probe_that_stays():
     assert choice.probes == 0 or choice.noise * choice.probes**0.5 > 3 * choice.bias
 
 
+@pytest.mark.parametrize("dim", [16, 100])
+@pytest.mark.parametrize("fitted", [True, False])
+def test_the_spread_is_that_of_log_p_and_not_of_probes(dim, fitted):
+    flow, x, baseline = mixture(dim, 0.3)
+    quartiles = flow.log_prob(x, torch.ones(64)).quantile(torch.tensor([0.25, 0.75]))
+    choice = choose_targets(flow.velocity, x, baseline=baseline if fitted else None, grids=GRIDS, affordable=300.0)
+    assert choice.spread == pytest.approx(float(quartiles[1] - quartiles[0]) / 1.35, rel=0.1)
+
+
+def test_measuring_costs_the_same_in_any_dimension():
+    """A network that is slow makes it long, and not more so because an exact divergence would be affordable."""
+
+    def rows(dim):
+        flow, x, baseline = mixture(dim, 0.3)
+        asked = []
+
+        def velocity(x, t, cond):
+            asked.append(len(x))
+            return flow.velocity(x, t, cond)
+
+        choose_targets(velocity, x, baseline=baseline, grids=GRIDS, estimator=Hutchinson())
+        return sum(asked) / len(x)
+
+    assert rows(64) < 2000
+    assert rows(256) < 2000
+
+
 def test_what_cannot_be_afforded_is_said():
     flow, x, baseline = mixture(7, 0.05)
     rich = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS)

@@ -63,9 +63,9 @@ def log_prob(
         inversion: Invert the map's steps to data instead of using its steps to noise. Unconverged samples get
             NaN, ``converged`` says which, and a warning counts them.
         determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: take the change of volume of the map's own
-            jumps in the place of what the head says of them, without gradients. With ``inversion`` that is the density
-            of the sampler itself; of a map to noise the density that it pulls back, of which a sampler that it inverts
-            draws.
+            jumps in the place of what the head says of them; an estimate has no gradients. With ``inversion`` that is
+            the density of the sampler itself; of a map to noise the density that it pulls back, of which a sampler that
+            it inverts draws.
 
     Returns:
         ``value`` in nats, ``(B,)``; one evaluation per step without inversion. Under ``torch.no_grad`` or with

@@ -95,7 +95,6 @@ class Determinant:
     def _probes(self, dim: int) -> int:
         return (0 if dim <= EXACT_UP_TO else 4) if self.probes is None else self.probes
 
-    @torch.no_grad()
     def jump(
         self,
         joint_map: JointMap,
@@ -105,14 +104,21 @@ class Determinant:
         cond: Cond | None = None,
         keys: Tensor | None = None,
     ) -> tuple[Jump, Tensor | None]:
-        """A jump whose change of log-density is that of its own volume, without gradients.
+        """A jump whose change of log-density is that of its own volume.
 
-        ``keys`` are those of its probes, ``(B,)``, by default of ``x`` (:meth:`keys`).
+        What is exact has gradients, as the caller says; an estimate has none. ``keys`` are those of its probes,
+        ``(B,)``, by default of ``x`` (:meth:`keys`).
 
         Returns:
             The jump, and the standard error of the change over probes, ``(B,)``, nats; ``None`` of what is exact and of
             a single probe.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._probes(x[0].numel())):
+            return self._jump(joint_map, x, s, t, cond, keys)
+
+    def _jump(
+        self, joint_map: JointMap, x: Tensor, s: float, t: float, cond: Cond | None, keys: Tensor | None
+    ) -> tuple[Jump, Tensor | None]:
         start, end = expand_time(s, x), expand_time(t, x)
         state, baseline = joint_map.jump(x, s, t, cond).state, baseline_of(joint_map)
         fit = baseline if baseline is not None and bool(baseline.fitted) else None

@@ -126,8 +126,8 @@ def sample(
         cond: Conditioning, first axis ``B``, or 1 for all: a tensor, or a tuple or dictionary of them.
         with_log_prob: Also the samples' log-density, at no further evaluation; needs a joint map.
         determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: the log-density by the change of volume of
-            the map's own jumps, which is that of the sampler itself, in the place of what the head says; without
-            gradients.
+            the map's own jumps, which is that of the sampler itself, in the place of what the head says; an estimate
+            has no gradients.
 
     Returns:
         Samples at ``t = 1``; one evaluation per step. Under ``torch.no_grad`` or with gradients, as the caller says.

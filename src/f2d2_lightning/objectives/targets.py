@@ -39,8 +39,10 @@ BIAS, NOISE = 0.005, 0.1
 """What is allowed of a trajectory's log p, in spreads: mean absolute bias, root mean square of noise."""
 GAUSSIAN = 0.02
 """Difference to the Gaussian fit's log p, in spreads, below which a teacher has learned nothing."""
-EXACT_UP_TO = 64
+EXACT_UP_TO = 8
 """Dimensions up to which bias is measured with exact divergences, and above with probes that stay as they are."""
+SPREAD_PROBES = 2
+"""Probes of each of the two answers whose mean has the spread, where divergences are not exact."""
 PASSES = 3.0
 """Cost of a derivative in forward mode, in evaluations."""
 
@@ -122,6 +124,12 @@ def target_log_prob(
         return integrated_log_prob(TeacherSource(velocity, estimator), x, times[::-1], cond, baseline)[1]
 
 
+def _scatter(one: Tensor, other: Tensor) -> float:
+    """Root mean square of the noise of each of two answers, over the states where both are finite."""
+    apart = (one - other).square()
+    return math.sqrt(float(apart[apart.isfinite()].mean()) / 2)
+
+
 def choose_targets(
     velocity: Callable[..., Tensor],
     x: Tensor,
@@ -156,24 +164,30 @@ def choose_targets(
     def ask(how: DivergenceEstimator, nodes: int, near_data: float, seed: int = 7) -> Tensor:
         return target_log_prob(velocity, how, nodes=nodes, near_data=near_data, seed=seed, **shared).cpu().double()
 
-    # with one and the same probe all along, few and many nodes differ by what the nodes make
+    # with one and the same probe all along, few and many nodes differ by what the nodes make: by as much as with the
+    # exact divergence, which takes as many derivatives as there are dimensions (docs/RECIPE.md)
     still: DivergenceEstimator = Exact(mode=mode) if dim <= EXACT_UP_TO else StillProbe(x, baseline, mode)
-    truth = ask(still, 2 * NODES[-1] if dim <= EXACT_UP_TO else NODES[-1], 0.25)
-    good = truth.isfinite()
+    truth = ask(still, 2 * NODES[-1], 0.25)
+    value, scatter = truth, 0.0
+    if dim > EXACT_UP_TO:
+        # but it scatters log p from state to state, which probes that are redrawn do far less
+        redrawn = with_probes(SPREAD_PROBES, mode, control=baseline)
+        one, other = (ask(redrawn, NODES[-1], 0.25, seed) for seed in (7, 8))
+        value, scatter = (one + other) / 2, _scatter(one, other) / 2**0.5
+    good = truth.isfinite() & value.isfinite()
     if int(good.sum()) < 3:
         raise FloatingPointError(
             f"the teacher's log-likelihood is finite for {int(good.sum())} of {len(x)} points of the data; check the "
             "teacher: its own samples, and the range of the data"
         )
-    spread = max(spread_of(truth[good]), 1e-2)
+    spread = max(math.sqrt(max(0.0, spread_of(value[good]) ** 2 - scatter**2)), 1e-2)
     beyond = None
     if baseline is not None:
         fit = baseline.log_prob(x, torch.ones(len(x), dtype=x.dtype, device=x.device)).cpu().double()
-        beyond = float((truth - fit)[good].abs().mean()) / spread
+        beyond = float((value - fit)[good].abs().mean()) / spread
 
     def noise_of(how: DivergenceEstimator, nodes: int, near_data: float) -> float:
-        one, other = (ask(how, nodes, near_data, seed)[good] for seed in (7, 8))
-        return float((one - other).square().mean().sqrt()) / 2**0.5
+        return _scatter(*(ask(how, nodes, near_data, seed)[good] for seed in (7, 8)))
 
     tried: list[tuple[float, float, int, float]] = []  # bias, cost with one probe, nodes, near_data
     for nodes in NODES:
