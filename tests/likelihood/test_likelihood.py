@@ -120,6 +120,39 @@ def test_inversion_counts_its_evaluations(gaussian, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_an_inversion_begins_where_it_is_told(gaussian, method, steps):
+    noise, inversion = torch.randn(4, *gaussian.shape), Inversion(method)
+    flow = ToData(gaussian.field)
+    with torch.no_grad():
+        x = sample(flow, noise, steps).state
+        cold = log_prob(flow, x, steps, inversion=inversion)
+        warm = log_prob(flow, x, steps, inversion=inversion, start=noise)
+    close(warm.value, cold.value)
+    close(warm.noise, noise)
+    # one look at each step, one for the change of log-density, and the way from the start to where each step begins
+    look = 1 if method == "anderson" else 1 + noise[0].numel()
+    assert warm.evaluations == steps * look + steps + steps - 1
+    assert warm.evaluations < cold.evaluations
+    with pytest.raises(ValueError, match=r"start is where an inversion begins.* no inversion"):
+        log_prob(flow, x, steps, start=noise)
+    with pytest.raises(ValueError, match=r"got shape \(3, "):
+        log_prob(flow, x, steps, inversion=inversion, start=noise[:3])
+
+
+def test_of_several_noises_an_inversion_finds_the_near_one():
+    class Folded(JointMap):
+        """Noise of either sign leads to the same place, in one step."""
+
+        def joint(self, x, s, t, cond):
+            return Joint(x.square() - x, torch.zeros(len(x)))
+
+    x = torch.full((2, 1), 4.0)
+    found = log_prob(Folded(), x, 1, inversion=Inversion("newton"), start=torch.tensor([[1.5], [-1.5]]))
+    close(found.noise, torch.tensor([[2.0], [-2.0]]))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_inversion_of_a_nonlinear_map(method):
     flow = Logistic()
     x = flow.data(6)

@@ -50,6 +50,7 @@ def log_prob(
     cond: Cond | None = None,
     *,
     inversion: Inversion | None = None,
+    start: Array | None = None,
     determinant: Determinant | str | None = None,
 ) -> LogProb:
     """Log-likelihood of data.
@@ -62,6 +63,9 @@ def log_prob(
         cond: Conditioning, first axis ``B``, or 1 for all: a tensor, or a tuple or dictionary of them.
         inversion: Invert the map's steps to data instead of using its steps to noise. Unconverged samples get
             NaN, ``converged`` says which, and a warning counts them.
+        start: Noise near what leads to ``x``, shape of ``x``, where the inversion begins: that of an earlier answer,
+            of a map that has been trained on since. Few iterations are then needed, and where several noises lead to
+            ``x`` it is the near one. By default each step begins where it lands.
         determinant: ``"exact"``, ``"estimate"`` or a :class:`Determinant`: take the change of volume of the map's own
             jumps in the place of what the head says of them; an estimate has no gradients. With ``inversion`` that is
             the density of the sampler itself; of a map to noise the density that it pulls back, of which a sampler that
@@ -88,8 +92,16 @@ def log_prob(
     cond = as_cond(cond, x)
     check_cond(cond, len(x), joint_map)
     grid, determinant = time_grid(steps, to_noise=True), Determinant.said(determinant)
+    if start is not None:
+        start = as_states(start, "start", joint_map)
+        if inversion is None or start.shape != x.shape:
+            came = "no inversion" if inversion is None else f"shape {tuple(start.shape)}"
+            raise ValueError(
+                f"start is where an inversion begins, for each state of shape {tuple(x.shape)}; got {came}; leave it "
+                "out, or give inversion=Inversion() and the noise of an earlier answer for the same states"
+            )
     if inversion is not None:
-        return _by_inversion(joint_map, x, grid, cond, inversion, determinant)
+        return _by_inversion(joint_map, x, grid, cond, inversion, determinant, start)
     if Direction.TO_NOISE not in joint_map.directions:
         raise ValueError(
             f"{type(joint_map).__name__} only goes to data (directions={joint_map.directions}), and the likelihood of "
@@ -100,6 +112,15 @@ def log_prob(
     return LogProb(value, way.state, way.evaluations, standard_error=way.standard_error)
 
 
+@torch.no_grad()
+def _led_to(joint_map: JointMap, noise: Tensor, grid: Sequence[float], cond: Cond | None) -> list[Tensor]:
+    """Where noise is after each of the map's steps to data but the last, the latest first; itself comes last."""
+    states = [noise]
+    for t, s in itertools.pairwise(grid[:0:-1]):
+        states.append(joint_map.jump(states[-1], t, s, cond).state)
+    return states[::-1]
+
+
 def _by_inversion(
     joint_map: JointMap,
     x: Tensor,
@@ -107,16 +128,19 @@ def _by_inversion(
     cond: Cond | None,
     inversion: Inversion,
     determinant: Determinant | None,
+    start: Tensor | None = None,
 ) -> LogProb:
-    state, change, evaluations, variance = x, x.new_zeros(len(x)), 0, None
+    starts = [None] * (len(grid) - 1) if start is None else _led_to(joint_map, start, grid, cond)
+    state, change, variance = x, x.new_zeros(len(x)), None
+    evaluations = 0 if start is None else len(grid) - 2
     converged = torch.ones(len(x), dtype=torch.bool, device=x.device)
     keys = None if determinant is None else determinant.keys(x)
-    for t, s in itertools.pairwise(grid):
+    for (t, s), begin in zip(itertools.pairwise(grid), starts, strict=True):
 
         def displacement(y: Tensor, s: float = s, t: float = t) -> Tensor:
             return (t - s) * joint_map(y, s, t, cond).velocity
 
-        solution = inversion.solve(displacement, state)
+        solution = inversion.solve(displacement, state, begin)
         state = solution.state
         converged = converged & solution.converged
         way = walk(joint_map, state, [s, t], cond, determinant, keys)

@@ -73,12 +73,13 @@ class Inversion:
         if self.tolerance is not None:
             positive(tolerance=self.tolerance)
 
-    def solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor) -> Solution:
+    def solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor, start: Tensor | None = None) -> Solution:
         """The ``y`` with ``y + displacement(y) = x``.
 
         Args:
             displacement: ``y -> (t - s) u(y, s, t)``, shape of ``x``.
             x: Where the step lands, ``(B, ...)``.
+            start: Where the search begins, shape of ``x``; by default ``x``.
 
         Returns:
             The solution per sample; differentiable with respect to ``x`` and to the parameters of ``displacement``
@@ -87,13 +88,13 @@ class Inversion:
         """
         # a network in lower precision answers in steps, between which no iteration finds a solution
         with torch.autocast(x.device.type, enabled=False):
-            return self._solve(displacement, x)
+            return self._solve(displacement, x, x if start is None else start)
 
-    def _solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor) -> Solution:
+    def _solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor, start: Tensor) -> Solution:
         tolerance = self.tolerance or (1e-10 if x.dtype == torch.float64 else 1e-5)
         find = self._anderson if self.method == "anderson" else self._newton
         with torch.no_grad():
-            y, residual, evaluations = find(displacement, x.detach(), tolerance)
+            y, residual, evaluations = find(displacement, x.detach(), start.detach(), tolerance)
         # far out rounding is larger than the tolerance, and where it cancels it looks like a solution
         lengths = (v.reshape(len(x), -1).square().mean(-1).sqrt() for v in (y, x.detach()))
         rounding, least = (torch.finfo(x.dtype).eps * length for length in lengths)
@@ -103,10 +104,10 @@ class Inversion:
         return Solution(y, converged, residual, evaluations)
 
     def _anderson(
-        self, displacement: Callable[[Tensor], Tensor], x: Tensor, tolerance: float
+        self, displacement: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, tolerance: float
     ) -> tuple[Tensor, Tensor, int]:
         flat = lambda v: v.reshape(len(x), -1)  # noqa: E731
-        y = x.clone()
+        y = start.clone()
         best, best_residual = y.clone(), x.new_full((len(x),), torch.inf)
         states: list[Tensor] = []
         moves: list[Tensor] = []
@@ -136,11 +137,11 @@ class Inversion:
         return best, best_residual, evaluations
 
     def _newton(
-        self, displacement: Callable[[Tensor], Tensor], x: Tensor, tolerance: float
+        self, displacement: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, tolerance: float
     ) -> tuple[Tensor, Tensor, int]:
         dim = x[0].numel()
-        best, best_residual, evaluations = x.clone(), x.new_full((len(x),), torch.inf), 0
-        y, damping = x.clone(), x.new_ones(len(x))
+        best, best_residual, evaluations = start.clone(), x.new_full((len(x),), torch.inf), 0
+        y, damping = start.clone(), x.new_ones(len(x))
         direction = torch.zeros_like(x).reshape(len(x), -1)
         for _ in range(self.max_iterations):
             moved, jacobian = map_jacobian(lambda v: v + displacement(v), y)
@@ -184,7 +185,7 @@ class Inversion:
                 found = _solve_transposed(product, scaled)
                 converged = found.reshape(len(x), -1).isfinite().all(-1)
             else:
-                found, residual, _ = self._anderson(product, scaled, tolerance)
+                found, residual, _ = self._anderson(product, scaled, scaled, tolerance)
                 converged = residual <= tolerance
             # what came in as NaN goes out as NaN, which is nothing to say here
             failed = ~converged & gradient.reshape(len(x), -1).isfinite().all(-1)
