@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NOT_EXAMPLES = {"third_party_models.py", "posterior_tasks.py", "boltzmann_systems.py"}
-NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in NOT_EXAMPLES)
+NOT_EXAMPLES = {
+    "third_party_models.py",
+    "posterior_tasks.py",
+    "boltzmann_systems.py",
+    "policy_task.py",
+    "policy_maps.py",
+}
+OTHERWISE = {"policy.py"}
+"""It has returns and no likelihoods of data: ``test_policy.py``."""
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in NOT_EXAMPLES | OTHERWISE)
 
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan))"
 
