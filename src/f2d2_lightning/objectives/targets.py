@@ -180,7 +180,9 @@ def choose_targets(
             f"the teacher's log-likelihood is finite for {int(good.sum())} of {len(x)} points of the data; check the "
             "teacher: its own samples, and the range of the data"
         )
-    spread = max(math.sqrt(max(0.0, spread_of(value[good]) ** 2 - scatter**2)), 1e-2)
+    # a variance of so few values is not known better than to this share: what is left of it may be too little
+    seen, least = spread_of(value[good]), (2 / int(good.sum())) ** 0.25
+    spread = max(math.sqrt(max(0.0, seen**2 - scatter**2)), least * seen, 1e-2)
     beyond = None
     if baseline is not None:
         fit = baseline.log_prob(x, torch.ones(len(x), dtype=x.dtype, device=x.device)).cpu().double()
