@@ -8,7 +8,7 @@ in the reward (entropy):
 - ``ode``: a flow; actions and their log q by 20 evaluations and exact divergences;
 - ``jump``: one step of a flow map, its log q by the exact determinant of its own jump, its noise for an action by an
   inversion that begins where the action came from;
-- ``head``: the same, but log q as the divergence head says it; after each update the head learns the determinants of a
+- ``head``: the same, but log q as the divergence head says it; in each update the head learns the determinants of a
   share of the actions.
 
 A round of updates is taken back where the mean ratio over the old policy's actions is not 1, as that of two densities

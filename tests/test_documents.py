@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,21 +14,17 @@ from PIL import Image
 
 from documents import commands_of, python_of
 from f2d2_lightning.cli._configs import config_names
+from launching import output_of
 
 HOUSE = Path(__file__).parent.parent
 PAGES = [
     *(HOUSE / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted(page for folder in ("docs", "docs/notebooks") for page in (HOUSE / folder).glob("*.md")),
 ]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "F2D2_DOCS_STEPS": "2", "MPLBACKEND": "agg"}
 
 
 def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, f"{shlex.join(command)[:500]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    return output_of(command, folder, timeout=600, F2D2_DOCS_STEPS="2", MPLBACKEND="agg")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if python_of(p)], ids=lambda page: page.stem)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from launching import output_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOT_EXAMPLES = {
@@ -28,18 +28,9 @@ NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan))"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_example_runs_in_its_short_form(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, "--steps", "10"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = dict(re.findall(r"^(\d+) steps?: (.*)$", done.stdout, re.MULTILINE))
-    assert {"1", "2", "4", "8"} <= set(lines), done.stdout
+    printed = output_of([sys.executable, EXAMPLES / name, "--steps", "10"], tmp_path)
+    lines = dict(re.findall(r"^(\d+) steps?: (.*)$", printed, re.MULTILINE))
+    assert {"1", "2", "4", "8"} <= set(lines), printed
     for steps, line in lines.items():
         numbers = [float(number) for number in re.findall(rf"(?<![\w.]){NUMBER}(?![\w])", line)]
         assert numbers, (steps, line)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,8 @@ import pytest
 import torch
 from policy_maps import POLICIES, policy
 from policy_task import ACTION, LENGTH, SEEN, Field
+
+from launching import output_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -77,19 +77,9 @@ def test_refreshing_brings_the_head_to_the_determinants():
 
 
 def test_the_command_says_what_each_policy_did(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "policy.py", "--rounds", "1", "--envs", "8", "--epochs", "1", "--width", "8"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    short = ["--rounds", "1", "--envs", "8", "--epochs", "1", "--width", "8"]
+    printed = output_of([sys.executable, EXAMPLES / "policy.py", *short], tmp_path)
     for name in POLICIES:
-        said = re.search(
-            rf"^{name}, seed 0\n  round 1: return (\S+), (\S+) million .* mean ratio (\S+)", done.stdout, re.M
-        )
-        assert said, done.stdout
+        said = re.search(rf"^{name}, seed 0\n  round 1: return (\S+), (\S+) million .* mean ratio (\S+)", printed, re.M)
+        assert said, printed
         assert all(math.isfinite(float(number.rstrip(","))) for number in said.groups())

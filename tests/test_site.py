@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import f2d2_lightning as f2
+from launching import output_of
 
 HOUSE = Path(__file__).parent.parent
 
@@ -29,15 +28,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         shutil.copy(HOUSE / name, tmp_path)
     for name in ("src", "examples", "configs", "benchmarks"):
         (tmp_path / name).symlink_to(HOUSE / name)
-    done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "F2D2_DOCS_EXECUTE": "off"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"]
+    output_of(build, tmp_path, timeout=600, F2D2_DOCS_EXECUTE="off")
     for page in ("index", "CONCEPTS", "notebooks/density", "api/f2d2_lightning.F2D2Module"):
         assert (tmp_path / f"html/{page}.html").exists(), page

@@ -1,8 +1,9 @@
-"""Starting a script as the processes of one group, and what such a script does."""
+"""Commands that must end well; a script as the processes of one group, and what such a script does."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -11,6 +12,17 @@ import warnings
 from pathlib import Path
 
 import torch
+
+
+def output_of(command, folder, timeout=300, **environment):
+    """What a command prints that is run in a folder, on one thread, and must end well."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=timeout
+    )
+    said = shlex.join(map(str, command))[:500]
+    assert done.returncode == 0, f"{said}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
 
 
 def free_port():
