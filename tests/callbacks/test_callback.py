@@ -6,17 +6,21 @@ import contextlib
 import copy
 import functools
 import types
+from pathlib import Path
 
 import lightning as L
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import f2d2_lightning as f2
+import foreign
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.adapters import Adapter, Consistency, FlowMatching, MeanFlow
 from f2d2_lightning.callbacks._auxiliary import AddedWeights
+from f2d2_lightning.callbacks._wrapping import overrides
 from f2d2_lightning.checkpoints.export import make_head
 from f2d2_lightning.modules import evaluation
 from f2d2_lightning.objectives import Batch, Objective, Terms
@@ -67,6 +71,39 @@ def test_frozen_training_is_the_same_to_the_bit_without_the_callback(tmp_path, m
     assert torch.equal(f2d2.sample(noise, 1).state, expected)
     assert f2d2.added.steps > 0
     assert f2d2.added.average["head"].out.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_modules_and_trainers_of_pytorch_lightning_come_to_the_same_numbers(tmp_path, frozen):
+    """``import pytorch_lightning as pl``: other classes, of the same code. Trained in one go, and resumed."""
+    source = Path(foreign.__file__).read_text(encoding="utf-8")
+    written = types.ModuleType("written")
+    exec(source.replace("import lightning as L", "import pytorch_lightning as L"), vars(written))
+    assert issubclass(written.MeanFlowModule, pytorch_lightning.LightningModule)
+    points = torch.randn(96, 2, generator=torch.Generator().manual_seed(0)) @ torch.tensor([[1.0, 0.8], [0.0, 0.3]])
+    loader = torch.utils.data.DataLoader(points, 32)
+
+    def trained(library, base, *lengths):
+        class Seeded(base):
+            def on_train_batch_start(self, batch, batch_idx):
+                torch.manual_seed(1000 * self.current_epoch + batch_idx)
+
+        path = None
+        for length in lengths:
+            module, f2d2 = Seeded(), callback(frozen=frozen)
+            run = library.Trainer(max_epochs=length, callbacks=[f2d2], default_root_dir=tmp_path, accelerator="cpu")
+            run.fit(module, loader, loader, ckpt_path=path, weights_only=False)
+            run.save_checkpoint(path := tmp_path / "kept.ckpt")
+        assert overrides(module, "training_step")
+        assert not overrides(module, "configure_model")
+        return f2d2.log_prob(points, 2).value, {name: float(value) for name, value in run.callback_metrics.items()}
+
+    value, logged = trained(L, MeanFlowModule, 2)
+    assert "val/f2d2_gap_2" in logged
+    for lengths in ((2,), (1, 2)):
+        again, logged_again = trained(pytorch_lightning, written.MeanFlowModule, *lengths)
+        assert torch.equal(again, value)
+        assert logged_again == logged
 
 
 class Known(Objective):

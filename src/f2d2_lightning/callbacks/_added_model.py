@@ -172,12 +172,6 @@ class AddedModel(DistilledModel):
 
     def _check_run(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse a module, precision or data that cannot be right; take over the range of the data."""
-        if not isinstance(pl_module, L.LightningModule):
-            raise ValueError(
-                f"{type(pl_module).__name__} is no lightning.LightningModule, but perhaps one of pytorch_lightning, "
-                "whose classes are others: write `import lightning as L` in place of `import pytorch_lightning as pl`, "
-                "for the module and for the Trainer"
-            )
         if str(trainer.precision) in HALF:
             rank_zero_warn(
                 f"with precision={trainer.precision!r} the network computes in half precision, and likelihoods are "

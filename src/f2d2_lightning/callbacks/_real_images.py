@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from f2d2_lightning.callbacks._wrapping import overrides
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import state_images
 from f2d2_lightning.utils.conditions import Cond, joined, some_of
@@ -33,10 +33,10 @@ def find_loader(trainer: L.Trainer, module: L.LightningModule, split: str) -> An
     loader = loaders[split]
     if loader is None:
         name, data = f"{split}_dataloader", getattr(trainer, "datamodule", None)
-        if data is not None and is_overridden(name, data):
+        if data is not None and overrides(data, name):
             data.setup(STAGES[split])
             loader = getattr(data, name)()
-        elif is_overridden(name, module):
+        elif overrides(module, name):
             loader = getattr(module, name)()
         else:
             raise ValueError(

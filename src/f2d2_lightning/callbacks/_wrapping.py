@@ -11,6 +11,16 @@ import lightning as L
 from torch import Tensor
 
 
+def overrides(owner: Any, name: str) -> bool:
+    """Whether a LightningModule or data module, of ``lightning`` or of ``pytorch_lightning``, has its own such method.
+
+    Lightning's ``is_overridden`` knows the classes of one of the two alone.
+    """
+    bases = ("LightningModule", "LightningDataModule")
+    base = next((cls for cls in type(owner).__mro__ if cls.__name__ in bases), object)
+    return getattr(type(owner), name, None) is not getattr(base, name, None)
+
+
 class Wrapped:
     """Methods of a module that something is done around, until :meth:`restore` gives it its own back."""
 

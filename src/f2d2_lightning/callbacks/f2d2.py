@@ -15,13 +15,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters import Adapter
 from f2d2_lightning.callbacks._added_model import AddedModel
-from f2d2_lightning.callbacks._wrapping import AddedLoss, Wrapped
+from f2d2_lightning.callbacks._wrapping import AddedLoss, Wrapped, overrides
 from f2d2_lightning.checkpoints.export import make_head
 from f2d2_lightning.divergence.estimators import DivergenceEstimator
 from f2d2_lightning.flows.maps import Direction
@@ -184,7 +183,7 @@ class F2D2Callback(AddedModel, L.Callback):
         """Refuse what cannot work, and wrap the module's methods."""
         self._check_run(trainer, pl_module)
         self._look = FirstLook()
-        if not is_overridden("configure_model", pl_module):
+        if not overrides(pl_module, "configure_model"):
             self._find(pl_module)
         self._trainer, self._module = trainer, pl_module
         self._wrapped = Wrapped(pl_module)
