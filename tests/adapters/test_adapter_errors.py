@@ -34,6 +34,7 @@ CALLS = [
     ("net(x, [s for s in t])", "not understood"),
     ("net(x, log(s, base=2))", "keyword"),
     ("net(x, clamp(s, 0.0))", "clamp takes 3"),
+    ("net(cat(x))", "cat takes 2"),
 ]
 
 

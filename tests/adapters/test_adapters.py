@@ -279,6 +279,10 @@ FAMILIES = {
         TwoTime("net(s, t, x, cond)", "both", answer="state", prior_std=0.5, classes=CLASSES, shortest=1e-6),
         images=True, tolerance=1e-4),
     "two-time": Family(OurOwn, Adapter()),
+    # one vector of state and times, as small networks often take
+    "beside": Family(
+        answering(lambda truth, both: truth.average(both[:, :3], both[:, 3], both[:, 4], None)),
+        Adapter("net(cat(x, s, t))"), labels=False),
     "to-noise": Family(OurOwn, Adapter(directions="to_noise")),
     # time from 0 at data to 5 at noise, the velocity in that time
     "steep-time": Family(

@@ -33,6 +33,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": torch.abs,
+    "cat": lambda x, *more: torch.cat((x, *(part.reshape(len(part), -1).expand(len(x), -1) for part in more)), 1),
     "clamp": lambda value, low, high: value.clamp(low, high),
     "exp": torch.exp,
     "full": lambda value, like: torch.full_like(like, value),
@@ -46,7 +47,7 @@ _GRAMMAR = (
     "write the call as in the other author's code: net(...) or net.method(...), with the names x (state), s (start), "
     "t (end), cond, numbers, strings, None, tuples, lists, dictionaries, + - * /, and the functions "
     + ", ".join(_FUNCTIONS)
-    + " (full(1.0, s) is a time-shaped tensor of ones)"
+    + " (full(1.0, s) is a time-shaped tensor of ones, cat(x, s) a vector with its time beside it)"
 )
 LONGEST = 2000  # characters; what is deeper or longer is no call that somebody wrote
 
@@ -204,7 +205,7 @@ class Call:
             binary, left, right = _OPERATORS[type(node.op)], self._number(node.left), self._number(node.right)
             return lambda names: binary(left(names), right(names))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
-            name, takes = node.func.id, {"clamp": 3, "full": 2}.get(node.func.id, 1)
+            name, takes = node.func.id, {"clamp": 3, "full": 2, "cat": max(2, len(node.args))}.get(node.func.id, 1)
             if node.keywords or len(node.args) != takes:
                 raise ValueError(
                     f"in the call {self.text!r}, {name} takes {takes} argument{'s' * (takes > 1)} and no keyword, and "

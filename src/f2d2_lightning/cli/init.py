@@ -56,7 +56,7 @@ def lengths(dim: int, count: int) -> tuple[int, int]:
 
     So does the student of few images, whose steps cost most.
     """
-    teacher, student = (3_000, 9_000) if dim < 64 else (2_500, 5_000 if dim <= MEDIUM else 2_500)
+    teacher, student = 3_000 if dim < 64 else 2_500, 9_000 if dim <= MEDIUM else 2_500
     few = max(500, 4 * count)
     return min(teacher, few), min(student, few) if dim > MEDIUM else student
 
