@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-.PHONY: demo test lint site clean
+.PHONY: demo test neighbours lint site clean
 
 # each command goes on with a run that was interrupted, and leaves a finished one alone
 demo: $(VENV)/.installed
@@ -12,6 +12,11 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# other packages' networks, solvers and pages, in an environment of their own
+neighbours:
+	$(MAKE) VENV=.venv-neighbours .venv-neighbours/.installed-neighbours
+	.venv-neighbours/bin/python -m pytest -n auto tests/neighbours tests/test_documents.py -k neighbours
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -34,5 +39,9 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-neighbours: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test,neighbours]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api
+	rm -rf $(VENV) .venv-neighbours .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api

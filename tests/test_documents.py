@@ -19,20 +19,27 @@ from launching import output_of
 HOUSE = Path(__file__).parent.parent
 PAGES = [
     *(HOUSE / name for name in ("README.md", "CONTRIBUTING.md")),
-    *sorted(page for folder in ("docs", "docs/notebooks") for page in (HOUSE / folder).glob("*.md")),
+    *sorted(page for folder in ("docs", "docs/notebooks", "docs/neighbours") for page in (HOUSE / folder).glob("*.md")),
 ]
+
+
+def title(page: Path) -> str:
+    return str(page.relative_to(HOUSE).with_suffix(""))
 
 
 def run(command: list[str], folder: Path) -> str:
     return output_of(command, folder, timeout=600, F2D2_DOCS_STEPS="2", MPLBACKEND="agg")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if python_of(p)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if python_of(p)], ids=title)
 def test_the_python_code_of_a_page_runs(page, tmp_path):
+    """Of what is not installed by ``make test``, ``make neighbours`` runs the pages."""
+    for package in re.findall(r"<!-- needs: (\w+) -->", page.read_text(encoding="utf-8")):
+        pytest.importorskip(package)
     run([sys.executable, "-c", python_of(page)], tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -66,7 +73,7 @@ def made(folder: Path) -> None:
     np.savetxt(folder / "wines.csv", generator.normal(size=(100, 3)), delimiter=",", header="a,b,c", comments="")
 
 
-@pytest.mark.parametrize("page", [HOUSE / "README.md", HOUSE / "docs/OWN_DATA.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [HOUSE / "README.md", HOUSE / "docs/OWN_DATA.md"], ids=title)
 def test_the_commands_of_a_page_run(page, tmp_path):
     made(tmp_path)
     for _, command in commands_of(page):
@@ -75,7 +82,7 @@ def test_the_commands_of_a_page_run(page, tmp_path):
             run([sys.executable, "-m", "f2d2_lightning", *words[1:], *SHORT.get(words[1], [])], tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_commands_are_known(page):
     for line, command in commands_of(page):
         words = [word for word in shlex.split(command) if "=" not in word or word.startswith("-")]

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import f2d2_lightning as f2
 from f2d2_lightning import DivergenceHead, F2D2Module, FlowMap, GaussianBaseline, JointFlowMap, as_flow_map
 from f2d2_lightning.adapters import Adapter
 from f2d2_lightning.checkpoints import from_pretrained, read_description, save_pretrained
@@ -368,6 +369,19 @@ def test_a_name_of_the_hub_is_downloaded(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match=r"no folder someone/model; .*pip install f2d2-lightning\[hub\]"):
         from_pretrained("someone/model")
+
+
+@pytest.mark.parametrize(("name", "bits", "data"), [("digits", 2.241, f2.data.Digits)])
+def test_models_that_come_with_the_package(tmp_path, monkeypatch, name, bits, data):
+    """Their likelihoods of test images are those that README tells; a folder of that name goes first."""
+    monkeypatch.chdir(tmp_path)
+    images = data().dataset("test").values
+    model = f2.load(name)
+    assert float(model.nll(images, steps=4, seed=0).mean()) == pytest.approx(bits, abs=0.003)
+    assert model.shape == images.shape[1:]
+    assert set(model.error_bars) == {1, 2, 4, 8}
+    save_pretrained(MLP((3,), width=8, blocks=1), name)
+    assert from_pretrained(name, FlowMap).shape == (3,)
 
 
 def test_missing_files(saved):

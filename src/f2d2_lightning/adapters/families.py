@@ -126,8 +126,8 @@ class FlowMatching(Adapter):
 class TorchCFM(Adapter):
     """An instantaneous velocity, as a teacher: ``net(t, x, y)``, time first (UNetModel of torchcfm).
 
-    torchcfm's ``MLP`` takes time as the last column of its input: ``call="net(cat(x, s))"``. Its ``torch_wrapper`` takes
-    one time for all states, and adapters give one per state.
+    torchcfm's ``MLP`` takes time as the last column of its input: ``call="net(cat(x, s))"``. Its ``torch_wrapper``
+    takes one time for all states, and adapters give one per state.
     """
 
     def __init__(self, call: str = "net(s, x, cond)", directions: Direction | str = "none", **kwargs: Any) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "WEIGHTS",
     "DataDescription",
     "from_pretrained",
+    "located",
     "read_description",
     "read_error_bars",
     "read_units",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SHIPPED = FilePath(__file__).parent / "shipped"
+"""Folders of models that come with the package, by their names."""
 _LAYOUT = f"a saved model is a folder with {CONFIG} and {WEIGHTS} (save_pretrained)"
 _FORMAT, _VERSION, _UNIT = "f2d2_lightning", 1, "nats per unit of time"
 
@@ -151,8 +154,8 @@ def from_pretrained(
     """The model that :func:`save_pretrained` wrote.
 
     Args:
-        folder: A local folder, or a name ``user/model`` on the Hugging Face hub, which is downloaded
-            (``pip install f2d2-lightning[hub]``).
+        folder: A local folder; or the name of a model that comes with the package, ``"digits"``; or a name
+            ``user/model`` on the Hugging Face hub, which is downloaded (``pip install f2d2-lightning[hub]``).
         kind: Class expected; ``FlowMap`` for a map without a head.
         network: Somebody else's network that an adapter was made for, made as it was in training; it is filled with
             the weights of the file.
@@ -350,13 +353,26 @@ def _json(text: str | bytes, what: str) -> dict[str, Any]:
     return content
 
 
-def _local(folder: str | FilePath) -> FilePath:
-    """The folder, downloaded if it is a name on the hub."""
-    if FilePath(folder).is_dir():
-        return FilePath(folder)
-    missing = f"there is no folder {folder}"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(folder)):
-        raise FileNotFoundError(f"{missing}; {_LAYOUT}")
+def located(path: str | FilePath) -> FilePath:
+    """A checkpoint's or folder's path as it is, and where there is none the folder of the model of that name.
+
+    Raises:
+        FileNotFoundError: If there is no such model either.
+    """
+    path = FilePath(path)
+    return path if path.exists() or path.suffix == ".ckpt" else _folder(path)
+
+
+def _folder(name: str | FilePath) -> FilePath:
+    """The folder of that name, else of the package's model of that name, else of one on the hub, downloaded."""
+    if FilePath(name).is_dir():
+        return FilePath(name)
+    shipped = sorted(folder.name for folder in SHIPPED.iterdir())
+    if str(name) in shipped:
+        return SHIPPED / name
+    missing = f"there is no folder {name}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
+        raise FileNotFoundError(f"{missing}, and the package's models are {', '.join(shipped)}; {_LAYOUT}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -364,13 +380,13 @@ def _local(folder: str | FilePath) -> FilePath:
             f"{missing}; to download a model of the Hugging Face hub, pip install f2d2-lightning[hub]"
         ) from error
     try:
-        return FilePath(snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS]))
+        return FilePath(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # of the network, of the hub, of its cache
         raise FileNotFoundError(f"{missing}, and none can be downloaded from the hub: {said(error)}") from error
 
 
 def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription, FilePath]:
-    folder = _local(folder)
+    folder = _folder(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; {_LAYOUT}")

@@ -30,7 +30,8 @@ def add_model(parser: ArgumentParser) -> None:
         "--ckpt_path",
         type=str,
         required=True,
-        help="checkpoint of an F2D2Module or of a module with an F2D2Callback, or a folder that export wrote",
+        help="checkpoint of an F2D2Module or of a module with an F2D2Callback; a folder that export wrote; a name on "
+        "the Hugging Face hub; or digits, a model that comes with the package",
     )
     network = "class path of the network that an F2D2Callback was on, if it is needed"
     parser.add_argument("--network", type=str, default=None, help=network)

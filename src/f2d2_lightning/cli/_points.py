@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from f2d2_lightning.checkpoints.pretrained import read_units
+from f2d2_lightning.checkpoints.pretrained import located, read_units
 from f2d2_lightning.cli._common import class_count, imported, say, warn
 from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.data.images._reader import Framing, ImageFiles, read_images
@@ -65,10 +65,10 @@ class Reading:
 
 def reading_of(checkpoint: str, given: Reading) -> Reading:
     """How the model of a checkpoint's training read files, with what was given besides."""
-    if Path(checkpoint).is_dir():
-        units = read_units(checkpoint)
+    if (path := located(checkpoint)).is_dir():
+        units = read_units(path)
         return replace(given, units=units, units_unknown=units is None)
-    kept = read_checkpoint(checkpoint)
+    kept = read_checkpoint(path)
     table, pairs, images = (kept.get(cls.__qualname__) for cls in (Table, Pairs, ImageFolder))
     for units in (table, pairs):
         if isinstance(units, Mapping) and "center" in units:

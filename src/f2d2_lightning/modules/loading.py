@@ -11,7 +11,7 @@ from torch import nn
 
 from f2d2_lightning.adapters.features import find_submodule
 from f2d2_lightning.checkpoints.export import CHECKPOINT_KEY, load_joint
-from f2d2_lightning.checkpoints.pretrained import CONFIG, from_pretrained, read_description, read_error_bars
+from f2d2_lightning.checkpoints.pretrained import CONFIG, from_pretrained, located, read_description, read_error_bars
 from f2d2_lightning.checkpoints.trust import build_arguments, make, stored_in, within_size
 from f2d2_lightning.likelihood.error_bars import read_bars
 from f2d2_lightning.likelihood.model import JointModel, LikelihoodModel
@@ -30,7 +30,8 @@ def load(
 
     Args:
         path: A checkpoint of a module of this package; a checkpoint of somebody's module that was trained with an
-            ``F2D2Callback``; or a folder that ``save_pretrained`` or ``F2D2Callback.export`` wrote.
+            ``F2D2Callback``; a folder that ``save_pretrained`` or ``F2D2Callback.export`` wrote; or the name of one, as
+            of :func:`from_pretrained`: ``"digits"``.
         network: Somebody's network, made as it was in training, where the file holds the weights of one: of a
             checkpoint that ``f2d2 fit`` wrote it is made from what the checkpoint says, if ``trust`` allows it.
         name: Name of the network in its module, where there were several callbacks.
@@ -52,7 +53,7 @@ def load(
     >>> model.log_prob([[0.0, 1.0]], steps=2).evaluations
     2
     """
-    path = Path(path)
+    path = located(path)
     if (path / CONFIG).is_file():
         about = read_description(path)
         quantization = None if about.levels is None else Quantization(about.levels, about.low, about.high)

@@ -1,0 +1,116 @@
+"""Other people's packages, as they are installed by ``make neighbours``, which runs their pages in ``docs`` as well."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+pytest.importorskip("torchcfm")
+
+import diffusers
+from flow_matching.solver import ODESolver
+from huggingface_hub import constants
+
+import f2d2_lightning as f2
+import foreign_networks
+from f2d2_lightning.adapters import FlowMatching, TorchCFM
+from f2d2_lightning.checkpoints.pretrained import SHIPPED
+
+PACKAGES = ("torchcfm", "flow_matching", "diffusers", "timm", "torch", "rectified-flow-pytorch")
+CASES = [case for case in foreign_networks.cases() if case.source in PACKAGES]
+
+
+@pytest.fixture
+def double():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.source}: {case.name}")
+def test_map_divergence_and_likelihood_are_those_of_the_network_itself(case):
+    """Against calls without this package, reverse-mode autograd, and scipy's integrator with the exact trace."""
+    digits = load_digits()
+    images = torch.tensor(digits.images[:3]).unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4)) / 8 - 1
+    found = foreign_networks.compared(case, images.reshape(3, *case.shape), torch.tensor(digits.target[:3]))
+    assert found["map"] < 1e-14
+    assert found["divergence"] < 1e-13
+    assert found["log_prob_difference"] < 1000 * case.tolerance, found
+
+
+def test_the_perceptron_of_torchcfm(double):
+    from torchcfm.models import MLP
+
+    torch.manual_seed(0)
+    network, x = MLP(dim=2, time_varying=True), torch.randn(5, 2)
+    flow_map = TorchCFM("net(cat(x, s))")(network)
+    time = torch.linspace(0, 1, 5)
+    assert torch.equal(flow_map.velocity(x, time), network(torch.cat((x, time[:, None]), 1)))
+    f2.adapters.check_convention(flow_map, torch.randn(64, 2))
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+def test_the_likelihood_of_flow_matching_is_the_reference(double, method):
+    """By the same solver in as many steps (whose ends it adds up in floating point)."""
+
+    class Velocity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
+
+        def forward(self, x, t):
+            return self.layers(torch.cat((x, t.reshape(-1, 1).expand(len(x), 1)), 1))
+
+    torch.manual_seed(0)
+    network, x = Velocity(), torch.randn(6, 3)
+    velocity = FlowMatching("net(x, s)")(network)
+    standard = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3))
+    noise, theirs = ODESolver(network).compute_likelihood(
+        x, standard.log_prob, step_size=0.1, method=method, exact_divergence=True
+    )
+    ours = f2.reference_log_prob(velocity, x, method=method, steps=10)
+    torch.testing.assert_close(ours.value, theirs, rtol=0, atol=1e-8)
+    torch.testing.assert_close(ours.noise, noise, rtol=0, atol=1e-8)
+
+
+def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity(double):
+    """With a shift of its times, too."""
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    flow = f2.adapters.Adapter(
+        "net(x, 1000 * s)", noise_time=1.0, data_time=0.0, directions="none", output="sample"
+    )(network)  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(6)
+    sample = ours = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            sample = scheduler.step(network(sample, time.expand(3)).sample, time, sample).prev_sample
+        times = 1 - scheduler.sigmas.double()
+        for s, t in itertools.pairwise(times):
+            ours = ours + (t - s) * flow.velocity(ours, s.expand(3))
+    torch.testing.assert_close(ours, sample.double(), rtol=0, atol=1e-5)  # the scheduler's times are single precision
+
+
+def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
+    """As ``snapshot_download`` lays it out, without a network: what was downloaded once is opened by its name."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = tmp_path / "models--somebody--digits"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text("0123abc")
+    (model / "snapshots").mkdir()
+    (model / "snapshots/0123abc").symlink_to(SHIPPED / "digits")
+    for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+        monkeypatch.setattr(sys.modules[name], "HF_HUB_CACHE", str(tmp_path), raising=False)
+    assert f2.load("somebody/digits").shape == (1, 8, 8)
+    with pytest.raises(FileNotFoundError, match="none can be downloaded from the hub"):
+        f2.load("somebody/else")
