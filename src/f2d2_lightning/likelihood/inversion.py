@@ -5,8 +5,8 @@ needs ``y`` from ``x``. Both solvers work on the residual :math:`F(y) = y + (t -
 
 - ``"anderson"``: fixed-point iteration with Anderson mixing (Walker and Ni, "Anderson Acceleration for Fixed-Point
   Iterations", 2011, https://doi.org/10.1137/10078356X); one evaluation an iteration, any dimension.
-- ``"newton"``: exact Jacobian, ``d`` directional derivatives an iteration; converges where the step is far from the
-  identity, for small ``d``.
+- ``"newton"``: exact Jacobian, an evaluation and ``d`` directional derivatives an iteration, and one evaluation to see
+  that it is done; converges where the step is far from the identity, for small ``d``.
 
 Gradients are those of the implicit function, so the solver's iterations are not kept in memory. They are the solution
 of a linear system, by the same method: iterations with ``"anderson"``, the exact Jacobian with ``"newton"``.
@@ -144,9 +144,8 @@ class Inversion:
         y, damping = start.clone(), x.new_ones(len(x))
         direction = torch.zeros_like(x).reshape(len(x), -1)
         for _ in range(self.max_iterations):
-            moved, jacobian = map_jacobian(lambda v: v + displacement(v), y)
-            residual_vector = (moved - x).reshape(len(x), -1)
-            evaluations += 1 + dim
+            residual_vector = (y + displacement(y) - x).reshape(len(x), -1)
+            evaluations += 1
             residual = residual_vector.square().mean(-1).sqrt()
             better = residual < best_residual
             best = torch.where(like(better, x), y, best)
@@ -155,8 +154,11 @@ class Inversion:
                 break
             # a step that did not help is halved, from the best point
             damping = torch.where(better, torch.ones_like(damping), damping / 2)
-            newton = -_least_squares(jacobian, residual_vector[..., None]).squeeze(-1)
-            direction = torch.where(better[:, None], newton, direction)
+            if bool(better.any()):
+                _, jacobian = map_jacobian(lambda v: v + displacement(v), y)
+                evaluations += dim
+                newton = -_least_squares(jacobian, residual_vector[..., None]).squeeze(-1)
+                direction = torch.where(better[:, None], newton, direction)
             y = (best.reshape(len(x), -1) + damping[:, None] * direction).reshape(x.shape)
         return best, best_residual, evaluations
 
