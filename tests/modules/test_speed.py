@@ -94,6 +94,8 @@ OPERATIONS = {
     "group norm, plain": (lambda x: functional.group_norm(x, 4, eps=0.1), (2, 4, 5)),
     "layer norm": (lambda x: functional.layer_norm(x, (4,), W[5], W[5] - 1), (2, 3, 4)),
     "layer norm of two axes": (lambda x: functional.layer_norm(x, (3, 4)), (2, 3, 4)),
+    "instance norm": (lambda x: functional.instance_norm(x, weight=W[5], bias=W[5] + 1, eps=0.01), (2, 4, 3, 3)),
+    "instance norm, plain": (nn.InstanceNorm1d(4), (2, 4, 5)),
     "weight with a tangent": (lambda x: functional.linear(x, x.T @ x, x[0]), (4, 4)),
     "filter with a tangent": (lambda x: torch.conv1d(x[None], x[..., None]), (4, 4)),
 }

@@ -218,6 +218,17 @@ def _group_norm(
     return forward_ad.make_dual(value, moved)
 
 
+def _instance_norm(func: Callable[..., Tensor], input: Tensor, *rest: Any, **named: Any) -> Tensor | None:
+    names = ("running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    given = {"use_input_stats": True, "eps": 1e-5} | dict(zip(names, rest)) | named
+    if _tangent(input) is None or not given["use_input_stats"]:
+        return None
+    # groups of one channel; the rule of instances holds their statistics constant, as that of layers does
+    dual = functional.group_norm(input, input.shape[1], given.get("weight"), given.get("bias"), given["eps"])
+    value = func(forward_ad.unpack_dual(input).primal, *rest, **named)
+    return forward_ad.make_dual(value, forward_ad.unpack_dual(dual).tangent)
+
+
 def _layer_norm(
     func: Callable[..., Tensor],
     input: Tensor,
@@ -266,4 +277,5 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((torch.sub, Tensor.sub), _sum(-1)),
     **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
     **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
+    functional.instance_norm: _instance_norm,
 }
