@@ -6,9 +6,11 @@ constant looks up shapes at a price above its own. Under :class:`TangentRules` t
 
 .. math:: (x, \dot x) \mapsto (W x + b,\; W \dot x), \qquad (x, \dot x) \mapsto (c\,x,\; c\,\dot x),
 
-and normalisations take their tangent from the statistics that the forward pass has found. Everything else, and every
-operation in which a second operand has a tangent too, goes by torch's own rules. Values are those of torch bit for bit,
-tangents up to rounding.
+and normalisations take their tangent from the statistics that the forward pass has found. Where tangents are to be
+differentiated again, torch's rules of layer and instance normalisation give wrong gradients and that of softmax an
+error; those here give right ones. Everything else, and every operation in which a second operand has a tangent too,
+goes by torch's own rules. Values are those of torch bit for bit, but of attention with gradients; tangents up to
+rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -109,7 +112,7 @@ class TangentRules(TorchFunctionMode):
     """Use the rules of this module inside of the block; to be entered within ``forward_ad.dual_level``."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
+        self, func: Callable[..., Any], kinds: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(func)
@@ -261,6 +264,83 @@ def _layer_norm(
     return forward_ad.make_dual(value, moved if weight is None else moved * weight)
 
 
+def _softmax(func: Callable[..., Tensor], input: Tensor, dim: int | None = None, *rest: Any, **named: Any) -> Any:
+    tangent = _differentiated(input)
+    if tangent is None or dim is None:
+        return None
+    value = func(forward_ad.unpack_dual(input).primal, dim, *rest, **named)
+    tangent = tangent.to(value.dtype)
+    return forward_ad.make_dual(value, value * (tangent - (value * tangent).sum(dim, keepdim=True)))
+
+
+def _log_softmax(func: Callable[..., Tensor], input: Tensor, dim: int | None = None, *rest: Any, **named: Any) -> Any:
+    tangent = _differentiated(input)
+    if tangent is None or dim is None:
+        return None
+    value = func(forward_ad.unpack_dual(input).primal, dim, *rest, **named)
+    tangent = tangent.to(value.dtype)
+    return forward_ad.make_dual(value, tangent - (value.exp() * tangent).sum(dim, keepdim=True))
+
+
+def _logsumexp(
+    func: Callable[..., Tensor], input: Tensor, dim: int | Sequence[int], keepdim: bool = False, **named: Any
+) -> Any:
+    tangent = _differentiated(input)
+    if tangent is None or named:
+        return None
+    primal = forward_ad.unpack_dual(input).primal
+    shares = (primal - func(primal, dim, True)).exp()
+    return forward_ad.make_dual(func(primal, dim, keepdim), (shares * tangent).sum(dim, keepdim))
+
+
+def _attention(
+    func: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if all(_differentiated(part) is None for part in (query, key, value)):
+        return None
+    if enable_gqa:
+        key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        hidden = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if hidden else scores + attn_mask
+    # what attends to nothing answers zeros
+    shares = _softmax(torch._safe_softmax, scores, -1)
+    shares = torch._safe_softmax(scores, -1) if shares is None else shares
+    return functional.dropout(shares, dropout_p).to(value.dtype) @ value
+
+
+_MULTI_HEAD = types.FunctionType(
+    functional.multi_head_attention_forward.__code__,
+    vars(functional) | {"has_torch_function": lambda tensors: False},
+    argdefs=functional.multi_head_attention_forward.__defaults__,
+)
+"""Torch's own Python, which asks the rules for its parts, where it would ask them for the whole, again and again."""
+
+
+def _multi_head(func: Callable[..., Any], query: Tensor, *rest: Any, **named: Any) -> Any:
+    if _differentiated(query) is None:
+        return None
+    with TangentRules():
+        return _MULTI_HEAD(query, *rest, **named)
+
+
+def _differentiated(input: Any) -> Tensor | None:
+    """A tangent that is to be differentiated again, where torch's rule of softmax fails: it writes into its parts."""
+    return _tangent(input) if torch.is_grad_enabled() else None
+
+
 def _normalized_tangent(x: Tensor, tangent: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """Tangent of ``(x - mean) / deviation`` over the last axis, with ``inverse`` one over the deviation."""
     normal = (x - mean) * inverse
@@ -278,4 +358,9 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
     **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
     functional.instance_norm: _instance_norm,
+    **dict.fromkeys((functional.softmax, torch.softmax, Tensor.softmax), _softmax),
+    **dict.fromkeys((functional.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), _logsumexp),
+    functional.scaled_dot_product_attention: _attention,
+    functional.multi_head_attention_forward: _multi_head,
 }
