@@ -337,7 +337,10 @@ def _multi_head(func: Callable[..., Any], query: Tensor, *rest: Any, **named: An
 
 
 def _differentiated(input: Any) -> Tensor | None:
-    """A tangent that is to be differentiated again, where torch's rule of softmax fails: it writes into its parts."""
+    """A tangent that is to be differentiated again, where torch's rule of softmax fails: it writes into its parts.
+
+    See https://github.com/pytorch/pytorch/issues/162350.
+    """
     return _tangent(input) if torch.is_grad_enabled() else None
 
 
