@@ -56,6 +56,9 @@ class Sizes:
         self.student_steps = 4 if tiny else 4_000
         self.pool = {"capacity": 32, "nodes": 4, "chunk": 16} if tiny else {"capacity": 12_000, "chunk": 2_048}
         self.images, self.samples = (16, 32) if tiny else (1_000, 10_000)
+        # in pictures, samples and the teacher's steps; of the jumps' own density, images and step counts
+        self.shown, self.fine = (4, 2) if tiny else (40, 50)
+        self.few, self.own = (2, STEPS[:2]) if tiny else (64, STEPS)
         self.reference = f2.Reference(steps=4, probes=1) if tiny else f2.Reference()
 
 
@@ -183,8 +186,10 @@ def teach(folder: Path, images_folder: Path, device: torch.device, sizes: Sizes)
     f2.save_pretrained(module.average, folder / "teacher", shape=SHAPE, levels=LEVELS)
     module.to(device).eval()
     start = time.perf_counter()
-    made = in_parts(lambda z: f2.reference_sample(module.average, z, steps=50).state, noise(100, device))
-    _save(sample_figure({"teacher, 100 evaluations": made.cpu()}), folder / "fashion_teacher.png")
+    made = in_parts(
+        lambda z: f2.reference_sample(module.average, z, steps=sizes.fine).state, noise(sizes.shown, device)
+    )
+    _save(sample_figure({f"teacher, {2 * sizes.fine} evaluations": made.cpu()}), folder / "fashion_teacher.png")
     result = {
         "parameters": sum(p.numel() for p in module.average.parameters()),
         "steps": steps,
@@ -255,10 +260,10 @@ def study(stage: str, folder: Path, images_folder: Path, device: torch.device, s
         "Frechet distance": quality(module, images, sizes, device, folder),
     }
     # a trainer that has ended leaves its module on the CPU
-    joint, z = module.average.to(device), noise(40, device)
+    joint, z = module.average.to(device), noise(sizes.shown, device)
     with torch.no_grad():
         made = {f"{k} step{'s' if k > 1 else ''}": f2.sample(joint, z, k).state.cpu() for k in STEPS}
-        made["teacher"] = f2.reference_sample(teacher, z, steps=50).state.cpu()
+        made["teacher"] = f2.reference_sample(teacher, z, steps=sizes.fine).state.cpu()
     _save(sample_figure(made), folder / f"fashion_{stage}.png")
     if objective.weighting.of_divergence(1):
         result |= _likelihoods(joint, images, sizes, device, folder, stage)
@@ -279,8 +284,8 @@ def _likelihoods(
     _save(calibration_figure(values, truth, "bits/dim"), folder / f"fashion_{stage}_calibration.png")
     # each jump's own change of volume beside the head's, on a few
     own = {}
-    for steps in STEPS:
-        few = x[: 4 if sizes.tiny else 64]
+    for steps in sizes.own:
+        few = x[: sizes.few]
         with torch.no_grad():
             answer = f2.log_prob(joint, few, steps, determinant="estimate").value
         own[str(steps)] = agreement(values[steps][: len(few)], f2.bits_per_dim(answer, x[0].numel(), LEVELS).cpu())

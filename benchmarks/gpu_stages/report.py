@@ -88,8 +88,9 @@ def _fashion(results: dict[str, dict[str, Any]]) -> list[str]:
     rows = []
     for stage, result in results.items():
         for k, row in result.get("likelihood", {}).items():
-            own = result["own density"][k]
-            rows.append([stage, k, *(f"{row[c]:.4f}" for c in columns), f"{own['gap']:+.4f}", f"{own['error']:.4f}"])
+            own = result["own density"].get(k)
+            beside = [f"{own['gap']:+.4f}", f"{own['error']:.4f}"] if own else ["", ""]
+            rows.append([stage, k, *(f"{row[c]:.4f}" for c in columns), *beside])
     if rows:
         lines += [
             "Likelihood of test images in bits/dim, beside the teacher's "

@@ -28,6 +28,7 @@ def test_fashion_from_teacher_to_report(tmp_path, monkeypatch):
     run(monkeypatch, "teacher", "sampler", "student", "report", *options)
     student = json.loads((folder / "student.json").read_text())
     assert set(student["likelihood"]) == set(student["Frechet distance"]) == {"1", "2", "4", "8"}
+    assert set(student["own density"]) == {"1", "2"}
     assert all(row["share"] == 1 for name in ("likelihood", "own density") for row in student[name].values())
     written = (folder / "report.md").read_text()
     assert "| student (" in written
