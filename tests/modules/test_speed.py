@@ -133,6 +133,27 @@ def test_tangents_in_half_precision(name):
     assert divergence.dtype == torch.float32
 
 
+def multiplied(x):
+    y = x.clone()
+    y *= y
+    return y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [multiplied, lambda x: x.clone().mul_(3.0), lambda x: (y := x + 1).mul_(y.view_as(y)),
+     lambda x: (y := x * 1).addcmul_(y, y, value=0.5), lambda x: (y := x.exp()).pow_(y)],
+)  # fmt: skip
+def test_what_is_written_over_itself_has_its_derivative(function):
+    """Where torch's tangents are wrong, without a word: ``y *= y``."""
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        value, got = jacobian_product(function, x, v)
+    assert torch.equal(value, function(x))
+    torch.testing.assert_close(got, (function(x + 1e-6 * v) - function(x - 1e-6 * v)) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
 def by_two_reverse_passes(function, x, v):
     """The value, and ``v^T J v`` summed: torch's gradients of that are right, those of its tangents are not."""
     x = x.requires_grad_(True)

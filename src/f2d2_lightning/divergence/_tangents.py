@@ -8,9 +8,9 @@ constant looks up shapes at a price above its own. Under :class:`TangentRules` t
 
 and normalisations take their tangent from the statistics that the forward pass has found. Where tangents are to be
 differentiated again, torch's rules of layer and instance normalisation give wrong gradients and that of softmax an
-error; those here give right ones. Everything else, and every operation in which a second operand has a tangent too,
-goes by torch's own rules. Values are those of torch bit for bit, but of attention with gradients; tangents up to
-rounding.
+error; those here give right ones, and ``y *= y`` the right tangent. Everything else, and every operation in which a
+second operand has a tangent too, goes by torch's own rules. Values are those of torch bit for bit, but of attention
+with gradients; tangents up to rounding.
 """
 
 from __future__ import annotations
@@ -186,6 +186,13 @@ def _sum(sign: int) -> Callable[..., Tensor | None]:
     return rule
 
 
+def _in_place(func: Callable[..., Tensor], left: Tensor, *others: Any, **named: Any) -> Tensor | None:
+    # torch changes the tangent of what is written to before it reads that of the same tensor on the other side
+    if not any(isinstance(other, Tensor) and other.data_ptr() == left.data_ptr() for other in others):
+        return None
+    return func(left, *(other.clone() if isinstance(other, Tensor) else other for other in others), **named)
+
+
 def _own_tangent(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """Tangent of what is normalised; ``None`` where torch's rule must be used.
 
@@ -358,6 +365,7 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((torch.div, Tensor.div), _quotient),
     **dict.fromkeys((torch.add, Tensor.add), _sum(1)),
     **dict.fromkeys((torch.sub, Tensor.sub), _sum(-1)),
+    **dict.fromkeys((Tensor.mul_, Tensor.__imul__, Tensor.pow_, Tensor.__ipow__, Tensor.addcmul_), _in_place),
     **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
     **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
     functional.instance_norm: _instance_norm,
