@@ -18,7 +18,8 @@ def overrides(owner: Any, name: str) -> bool:
     """
     bases = ("LightningModule", "LightningDataModule")
     base = next((cls for cls in type(owner).__mro__ if cls.__name__ in bases), object)
-    return getattr(type(owner), name, None) is not getattr(base, name, None)
+    method = getattr(owner, name, None)
+    return getattr(method, "__func__", method) is not getattr(base, name, None)
 
 
 class Wrapped:
