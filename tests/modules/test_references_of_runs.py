@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning_utilities.core import rank_zero
 
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
@@ -31,7 +32,8 @@ class Said(logging.Handler):
 
 @pytest.fixture
 def said():
-    handler, logger = Said(), logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    # of lightning and pytorch_lightning, that of the one which was imported last
+    handler, logger = Said(), rank_zero.log
     logger.addHandler(handler)
     yield handler.lines
     logger.removeHandler(handler)

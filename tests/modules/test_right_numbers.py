@@ -857,14 +857,6 @@ def test_training_data_without_an_end(tmp_path):
     assert torch.allclose(made.joint.head.baseline.variances, torch.ones(2), atol=0.05)
 
 
-def test_modules_of_the_other_lightning_are_refused():
-    class Module(nn.Module):
-        net = None
-
-    with pytest.raises(ValueError, match="import lightning as L"):
-        callback().setup(L.Trainer(logger=False, accelerator="cpu"), Module(), "fit")
-
-
 @pytest.mark.parametrize("what", ["lr_find", "scale_batch_size"])
 @pytest.mark.parametrize("who", ["callback", "module"])
 def test_a_tuner_leaves_no_trace(tmp_path, what, who):
