@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-.PHONY: demo test neighbours lint site clean
+.PHONY: demo test neighbours lowest lint site clean
 
 # each command goes on with a run that was interrupted, and leaves a finished one alone
 demo: $(VENV)/.installed
@@ -17,6 +17,11 @@ test: lint
 neighbours:
 	$(MAKE) VENV=.venv-neighbours .venv-neighbours/.installed-neighbours
 	.venv-neighbours/bin/python -m pytest -n auto tests/neighbours tests/test_documents.py -k neighbours
+
+# all tests with the oldest versions of packages that pyproject.toml allows
+lowest:
+	$(MAKE) VENV=.venv-lowest .venv-lowest/.installed-lowest
+	.venv-lowest/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -43,5 +48,10 @@ $(VENV)/.installed-neighbours: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,neighbours]'
 	touch $@
 
+$(VENV)/.installed-lowest: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --resolution lowest-direct --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-neighbours .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api
+	rm -rf $(VENV) .venv-neighbours .venv-lowest .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api
