@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-pytest.importorskip("torchcfm")
+for package in ("torchcfm", "flow_matching", "diffusers", "timm", "rectified_flow_pytorch", "huggingface_hub"):
+    pytest.importorskip(package)
 
 import diffusers
 from flow_matching.solver import ODESolver
