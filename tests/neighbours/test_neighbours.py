@@ -9,17 +9,17 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-for package in ("torchcfm", "flow_matching", "diffusers", "timm", "rectified_flow_pytorch", "huggingface_hub"):
-    pytest.importorskip(package)
-
-import diffusers
-from flow_matching.solver import ODESolver
-from huggingface_hub import constants
-
 import f2d2_lightning as f2
 import foreign_networks
 from f2d2_lightning.adapters import FlowMatching, TorchCFM
 from f2d2_lightning.checkpoints.pretrained import SHIPPED
+
+diffusers = pytest.importorskip("diffusers")
+flow_matching = pytest.importorskip("flow_matching.solver")
+hub = pytest.importorskip("huggingface_hub.constants")
+torchcfm = pytest.importorskip("torchcfm.models")
+pytest.importorskip("timm")
+pytest.importorskip("rectified_flow_pytorch")
 
 PACKAGES = ("torchcfm", "flow_matching", "diffusers", "timm", "torch", "rectified-flow-pytorch")
 CASES = [case for case in foreign_networks.cases() if case.source in PACKAGES]
@@ -45,10 +45,8 @@ def test_map_divergence_and_likelihood_are_those_of_the_network_itself(case):
 
 
 def test_the_perceptron_of_torchcfm(double):
-    from torchcfm.models import MLP
-
     torch.manual_seed(0)
-    network, x = MLP(dim=2, time_varying=True), torch.randn(5, 2)
+    network, x = torchcfm.MLP(dim=2, time_varying=True), torch.randn(5, 2)
     flow_map = TorchCFM("net(cat(x, s))")(network)
     time = torch.linspace(0, 1, 5)
     assert torch.equal(flow_map.velocity(x, time), network(torch.cat((x, time[:, None]), 1)))
@@ -71,7 +69,7 @@ def test_the_likelihood_of_flow_matching_is_the_reference(double, method):
     network, x = Velocity(), torch.randn(6, 3)
     velocity = FlowMatching("net(x, s)")(network)
     standard = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3))
-    noise, theirs = ODESolver(network).compute_likelihood(
+    noise, theirs = flow_matching.ODESolver(network).compute_likelihood(
         x, standard.log_prob, step_size=0.1, method=method, exact_divergence=True
     )
     ours = f2.reference_log_prob(velocity, x, method=method, steps=10)
@@ -103,8 +101,8 @@ def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity(double):
 
 def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
     """As ``snapshot_download`` lays it out, without a network: what was downloaded once is opened by its name."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     model = tmp_path / "models--somebody--digits"
     (model / "refs").mkdir(parents=True)
     (model / "refs/main").write_text("0123abc")
