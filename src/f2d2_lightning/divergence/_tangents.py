@@ -271,22 +271,19 @@ def _layer_norm(
     return forward_ad.make_dual(value, moved if weight is None else moved * weight)
 
 
-def _softmax(func: Callable[..., Tensor], input: Tensor, dim: int | None = None, *rest: Any, **named: Any) -> Any:
-    tangent = _differentiated(input)
-    if tangent is None or dim is None:
-        return None
-    value = func(forward_ad.unpack_dual(input).primal, dim, *rest, **named)
-    tangent = tangent.to(value.dtype)
-    return forward_ad.make_dual(value, value * (tangent - (value * tangent).sum(dim, keepdim=True)))
+def _softmax(log: bool) -> Callable[..., Any]:
+    """Rule of softmax, or of its logarithm."""
 
+    def rule(func: Callable[..., Tensor], input: Tensor, dim: int | None = None, *rest: Any, **named: Any) -> Any:
+        tangent = _differentiated(input)
+        if tangent is None or dim is None:
+            return None
+        value = func(forward_ad.unpack_dual(input).primal, dim, *rest, **named)
+        shares, tangent = value.exp() if log else value, tangent.to(value.dtype)
+        moved = tangent - (shares * tangent).sum(dim, keepdim=True)
+        return forward_ad.make_dual(value, moved if log else shares * moved)
 
-def _log_softmax(func: Callable[..., Tensor], input: Tensor, dim: int | None = None, *rest: Any, **named: Any) -> Any:
-    tangent = _differentiated(input)
-    if tangent is None or dim is None:
-        return None
-    value = func(forward_ad.unpack_dual(input).primal, dim, *rest, **named)
-    tangent = tangent.to(value.dtype)
-    return forward_ad.make_dual(value, tangent - (value.exp() * tangent).sum(dim, keepdim=True))
+    return rule
 
 
 def _logsumexp(
@@ -323,7 +320,7 @@ def _attention(
         hidden = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if hidden else scores + attn_mask
     # what attends to nothing answers zeros
-    shares = _softmax(torch._safe_softmax, scores, -1)
+    shares = _softmax(log=False)(torch._safe_softmax, scores, -1)
     shares = torch._safe_softmax(scores, -1) if shares is None else shares
     return functional.dropout(shares, dropout_p).to(value.dtype) @ value
 
@@ -369,8 +366,8 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
     **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
     functional.instance_norm: _instance_norm,
-    **dict.fromkeys((functional.softmax, torch.softmax, Tensor.softmax), _softmax),
-    **dict.fromkeys((functional.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
+    **dict.fromkeys((functional.softmax, torch.softmax, Tensor.softmax), _softmax(log=False)),
+    **dict.fromkeys((functional.log_softmax, torch.log_softmax, Tensor.log_softmax), _softmax(log=True)),
     **dict.fromkeys((torch.logsumexp, Tensor.logsumexp), _logsumexp),
     functional.scaled_dot_product_attention: _attention,
     functional.multi_head_attention_forward: _multi_head,
