@@ -25,14 +25,6 @@ PACKAGES = ("torchcfm", "flow_matching", "diffusers", "timm", "torch", "rectifie
 CASES = [case for case in foreign_networks.cases() if case.source in PACKAGES]
 
 
-@pytest.fixture
-def double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.source}: {case.name}")
 def test_map_divergence_and_likelihood_are_those_of_the_network_itself(case):
     """Against calls without this package, reverse-mode autograd, and scipy's integrator with the exact trace."""
@@ -44,8 +36,7 @@ def test_map_divergence_and_likelihood_are_those_of_the_network_itself(case):
     assert found["log_prob_difference"] < 1000 * case.tolerance, found
 
 
-def test_the_perceptron_of_torchcfm(double):
-    torch.manual_seed(0)
+def test_the_perceptron_of_torchcfm():
     network, x = torchcfm.MLP(dim=2, time_varying=True), torch.randn(5, 2)
     flow_map = TorchCFM("net(cat(x, s))")(network)
     time = torch.linspace(0, 1, 5)
@@ -54,7 +45,7 @@ def test_the_perceptron_of_torchcfm(double):
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint"])
-def test_the_likelihood_of_flow_matching_is_the_reference(double, method):
+def test_the_likelihood_of_flow_matching_is_the_reference(method):
     """By the same solver in as many steps (whose ends it adds up in floating point)."""
 
     class Velocity(torch.nn.Module):
@@ -65,7 +56,6 @@ def test_the_likelihood_of_flow_matching_is_the_reference(double, method):
         def forward(self, x, t):
             return self.layers(torch.cat((x, t.reshape(-1, 1).expand(len(x), 1)), 1))
 
-    torch.manual_seed(0)
     network, x = Velocity(), torch.randn(6, 3)
     velocity = FlowMatching("net(x, s)")(network)
     standard = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3))
@@ -77,9 +67,8 @@ def test_the_likelihood_of_flow_matching_is_the_reference(double, method):
     torch.testing.assert_close(ours.noise, noise, rtol=0, atol=1e-8)
 
 
-def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity(double):
+def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity():
     """With a shift of its times, too."""
-    torch.manual_seed(0)
     network = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
@@ -101,7 +90,6 @@ def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity(double):
 
 def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
     """As ``snapshot_download`` lays it out, without a network: what was downloaded once is opened by its name."""
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     model = tmp_path / "models--somebody--digits"
     (model / "refs").mkdir(parents=True)
