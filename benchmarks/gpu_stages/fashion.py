@@ -283,9 +283,8 @@ def _likelihoods(
         rows[str(steps)] = agreement(values[steps], truth) | {"seconds": time.perf_counter() - start}
     _save(calibration_figure(values, truth, "bits/dim"), folder / f"fashion_{stage}_calibration.png")
     # each jump's own change of volume beside the head's, on a few
-    own = {}
+    own, few = {}, x[: sizes.few]
     for steps in sizes.own:
-        few = x[: sizes.few]
         with torch.no_grad():
             answer = f2.log_prob(joint, few, steps, determinant="estimate").value
         own[str(steps)] = agreement(values[steps][: len(few)], f2.bits_per_dim(answer, x[0].numel(), LEVELS).cpu())
