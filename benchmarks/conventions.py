@@ -37,6 +37,7 @@ from f2d2_lightning.adapters import (
     Shortcut,
     TorchCFM,
     TwoTime,
+    VariancePreserving,
     check_convention,
 )
 from f2d2_lightning.flows import LinearPath
@@ -283,6 +284,13 @@ def edm_inner(core: nn.Module, x: Tensor, label: Tensor, y: Tensor | None = None
     return (clean - like(0.25 / norm**2, x) * state) / like(0.5 * sigma / norm, x)
 
 
+def ddpm(core: nn.Module, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
+    """The noise, at times 0 to 999 with betas from .0001 to .02."""
+    sigma = torch.expm1((time + 1) * (1e-4 + 9.97e-6 * time)).sqrt()
+    state = like((1 + sigma**2).sqrt(), x) * x
+    return (state - denoiser(core, state, sigma, y)) / like(sigma, x)
+
+
 DOWN = {"noise_time": 1.0, "data_time": 0.0}
 NULL: dict[str, Any] = {"null_label": CLASSES}
 RIGHT: dict[str, tuple[Callable[..., Any], Callable[..., Adapter]]] = {
@@ -301,6 +309,7 @@ RIGHT: dict[str, tuple[Callable[..., Any], Callable[..., Adapter]]] = {
     "teacher, time first": (net.time_first, lambda **k: TorchCFM(**k)),
     "denoiser": (denoiser, lambda **k: Denoiser(**k)),
     "EDM inner": (edm_inner, lambda **k: Denoiser("net(x, log(s) / 4, cond)", precondition="edm", **k)),
+    "DDPM": (ddpm, lambda **k: VariancePreserving(**k)),
 }
 
 
@@ -425,6 +434,11 @@ def wrong(images: bool, flat: bool) -> Iterator[tuple[str, Callable[..., Any], A
     yield "noise levels", edm_inner, Denoiser("net(x, 250 * log(s), cond)", precondition="edm", **NULL), True
     yield "noise levels", denoiser, FlowMatching("net(x, s, cond)", **NULL), True
     yield "noise levels", net.teacher, Denoiser(**NULL), True
+    yield "noise levels", ddpm, VariancePreserving("net(x, s / 1000, cond)", **NULL), True
+    yield "noise levels", ddpm, VariancePreserving(prediction_type="v_prediction", **NULL), True
+    yield "noise levels", ddpm, FlowMatching("net(x, s, cond)", **NULL), True
+    yield "noise levels", ddpm, Adapter("net(x, 1000 * s, cond)", directions="none", **DOWN, **NULL), True
+    yield "noise levels", net.teacher, VariancePreserving("net(x, s / 1000, cond)", **NULL), True
 
 
 def refusal(flow_map: AdaptedFlowMap, case: Case, labels: bool) -> str | None:

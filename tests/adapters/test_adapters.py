@@ -7,6 +7,7 @@ import pickle
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ from f2d2_lightning.adapters import (
     TorchCFM,
     TwoTime,
     VarianceExploding,
+    VariancePreserving,
     adapter_from_config,
     check_convention,
 )
@@ -232,6 +234,36 @@ class CTMNet(Exploding):
         return torch.where(near, limit, (moved - share * x) / torch.where(near, torch.ones_like(share), 1 - share))
 
 
+class DDPM(Exploding):
+    """``x_vp = sqrt(abar) x_1 + sqrt(1 - abar) eps`` at counted times, abar the product of what each time keeps."""
+
+    def __init__(self, truth, betas, prediction):
+        super().__init__(truth)
+        kept = np.cumprod(1 - betas.astype(np.longdouble))
+        self.levels = np.log((1 - kept) / kept).astype(float) / 2
+        self.prediction = prediction
+
+    def sigma(self, time):
+        return torch.from_numpy(np.exp(np.interp(time.numpy(), np.arange(len(self.levels)), self.levels)))
+
+    def forward(self, x, time, y=None):
+        sigma = self.sigma(time)
+        signal, noise = (like(part, x) for part in ((1 + sigma**2) ** -0.5, sigma / (1 + sigma**2) ** 0.5))
+        clean = self.denoised(x / signal, sigma, y)
+        epsilon = (x - signal * clean) / noise
+        answers = {"epsilon": epsilon, "sample": clean, "v_prediction": signal * epsilon - noise * clean}
+        return torch.cat([answers[self.prediction], torch.zeros_like(x)], 1)
+
+
+class ScoreSDE(DDPM):
+    def sigma(self, time):
+        return torch.expm1(1e-6 * time + (60 - 1e-6) / 2 * time**2).sqrt()
+
+
+def ddpm(betas, prediction="epsilon", cls=DDPM):
+    return lambda truth: cls(truth, np.array(betas), prediction)
+
+
 EXPLODING = {"sigma_min": SIGMA_MIN, "sigma_max": 1e8}
 
 
@@ -304,6 +336,15 @@ FAMILIES = {
     "ctm-state": Family(lambda truth: CTMNet(truth, True), CTM(
         "net(x, 250 * log(s), cond, s=250 * log(t))", answer="state", shortest=1e-4, sigma_min=SIGMA_MIN,
         sigma_max=1e5), tolerance=1e-3),
+    # betas that leave hardly any signal, so that the first state is noise
+    "ddpm": Family(ddpm(np.linspace(1e-12, 0.06, 1000)), VariancePreserving(
+        beta_start=1e-12, beta_end=0.06, learned_variance=True), images=True, tolerance=1e-5),
+    "ddpm-clean": Family(ddpm(np.linspace(1e-6, 0.3, 900) ** 2, "sample"), VariancePreserving(
+        prediction_type="sample", beta_schedule="scaled_linear", beta_start=1e-12, beta_end=0.09,
+        num_train_timesteps=900, learned_variance=True), tolerance=1e-5),
+    "score-sde": Family(ddpm([0.5], "v_prediction", ScoreSDE), VariancePreserving(
+        prediction_type="v_prediction", beta_schedule="continuous", beta_start=1e-6, beta_end=60.0,
+        learned_variance=True), tolerance=1e-3),
 }  # fmt: skip
 NAMES = list(FAMILIES)
 MAPS = [name for name in NAMES if FAMILIES[name].adapter.directions and not FAMILIES[name].adapter.endpoint_only]
@@ -374,7 +415,11 @@ def mutants(adapter):
             "noise level scaled",
             rebuilt(adapter, call=adapter.call.text.replace("(x, s", "(x, 1.1 * s").replace("log(s)", "log(1.1 * s)")),
         )
-        if adapter.answer == "clean":
+        if isinstance(adapter, VariancePreserving):
+            others = {"epsilon": "v_prediction", "v_prediction": "sample", "sample": "epsilon"}
+            yield "another prediction", rebuilt(adapter, prediction_type=others[adapter.prediction_type])
+            yield "another schedule", rebuilt(adapter, beta_end=0.9 * adapter.beta_end)
+        elif adapter.answer == "clean":
             others = {"none": "edm", "edm": "none", "consistency": "edm"}
             yield "another preconditioning", rebuilt(adapter, precondition=others[adapter.precondition])
     else:

@@ -15,6 +15,7 @@ from f2d2_lightning.adapters import (
     FlowMatching,
     MeanFlow,
     Shortcut,
+    VariancePreserving,
     check_convention,
 )
 from f2d2_lightning.adapters._velocities import _Asker, _UnfitError
@@ -315,6 +316,13 @@ def exploding(u, x, sigma):
     return (x + sigma[:, None] * u(x * tau[:, None], tau, tau)) * tau[:, None]
 
 
+def preserving(u, x, time):
+    """The noise, as a DDPM of a thousand times answers it, with betas from .0001 to .02."""
+    sigma = torch.expm1((time + 1) * (1e-4 + 9.97e-6 * time)).sqrt()
+    state = x * (1 + sigma**2).sqrt()[:, None]
+    return (state - exploding(u, state, sigma)) / sigma[:, None]
+
+
 WRONG = {
     # what the network is, how it is declared, what the message says, and an adapter of that
     "multiplies by a thousand itself": (
@@ -357,6 +365,19 @@ WRONG = {
         "call='net(x, t, s)'", Adapter("net(x, t, s)", directions="to_noise")),
     "noise level": (exploding, Denoiser("net(x, log(s) / 4)"), "call='net(x, s)'", Denoiser("net(x, s)")),
     "denoiser": (exploding, FlowMatching("net(x, s)"), "take Denoiser('net(x, s)')", Denoiser("net(x, s)")),
+    "DDPM": (
+        preserving, FlowMatching("net(x, s)"), "take VariancePreserving('net(x, s)')", VariancePreserving("net(x, s)")),
+    "DDPM, up to a thousand": (
+        preserving, FlowMatching("net(x, 1000 * s)", noise_time=1.0, data_time=0.0),
+        "take VariancePreserving('net(x, s)')", VariancePreserving("net(x, s)")),
+    "DDPM's prediction": (
+        preserving, VariancePreserving("net(x, s)", prediction_type="v_prediction"), "prediction_type='epsilon'",
+        VariancePreserving("net(x, s)")),
+    "DDPM's time": (
+        preserving, VariancePreserving("net(x, s / 1000)"), "call='net(x, s)'", VariancePreserving("net(x, s)")),
+    "velocity of a DDPM": (
+        lambda u, x, s: u(x, s, s), VariancePreserving("net(x, s / 1000)"),
+        "take Adapter('net(x, s)')", FlowMatching()),
     "velocity": (lambda u, x, s: u(x, s, s), Denoiser("net(x, s)"), "take Adapter('net(x, s)')", FlowMatching()),
 }  # fmt: skip
 

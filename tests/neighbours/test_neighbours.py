@@ -67,12 +67,16 @@ def test_the_likelihood_of_flow_matching_is_the_reference(method):
     torch.testing.assert_close(ours.noise, noise, rtol=0, atol=1e-8)
 
 
-def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity():
-    """With a shift of its times, too."""
-    network = diffusers.UNet2DModel(
+def small_unet():
+    return diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
     ).eval()  # fmt: skip
+
+
+def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity():
+    """With a shift of its times, too."""
+    network = small_unet()
     flow = f2.adapters.Adapter(
         "net(x, 1000 * s)", noise_time=1.0, data_time=0.0, directions="none", output="sample"
     )(network)  # fmt: skip
@@ -86,6 +90,29 @@ def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity():
         for s, t in itertools.pairwise(times):
             ours = ours + (t - s) * flow.velocity(ours, s.expand(3))
     torch.testing.assert_close(ours, sample.double(), rtol=0, atol=1e-5)  # the scheduler's times are single precision
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_steps_of_ddim_are_steps_of_the_adapted_velocity(schedule, prediction):
+    """Both read the same configuration."""
+    betas = {"beta_schedule": schedule, "beta_start": 0.001, "beta_end": 0.015, "prediction_type": prediction}
+    scheduler = diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(6)
+    network = small_unet()
+    flow = f2.adapters.VariancePreserving("net(x, s)", **betas, output="sample")(network)
+    signal = scheduler.alphas_cumprod.double().sqrt()
+    noise = (1 - signal.square()).sqrt()
+    whole = signal + noise  # a state of ours, and its time, are the scheduler's divided by it
+    sample = torch.randn(3, 1, 8, 8)
+    at = scheduler.timesteps.tolist()
+    ours = sample / whole[at[0]]
+    with torch.no_grad():
+        for start, end in itertools.pairwise(at):
+            sample = scheduler.step(network(sample, torch.full((3,), start)).sample, start, sample).prev_sample
+            s, t = (signal / whole)[[start, end]]
+            ours = ours + (t - s) * flow.velocity(ours, s.expand(3))
+    torch.testing.assert_close(ours, sample / whole[at[-1]], rtol=0, atol=5e-5)
 
 
 def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):

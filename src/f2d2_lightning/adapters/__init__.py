@@ -6,6 +6,7 @@ from f2d2_lightning.adapters.families import FlowMatching, MeanFlow, Shortcut, T
 from f2d2_lightning.adapters.features import FeatureTap
 from f2d2_lightning.adapters.interval import AddedInterval
 from f2d2_lightning.adapters.variance_exploding import CTM, Consistency, Denoiser, VarianceExploding
+from f2d2_lightning.adapters.variance_preserving import VariancePreserving
 
 __all__ = [
     "CTM",
@@ -22,6 +23,7 @@ __all__ = [
     "TorchCFM",
     "TwoTime",
     "VarianceExploding",
+    "VariancePreserving",
     "adapter_from_config",
     "check_convention",
     "check_differentiable",

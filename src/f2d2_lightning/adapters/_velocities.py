@@ -22,6 +22,7 @@ from f2d2_lightning.adapters._asking import TIMES, called, seed
 from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter
 from f2d2_lightning.adapters.call import Call, ConventionError
 from f2d2_lightning.adapters.variance_exploding import PRECONDITIONINGS, VarianceExploding
+from f2d2_lightning.adapters.variance_preserving import PREDICTIONS, VariancePreserving
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import LinearPath, like
 from f2d2_lightning.utils.conditions import Cond, moved, repeated, some_of
@@ -190,7 +191,13 @@ def _ways(flow_map: AdaptedFlowMap, images: bool) -> Iterator[_Way]:
         yield _Way(f"channels_last={turned.channels_last}", turned)
     if isinstance(adapter, VarianceExploding):
         if not adapter.sees_end:
-            yield _Way("the answer taken as the velocity", Adapter(adapter.call.text, **_shared(adapter)))
+            call = _bare(adapter) if isinstance(adapter, VariancePreserving) else adapter.call.text
+            yield _Way("the answer taken as the velocity", Adapter(call, **_shared(adapter)))
+        if isinstance(adapter, VariancePreserving):
+            for prediction in PREDICTIONS:
+                if prediction != adapter.prediction_type:
+                    yield _Way(f"prediction_type={prediction!r}", _changed(adapter, prediction_type=prediction))
+            return
         for precondition in PRECONDITIONINGS:
             if adapter.answer == "clean" and precondition != adapter.precondition:
                 yield _Way(f"precondition={precondition!r}", _changed(adapter, precondition=precondition))
@@ -200,11 +207,17 @@ def _ways(flow_map: AdaptedFlowMap, images: bool) -> Iterator[_Way]:
         return
     if not adapter.sees_end:
         yield _Way("the network taken as a denoiser", VarianceExploding(adapter.call.text, **_shared(adapter)))
+        yield _Way("the network taken as a DDPM's", VariancePreserving(_bare(adapter), **_shared(adapter)))
     seen = {_on_diagonal(spans)}
     for form in _forms(spans):
         if (key := _on_diagonal(form)) not in seen:
             seen.add(key)
             yield _Way(f"times as {', '.join(form)}", _changed(adapter, call=adapter.call.with_times(form)))
+
+
+def _bare(adapter: Adapter) -> str:
+    """The call with its times as they are: what a DDPM counts has another unit than times from 0 to 1."""
+    return adapter.call.with_times(["s"] * len(adapter.call.times))
 
 
 def _shared(adapter: Adapter) -> dict[str, Any]:
@@ -387,11 +400,14 @@ def _judged(reading: _Reading) -> list[int]:
 
 def _remedy(adapter: Adapter, way: _Way, reading: _Reading) -> str:
     if isinstance(adapter, VarianceExploding) != isinstance(way.adapter, VarianceExploding):
-        other = "Adapter" if isinstance(adapter, VarianceExploding) else "Denoiser"
-        return f"take {other}({adapter.call.text!r}) in place of {type(adapter).__name__}"
+        kinds = {VariancePreserving: "VariancePreserving", VarianceExploding: "Denoiser"}
+        other = next((name for kind, name in kinds.items() if isinstance(way.adapter, kind)), "Adapter")
+        return f"take {other}({way.adapter.call.text!r}) in place of {type(adapter).__name__}"
     if isinstance(adapter, VarianceExploding):
         changed = way.adapter.call.text != adapter.call.text
         hint = f" (here call={way.adapter.call.text!r})" if changed else f" (here {way.what})" if way.what else ""
+        if isinstance(adapter, VariancePreserving):
+            return f"check call=, prediction_type= and beta_schedule={hint}, or take another adapter"
         return (
             "the network must take noise levels sigma and answer the clean image (not the noise, and not a velocity): "
             f"check call=, precondition= and answer={hint}, or take another adapter"

@@ -11,7 +11,7 @@ Kim et al., 2023, https://arxiv.org/abs/2310.02279
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,22 +68,25 @@ class VarianceExploding(Adapter):
         sigma_data: float = 0.5,
         **kwargs: Any,
     ) -> None:
+        self._refuse_unfit(kwargs)
         one_of("precondition", precondition, PRECONDITIONINGS)
         one_of("answer", answer, ("clean", "state"))
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min={sigma_min} and sigma_max={sigma_max}; they are positive and in this order")
-        unfit = kwargs.keys() - {*self._arguments}
-        if unfit:
-            raise ValueError(
-                f"{type(self).__name__} has no {', '.join(sorted(unfit))}: its times are noise levels and its prior is "
-                "their largest; for a network with times of its own take Adapter"
-            )
         super().__init__(call, directions=directions, **kwargs)
         self.answer = answer
         self._check_end()
         self.precondition = precondition
         self.leaves_data = precondition != "consistency"
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+
+    def _refuse_unfit(self, kwargs: Mapping[str, Any]) -> None:
+        unfit = kwargs.keys() - {*self._arguments}
+        if unfit:
+            raise ValueError(
+                f"{type(self).__name__} has no {', '.join(sorted(unfit))}: its times are noise levels and its prior is "
+                "their largest; for a network with times of its own take Adapter"
+            )
 
     def foreign_time(self, t: Tensor) -> Tensor:
         """Noise level of our time, within what the network knows, ``(B,)``."""

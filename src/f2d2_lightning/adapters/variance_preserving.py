@@ -1,0 +1,152 @@
+r"""Networks of the variance-preserving process, ``x_vp = alpha x_1 + beta eps`` with ``alpha^2 + beta^2 = 1``: DDPM.
+
+Its state is that of the variance-exploding process at :math:`\sigma = \beta / \alpha`, divided by
+:math:`\sqrt{1 + \sigma^2}`; noise, clean image and v-prediction say the same clean image. So a DDPM's network is a
+denoiser of :mod:`f2d2_lightning.adapters.variance_exploding` whose levels are numbered by its schedule, and a step of
+its velocity from level to level is a step of DDIM.
+
+Ho et al., 2020, https://arxiv.org/abs/2006.11239; Song et al., 2021, https://arxiv.org/abs/2010.02502 (DDIM) and
+https://arxiv.org/abs/2011.13456 (VP-SDE); Nichol and Dhariwal, 2021, https://arxiv.org/abs/2102.09672 (cosine);
+Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512 (v-prediction)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from f2d2_lightning.adapters.variance_exploding import VarianceExploding
+from f2d2_lightning.flows.maps import Direction
+from f2d2_lightning.flows.paths import like
+from f2d2_lightning.utils.checks import one_of
+from f2d2_lightning.utils.conditions import Cond
+
+__all__ = ["VariancePreserving"]
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "continuous")
+CONTINUOUS = 1e-5, 1.0
+"""Times of the continuous schedule that its likelihoods are integrated between (Song et al., 2021)."""
+
+
+@functools.lru_cache(maxsize=32)
+def _log_levels(schedule: str, start: float, end: float, count: int, device: torch.device) -> Tensor:
+    """Logarithms of the noise levels of a DDPM's times 0, 1, ..., float64."""
+    if schedule == "squaredcos_cap_v2":
+        cosine = (((torch.arange(count + 1, dtype=torch.float64) / count) + 0.008) / 1.008 * math.pi / 2).cos().square()
+        betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
+    else:
+        betas = torch.linspace(start, end, count, dtype=torch.float64)
+    log_signal = torch.log1p(-betas).cumsum(0)  # of alpha^2
+    return (0.5 * (torch.log(-torch.expm1(log_signal)) - log_signal)).to(device)
+
+
+class VariancePreserving(VarianceExploding):
+    """A diffusion network of DDPM's kind, as a teacher: ``net(x, time, cond) -> noise``.
+
+    The arguments' names and values are those of the configuration of a scheduler of diffusers. ``s`` in the call is
+    the time 0 to ``num_train_timesteps - 1`` as the network is trained with, and a fraction between two of them:
+    ``"net(x, s / 1000, cond)"`` for one that takes it so, ``"net(x, round(s), cond)"`` for one that looks times up.
+    Beyond the first and the last the nearest one is used, as :class:`VarianceExploding` says.
+
+    Args:
+        call: The call; ``x`` is the state as the network wants it, ``s`` its time.
+        directions: Orders of time that the network was trained for.
+        prediction_type: What it answers: ``"epsilon"`` (the noise), ``"sample"`` (the clean image) or
+            ``"v_prediction"``.
+        beta_schedule: ``"linear"`` (DDPM, ADM, DiT), ``"scaled_linear"`` (latent and stable diffusion),
+            ``"squaredcos_cap_v2"`` (the cosine of improved DDPM), or ``"continuous"`` for the VP-SDE of score_sde,
+            whose time ``s`` runs to 1 (``"net(x, 999 * s)"`` there).
+        beta_start: The schedule's beginning; by default .0001, of the continuous one .1.
+        beta_end: The schedule's end; by default .02, of the continuous one 20.
+        num_train_timesteps: How many times there are.
+        learned_variance: Whether the network answers a variance beside it, in as many channels (improved DDPM, ADM,
+            DiT): the first half counts.
+        kwargs: ``output``, ``channels_last``, ``null_label``, ``classes``, ``time_axes`` as :class:`Adapter`.
+
+    Raises:
+        ValueError: If an argument is none of the above, or betas do not rise within 0 and 1.
+
+    >>> network = lambda x, time: x  # data of deviation 1: the noise in x is alpha x less, x itself close to noise
+    >>> VariancePreserving("net(x, s)")(network).velocity(torch.ones(1, 2), 0.01)
+    tensor([[-1.0098, -1.0098]])
+    """
+
+    _arguments = (
+        *("call", "directions", "prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"),
+        *("learned_variance", "output", "channels_last", "null_label", "classes", "time_axes"),
+    )
+
+    def __init__(
+        self,
+        call: str = "net(x, s, cond)",
+        directions: Direction | str = "none",
+        prediction_type: str = "epsilon",
+        beta_schedule: str = "linear",
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        num_train_timesteps: int = 1000,
+        learned_variance: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._refuse_unfit(kwargs)
+        one_of("prediction_type", prediction_type, PREDICTIONS)
+        one_of("beta_schedule", beta_schedule, SCHEDULES)
+        self.continuous = beta_schedule == "continuous"
+        default = (0.1, 20.0) if self.continuous else (0.0001, 0.02)
+        self.beta_start, self.beta_end = (
+            value if given is None else given for given, value in zip((beta_start, beta_end), default, strict=True)
+        )
+        if not 0 < self.beta_start < self.beta_end or (self.beta_end >= 1 and not self.continuous):
+            raise ValueError(
+                f"beta_start={self.beta_start} and beta_end={self.beta_end} of schedule {beta_schedule!r}; they are "
+                "positive, in this order" + ("" if self.continuous else ", and below 1")
+            )
+        if num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps}; a schedule has at least two times")
+        self.prediction_type, self.beta_schedule = prediction_type, beta_schedule
+        self.num_train_timesteps, self.learned_variance = int(num_train_timesteps), learned_variance
+        if self.continuous:
+            ends = [math.expm1(time * (self.beta_start + self._slope * time / 2)) ** 0.5 for time in CONTINUOUS]
+        else:
+            ends = self._levels(torch.device("cpu"))[[0, -1]].exp().tolist()
+        super().__init__(call, directions, sigma_min=ends[0], sigma_max=ends[1], **kwargs)
+
+    @property
+    def _slope(self) -> float:
+        return self.beta_end - self.beta_start
+
+    def _levels(self, device: torch.device) -> Tensor:
+        return _log_levels(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, device)
+
+    def time_of(self, sigma: Tensor) -> Tensor:
+        """The network's time at a noise level, ``(B,)``: between two times evenly in the level's logarithm."""
+        if self.continuous:
+            integral = torch.log1p(sigma.square())  # of beta, up to this time
+            return 2 * integral / (self.beta_start + (self.beta_start**2 + 2 * self._slope * integral).sqrt())
+        levels, log_sigma = self._levels(sigma.device).to(sigma.dtype), sigma.log()
+        above = torch.searchsorted(levels, log_sigma.detach()).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        return (above - 1 + (log_sigma - low) / (high - low)).clamp(0, len(levels) - 1)
+
+    def _part(self, answer: Any) -> Tensor:
+        answer = super()._part(answer)
+        return answer.chunk(2, -1 if self.channels_last else 1)[0] if self.learned_variance else answer
+
+    def _clean(
+        self, network: Callable[..., Any], state: Tensor, sigma: Tensor, sigma_end: Tensor, cond: Cond | None
+    ) -> Tensor:
+        norm = like((1 + sigma.square()).sqrt(), state)  # 1 / alpha
+        answer = self._ask(network, state / norm, self.time_of(sigma), self.time_of(sigma_end), cond)
+        if self.prediction_type == "epsilon":
+            return state - like(sigma, state) * answer
+        if self.prediction_type == "v_prediction":
+            return state / norm.square() - like(sigma, state) / norm * answer
+        return answer
