@@ -370,7 +370,7 @@ def wrong(images: bool, flat: bool) -> Iterator[tuple[str, Callable[..., Any], A
     """Kind, network, adapter, and whether labels are given."""
     two = {"directions": "to_data"} | NULL
     for name, (body, make) in RIGHT.items():
-        if name in ("denoiser", "EDM inner", "state"):
+        if name in ("denoiser", "EDM inner", "DDPM", "state"):
             continue
         right = make(**NULL)
         mirrored = {"noise_time": right.data_time, "data_time": right.noise_time}

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import types
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -16,7 +15,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import f2d2_lightning as f2
-import foreign
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.adapters import Adapter, Consistency, FlowMatching, MeanFlow
 from f2d2_lightning.callbacks._auxiliary import AddedWeights
@@ -24,7 +22,7 @@ from f2d2_lightning.callbacks._wrapping import overrides
 from f2d2_lightning.checkpoints.export import make_head
 from f2d2_lightning.modules import evaluation
 from f2d2_lightning.objectives import Batch, Objective, Terms
-from foreign import ManualModule, MeanFlowModule, MeanNet, callback
+from foreign import ManualModule, MeanFlowModule, MeanNet, callback, of_pytorch_lightning
 from lightning_parts import Pair, same, trainer, weights
 from lightning_parts import fit as train
 
@@ -76,9 +74,7 @@ def test_frozen_training_is_the_same_to_the_bit_without_the_callback(tmp_path, m
 @pytest.mark.parametrize("frozen", [False, True])
 def test_modules_and_trainers_of_pytorch_lightning_come_to_the_same_numbers(tmp_path, frozen):
     """``import pytorch_lightning as pl``: other classes, of the same code. Trained in one go, and resumed."""
-    source = Path(foreign.__file__).read_text(encoding="utf-8")
-    written = types.ModuleType("written")
-    exec(source.replace("import lightning as L", "import pytorch_lightning as L"), vars(written))
+    written = of_pytorch_lightning()
     assert issubclass(written.MeanFlowModule, pytorch_lightning.LightningModule)
     points = torch.randn(96, 2, generator=torch.Generator().manual_seed(0)) @ torch.tensor([[1.0, 0.8], [0.0, 0.3]])
     loader = torch.utils.data.DataLoader(points, 32)

@@ -6,7 +6,9 @@ import pickle
 import time
 import warnings
 
+import lightning as L
 import pytest
+import pytorch_lightning
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -20,7 +22,7 @@ from f2d2_lightning.likelihood import state_images
 from f2d2_lightning.metrics import SmallFeatures
 from f2d2_lightning.metrics.image import ImageDistance, precision_recall
 from f2d2_lightning.metrics.networks import INCEPTION_FILE, INCEPTION_URL
-from foreign import MeanFlowModule
+from foreign import MeanFlowModule, of_pytorch_lightning
 from launching import launch, logs
 from lightning_parts import Pair, fit, trainer
 from lightning_parts import student as pair_student
@@ -115,14 +117,18 @@ def test_a_teachers_flow_is_integrated_in_as_many_steps(tmp_path):
         trainer(tmp_path, callbacks=[quality(tmp_path, method="dopri5")]).test(module, datamodule=Pictures())
 
 
-class Foreign(MeanFlowModule):
-    """Somebody else's module on images, with a source of randomness of its own."""
+class OnImages:
+    """Somebody else's module, on images and with a source of randomness of its own."""
 
     def __init__(self, **kwargs):
         super().__init__(dim=36, dropout=0.2, **kwargs)
 
     def loss(self, batch):
         return super().loss(batch.flatten(1))
+
+
+class Foreign(OnImages, MeanFlowModule):
+    """Of lightning."""
 
 
 def foreign_callback(**kwargs):
@@ -198,6 +204,20 @@ def test_epochs_noise_and_runs_without_validation(tmp_path):
     assert torch.equal(callback.noise([5], SHAPE)[0], noise[5])
     assert not torch.equal(quality(tmp_path, seed=1).noise([5], SHAPE)[0], noise[5])
     assert float(callback.noise(range(400), SHAPE).std()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.usefixtures("single_precision")
+def test_trainers_of_pytorch_lightning_get_the_same_figures(tmp_path):
+    found = []
+    other = type("Other", (OnImages, of_pytorch_lightning().MeanFlowModule), {})
+    for library, module in ((L, Foreign), (pytorch_lightning, other)):
+        torch.manual_seed(0)
+        loader, callbacks = Plain().train_dataloader(), [foreign_callback(), quality(tmp_path, steps=(1,))]
+        run = library.Trainer(max_epochs=1, callbacks=callbacks, default_root_dir=tmp_path, accelerator="cpu")
+        run.fit(module(), loader, loader)
+        found.append({name: float(value) for name, value in run.callback_metrics.items()})
+    assert "val/fid_1" in found[0]
+    assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("single_precision")
