@@ -217,6 +217,7 @@ ADAPTERS: dict[str, tuple[Callable[[], adapters.Adapter], int]] = {
     "Shortcut by index": (lambda: adapters.Shortcut("index", call="net(x, s, -log2(clamp(abs(t - s), 1e-3, 1.0)))"), 2),
     "TwoTime": (lambda: adapters.TwoTime("net(x, s, t)", directions="both"), 2),
     "Denoiser": (lambda: adapters.Denoiser(call="net(x, s)", precondition="edm"), 1),
+    "VariancePreserving": (lambda: adapters.VariancePreserving("net(x, s / 1000)"), 1),
     "Consistency": (lambda: adapters.Consistency(call="net(x, s)", precondition="consistency"), 1),
     "CTM": (lambda: adapters.CTM(call="net(x, s, t)"), 2),
 }
