@@ -16,6 +16,7 @@ import torch
 import f2d2_lightning as f2
 from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.training.loading import load_module
+from launching import WITH_FSDP2
 from lightning_parts import CONFIGS
 from made_data import make_fashion
 
@@ -86,7 +87,7 @@ def test_every_strategy_configuration_is_understood(name, capsys):
     assert "class_path: lightning.pytorch.strategies." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"][: len(WITH_FSDP2)])
 def test_strategies_run_in_one_process(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     config, environment = CONFIGS / "mixture_teacher.yaml", dict(os.environ)

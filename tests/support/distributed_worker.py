@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import unittest
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from f2d2_lightning.callbacks import LastCheckpoint
 from f2d2_lightning.flows import Point
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.objectives import Examples
-from f2d2_lightning.utils.sharding import shard
+from f2d2_lightning.utils.sharding import FSDP2_FROM, shard
 from foreign import ManualModule, MeanFlowModule
-from launching import run_cases
+from launching import WITH_FSDP2, run_cases
 from lightning_parts import Pair, trainer
 
 STEPS = 6
@@ -163,6 +164,8 @@ def strategy(name: str) -> Any:
         # two backward passes a step, as in a GAN, need it with or without this package
         unused = name == "ddp-unused"
         return DDPStrategy(process_group_backend="gloo", find_unused_parameters=unused)
+    if name.startswith("fsdp") and "fsdp" not in WITH_FSDP2:
+        raise unittest.SkipTest(f"FSDP2 needs torch {FSDP2_FROM}")
     if name == "fsdp":
         return ModelParallelStrategy(
             process_group_backend="gloo",

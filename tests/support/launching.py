@@ -8,10 +8,16 @@ import socket
 import subprocess
 import sys
 import traceback
+import unittest
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
+
+from f2d2_lightning.utils.sharding import FSDP2_FROM
+
+WITH_FSDP2 = ("ddp", "fsdp") if torch.__version__ >= FSDP2_FROM else ("ddp",)
 
 
 def output_of(command, folder, timeout=300, **environment):
@@ -68,6 +74,8 @@ def run_cases(cases, folder, only=""):
             continue
         try:
             results[name] = case(folder)
+        except unittest.SkipTest as reason:
+            results[name] = {"skipped": str(reason)}
         except Exception:
             # told to the tests; the other process is given up by the one that waits for both
             results[name] = {"error": traceback.format_exc()}
@@ -93,5 +101,7 @@ def difference(one, other, path=""):
 
 def get(results, process, case):
     answer = results[process][case]
+    if "skipped" in answer:
+        pytest.skip(answer["skipped"])
     assert "error" not in answer, answer.get("error")
     return answer

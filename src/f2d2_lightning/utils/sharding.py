@@ -19,6 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 __all__ = ["all_finite", "is_sharded", "load_whole", "reshard", "shard", "whole", "whole_state", "whole_weights"]
 
+FSDP2_FROM = "2.11"
+"""First version of torch whose FSDP2 was seen to train to the same numbers as one process. 2.6 and 2.7 fail on a CPU, 2.8
+and 2.9 where intermediate results are computed again."""
+
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module's parameters are spread over processes."""
@@ -57,7 +61,15 @@ def shard(module: nn.Module, mesh: Any) -> None:
     """Spread a module's parameters over processes: each block of every ``nn.ModuleList``, then what is left.
 
     Nothing is done to a module without parameters, or one that is sharded already.
+
+    Raises:
+        RuntimeError: If torch is older than :data:`FSDP2_FROM`.
     """
+    if torch.__version__ < FSDP2_FROM:
+        raise RuntimeError(
+            f"ModelParallelStrategy (FSDP2) needs torch {FSDP2_FROM} here, and this is {torch.__version__}, which fails or "
+            "trains to other numbers; update torch, or take strategy=ddp"
+        )
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if is_sharded(module) or not any(True for _ in module.parameters()):
