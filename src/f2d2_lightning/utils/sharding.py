@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 __all__ = ["all_finite", "is_sharded", "load_whole", "reshard", "shard", "whole", "whole_state", "whole_weights"]
 
 FSDP2_FROM = "2.11"
-"""First version of torch whose FSDP2 was seen to train to the same numbers as one process. 2.6 and 2.7 fail on a CPU, 2.8
-and 2.9 where intermediate results are computed again."""
+"""First version of torch whose FSDP2 was seen to train to the same numbers as one process. 2.6 and 2.7 fail on a CPU,
+2.8 and 2.9 where intermediate results are computed again."""
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -67,8 +67,8 @@ def shard(module: nn.Module, mesh: Any) -> None:
     """
     if torch.__version__ < FSDP2_FROM:
         raise RuntimeError(
-            f"ModelParallelStrategy (FSDP2) needs torch {FSDP2_FROM} here, and this is {torch.__version__}, which fails or "
-            "trains to other numbers; update torch, or take strategy=ddp"
+            f"ModelParallelStrategy (FSDP2) needs torch {FSDP2_FROM} here, and this is {torch.__version__}, which fails "
+            "or trains to other numbers; update torch, or take strategy=ddp"
         )
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
