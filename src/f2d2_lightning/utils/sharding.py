@@ -67,8 +67,8 @@ def shard(module: nn.Module, mesh: Any) -> None:
     """
     if torch.__version__ < FSDP2_FROM:
         raise RuntimeError(
-            f"ModelParallelStrategy (FSDP2) needs torch {FSDP2_FROM} here, and this is {torch.__version__}, which fails "
-            "or trains to other numbers; update torch, or take strategy=ddp"
+            f"ModelParallelStrategy (FSDP2) needs torch {FSDP2_FROM} here, and this is {torch.__version__}, which "
+            "fails or trains to other numbers; update torch, or take strategy=ddp"
         )
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
