@@ -16,6 +16,7 @@ from f2d2_lightning.adapters import (
     Denoiser,
     Shortcut,
     VarianceExploding,
+    VariancePreserving,
     adapter_from_config,
     check_convention,
 )
@@ -81,6 +82,13 @@ ARGUMENTS = [
     (VarianceExploding, {"answer": "velocity"}, "'clean', 'state'"),
     (VarianceExploding, {"sigma_min": 2.0, "sigma_max": 1.0}, "in this order"),
     (VarianceExploding, {"answer": "state"}, "no end time t"),
+    (VariancePreserving, {"prediction_type": "velocity"}, "'v_prediction'"),
+    (VariancePreserving, {"beta_schedule": "sigmoid"}, "'scaled_linear'"),
+    (VariancePreserving, {"beta_start": 0.2, "beta_end": 0.1}, "in this order, and below 1"),
+    (VariancePreserving, {"beta_end": 0.99}, "leave nothing of the data"),
+    (VariancePreserving, {"beta_schedule": "continuous", "beta_end": 1e9}, "leave nothing of the data"),
+    (VariancePreserving, {"num_train_timesteps": 10**12}, "2 to 100000 times"),
+    (VariancePreserving, {"sigma_min": 0.1}, "VariancePreserving has no sigma_min"),
     (Denoiser, {"noise_time": 1.0}, "Denoiser has no noise_time"),
     (Consistency, {"prior_std": 0.5}, "take Adapter"),
 ]

@@ -32,6 +32,9 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "continuous")
 CONTINUOUS = 1e-5, 1.0
 """Times of the continuous schedule that its likelihoods are integrated between (Song et al., 2021)."""
+MOST_TIMES = 10**5
+FAINTEST = 28.0
+"""Logarithm of a noise level at which hardly anything is left of the data, nor of numbers in single precision."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -74,9 +77,9 @@ class VariancePreserving(VarianceExploding):
     Raises:
         ValueError: If an argument is none of the above, or betas do not rise within 0 and 1.
 
-    >>> network = lambda x, time: x  # data of deviation 1: the noise in x is alpha x less, x itself close to noise
-    >>> VariancePreserving("net(x, s)")(network).velocity(torch.ones(1, 2), 0.01)
-    tensor([[-1.0098, -1.0098]])
+    >>> network = lambda x, time: 0 * x  # sees no noise: at time 1/2 half of the state's way to data is left
+    >>> VariancePreserving("net(x, s)")(network).velocity(torch.ones(1, 2), 0.5)
+    tensor([[2., 2.]])
     """
 
     _arguments = (
@@ -109,15 +112,21 @@ class VariancePreserving(VarianceExploding):
                 f"beta_start={self.beta_start} and beta_end={self.beta_end} of schedule {beta_schedule!r}; they are "
                 "positive, in this order" + ("" if self.continuous else ", and below 1")
             )
-        if num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps={num_train_timesteps}; a schedule has at least two times")
+        if not 2 <= num_train_timesteps <= MOST_TIMES:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps}; a schedule has 2 to {MOST_TIMES} times")
         self.prediction_type, self.beta_schedule = prediction_type, beta_schedule
         self.num_train_timesteps, self.learned_variance = int(num_train_timesteps), learned_variance
         if self.continuous:
-            ends = [math.expm1(time * (self.beta_start + self._slope * time / 2)) ** 0.5 for time in CONTINUOUS]
+            integrals = [time * (self.beta_start + self._slope * time / 2) for time in CONTINUOUS]
+            first, last = (math.log(math.expm1(min(integral, 2 * FAINTEST))) / 2 for integral in integrals)
         else:
-            ends = self._levels(torch.device("cpu"))[[0, -1]].exp().tolist()
-        super().__init__(call, directions, sigma_min=ends[0], sigma_max=ends[1], **kwargs)
+            first, last = self._levels(torch.device("cpu"))[[0, -1]].tolist()
+        if not last < FAINTEST - 1:
+            raise ValueError(
+                f"beta_start={self.beta_start} and beta_end={self.beta_end} leave nothing of the data at the last time "
+                f"of schedule {beta_schedule!r}; give smaller ones"
+            )
+        super().__init__(call, directions, sigma_min=math.exp(first), sigma_max=math.exp(last), **kwargs)
 
     @property
     def _slope(self) -> float:
