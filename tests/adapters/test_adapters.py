@@ -532,6 +532,17 @@ def test_the_ends_of_the_exploding_process(name):
         close(flow_map.jump(x, 1.0, 1.0, labels), x, 1e-12)
 
 
+def test_times_of_the_cosine_schedule():
+    """Nichol and Dhariwal's, equation 17: what is left of the data after each time, their betas at most .999."""
+    left = np.cos((np.arange(51) / 50 + 0.008) / 1.008 * np.pi / 2) ** 2
+    left = np.append(left[1:-1] / left[0], 0.001 * left[-2] / left[0])
+    sigma = torch.from_numpy(((1 - left) / left) ** 0.5)
+    adapter = VariancePreserving(beta_schedule="squaredcos_cap_v2", num_train_timesteps=50)
+    close(adapter.time_of(sigma), torch.arange(50.0), 1e-12)
+    half_way = (sigma[10] * sigma[11]).sqrt()
+    close(adapter.time_of(torch.stack((sigma[0] / 2, half_way, sigma[-1] * 2))), torch.tensor([0, 10.5, 49]), 1e-12)
+
+
 # --- how an adapter is written down ---
 
 
