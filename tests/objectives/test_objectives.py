@@ -321,14 +321,14 @@ def test_anchor_answers_on_the_diagonal(name):
     objective = EVERY[name](problem.path)
     batch = Batch(problem.states(64, 1.0), source_of(problem), anchor=Anchor(problem.field, Exact()))
     # several batches: trajectory regression asks for a whole one, or for nothing
-    terms = [objective.loss(problem.field, batch) for _ in range(25)]
+    terms = [objective.loss(problem.field, batch) for _ in range(200)]
     if name == "consistency":
         assert asked == []
         assert max(float(found.loss) for found in terms) < 1e-18
     else:
-        assert 0 < sum(asked) / (25 * 64) <= 0.5
+        assert 0.04 < sum(asked) / (200 * 64) <= 0.5
         error = statistics.fmean(float(found.velocity_mse) for found in terms)
-        close(error, sum(asked) / (25 * 64), rtol=0.05, atol=1e-9)
+        close(error, sum(asked) / (200 * 64), rtol=0.05, atol=1e-9)
 
 
 def test_consistency_only_ever_asks_for_the_data():

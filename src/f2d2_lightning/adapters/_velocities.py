@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters._asking import TIMES, called, seed
 from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter
 from f2d2_lightning.adapters.call import Call, ConventionError
-from f2d2_lightning.adapters.variance_exploding import PRECONDITIONINGS, VarianceExploding
-from f2d2_lightning.adapters.variance_preserving import PREDICTIONS, VariancePreserving
+from f2d2_lightning.adapters.variance_exploding import VarianceExploding
+from f2d2_lightning.adapters.variance_preserving import VariancePreserving
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import LinearPath, like
 from f2d2_lightning.utils.conditions import Cond, moved, repeated, some_of
@@ -193,15 +193,12 @@ def _ways(flow_map: AdaptedFlowMap, images: bool) -> Iterator[_Way]:
         if not adapter.sees_end:
             call = _bare(adapter) if isinstance(adapter, VariancePreserving) else adapter.call.text
             yield _Way("the answer taken as the velocity", Adapter(call, **_shared(adapter)))
-        if isinstance(adapter, VariancePreserving):
-            for prediction in PREDICTIONS:
-                if prediction != adapter.prediction_type:
-                    yield _Way(f"prediction_type={prediction!r}", _changed(adapter, prediction_type=prediction))
-            return
-        for precondition in PRECONDITIONINGS:
-            if adapter.answer == "clean" and precondition != adapter.precondition:
-                yield _Way(f"precondition={precondition!r}", _changed(adapter, precondition=precondition))
-        for label in LABELS if len(spans) == 1 else ():
+        name, readings = adapter.readings
+        for reading in readings:
+            if adapter.answer == "clean" and reading != getattr(adapter, name):
+                yield _Way(f"{name}={reading!r}", _changed(adapter, **{name: reading}))
+        # a DDPM's network is told numbers of levels, not levels
+        for label in LABELS if len(spans) == 1 and not isinstance(adapter, VariancePreserving) else ():
             if not math.isclose(_value(label, 0.4, 0.4), _value(spans[0], 0.4, 0.4)):
                 yield _Way(f"noise levels as {label}", _changed(adapter, call=adapter.call.with_times([label])))
         return

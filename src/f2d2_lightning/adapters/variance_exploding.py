@@ -12,7 +12,7 @@ Kim et al., 2023, https://arxiv.org/abs/2310.02279
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class VarianceExploding(Adapter):
         *("call", "directions", "precondition", "answer", "sigma_min", "sigma_max", "sigma_data", "output"),
         *("channels_last", "null_label", "classes", "time_axes", "shortest"),
     )
+    readings: ClassVar[tuple[str, tuple[str, ...]]] = "precondition", PRECONDITIONINGS
+    """The argument that says how a clean image follows from the answer, and its values."""
 
     def __init__(
         self,

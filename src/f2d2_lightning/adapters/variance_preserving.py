@@ -86,6 +86,7 @@ class VariancePreserving(VarianceExploding):
         *("call", "directions", "prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"),
         *("learned_variance", "output", "channels_last", "null_label", "classes", "time_axes"),
     )
+    readings = "prediction_type", PREDICTIONS
 
     def __init__(
         self,
