@@ -69,6 +69,44 @@ def test_what_is_trained(tmp_path, frozen):
         assert module.average.flow_map is module.joint.flow_map
 
 
+@pytest.mark.parametrize("directions", ["to_data", "to_noise", "both"])
+def test_intervals_go_where_the_map_goes(directions):
+    """Unless they were given directions, which are then not changed."""
+    flow_map = MLP((2,), width=8, blocks=1, directions=directions)
+    settings = {"warm_start": False, "flow_map": flow_map}
+    module = student(**settings)
+    assert module.objective.directions == flow_map.directions
+    s, t = module.objective.intervals.sample(50)
+    assert (bool((s < t).any()), bool((s > t).any())) == (directions != "to_noise", directions != "to_data")
+    module.objective = f2.objectives.Semigroup()
+    assert module.objective.directions == flow_map.directions
+    for other in {"to_data", "to_noise", "both"} - {directions}:
+        with pytest.raises(ValueError, match="set directions of both alike"):
+            student(**settings, objective=f2.TrajectoryRegression(intervals=f2.Intervals(other)))
+
+
+def test_a_trained_student_goes_on_with_its_head(tmp_path):
+    """Such as to its own density: samples stay, the head begins with the answers that it had, and the first is kept."""
+    first = student()
+    fit(tmp_path / "first", first, max_epochs=2)
+    state = copy.deepcopy(first.state_dict())
+    noise, times = torch.randn(5, 2), (torch.tensor(0.2), torch.tensor(0.9))
+    objective = f2.objectives.VolumeRegression(capacity=64, chunk=32)
+    settings = {"frozen": True, "objective": objective, "reference_samples": 0}
+    held = f2.F2D2Module(first.average, **settings, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    fit(tmp_path / "held", held, max_epochs=1)
+    torch.testing.assert_close(held(noise, *times), first(noise, *times))
+    second = f2.F2D2Module(first.average, **settings)
+    fit(tmp_path / "second", second, max_epochs=1)
+    assert torch.equal(second.sample(noise, 2).state, first.sample(noise, 2).state)
+    assert not torch.allclose(second(noise, *times).divergence, first(noise, *times).divergence)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    # a head that is given takes the place of the trained one
+    fresh = f2.DivergenceHead(first.joint.flow_map.features)
+    assert f2.F2D2Module(first.average, head=fresh, **settings).joint.head is fresh
+
+
 @pytest.mark.parametrize("whose", ["map", "head", "targets"])
 def test_a_planted_fault_is_named(tmp_path, whose):
     """Jumps that are shifted, a divergence that is lifted, and a diagonal that teaches and is lifted."""

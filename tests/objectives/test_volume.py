@@ -1,12 +1,15 @@
 """Volume regression: a frozen map's own change of density, against closed forms and against autograd."""
 
+import itertools
+
 import pytest
 import torch
 
-from f2d2_lightning import DivergenceHead, Intervals, Inversion, JointFlowMap, as_flow_map, log_prob
+from f2d2_lightning import DivergenceHead, Intervals, Inversion, JointFlowMap, as_flow_map, log_prob, sample
 from f2d2_lightning.divergence import Exact
 from f2d2_lightning.flows import Point
 from f2d2_lightning.likelihood.sampling import normal_log_prob
+from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives import Batch, TeacherSource, VolumeRegression
 from problems import Logistic, LogisticMap, Nothing
 
@@ -48,10 +51,14 @@ def test_targets_are_determinants_of_jumps_and_not_divergences_along_the_flow():
         torch.testing.assert_close((t - s)[row] * divergence[row], volume)
 
 
-@pytest.mark.parametrize("dim", [2])
-def test_a_frozen_head_learns_the_density_of_the_samples(dim):
-    """Likelihoods by inversion equal the change of variables with every jump's determinant."""
+@pytest.mark.parametrize("directions", ["to_data", "both"])
+def test_a_frozen_head_learns_the_density_of_the_samples(directions):
+    """Likelihoods equal the change of variables with every jump's determinant: of samples, and of given points.
+
+    The points' by inversion where the map goes to data alone, else by its own jumps to noise, which invert nothing.
+    """
     torch.manual_seed(0)
+    dim = 2
     network = torch.nn.Sequential(
         torch.nn.Linear(dim + 2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU()
     )
@@ -64,26 +71,59 @@ def test_a_frozen_head_learns_the_density_of_the_samples(dim):
         def forward(self, x, s, t, cond=None):
             return self.out(self.body(torch.cat((x, s[:, None], t[:, None]), 1)))[:, 0]
 
-    joint = JointFlowMap(as_flow_map(Bent(), "to_data"), DivergenceHead(network=Own()), frozen=True)
-    objective = VolumeRegression(capacity=2000, chunk=250, intervals=Intervals("to_data", 0.1, 0.9, steps=(1, 2)))
+    joint = JointFlowMap(as_flow_map(Bent(), directions), DivergenceHead(network=Own()), frozen=True)
+    objective = VolumeRegression(capacity=4000, chunk=250, intervals=Intervals(directions, 0.1, 0.9, steps=(1, 2)))
     optimizer = torch.optim.Adam(joint.head.parameters(), lr=3e-3)
     source, data = TeacherSource(joint.velocity, Exact()), torch.randn(500, dim)
     for _ in range(600):
         optimizer.zero_grad()
         objective.loss(joint, Batch(data, source)).loss.backward()
         optimizer.step()
+
+    @torch.no_grad()
+    def change(x, steps, to_noise=False):
+        """Where jumps lead, and the logarithm of their determinants."""
+        total = torch.zeros(len(x))
+        for a, b in itertools.pairwise(time_grid(steps, to_noise)):
+            s, t = torch.full((len(x),), a), torch.full((len(x),), b)
+            total = total + (t - s) * objective.volume(joint, Point(x, s), t)
+            x = x + (t - s)[:, None] * joint(x, s, t).velocity
+        return x, total
+
     for steps in (1, 2):
         noise = torch.randn(200, dim)
-        x, exact = noise, normal_log_prob(noise)
-        for k in range(steps):
-            s, t = (torch.full((200,), v / steps) for v in (k, k + 1))
-            exact = exact - (t - s) * objective.volume(joint, Point(x, s), t)
-            x = x + (t - s)[:, None] * joint(x, s, t).velocity.detach()
+        x, volume = change(noise, steps)
+        exact = normal_log_prob(noise) - volume
         with torch.no_grad():
-            answer = log_prob(joint, x, steps, inversion=Inversion())
-        good = answer.converged
+            made = sample(joint, noise, steps, with_log_prob=True)
+            answer = log_prob(joint, x, steps, inversion=Inversion() if directions == "to_data" else None)
+        torch.testing.assert_close(made.state, x)
+        assert float((made.log_prob - exact).abs().mean()) < 0.05
+        if directions == "both":
+            ends, volume = change(x, steps, to_noise=True)
+            exact = normal_log_prob(ends) + volume
+        good = torch.ones(len(x), dtype=torch.bool) if answer.converged is None else answer.converged
         assert float(good.double().mean()) > 0.9
         assert float((answer.value - exact)[good].abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize("directions", ["to_data", "to_noise", "both"])
+def test_states_are_those_that_the_jumps_lead_to(directions):
+    """With ``own_path=1``: at each time, where a grid's jumps from noise, or from the data, have come to by then."""
+    growth = lambda x, s, t, cond=None: x * (torch.expm1(t - s) / (t - s))[:, None]  # noqa: E731
+    joint = JointFlowMap(as_flow_map(growth, directions), DivergenceHead(network=Nothing()))
+    intervals = Intervals(directions, 0.0, 0.0, steps=(4,))
+    objective = VolumeRegression(capacity=400, chunk=400, intervals=intervals, own_path=1.0)
+    data = torch.full((400, 1), 0.7)
+    objective.loss(joint, Batch(data, TeacherSource(joint.velocity)))
+    kept = objective.state_dict()["kept"]
+    x, s, to_noise = kept["x"][:, 0], kept["s"], kept["s"] > kept["t"]
+    assert (bool(to_noise.any()), bool((~to_noise).any())) == (directions != "to_data", directions != "to_noise")
+    torch.testing.assert_close(x[to_noise], 0.7 * (s[to_noise] - 1).exp())
+    begun = (x * (-s).exp())[~to_noise]
+    if len(begun):  # normal, as noise is and one point of the data is not
+        assert abs(float(begun.mean())) < 0.3
+        assert 0.8 < float(begun.std()) < 1.2
 
 
 def test_examples_are_kept_refreshed_and_restored():
@@ -109,8 +149,6 @@ def test_examples_are_kept_refreshed_and_restored():
 
 
 def test_mistakes_are_refused():
-    with pytest.raises(ValueError, match='Intervals\\("to_data"\\)'):
-        VolumeRegression(intervals=Intervals("both"))
     with pytest.raises(ValueError, match="own_path=2"):
         VolumeRegression(own_path=2)
     joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=Nothing()))

@@ -24,7 +24,6 @@ from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
 from f2d2_lightning.objectives._scale import measure_scale
 from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting
 from f2d2_lightning.objectives.integrator import trajectory_times
-from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.objectives.targets import PASSES, choose_targets
 from f2d2_lightning.objectives.trajectories import CAPACITY, TrajectoryRegression
@@ -46,15 +45,15 @@ MEASURED, MANY = 64, 256
 """States that targets are measured on, and dimensions above which a quarter of them are."""
 
 
-def default_objective(directions: Direction, moving: bool, scattering: bool) -> TrajectoryRegression:
-    """Trajectory regression in the directions that a map declares.
+def default_objective(moving: bool, scattering: bool) -> TrajectoryRegression:
+    """Trajectory regression.
 
     A velocity that is ``moving`` changes as training goes on: trajectories are then few, and made anew all the time,
     and there is nothing yet that nodes could be measured on. Targets that are ``scattering``, as conditional velocities
     on the diagonal are, have squared errors, whose least is at their mean.
     """
     if not moving:
-        return TrajectoryRegression(intervals=Intervals(directions))
+        return TrajectoryRegression()
     scatter = {
         "starts": {"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4},
         "weighting": Weighting(),
@@ -65,7 +64,6 @@ def default_objective(directions: Direction, moving: bool, scattering: bool) -> 
         max_mib=64.0,
         refresh=8.0,
         chunk=256,
-        intervals=Intervals(directions),
         **(scatter if scattering else {}),  # type: ignore[arg-type]
     )
 
@@ -114,7 +112,7 @@ class DistilledModel(RangedModel):
         """
         self.estimator, self._estimator_given = estimator or Hutchinson(), estimator is not None
         self._trained_directions, self._chosen = directions, objective is not None
-        self._set_objective(objective or default_objective(directions, moving, scattering))
+        self._set_objective(objective or default_objective(moving, scattering))
 
     @property
     def objective(self) -> Objective:
@@ -128,6 +126,7 @@ class DistilledModel(RangedModel):
         objective.quantize(self.quantization)
 
     def _set_objective(self, objective: Objective) -> None:
+        objective.intervals.follow(self._trained_directions)
         if objective.directions != self._trained_directions:
             raise ValueError(
                 f"the objective trains {objective.directions}, but the map declares {self._trained_directions}; a map "
@@ -278,7 +277,7 @@ class DistilledModel(RangedModel):
         """
         if moving_in_0_1 is not None and not self._chosen:
             before = self.objective.quantization
-            taken = default_objective(self._trained_directions, moving_in_0_1, scattering=True)
+            taken = default_objective(moving_in_0_1, scattering=True)
             taken.nodes = None
             self._set_objective(taken)
             self.objective.quantize(before)

@@ -46,7 +46,7 @@ class F2D2Module(FlowModule, DistilledModel):
 
     Args:
         flow_map: Backbone of the student; ``None`` takes a copy of the teacher's, without its dropout; its file
-            is then read at once.
+            is then read at once. A trained student's ``average`` goes on in a copy, with the head that it has.
         shape: Shape of one state, ``(d,)`` or ``(C, H, W)``; ``None`` takes the teacher's, else the backbone's.
         teacher: A trained :class:`FlowMatchingModule`, a flow map or velocity ``(x, t, cond) -> v``, or the path of a
             checkpoint of the first. It is not part of this module's checkpoint and is needed only to train and to
@@ -95,7 +95,7 @@ class F2D2Module(FlowModule, DistilledModel):
 
     def __init__(
         self,
-        flow_map: FlowMap | None = None,
+        flow_map: FlowMap | JointFlowMap | None = None,
         shape: Sequence[int] | None = None,
         teacher: str | Path | FlowMatchingModule | None = None,
         head: Head | None = None,
@@ -122,6 +122,10 @@ class F2D2Module(FlowModule, DistilledModel):
     ) -> None:
         check_arguments(F2D2Module.__init__, locals() | {"teacher": None})  # which says itself what it may be
         one_of("off_diagonal", off_diagonal, ("teacher", "student"))
+        self._goes_on = isinstance(flow_map, JointFlowMap) and head is None
+        if isinstance(flow_map, JointFlowMap):
+            joint = copy.deepcopy(flow_map).requires_grad_(True).train()
+            flow_map, head = joint.flow_map, head or joint.head
         kept = KeptTeacher(teacher, trust)
         if from_file := flow_map is None and kept.path is not None:
             teacher = kept.get(torch.device("cpu"))
@@ -291,6 +295,8 @@ class F2D2Module(FlowModule, DistilledModel):
         if teacher is not None:
             self.measure_targets(self.trainer, self.teacher_velocity(), x, cond)
             self._sources = None  # of the estimator that was chosen
+        if self._goes_on:  # what the head answers is in the scale that it has
+            return
         anchor = self._targets()[1]
         self.fit_scale(self.joint.head, anchor, self._states(), self.sum_over_processes)
 

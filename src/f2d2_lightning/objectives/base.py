@@ -164,7 +164,7 @@ class Objective(ABC):
     """A training objective.
 
     Args:
-        intervals: Distribution of ``(s, t)``; both directions by default.
+        intervals: Distribution of ``(s, t)``; in the directions of the map by default.
         weighting: How errors become a loss.
         path: Probability path that states are drawn from.
     """

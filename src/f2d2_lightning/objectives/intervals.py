@@ -24,7 +24,8 @@ class Intervals:
     """Distribution of training intervals: diagonal, the likelihood grid's own, and uniform.
 
     Args:
-        directions: Orders of time to draw, ``"both"`` by default; ``"to_data"`` is what the official recipe does.
+        directions: Orders of time to draw. By default those of the map that is trained (:meth:`follow`), and both until
+            it is known; ``"to_data"`` is what the official recipe does.
         diagonal: Share of intervals with ``s = t``.
         grid: Share of intervals that are a step of a uniform K-step grid, K drawn from ``steps``. More of them makes
             likelihoods little better and samples worse (docs/CALIBRATION.md).
@@ -44,7 +45,7 @@ class Intervals:
     @checked
     def __init__(
         self,
-        directions: Direction | str = "both",
+        directions: Direction | str | None = None,
         diagonal: float = 0.1,
         grid: float = 0.3,
         steps: Sequence[int] = (1, 2, 4, 8),
@@ -56,7 +57,7 @@ class Intervals:
             at_least(1, **{"the least of steps": min(steps, default=0)})
         if not 0 <= length < 1:
             raise ValueError(f"length is {length}; it lies in [0, 1)")
-        self.directions = Direction.parse(directions)
+        self.directions, self._follows = Direction.parse(directions or Direction.BOTH), directions is None
         self.diagonal = diagonal
         self.grid = grid
         self.steps = tuple(steps)
@@ -65,6 +66,11 @@ class Intervals:
 
     def __repr__(self) -> str:
         return briefly(self)
+
+    def follow(self, directions: Direction) -> None:
+        """Take the directions that a map declares, unless some were given."""
+        if self._follows:
+            self.directions = directions
 
     def on_diagonal(self, count: int, structure: torch.Generator | None = None) -> int:
         """How many of ``count`` intervals have no length: their share, rounded up or down at random.

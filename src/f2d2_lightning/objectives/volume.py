@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
-from f2d2_lightning.flows.paths import Path, Point, expand_time, like
+from f2d2_lightning.flows.paths import Path, Point, like
 from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives._ring import Ring
@@ -36,20 +36,22 @@ __all__ = ["VolumeRegression"]
 class VolumeRegression(Objective):
     """Regress ``D`` on the logarithm of the determinant of the map's own jumps. The velocity is not trained.
 
-    For ``frozen=True`` and maps to data, whose likelihood of data then comes by inversion.
+    For ``frozen=True``: a map to data, whose likelihood of data then comes by inversion, or a student whose samples are
+    to have their own density, as importance weights need it, in place of the teacher's.
 
     Args:
         capacity: Examples kept, per process.
         refresh: New examples per training step once they are there, on average; 0 for a map that does not change.
         chunk: Examples made at a time.
-        own_path: Share of states that the map's own jumps lead to from noise; the others lie between noise and data.
-        intervals: Distribution of ``(s, t)``, to data; mostly steps of the grids that likelihoods will be asked for.
+        own_path: Share of states that the map's own jumps lead to, from noise or, of intervals to noise, from data; the
+            others lie between noise and data.
+        intervals: Distribution of ``(s, t)``; mostly steps of the grids that likelihoods will be asked for.
         weighting: How errors become a loss.
         path: Probability path.
         max_dim: Largest state that is accepted, as a safeguard: each example costs as many evaluations.
 
     Raises:
-        ValueError: If a number is out of range, or the intervals go to noise.
+        ValueError: If a number is out of range.
     """
 
     @checked
@@ -64,12 +66,7 @@ class VolumeRegression(Objective):
         path: Path | None = None,
         max_dim: int = 1024,
     ) -> None:
-        super().__init__(intervals or Intervals("to_data", diagonal=0.05, grid=0.85), weighting, path)
-        if self.intervals.directions != Direction.TO_DATA:
-            raise ValueError(
-                f"volume regression is for maps to data, and the intervals go {self.intervals.directions}; use "
-                'Intervals("to_data"), or train both directions with TrajectoryRegression'
-            )
+        super().__init__(intervals or Intervals(diagonal=0.05, grid=0.85), weighting, path)
         at_least(1, capacity=capacity, chunk=chunk)
         at_least(0, refresh=refresh)
         share(own_path=own_path)
@@ -112,22 +109,25 @@ class VolumeRegression(Objective):
 
     def _make(self, student: JointMap, data: Tensor, cond: Cond | None) -> None:
         """Put a chunk of new examples in the place of the oldest."""
+        self.intervals.follow(student.directions)
         rows = torch.arange(self.chunk, device=data.device) % len(data)
         data, cond = data[rows], some_of(cond, rows)
         s, t = (v.to(data.dtype) for v in self.intervals.sample(len(data), data.device, self.on_diagonal(len(data))))
         x = self.path.sample(data, torch.randn_like(data), s)
         own = torch.rand(len(data), device=data.device) < self.own_path
-        x = torch.where(like(own, x), self._led_to(student, torch.randn_like(data), s, cond), x)
+        to_data = s <= t if Direction.TO_DATA in self.directions else torch.zeros_like(own)
+        begin = torch.where(like(to_data, x), torch.randn_like(data), data)
+        x = torch.where(like(own, x), self._led_to(student, begin, s, to_data, cond), x)
         self._ring.add(x=x, s=s, t=t, divergence=self.volume(student, Point(x, s, cond), t), cond=cond)
 
     @torch.no_grad()
-    def _led_to(self, student: JointMap, x: Tensor, s: Tensor, cond: Cond | None) -> Tensor:
-        """Where the map's own jumps on one of the grids lead from noise ``x`` until times ``s``."""
+    def _led_to(self, student: JointMap, x: Tensor, s: Tensor, to_data: Tensor, cond: Cond | None) -> Tensor:
+        """Where the map's own jumps on one of the grids lead until times ``s``: noise to data, data to noise."""
         for a, b in itertools.pairwise(time_grid(pick(self.intervals.steps, self.structure))):
-            start, end = expand_time(a, x), torch.minimum(s, expand_time(b, x))
-            going = end > start
-            moved = student.jump(x, start, torch.where(going, end, start), cond).state
-            x = torch.where(like(going, x), moved, x)
+            start = torch.where(to_data, s.new_tensor(a), s.new_tensor(1 - a))
+            end = torch.where(to_data, s.clamp(a, b), s.clamp(1 - b, 1 - a))
+            moved = student.jump(x, start, end, cond).state
+            x = torch.where(like(end != start, x), moved, x)
         return x
 
     def state_dict(self) -> dict[str, Any]:
