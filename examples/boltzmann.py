@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, default="dw4")
     parser.add_argument("--steps", type=int, default=8000, help="training steps, of the teacher")
     parser.add_argument("--student", type=int, default=20_000, help="training steps, of the student")
+    parser.add_argument("--own", type=int, default=4000, help="training steps, of a head for the jumps' own density")
     parser.add_argument("--states", type=int, default=50_000, help="of Markov chains, to train on")
     parser.add_argument("--features", type=int, default=64, help="of the network")
     parser.add_argument("--count", type=int, default=10_000, help="samples that are reweighed in a round")
@@ -145,42 +146,51 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, default=2000, help="samples of the teacher in a round")
     options = parser.parse_args()
     if options.steps < 100:
-        options.student, options.states, options.count, options.teacher, options.rounds = (
-            options.steps,
-            1000,
-            100,
-            20,
-            2,
-        )
+        options.student = options.own = options.steps
+        options.states, options.count, options.teacher, options.rounds = 1000, 100, 20, 2
     L.seed_everything(0, verbose=False)
     system = SYSTEMS[options.system]
     data = Chains(system, options.states)
     adam = lambda parameters: torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99))  # noqa: E731
     teacher = f2.FlowMatchingModule(
-        generator(system, options.features), (system.dim,), optimizer=adam, ema_decay=0.998, coupling=system.aligned
+        generator(system, options.features), optimizer=adam, ema_decay=0.998, coupling=system.aligned
     )
     train(teacher, data, options.steps)
     student = f2.F2D2Module(
         teacher=teacher,
-        objective=f2.TrajectoryRegression(intervals=f2.Intervals("to_data"), starts={"noise": 1.0}),
+        objective=f2.TrajectoryRegression(starts={"noise": 1.0}),
         optimizer=adam,
         ema_decay=0.998,
     )
     train(student, data, options.student)
+    # samples stay as they are; the head goes on, from the teacher's density to that of the jumps themselves
+    own = f2.F2D2Module(
+        student.average,
+        frozen=True,
+        objective=f2.objectives.VolumeRegression(capacity=100_000, chunk=512),
+        optimizer=adam,
+        ema_decay=0.998,
+    )
+    train(own, data, options.own)
     print(f"log Z {system.log_z[0]} ± {system.log_z[1]}, energy {float(system.energy(data.test.double()).mean()):.2f}")
 
     def ode(noise: Tensor) -> tuple[Tensor, Tensor]:
         x = f2.reference_sample(teacher.average.velocity, noise, steps=20).state
         return x, f2.reference_log_prob(teacher.average.velocity, x, steps=20).value
 
-    def jumps(noise: Tensor, steps: int, determinant: str | None) -> tuple[Tensor, Tensor]:
-        made = student.sample(noise, steps, with_log_prob=True, determinant=determinant)
+    def jumps(noise: Tensor, module: f2.F2D2Module, steps: int, determinant: str | None) -> tuple[Tensor, Tensor]:
+        made = module.sample(noise, steps, with_log_prob=True, determinant=determinant)
         return made.state, made.log_prob
 
     with torch.no_grad():
         for k in (1, 2, 4, 8):
-            for source, how in (("head", None), ("determinants", "exact")):
-                told = weighed(system, partial(jumps, steps=k, determinant=how), options.count, options.rounds)
+            for source, module, how in (
+                ("head", student, None),
+                ("own head", own, None),
+                ("determinants", own, "exact"),
+            ):
+                draw = partial(jumps, module=module, steps=k, determinant=how)
+                told = weighed(system, draw, options.count, options.rounds)
                 print(f"{k} step{'s' * (k > 1)}: by the {source} {told}", flush=True)
         print(f"teacher, 40 evaluations: {weighed(system, ode, options.teacher, options.rounds)}")
 

@@ -18,7 +18,7 @@ from problems import randomize
 
 def test_the_teacher_learns_a_gaussian(tmp_path):
     flow_map = GaussianPreconditioned(MLP((2,), width=16, blocks=1), f2.GaussianBaseline((2,), "full"))
-    module = f2.FlowMatchingModule(flow_map, shape=(2,), warmup=2)
+    module = f2.FlowMatchingModule(flow_map, warmup=2)
     data = Pair()
     fit(tmp_path, module, data=data, max_epochs=2)
     # the baseline was fitted to the data that it saw

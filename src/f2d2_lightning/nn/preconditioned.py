@@ -54,6 +54,11 @@ class GaussianPreconditioned(FlowMap):
         self.directions: Direction = network.directions
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one state, ``(d,)`` or ``(C, H, W)``."""
+        return self.baseline.shape
+
+    @property
     def conditional(self) -> bool | None:
         return self.network.conditional
 
