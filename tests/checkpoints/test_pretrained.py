@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 import types
 
@@ -371,17 +372,23 @@ def test_a_name_of_the_hub_is_downloaded(saved, monkeypatch):
         from_pretrained("someone/model")
 
 
-@pytest.mark.parametrize(("name", "bits", "data"), [("digits", 2.241, f2.data.Digits)])
-def test_models_that_come_with_the_package(tmp_path, monkeypatch, name, bits, data):
-    """Their likelihoods of test images are those that README tells; a folder of that name goes first."""
+@pytest.mark.parametrize(("name", "shape", "levels"), [("digits", (1, 8, 8), 17), ("fashion", (1, 28, 28), 256)])
+def test_models_that_come_with_the_package(tmp_path, monkeypatch, name, shape, levels):
+    """Samples are likelier than noise would be, when drawn and when asked; a folder of that name goes first."""
     monkeypatch.chdir(tmp_path)
-    images = data().dataset("test").values
     model = f2.load(name)
-    assert float(model.nll(images, steps=4, seed=0).mean()) == pytest.approx(bits, abs=0.003)
-    assert model.shape == images.shape[1:]
+    assert (model.shape, model.levels) == (shape, levels)
     assert set(model.error_bars) == {1, 2, 4, 8}
+    made = model.sample(8, steps=4, with_log_prob=True, seed=0)
+    for log_prob in (made.log_prob, model.log_prob(made.state, steps=4).value):
+        assert float(model.nll_of(log_prob).max()) < math.log2(levels)
     save_pretrained(MLP((3,), width=8, blocks=1), name)
     assert from_pretrained(name, FlowMap).shape == (3,)
+
+
+def test_the_digits_model_is_what_readme_tells():
+    images = f2.data.Digits().dataset("test").values
+    assert float(f2.load("digits").nll(images, steps=4, seed=0).mean()) == pytest.approx(2.241, abs=0.003)
 
 
 def test_missing_files(saved):
