@@ -98,8 +98,8 @@ def main() -> None:
     data = DoubleWell()
     # samples are what counts here, so the map goes one way
     backbone = PreconditionedMLP((2,), width=96, blocks=2, expansion=2, directions="to_data")
-    settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99))}
-    settings |= {"ema_decay": 0.998}
+    adam = lambda parameters: torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99))  # noqa: E731
+    settings = {"optimizer": adam, "ema_decay": 0.998}
     teacher = f2.FlowMatchingModule(backbone, **settings)
     train(teacher, data, options.steps)
     student = f2.F2D2Module(teacher=teacher, **settings)

@@ -295,10 +295,8 @@ class F2D2Module(FlowModule, DistilledModel):
         if teacher is not None:
             self.measure_targets(self.trainer, self.teacher_velocity(), x, cond)
             self._sources = None  # of the estimator that was chosen
-        if self._goes_on:  # what the head answers is in the scale that it has
-            return
-        anchor = self._targets()[1]
-        self.fit_scale(self.joint.head, anchor, self._states(), self.sum_over_processes)
+        if not self._goes_on:  # what a trained head answers is in the scale that it has
+            self.fit_scale(self.joint.head, self._targets()[1], self._states(), self.sum_over_processes)
 
     def _states(self) -> Iterator[tuple[Tensor, Cond | None]]:
         for batch in self.training_batches():
