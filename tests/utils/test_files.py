@@ -95,3 +95,14 @@ def test_what_killed_writers_left(tmp_path):
         (tmp_path / name).write_text("")
     remove_partial(tmp_path / "a.txt")
     assert names(tmp_path) == kept
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_whoever_may_read_new_files_may_read_these(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "a.safetensors") as partial:
+            partial.touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -16,14 +16,21 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Where to write what is to be at ``path``: it is moved there once written, over an older one; makes the folder.
 
     An interrupted or failed write leaves what was there before, and nothing beside it. Of several writers at once each
-    has a name of its own, and the last to end has the place. A process that is killed leaves ``NAME.part-...``.
+    has a name of its own, and the last to end has the place. A process that is killed leaves ``NAME.part-...``. A file
+    may be read by whom any new file of this process may be, whatever its writer made of that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # all that is random is in the last suffix: torch.save writes what is before it into the file
     partial = path.with_name(f"{path.name}.part-{os.getpid()}-{secrets.token_hex(4)}")
+    partial.touch()
+    mode = partial.stat().st_mode
+    partial.unlink()
     try:
         yield partial
+        if partial.is_file():
+            # safetensors keeps what it writes from everyone else
+            partial.chmod(mode)
         sync(partial)
         partial.replace(path)
     finally:
