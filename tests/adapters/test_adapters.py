@@ -30,6 +30,7 @@ from f2d2_lightning.adapters import (
     ConventionError,
     Denoiser,
     FlowMatching,
+    LatentConsistency,
     MeanFlow,
     Shortcut,
     TorchCFM,
@@ -255,6 +256,12 @@ class DDPM(Exploding):
         return torch.cat([answers[self.prediction], torch.zeros_like(x)], 1)
 
 
+class LCM(DDPM):
+    """Answers the noise between the state and where the jump to data lands."""
+
+    denoised = Exploding.endpoint
+
+
 class ScoreSDE(DDPM):
     def sigma(self, time):
         return torch.expm1(1e-6 * time + (60 - 1e-6) / 2 * time**2).sqrt()
@@ -342,6 +349,8 @@ FAMILIES = {
     "ddpm-clean": Family(ddpm(np.linspace(1e-6, 0.3, 900) ** 2, "sample"), VariancePreserving(
         prediction_type="sample", beta_schedule="scaled_linear", beta_start=1e-12, beta_end=0.09,
         num_train_timesteps=900, learned_variance=True), tolerance=1e-5),
+    "lcm": Family(ddpm(np.linspace(1e-6, 0.3, 900) ** 2, cls=LCM), LatentConsistency(
+        beta_start=1e-12, beta_end=0.09, num_train_timesteps=900, learned_variance=True), tolerance=1e-5),
     "score-sde": Family(ddpm([0.5], "v_prediction", ScoreSDE), VariancePreserving(
         prediction_type="v_prediction", beta_schedule="continuous", beta_start=1e-6, beta_end=60.0,
         learned_variance=True), tolerance=1e-3),
@@ -541,6 +550,18 @@ def test_times_of_the_cosine_schedule():
     close(adapter.time_of(sigma), torch.arange(50.0), 1e-12)
     half_way = (sigma[10] * sigma[11]).sqrt()
     close(adapter.time_of(torch.stack((sigma[0] / 2, half_way, sigma[-1] * 2))), torch.tensor([0, 10.5, 49]), 1e-12)
+
+
+def test_a_schedule_whose_last_time_is_noise_alone():
+    """Lin et al.: the signal is moved down until the last time has none, then stretched to what the first had."""
+    signal = np.cumprod(1 - np.linspace(0.01, 0.2, 50)) ** 0.5
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    sigma = torch.from_numpy((1 / signal[:-1] ** 2 - 1) ** 0.5)
+    adapter = VariancePreserving(
+        beta_start=0.01, beta_end=0.2, num_train_timesteps=50, rescale_betas_zero_snr=True
+    )  # fmt: skip
+    close(adapter.time_of(sigma), torch.arange(49.0), 1e-9)
+    assert abs(adapter.sigma_max / float(sigma[-1]) - 1) < 1e-9
 
 
 # --- how an adapter is written down ---

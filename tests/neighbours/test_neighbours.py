@@ -93,10 +93,14 @@ def test_the_scheduler_of_diffusers_takes_steps_of_the_adapted_velocity():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_steps_of_ddim_are_steps_of_the_adapted_velocity(schedule, prediction):
+@pytest.mark.parametrize(
+    ("schedule", "zero_snr"),
+    [("linear", False), ("scaled_linear", False), ("squaredcos_cap_v2", False), ("scaled_linear", True)],
+)
+def test_steps_of_ddim_are_steps_of_the_adapted_velocity(schedule, zero_snr, prediction):
     """Both read the same configuration."""
     betas = {"beta_schedule": schedule, "beta_start": 0.001, "beta_end": 0.015, "prediction_type": prediction}
+    betas["rescale_betas_zero_snr"] = zero_snr
     scheduler = diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(6)
     network = small_unet()
@@ -113,6 +117,23 @@ def test_steps_of_ddim_are_steps_of_the_adapted_velocity(schedule, prediction):
             s, t = (signal / whole)[[start, end]]
             ours = ours + (t - s) * flow.velocity(ours, s.expand(3))
     torch.testing.assert_close(ours, sample / whole[at[-1]], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_clean_image_of_a_latent_consistency_model_is_where_the_map_leads(prediction):
+    scheduler = diffusers.LCMScheduler(prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(4)
+    network = small_unet()
+    flow = f2.adapters.LatentConsistency("net(x, s)", prediction_type=prediction, output="sample")(network)
+    signal = scheduler.alphas_cumprod.double().sqrt()
+    whole = signal + (1 - signal.square()).sqrt()
+    sample = torch.randn(3, 1, 8, 8)
+    for time in scheduler.timesteps.tolist()[1:]:  # the first is the network's last, where ours begins at noise alone
+        with torch.no_grad():
+            answer = network(sample, torch.full((3,), time)).sample
+            clean = scheduler.step(answer, time, sample, generator=torch.Generator()).denoised
+            ours = flow.jump(sample / whole[time], float(signal[time] / whole[time]), 1.0)
+        torch.testing.assert_close(ours, clean.double(), rtol=0, atol=1e-4)
 
 
 def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):

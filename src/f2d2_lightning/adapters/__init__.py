@@ -6,7 +6,7 @@ from f2d2_lightning.adapters.families import FlowMatching, MeanFlow, Shortcut, T
 from f2d2_lightning.adapters.features import FeatureTap
 from f2d2_lightning.adapters.interval import AddedInterval
 from f2d2_lightning.adapters.variance_exploding import CTM, Consistency, Denoiser, VarianceExploding
-from f2d2_lightning.adapters.variance_preserving import VariancePreserving
+from f2d2_lightning.adapters.variance_preserving import LatentConsistency, VariancePreserving
 
 __all__ = [
     "CTM",
@@ -18,6 +18,7 @@ __all__ = [
     "Denoiser",
     "FeatureTap",
     "FlowMatching",
+    "LatentConsistency",
     "MeanFlow",
     "Shortcut",
     "TorchCFM",

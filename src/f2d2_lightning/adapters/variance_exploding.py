@@ -52,7 +52,7 @@ class VarianceExploding(Adapter):
         ValueError: If an argument is none of the above.
     """
 
-    _arguments = (
+    _arguments: ClassVar[tuple[str, ...]] = (
         *("call", "directions", "precondition", "answer", "sigma_min", "sigma_max", "sigma_data", "output"),
         *("channels_last", "null_label", "classes", "time_axes", "shortest"),
     )

@@ -26,7 +26,7 @@ from f2d2_lightning.flows.paths import like
 from f2d2_lightning.utils.checks import one_of
 from f2d2_lightning.utils.conditions import Cond
 
-__all__ = ["VariancePreserving"]
+__all__ = ["LatentConsistency", "VariancePreserving"]
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "continuous")
@@ -38,8 +38,8 @@ FAINTEST = 28.0
 
 
 @functools.lru_cache(maxsize=32)
-def _log_levels(schedule: str, start: float, end: float, count: int, device: torch.device) -> Tensor:
-    """Logarithms of the noise levels of a DDPM's times 0, 1, ..., float64."""
+def _log_levels(schedule: str, start: float, end: float, count: int, zero_snr: bool, device: torch.device) -> Tensor:
+    """Logarithms of the noise levels of a DDPM's times 0, 1, ..., float64; without the last if it holds no data."""
     if schedule == "squaredcos_cap_v2":
         cosine = (((torch.arange(count + 1, dtype=torch.float64) / count) + 0.008) / 1.008 * math.pi / 2).cos().square()
         betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
@@ -48,6 +48,10 @@ def _log_levels(schedule: str, start: float, end: float, count: int, device: tor
     else:
         betas = torch.linspace(start, end, count, dtype=torch.float64)
     log_signal = torch.log1p(-betas).cumsum(0)  # of alpha^2
+    if zero_snr:
+        signal = (log_signal / 2).exp()
+        shifted = (signal - signal[-1])[:-1] * (signal[0] / (signal[0] - signal[-1]))
+        log_signal = 2 * shifted.log()
     return (0.5 * (torch.log(-torch.expm1(log_signal)) - log_signal)).to(device)
 
 
@@ -70,6 +74,8 @@ class VariancePreserving(VarianceExploding):
         beta_start: The schedule's beginning; by default .0001, of the continuous one .1.
         beta_end: The schedule's end; by default .02, of the continuous one 20.
         num_train_timesteps: How many times there are.
+        rescale_betas_zero_snr: Whether the schedule is stretched until nothing is left of the data at its last time
+            (Lin et al., 2023, https://arxiv.org/abs/2305.08891); the time before it then stands for that one.
         learned_variance: Whether the network answers a variance beside it, in as many channels (improved DDPM, ADM,
             DiT): the first half counts.
         kwargs: ``output``, ``channels_last``, ``null_label``, ``classes``, ``time_axes`` as :class:`Adapter`.
@@ -84,7 +90,15 @@ class VariancePreserving(VarianceExploding):
 
     _arguments = (
         *("call", "directions", "prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"),
-        *("learned_variance", "output", "channels_last", "null_label", "classes", "time_axes"),
+        *(
+            "rescale_betas_zero_snr",
+            "learned_variance",
+            "output",
+            "channels_last",
+            "null_label",
+            "classes",
+            "time_axes",
+        ),
     )
     readings = "prediction_type", PREDICTIONS
 
@@ -97,6 +111,7 @@ class VariancePreserving(VarianceExploding):
         beta_start: float | None = None,
         beta_end: float | None = None,
         num_train_timesteps: int = 1000,
+        rescale_betas_zero_snr: bool = False,
         learned_variance: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -113,10 +128,13 @@ class VariancePreserving(VarianceExploding):
                 f"beta_start={self.beta_start} and beta_end={self.beta_end} of schedule {beta_schedule!r}; they are "
                 "positive, in this order" + ("" if self.continuous else ", and below 1")
             )
-        if not 2 <= num_train_timesteps <= MOST_TIMES:
-            raise ValueError(f"num_train_timesteps={num_train_timesteps}; a schedule has 2 to {MOST_TIMES} times")
+        if rescale_betas_zero_snr and self.continuous:
+            raise ValueError("rescale_betas_zero_snr is of counted times; beta_schedule='continuous' has none")
+        if not (fewest := 2 + rescale_betas_zero_snr) <= num_train_timesteps <= MOST_TIMES:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps}; it is {fewest} to {MOST_TIMES}")
         self.prediction_type, self.beta_schedule = prediction_type, beta_schedule
         self.num_train_timesteps, self.learned_variance = int(num_train_timesteps), learned_variance
+        self.rescale_betas_zero_snr = rescale_betas_zero_snr
         if self.continuous:
             integrals = [time * (self.beta_start + self._slope * time / 2) for time in CONTINUOUS]
             first, last = (math.log(math.expm1(min(integral, 2 * FAINTEST))) / 2 for integral in integrals)
@@ -134,7 +152,8 @@ class VariancePreserving(VarianceExploding):
         return self.beta_end - self.beta_start
 
     def _levels(self, device: torch.device) -> Tensor:
-        return _log_levels(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, device)
+        betas = self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps
+        return _log_levels(*betas, self.rescale_betas_zero_snr, device)
 
     def time_of(self, sigma: Tensor) -> Tensor:
         """The network's time at a noise level, ``(B,)``: between two times evenly in the level's logarithm."""
@@ -160,3 +179,26 @@ class VariancePreserving(VarianceExploding):
         if self.prediction_type == "v_prediction":
             return state / norm.square() - like(sigma, state) / norm * answer
         return answer
+
+
+class LatentConsistency(VariancePreserving):
+    """A latent consistency model: from any time of a DDPM's schedule to data, no end time.
+
+    Luo et al., 2023, https://arxiv.org/abs/2310.04378. The share of the state in its answer, ``c_skip``, is below .003
+    from time 1 on and is taken for none, so that a map made with ``interval=`` can learn to leave the data. As
+    :class:`~f2d2_lightning.adapters.Consistency`, it has no instantaneous velocity without.
+    """
+
+    endpoint_only = True
+
+    def __init__(
+        self,
+        call: str = "net(x, s, cond)",
+        directions: Direction | str = "to_data",
+        prediction_type: str = "epsilon",
+        beta_schedule: str = "scaled_linear",
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(call, directions, prediction_type, beta_schedule, beta_start, beta_end, **kwargs)
