@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["likely_calls"]
-
 STATES = {
     *("x", "xt", "x_t", "z", "zt", "z_t", "sample", "samples", "state", "states", "input", "inputs", "img", "image"),
     *("images", "data", "point", "points", "latent", "latents", "noisy", "hidden_states"),

@@ -35,9 +35,8 @@ def hints_of(class_path: str) -> Mapping[str, Any]:
 
 def classes(hint: Any) -> list[type]:
     """Classes within a type."""
-    own: bool = inspect.isclass(hint) and hint.__module__ not in ("builtins", "collections.abc")
-    inside: list[type] = [one for argument in typing.get_args(hint) for one in classes(argument)]
-    return list(dict.fromkeys([*([hint] if own else []), *inside]))
+    own = [hint] if inspect.isclass(hint) and hint.__module__ not in ("builtins", "collections.abc") else []
+    return list(dict.fromkeys([*own, *(one for argument in typing.get_args(hint) for one in classes(argument))]))
 
 
 def no_class(value: str, of: list[type]) -> str:

@@ -63,10 +63,9 @@ def load_model(options: Any) -> LikelihoodModel:
 
 
 def imported(path: str, option: str, needed: str = "") -> Any:
-    """What a dotted path names, for the option that named it. The working directory is looked in last.
+    """What a dotted path names, for the option that named it; else an error, which says what was ``needed``.
 
-    Raises:
-        ValueError: If there is nothing. Says what was probably meant, and what was ``needed``.
+    The working directory is looked in last.
     """
     package, _, attribute = path.rpartition(".")
     try:
@@ -86,14 +85,13 @@ def imported(path: str, option: str, needed: str = "") -> Any:
 def working_directory() -> Iterator[None]:
     """Let modules of the working directory be imported, for a while, where no other has their name."""
     here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
+    added = [here] if here not in sys.path else []
+    sys.path += added
     try:
         yield
     finally:
-        if added:
-            sys.path.remove(here)
+        for path in added:
+            sys.path.remove(path)
 
 
 def _network(class_path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
@@ -109,11 +107,7 @@ def _network(class_path: str, arguments: Mapping[str, Any] | None = None) -> nn.
 
 
 def find_device(name: str) -> torch.device:
-    """The device called ``name``; ``"auto"`` is a GPU where there is one.
-
-    Raises:
-        ValueError: If there is no such device here.
-    """
+    """The device called ``name``, ``"auto"`` being a GPU where there is one; ``ValueError`` if it is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -135,16 +129,7 @@ def class_count(module: LikelihoodModel) -> int | None:
 
 
 def check_labels(module: LikelihoodModel, cond: Cond, source: str) -> None:
-    """Refuse labels that are none of a model's classes.
-
-    Args:
-        module: A conditional model.
-        cond: Conditioning of a batch.
-        source: Where it is from, for errors.
-
-    Raises:
-        ValueError: If the model takes labels, and these are not integers ``(B,)`` in range.
-    """
+    """Refuse labels of a batch, from ``source``, that are none of the model's classes: integers ``(B,)`` in range."""
     count = class_count(module)
     adapters = [part.adapter for part in module.joint_map.modules() if isinstance(part, AdaptedFlowMap)]
     if count is None and all(adapter.null_label is None for adapter in adapters):

@@ -27,15 +27,7 @@ complete -o filenames -F _f2d2 f2d2"""
 
 
 def completion(shell: str, commands: Sequence[str]) -> str:
-    """Code that teaches a shell to complete, for ``eval "$(f2d2 completion)"``.
-
-    Args:
-        shell: ``"bash"`` or ``"zsh"``.
-        commands: All that there are.
-
-    Raises:
-        UsageError: If it is another shell.
-    """
+    """Code that teaches ``"bash"`` or ``"zsh"`` to complete the commands, for ``eval "$(f2d2 completion bash)"``."""
     if shell not in ("bash", "zsh"):
         raise UsageError(f"there is no completion for {shell!r}; f2d2 completion bash, or zsh")
     words = {"COMMANDS": commands, "OPTIONS": OPTIONS, "CONFIGS": list(config_names())}

@@ -41,22 +41,15 @@ def described_configs() -> str:
     """A line each: name, and what the first comment of the file says."""
     names = config_names()
     width = max(map(len, names), default=0)
-    lines = [f"  {name:{width}}  {_first_line(path)}" for name, path in names.items()]
-    return "\n".join(["configurations, for f2d2 COMMAND --config NAME [--config NAME ...]:", *lines])
-
-
-def _first_line(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
-    return first.lstrip("# ").rstrip() if first.startswith("#") else ""
+    lines = ["configurations, for f2d2 COMMAND --config NAME [--config NAME ...]:"]
+    for name, path in names.items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        lines.append(f"  {name:{width}}  {first.lstrip('# ').rstrip() if first.startswith('#') else ''}")
+    return "\n".join(lines)
 
 
 def find_config(given: str) -> str:
-    """A file as it was given, else that of a name.
-
-    Raises:
-        UsageError: If there is neither.
-    """
+    """A file as it was given, else that of a name; :class:`UsageError` if there is neither."""
     # in a clone, configs/NAME.yaml is a file, and elsewhere the same words mean the same
     name = given.removesuffix(".yaml").removesuffix(".yml").removeprefix("./").removeprefix("configs/")
     if _is_text(given) or Path(given).is_file():
@@ -97,11 +90,7 @@ def config_options(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def with_configs(arguments: list[str]) -> list[str]:
-    """Arguments of a command, whose configurations may be named.
-
-    Raises:
-        UsageError: If there are none, and no model either: says what to give.
-    """
+    """Arguments of a command, whose configurations may be named; :class:`UsageError` without one, or a model."""
     if not arguments[0].startswith("-") and not any(text.startswith(SAID_OTHERWISE) for text in arguments):
         raise UsageError(
             f"f2d2 {arguments[0]} needs a configuration: --config NAME (f2d2 configs lists those of the package) or "
@@ -117,11 +106,7 @@ def with_configs(arguments: list[str]) -> list[str]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Contents of a configuration, or of its text.
-
-    Raises:
-        UsageError: If it is none. Says where it is wrong.
-    """
+    """Contents of a configuration, or of its text; :class:`UsageError`, which says where, if it is none."""
     said, text = f"--config {path}", path
     if not _is_text(path):
         try:
@@ -138,11 +123,8 @@ def read_config(path: str) -> dict[str, Any]:
         where = "" if mark is None else f", line {mark.line + 1}"
         raise UsageError(f"{said}{where}: this is no YAML ({' '.join(problem.split())}){tab}") from error
     if not isinstance(content, dict):
-        what = (
-            "empty"
-            if content is None
-            else f"a {'list' if isinstance(content, list) else 'word'}, {str(content)[:60]!r}"
-        )
+        kind = "a list" if isinstance(content, list) else "a word"
+        what = "empty" if content is None else f"{kind}, {str(content)[:60]!r}"
         raise UsageError(f"{said} is {what}; a mapping is needed, such as 'trainer: {{max_steps: 1000}}'")
     return content
 

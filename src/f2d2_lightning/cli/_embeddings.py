@@ -11,8 +11,6 @@ from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, check_convention
 from f2d2_lightning.adapters._asking import undisturbed, without_zeros
 from f2d2_lightning.adapters.features import last_width
 
-__all__ = ["takes_interval", "time_embeddings"]
-
 
 def time_embeddings(flow_map: AdaptedFlowMap, x: Tensor) -> list[str]:
     """Submodules with weights whose output is of the time alone, those that run first before others, outermost."""

@@ -12,8 +12,6 @@ from f2d2_lightning.data.images._files import decoded
 from f2d2_lightning.data.images._stores import image_rows, open_store
 from f2d2_lightning.data.table import Table
 
-__all__ = ["Found", "look_at"]
-
 LOOKED_AT, LARGEST = 64, 64
 """Images that are opened to see what they are, and the side to which larger ones are resized."""
 

@@ -166,11 +166,7 @@ class F2D2CLI(LightningCLI):
             self._say_uses(self.config_init["test"]["ckpt_path"])
 
     def before_predict(self) -> None:
-        """See to it that there is something to predict, and one process to write it.
-
-        Raises:
-            ValueError: Of a teacher; with several processes, each of which would have a share.
-        """
+        """See to it that there is something to predict, and one process to write it."""
         if not getattr(self.model, "steps", ()):
             raise ValueError("f2d2 predict is for students; a teacher's own likelihoods are those of f2d2 test")
         if self.trainer.world_size > 1:
@@ -196,12 +192,7 @@ class F2D2CLI(LightningCLI):
     # --- going on ---
 
     def before_fit(self) -> None:
-        """Start, go on, or leave a finished run alone.
-
-        Raises:
-            FileExistsError: If the folder holds a run of another configuration. Names the differences.
-            ValueError: If the checkpoint to go on from is damaged. Names an older one.
-        """
+        """Start, go on, or leave a finished run alone; a run of another configuration in the folder is an error."""
         config = self.config_init["fit"]
         folder, given = run_folder(self.trainer), config["ckpt_path"]
         if _is_elsewhere(given):
@@ -241,25 +232,19 @@ class F2D2CLI(LightningCLI):
         say(f"going on from {newest}" + (f", with another configuration: {'; '.join(changed)}" if changed else ""))
 
     def _before_evaluation(self) -> None:
-        """Take a checkpoint of the model, whose figures are wanted.
-
-        Raises:
-            ValueError: If none was named, as the weights would be random, or it is damaged.
-            FileNotFoundError: If it is not there.
-        """
+        """Take a checkpoint of the model, whose figures are wanted: without one its weights would be random."""
         config = self.config_init[self.subcommand]
         newest = self._newest()
         # empty: a variable of a shell that was not set
         if not config["ckpt_path"]:
+            which = f"say which: --ckpt_path last ({newest})"
+            if newest is None:
+                first = "train first (f2d2 fit ...) or name one (--ckpt_path FILE)"
+                which = f"{run_folder(self.trainer)} holds none either: {first}"
+            of_class = f"Trainer().{self.subcommand}(model, data) in Python"
             raise ValueError(
                 f"f2d2 {self.subcommand} without a checkpoint would give the figures of a model that was not trained; "
-                + (
-                    f"say which: --ckpt_path last ({newest})"
-                    if newest is not None
-                    else f"{run_folder(self.trainer)} holds none either: train first (f2d2 fit ...) or name one "
-                    "(--ckpt_path FILE)"
-                )
-                + f". For a model whose weights come with its class: Trainer().{self.subcommand}(model, data) in Python"
+                f"{which}. For a model whose weights come with its class: {of_class}"
             )
         if config["ckpt_path"] == "last":
             if newest is None:
@@ -304,14 +289,8 @@ class F2D2CLI(LightningCLI):
 
 def _be_quiet() -> None:
     """Leave out what others print that a user of these commands can do nothing about."""
-    for message in (
-        ".*LeafSpec",
-        ".*torch.jit.script",
-        ".*does not have many workers",
-        ".*logging interval",
-        ".*sync_dist",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    known = ".*(LeafSpec|torch.jit.script|does not have many workers|logging interval|sync_dist)"
+    warnings.filterwarnings("ignore", message=known)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(NOT_SAID))
 

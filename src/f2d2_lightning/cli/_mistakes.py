@@ -54,11 +54,7 @@ class Refused(BaseException):
 
 @contextmanager
 def refusals(owner: str, arguments: Mapping[str, Any], key: str) -> Iterator[None]:
-    """Say of an error where the arguments of a class stand.
-
-    Raises:
-        Refused: For any error, within :func:`in_a_line`, which is where it ends.
-    """
+    """Say of an error where the arguments of a class stand: within :func:`in_a_line` it becomes a :class:`Refused`."""
     try:
         yield
     except Exception as error:
@@ -109,12 +105,7 @@ def _key_of(cls: type, arguments: Mapping[str, Any], configuration: Mapping[str,
 
 @contextmanager
 def in_a_line(command: str = "", arguments: Sequence[str] = ()) -> Iterator[None]:
-    """Let an error end the process with a line, unless ``--debug`` was given: with 2 if it is of who gave the command.
-
-    Args:
-        command: Name of the command.
-        arguments: All that it was given.
-    """
+    """Let an error end the process with a line, unless ``--debug`` was given: with 2 if it is the user's."""
     token = _within.set(True)
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,6 @@ from f2d2_lightning.cli._calls import likely_calls
 from f2d2_lightning.cli._common import imported
 from f2d2_lightning.cli._embeddings import takes_interval, time_embeddings
 from f2d2_lightning.utils.seeding import own_random_state
-
-__all__ = ["OwnNetwork", "try_network"]
 
 MODES = ("forward", "reverse", "finite")
 """Of derivatives, the quickest that works is taken."""
@@ -42,13 +40,9 @@ class OwnNetwork:
 
 
 def try_network(path: str, arguments: Mapping[str, Any] | None, call: str | None, x: Tensor) -> OwnNetwork:
-    """Make a network, and find out how it is called.
+    """Make a network by the path of its class, and find out how it is called, unless ``call`` says it.
 
-    Args:
-        path: Its class.
-        arguments: Of its constructor.
-        call: The call, if it is known, as of :class:`~f2d2_lightning.adapters.Adapter`.
-        x: States of the data, ``(B, ...)``, where ``B`` is none of the sides of a state.
+    It is tried on states ``x`` of the data, ``(B, ...)``, where ``B`` is none of the sides of a state.
 
     Raises:
         ValueError: If it cannot be made, or no call that was tried answers velocities: says what came, and what to do.
@@ -57,20 +51,17 @@ def try_network(path: str, arguments: Mapping[str, Any] | None, call: str | None
     described = {"class_path": path, "init_args": dict(arguments or {})}
     calls = likely_calls(network) if call is None else [Call(call).text]
     tried: list[str] = []
-    unfit: ConventionError | None = None
-    for text in calls:
-        adapter = _fitting(network, text, x, tried)
-        if adapter is None:
-            continue
+    unfit: list[ConventionError] = []
+    for adapter in filter(None, (_fitting(network, text, x, tried) for text in calls)):
         try:
             mode = _mode(AdaptedFlowMap(network, adapter), x)
         except ConventionError as error:
             # it answers, and not as it should; another call may be the right one
-            unfit = unfit or error
-            continue
-        return _found(network, described, adapter, mode, x)
-    if unfit is not None:
-        raise unfit
+            unfit.append(error)
+        else:
+            return _found(network, described, adapter, mode, x)
+    if unfit:
+        raise unfit[0]
     raise ValueError(
         f"--network {path} gave no velocities for states of shape {tuple(x.shape)} and times of shape ({len(x)},): "
         f"{'; '.join(tried[:SHOWN]) or 'no call fits what it takes'}. It takes {signature(AdaptedFlowMap(network))}, "
@@ -112,7 +103,7 @@ def _fitting(network: nn.Module, call: str, x: Tensor, tried: list[str]) -> Adap
     """
     family = TwoTime if "t" in Call(call).names else FlowMatching
     directions = "both" if family is TwoTime else "none"
-    first = None
+    wrong = []
     for channels_last in (False, True)[: 1 + (x.ndim == 4)]:
         for axes in dict.fromkeys((1, 2, x.ndim)):
             arguments: dict[str, Any] = {"directions": directions, "channels_last": channels_last, "time_axes": axes}
@@ -121,8 +112,8 @@ def _fitting(network: nn.Module, call: str, x: Tensor, tried: list[str]) -> Adap
                 adapter = family(call, output=part, **arguments)
                 return _by_itself(AdaptedFlowMap(network, adapter), x)
             except Exception as error:  # whatever a network says of what it does not take
-                first = first or f"{call} gave {_line(error)}"
-    tried += [] if first is None else [first]
+                wrong.append(f"{call} gave {_line(error)}")
+    tried += wrong[:1]
     return None
 
 
@@ -146,22 +137,16 @@ def _part(flow_map: AdaptedFlowMap, x: Tensor) -> int | str | None:
     return None
 
 
-def _parts(answer: Any) -> Iterator[tuple[int | str, Any]]:
+def _parts(answer: Any) -> Iterable[tuple[int | str, Any]]:
     """Parts of an answer of several."""
-    if isinstance(answer, Mapping):
-        yield from ((name, value) for name, value in answer.items() if isinstance(name, str))
-    elif isinstance(answer, (tuple, list)):
-        yield from enumerate(answer)
-    else:
-        yield from getattr(answer, "__dict__", {}).items()
+    if isinstance(answer, (tuple, list)):
+        return enumerate(answer)
+    named = answer if isinstance(answer, Mapping) else getattr(answer, "__dict__", {})
+    return ((name, value) for name, value in named.items() if isinstance(name, str))
 
 
 def _by_itself(flow_map: AdaptedFlowMap, x: Tensor) -> Adapter:
-    """The map's adapter, if what it answers for a state does not depend on the others: times may meet wrong axes.
-
-    Raises:
-        ConventionError: If it does.
-    """
+    """The map's adapter, if what it answers for a state does not depend on the others: times may meet wrong axes."""
     few = len(x) // 2
     with undisturbed(flow_map, x), without_zeros(flow_map):
         whole, part = flow_map.velocity(x, 0.4)[:few], flow_map.velocity(x[:few], 0.4)
@@ -172,16 +157,15 @@ def _by_itself(flow_map: AdaptedFlowMap, x: Tensor) -> Adapter:
 
 def _mode(flow_map: AdaptedFlowMap, x: Tensor) -> str:
     """In which mode the network can be differentiated; what else is wrong with it is an error."""
-    first: ConventionError | None = None
+    wrong: list[ConventionError] = []
     for mode in MODES:
         try:
             check_convention(flow_map, x, mode=mode)
         except ConventionError as error:
-            first = first or error
+            wrong.append(error)
         else:
             return mode
-    assert first is not None
-    raise first
+    raise wrong[0]
 
 
 # --- what it makes ---
@@ -190,9 +174,7 @@ def _mode(flow_map: AdaptedFlowMap, x: Tensor) -> str:
 def _found(network: nn.Module, described: dict[str, Any], adapter: Adapter, mode: str, x: Tensor) -> OwnNetwork:
     """Teacher and student of a network in an adapter that fits."""
     teacher = _configured(described, adapter)
-    called = f"called as {adapter.call.text}" + "".join(
-        f", {name}={value!r}" for name, value in _settings(adapter).items()
-    )
+    called = ", ".join([f"called as {adapter.call.text}", *(f"{n}={v!r}" for n, v in _settings(adapter).items())])
     if isinstance(adapter, TwoTime):
         AdaptedFlowMap(network, adapter).probe(x)  # what its head would read
         return OwnNetwork(teacher, teacher, True, mode, f"a network of two times, {called}")
@@ -202,10 +184,8 @@ def _found(network: nn.Module, described: dict[str, Any], adapter: Adapter, mode
             student = _configured(described, both, interval=name)
             said = f"a network of one time, {called}; the student is a copy with a second time added to its {name}"
             return OwnNetwork(teacher, student, False, mode, said)
-    said = (
-        f"a network of one time, {called}; no time embedding that a second time could be added to was found in it, and "
-        "so the student is a network of this package"
-    )
+    none = "no time embedding that a second time could be added to was found in it"
+    said = f"a network of one time, {called}; {none}, and so the student is a network of this package"
     return OwnNetwork(teacher, None, False, mode, said)
 
 
@@ -219,10 +199,8 @@ def _configured(network: dict[str, Any], adapter: Adapter, **more: Any) -> dict[
     """A network in an adapter, as a configuration says it."""
     arguments = {"call": adapter.call.text, "directions": adapter.directions.label, **_settings(adapter)}
     described = {"class_path": f"f2d2_lightning.adapters.{type(adapter).__name__}", "init_args": arguments}
-    return {
-        "class_path": "f2d2_lightning.adapters.AdaptedFlowMap",
-        "init_args": {"network": network, "adapter": described, **more},
-    }
+    inside = {"network": network, "adapter": described, **more}
+    return {"class_path": "f2d2_lightning.adapters.AdaptedFlowMap", "init_args": inside}
 
 
 def _line(error: BaseException) -> str:

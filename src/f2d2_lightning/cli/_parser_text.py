@@ -98,11 +98,7 @@ def _within(leaf: Leaf, owner: str) -> Leaf:
 def said(text: str, options: Sequence[str], everything: Sequence[Given], roots: Mapping[str, Any]) -> str:
     """The parser's text as a line: where, what came, what is expected, and what is near it.
 
-    Args:
-        text: Of the parser.
-        options: Names of all options, without hyphens.
-        everything: What was given.
-        roots: Types of the options that take classes.
+    ``options`` are the names of all, without hyphens; ``roots`` the types of those that take classes.
     """
     if found := re.search(r"nrecognized arguments: (\S+)", text):
         name = found[1].partition("=")[0]

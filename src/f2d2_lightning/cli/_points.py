@@ -121,19 +121,11 @@ class Points:
 
 
 def load_points(name: str, arguments: Mapping[str, Any] | None, module: LikelihoodModel, reading: Reading) -> Points:
-    """Samples by what the user named.
+    """Samples for a model by what the user named.
 
-    Args:
-        name: One of :data:`DATA` or the class path of a data module, either with ``:train``, ``:val`` or ``:test``
-            (the default); a ``.npy`` or ``.npz`` file; an image file or a folder of them.
-            A folder that is called as one of :data:`DATA` is ``./digits``.
-        arguments: Of the data module.
-        module: Model that they are for.
-        reading: How files become states.
-
-    Raises:
-        FileNotFoundError: If it is none of these.
-        ValueError: If it does not fit the model, or cannot be read.
+    One of :data:`DATA` or the class path of a data module, with its arguments and ``:train``, ``:val`` or ``:test`` (by
+    default); a ``.npy`` or ``.npz`` file; an image file or a folder of them. A folder that is called as one of
+    :data:`DATA` is ``./digits``.
     """
     kind, _, split = name.partition(":")
     path = Path(name)
@@ -157,17 +149,12 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
     )
 
 
-def _class(path: str) -> type:
-    found = imported(path, "--data", f", and is neither a file nor one of {', '.join(DATA)}")
-    if not (isinstance(found, type) and issubclass(found, L.LightningDataModule)):
-        raise ValueError(f"--data {path} is {found!r}; the class of a LightningDataModule is needed")
-    return found
-
-
 def _from_data_module(
     name: str, path: str, split: str, arguments: Mapping[str, Any], module: LikelihoodModel
 ) -> Points:
-    cls = _class(path)
+    cls = imported(path, "--data", f", and is neither a file nor one of {', '.join(DATA)}")
+    if not (isinstance(cls, type) and issubclass(cls, L.LightningDataModule)):
+        raise ValueError(f"--data {path} is {cls!r}; the class of a LightningDataModule is needed")
     if path in DATA.values() and module.conditional and "labels" in inspect.signature(cls).parameters:
         arguments = {"labels": True, **arguments}
     try:
@@ -210,19 +197,18 @@ def _agree_on_classes(data: L.LightningDataModule, module: LikelihoodModel) -> N
 
 def _check_data_module(name: str, data: L.LightningDataModule, module: LikelihoodModel) -> None:
     """Refuse data of another shape or of other levels, of somebody's data module where it says them."""
-    mine = module.quantization
     own = isinstance(data, FlowDataModule)
     levels, shape = getattr(data, "levels", None), getattr(data, "shape", None)
     shape = tuple(shape) if isinstance(shape, (tuple, list)) else None
-    levels_differ = levels != module.levels if own else type(levels) is int and levels != module.levels
+    levels_differ = levels != module.levels and (own or type(levels) is int)
     if levels_differ or (shape is not None and shape != module.shape):
         raise ValueError(
             f"--data {name} has shape {shape} and levels {levels}, but the checkpoint is of a model for shape "
             f"{module.shape} and levels {module.levels}"
         )
     theirs = getattr(data, "quantization", None)
-    if (own or isinstance(theirs, Quantization)) and theirs != mine:
-        raise ValueError(f"--data {name} has {theirs}, but the checkpoint is of a model for {mine}")
+    if (own or isinstance(theirs, Quantization)) and theirs != module.quantization:
+        raise ValueError(f"--data {name} has {theirs}, but the checkpoint is of a model for {module.quantization}")
 
 
 def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
@@ -244,9 +230,8 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     if tuple(rows.shape[1:]) != module.shape:
         last = (*module.shape[1:], *module.shape[:1])
         hint = "; channels come first" if len(last) == 3 and tuple(rows.shape[1:]) == last else ""
-        raise ValueError(
-            f"{path} has shape {tuple(rows.shape)}; (N, {', '.join(map(str, module.shape))}) is needed{hint}"
-        )
+        needed = f"(N, {', '.join(map(str, module.shape))})"
+        raise ValueError(f"{path} has shape {tuple(rows.shape)}; {needed} is needed{hint}")
     for said in found.said:
         say(f"{path}: {said}")
     log_scale = 0.0

@@ -11,24 +11,14 @@ from f2d2_lightning.training.loading import look_into
 
 _MISSING = object()
 SHOWING = ("enable_progress_bar", "enable_model_summary")
-SHOWN = (
-    "RichProgressBar",
-    "TQDMProgressBar",
-    "RunProgress",
-    "JointSummary",
-    "ModelSummary",
-    "RichModelSummary",
-    "TestReport",
-)
-"""Arguments of a Trainer and callbacks that change nothing of what is trained."""
+SHOWN = ("ProgressBar", "RunProgress", "ModelSummary", "JointSummary", "TestReport")
+"""Arguments of a Trainer, and ends of names of callbacks, that change nothing of what is trained."""
 
 
 def newest_checkpoint(checkpoints: Path, requeued: Path) -> Path | None:
     """The checkpoint of a run that was written last, or ``None`` where there is none.
 
-    Args:
-        checkpoints: Folder of :class:`~f2d2_lightning.callbacks.LastCheckpoint`.
-        requeued: Folder of what Lightning saves when SLURM requeues a job, ``hpc_ckpt_N.ckpt``.
+    It is in ``checkpoints``, or in ``requeued``, where Lightning saves ``hpc_ckpt_N.ckpt`` when SLURM requeues a job.
     """
     found = [checkpoints / name for name in NAMES] + sorted(requeued.glob("hpc_ckpt_*.ckpt"))
     # of equal times the first one, which is the last checkpoint
@@ -36,11 +26,7 @@ def newest_checkpoint(checkpoints: Path, requeued: Path) -> Path | None:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether training was complete when a checkpoint was written.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """Whether training was complete when a checkpoint was written; ``ValueError`` if it is damaged."""
     return bool(look_into(path).get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("finished"))
 
 
@@ -49,9 +35,7 @@ def of_the_run(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name not in SHOWING}
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    kept = [
-        c for c in callbacks if str(c.get("class_path") if isinstance(c, dict) else c).rpartition(".")[2] not in SHOWN
-    ]
+    kept = [c for c in callbacks if not str(c.get("class_path") if isinstance(c, dict) else c).endswith(SHOWN)]
     return {**config, "trainer": {**trainer, "callbacks": kept or None}}
 
 

@@ -35,13 +35,7 @@ def _parquet() -> tuple[Any, Any]:
 
 
 def check_table_path(path: Path, overwrite: bool = False) -> None:
-    """Whether a table can be written at ``path``: to be asked before the hours that fill it.
-
-    Raises:
-        ValueError: If the suffix names no format.
-        FileExistsError: If a file is there and was not given up.
-        ModuleNotFoundError: If the format needs a package that is not installed.
-    """
+    """An error where no table can be written at ``path``: to be asked before the hours that fill it."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a table cannot be written as {path.name!r}; its name ends in {' or '.join(SUFFIXES)}")
     if path.is_dir():
@@ -57,9 +51,6 @@ def write_table(
     """Write a table of columns of equal length, making its folder. It appears whole or not at all.
 
     ``metadata`` is kept in a Parquet file's schema; a CSV file has no place for it.
-
-    Raises:
-        ValueError: If columns differ in length; and as :func:`check_table_path`.
     """
     check_table_path(path, overwrite)
     lengths = {column.name: len(column.values) for column in columns}
