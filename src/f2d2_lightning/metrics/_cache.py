@@ -41,9 +41,7 @@ class StatisticsCache:
     def read(self, key: str, probe: Tensor) -> Statistics | None:
         """Statistics of a key; ``None``, and a warning, if the file is damaged or of other features.
 
-        Args:
-            key: Key.
-            probe: The network's features of the images that were given to :meth:`write`, ``(N, F)``.
+        ``probe`` are the network's features of the images that were given to :meth:`write`, ``(N, F)``.
         """
         path = self.path(key)
         if not path.exists():
@@ -59,11 +57,8 @@ class StatisticsCache:
             return None
         before, now = torch.from_numpy(found["probe"]).double(), probe.cpu().double()
         if not bool((before - now).norm() <= TOLERANCE * now.norm() + 1e-12):
-            warnings.warn(
-                f"{path} was made with other features of the same images: the network's code has changed; the "
-                "statistics are computed again",
-                stacklevel=2,
-            )
+            changed = f"{path} was made with other features of the same images: the network's code has changed"
+            warnings.warn(f"{changed}; the statistics are computed again", stacklevel=2)
             return None
         total, products, count, kept = (torch.from_numpy(found[name]) for name in NAMES)
         return total.double(), products.double(), count.long(), kept.double()
@@ -75,8 +70,6 @@ class StatisticsCache:
             with whole_file(self.path(key)) as partial, partial.open("wb") as file:
                 np.savez(file, probe=probe.cpu().double().numpy(), **arrays)  # type: ignore[arg-type]
         except OSError as error:
-            warnings.warn(
-                f"statistics of real images cannot be kept in {self.folder} ({error}), and will be computed again by "
-                "the next run; choose another folder: cache=...",
-                stacklevel=2,
-            )
+            failed = f"statistics of real images cannot be kept in {self.folder} ({error})"
+            again = "will be computed again by the next run; choose another folder: cache=..."
+            warnings.warn(f"{failed}, and {again}", stacklevel=2)

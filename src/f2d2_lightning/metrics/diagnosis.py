@@ -249,26 +249,21 @@ class Diagnosis:
         share = 100 * max(row.error for row in rows) / self.spread if self.spread > 0 else math.inf
         of_spread = f", at most {share:.0f} % of the spread of log p" if share < 1000 else ""
         causes = {
-            "targets": lambda: f"most of it is in the targets, which are off by {each('targets')}",
-            "probes": lambda: (
-                f"most of it is noise of the targets: probes scatter one trajectory's by "
-                f"{self.scatter:.3g}, and a student keeps about a fifth of that"
-            ),
-            "head": lambda: (
-                f"most of it is the head's, whose divergence along the {self.reference_name}'s path is off "
-                f"by {each('head')}"
-            ),
-            "map": lambda: f"most of it is the map's, whose jumps land elsewhere, which makes {each('map')}",
-            "grid": lambda: f"most of it is the grid's: {self.best} steps are off by {self.least:.3g}",
-            "reference": lambda: (
-                f"the reference itself may be off by {self.reference_error:.3g}, so whose that is cannot be told"
-            ),
-            "nothing": lambda: "that is within the goal",
+            "targets": f"most of it is in the targets, which are off by {each('targets')}",
+            "probes": f"most of it is noise of the targets: probes scatter one trajectory's by {self.scatter:.3g}, and "
+            "a student keeps about a fifth of that",
+            "head": f"most of it is the head's, whose divergence along the {self.reference_name}'s path is off by "
+            f"{each('head')}",
+            "map": f"most of it is the map's, whose jumps land elsewhere, which makes {each('map')}",
+            "grid": f"most of it is the grid's: {self.best} steps are off by {self.least:.3g}",
+            "reference": f"the reference itself may be off by {self.reference_error:.3g}, so whose that is cannot be "
+            "told",
+            "nothing": "that is within the goal",
         }
         noun = "step" if each("steps") == "1" else "steps"
         off = f"In {each('steps')} {noun} log p is off by {each('error')} {self.unit} a point{of_spread}"
         remedy = f" Next: {self.remedies[whose]}." if whose in self.remedies else ""
-        return f"{off}; {causes[whose]()}.{remedy}"
+        return f"{off}; {causes[whose]}.{remedy}"
 
 
 def diagnose(
@@ -309,9 +304,8 @@ def diagnose(
         if Direction.TO_NOISE in model.joint_map.directions:
             errors[MANY] = model.nll_of(model.log_prob(x, MANY, cond).value) - reference
     good = {k: value.isfinite() for k, value in errors.items()}
-    counts = {k: int(mine.sum()) for k, mine in good.items()}
     known = reference.isfinite()
-    most = max(counts[k] for k in steps)
+    most = max(int(good[k].sum()) for k in steps)
     if most < 2:
         raise ValueError(
             f"{most} of {len(x)} points have a likelihood and a reference; a diagnosis needs two or more, and {POINTS} "
@@ -322,12 +316,11 @@ def diagnose(
     scatter = _size(_difference(model, path.scatter))
     spread = spread_of(reference[known])
     goal = GOAL * max(spread, float(nat))
-    sizes = {k: _size(value[good[k]]) for k, value in errors.items() if counts[k] > 1}
+    sizes = {k: _size(value[good[k]]) for k, value in errors.items() if int(good[k].sum()) > 1}
     best = min(sizes, key=lambda k: sizes[k])
     rows = []
-    for k, parts in found.items():
-        if k not in sizes:
-            continue
+    for k in (k for k in found if k in sizes):
+        parts = found[k]
         targets, head, map_ = (_size(parts[name][good[k]]) for name in ("targets", "head", "map"))
         probes = min(KEPT * scatter, head)
         named = {"targets": targets, "probes": probes, "head": math.sqrt(head**2 - probes**2), "map": map_}
@@ -339,32 +332,19 @@ def diagnose(
         elif best > k and sizes[best] <= sizes[k] / 2:
             whose = "grid"
         rows.append(Faults(k, sizes[k], float(parts["all"][good[k]].mean()), **named, whose=whose))
+    off, head = max(row.targets for row in rows) / goal, max(row.head for row in rows)
+    remedies = _remedies(model, taught, best, off, scatter > head)
     return Diagnosis(
-        model.unit,
-        int(known.sum()),
-        spread,
-        scatter,
-        reference_error,
-        best,
-        sizes[best],
-        tuple(rows),
-        _remedies(
-            model, taught, best, max(row.targets for row in rows) / goal, scatter > max(row.head for row in rows)
-        ),
-        model.reference_name,
-        clock(x.device) - start,
+        *(model.unit, int(known.sum()), spread, scatter, reference_error, best, sizes[best], tuple(rows), remedies),
+        *(model.reference_name, clock(x.device) - start),
     )
 
 
 def _remedies(model: LikelihoodModel, taught: Taught, best: int, excess: float, scattered: bool) -> dict[str, str]:
     """What to do, by whose an error is.
 
-    Args:
-        model: The model.
-        taught: How its targets were made.
-        best: Steps with the least error.
-        excess: Error of the targets' nodes in multiples of the goal.
-        scattered: Whether one trajectory's probes are off by more than the head.
+    ``best`` are the steps with the least error, ``excess`` is the error of the targets' nodes in multiples of the goal,
+    and ``scattered`` says whether one trajectory's probes are off by more than the head.
     """
     joint, dim = model.joint_map, model.dim
     fit = baseline_of(joint)
@@ -381,13 +361,12 @@ def _remedies(model: LikelihoodModel, taught: Taught, best: int, excess: float, 
         now = getattr(getattr(taught.source, "estimator", None), "probes", 1)
         probes = f"more probes, estimator=Hutchinson({4 * now})"
     head = "train longer, or with a larger head" + (', and covariance="full" in head and backbone' if full else "")
+    moves = "train longer, or a larger backbone, or give its jumps more of the loss (a smaller Weighting(divergence))"
     return {
         "targets": targets,
         "probes": f"{probes}, or more trajectories (capacity, refresh)",
         "head": head + (f"; its targets scatter by more than that, which takes {probes}" if scattered else ""),
-        "map": "train the backbone as well (frozen=False)"
-        if taught.frozen
-        else "train longer, or a larger backbone, or give its jumps more of the loss (a smaller Weighting(divergence))",
+        "map": "train the backbone as well (frozen=False)" if taught.frozen else moves,
         "grid": f"take {best} steps, or train longer",
         "reference": f"a finer reference, Reference(steps=1000, probes={0 if dim <= EXACT_UP_TO else 4})",
     }

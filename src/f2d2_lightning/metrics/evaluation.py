@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
 __all__ = ["LikelihoodEvaluation", "check_draws", "draw_again"]
 
+Made = TypeVar("Made", bound=Metric)
 COMPARED = ["gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"]
 
 
@@ -69,31 +70,24 @@ class LikelihoodEvaluation:
         self.steps = tuple(steps)
         self.draws = draws
         self.quantization = quantization
-        self._all = {k: MeanLikelihood(dim, quantization).to(device) for k in self.steps}
-        self._compared = {k: LikelihoodAgreement(dim, quantization).to(device) for k in self.steps}
-        self._own_gaps = {k: MeanMetric().to(device) for k in self.steps}
-        self._own_errors = {k: MeanMetric().to(device) for k in self.steps}
-        self._disagreements = {k: Disagreements().to(device) for k in self.steps}
-        self._negative = {k: MeanMetric().to(device) for k in self.steps}
-        self._failed = {k: MeanMetric().to(device) for k in self.steps}
-        self._counts = {k: SumMetric().to(device) for k in self.steps}
-        self._round_trips = {k: RoundTripError().to(device) for k in self.steps}
-        self._reference_errors = RoundTripError().to(device)  # likewise a root mean square
-        self._reference_failed = SumMetric().to(device)
-        self._moments = [MeanMetric(nan_strategy="error").to(device) for _ in range(2)]
         # a process without samples takes part in gathering all the same, or the others would wait for it
         nothing = torch.zeros(0, device=device)
-        of_steps: tuple[Mapping[int, Metric], ...] = (
-            *(self._all, self._negative, self._failed, self._counts, self._round_trips),
-            *(self._own_gaps, self._own_errors),
+
+        def empty(metric: Made, inputs: int = 1) -> Made:
+            metric.to(device).update(*[nothing] * inputs)
+            return metric
+
+        self._all = {k: empty(MeanLikelihood(dim, quantization)) for k in self.steps}
+        self._compared = {k: empty(LikelihoodAgreement(dim, quantization), 2) for k in self.steps}
+        self._disagreements = {k: empty(Disagreements(), 3) for k in self.steps}
+        self._own_gaps, self._own_errors, self._negative, self._failed = (
+            {k: empty(MeanMetric()) for k in self.steps} for _ in range(4)
         )
-        for metric in (self._reference_errors, self._reference_failed, *self._moments):
-            metric.update(nothing)
-        for k in self.steps:
-            self._compared[k].update(nothing, nothing)
-            self._disagreements[k].update(nothing, nothing, nothing)
-            for metrics in of_steps:
-                metrics[k].update(nothing)
+        self._counts = {k: empty(SumMetric()) for k in self.steps}
+        self._round_trips = {k: empty(RoundTripError()) for k in self.steps}
+        self._reference_errors = empty(RoundTripError())  # likewise a root mean square
+        self._reference_failed = empty(SumMetric())
+        self._moments = [empty(MeanMetric(nan_strategy="error")) for _ in range(2)]
         self.seconds = dict.fromkeys(self.steps, 0.0)
         """Spent on few-step likelihoods by this process."""
         self.evaluations = dict.fromkeys(self.steps, 0)
@@ -187,8 +181,8 @@ class LikelihoodEvaluation:
         """How often the reference lay within error bars, and their mean half width in the metrics' unit."""
         named = {}
         for k in (k for k in self.steps if k in bars):
-            finer, miss, error = self._disagreements[k].compute()
-            width, good = bars[k](Disagreement(finer, miss)), error.isfinite()
+            *parts, error = self._disagreements[k].compute()
+            width, good = bars[k](Disagreement(*parts)), error.isfinite()
             if bool(good.any()):
                 named[f"error_covered_{k}"] = (error.abs() <= width)[good].float().mean()
                 named[f"error_bar_{k}"] = width[good].float().mean() / self._all[k].unit

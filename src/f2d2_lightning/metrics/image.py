@@ -21,14 +21,6 @@ STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_sampl
 """What is known of real images, in the order of :attr:`ImageDistance.real`."""
 
 
-class _Given(nn.Identity):
-    """In the place of a feature network: features are given."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-
 class ImageDistance(FrechetInceptionDistance):
     """FID, and on request KID, precision and recall, over batches of features and over processes.
 
@@ -46,10 +38,12 @@ class ImageDistance(FrechetInceptionDistance):
     fake_kept: list[Tensor]
 
     def __init__(self, num_features: int, kid: bool = False, precision_recall: bool = False, **kwargs: Any) -> None:
-        super().__init__(feature=_Given(num_features), reset_real_features=False, **kwargs)
+        given = nn.Identity()
+        given.num_features = num_features  # type: ignore[assignment]
+        super().__init__(feature=given, reset_real_features=False, **kwargs)
         self.kid, self.precision_recall = kid, precision_recall
-        self.add_state("real_kept", default=[], dist_reduce_fx="cat")
-        self.add_state("fake_kept", default=[], dist_reduce_fx="cat")
+        for name in ("real_kept", "fake_kept"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, real: bool, keep: int | None = None) -> None:
         """Add a batch; a process without images adds an empty one.
@@ -142,8 +136,7 @@ def precision_recall(samples: Tensor, real: Tensor, neighbors: int = 3, chunk: i
 
     def covered(points: Tensor, centers: Tensor) -> float:
         # a vector is its own nearest
-        radii = [torch.cdist(part, centers).kthvalue(neighbors + 1).values for part in centers.split(chunk)]
-        radius = torch.cat(radii)
+        radius = torch.cat([torch.cdist(a, centers).kthvalue(neighbors + 1).values for a in centers.split(chunk)])
         inside = [(torch.cdist(part, centers) <= radius).any(1) for part in points.split(chunk)]
         return float(torch.cat(inside).double().mean())
 

@@ -222,8 +222,8 @@ class LikelihoodAgreement(LikelihoodMetric):
 
     def __init__(self, dim: int, quantization: Quantization | None = None) -> None:
         super().__init__(dim, quantization)
-        self.add_state("log_prob", default=[], dist_reduce_fx="cat")
-        self.add_state("reference", default=[], dist_reduce_fx="cat")
+        for name in ("log_prob", "reference"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, log_prob: Tensor, reference: Tensor) -> None:
         """Add a batch, ``(B,)`` each, nats."""

@@ -27,11 +27,7 @@ SMALL_FORMAT = "f2d2_lightning.metrics.SmallFeatures"
 
 
 def check_images(images: Tensor, channels: Sequence[int] | None = None) -> None:
-    """Refuse what is no batch of 8-bit images.
-
-    Raises:
-        ValueError: If ``images`` are not ``uint8`` ``(B, C, H, W)``, of these channels.
-    """
+    """Refuse, with a :class:`ValueError`, images that are not ``uint8`` ``(B, C, H, W)``, or not of these channels."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(
             f"images have dtype {images.dtype} and shape {tuple(images.shape)}; uint8 (B, C, H, W) in 0 to 255 are "
@@ -69,11 +65,11 @@ def extract_features(network: nn.Module, images: Tensor, num_features: int | Non
                 "network takes 8-bit images (B, C, H, W) and scales them itself"
             ) from error
     floating = isinstance(features, Tensor) and features.is_floating_point()
-    if not floating or features.shape != (len(images), features.shape[-1] if num_features is None else num_features):
+    if not floating or features.shape != (len(images), num_features or features.shape[-1]):
         came = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features)}"
         raise ValueError(
             f"{name} answered {came} to {len(images)} images; floating features ({len(images)}, "
-            f"{'F' if num_features is None else num_features}) are expected, one row per image (flatten further axes), "
+            f"{num_features or 'F'}) are expected, one row per image (flatten further axes), "
             "whose number must not depend on the batch"
         )
     if not bool(features.isfinite().all()):

@@ -42,17 +42,11 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def panels(
-    titles: Sequence[str], width: float, height: float, columns: int = 5, **kwargs: Any
-) -> tuple[Figure, list[Axes]]:
-    """A figure with titled axes of ``width`` by ``height`` inches, in rows of at most ``columns``, about equal.
-
-    Raises:
-        ValueError: If there is nothing to show.
-    """
+def panels(titles: Sequence[str], width: float, height: float, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+    """Titled axes of ``width`` by ``height`` inches, in rows of at most five, about equal; ``ValueError`` for none."""
     if not titles:
         raise ValueError("there is nothing to show: give at least one entry")
-    down = math.ceil(len(titles) / columns)
+    down = math.ceil(len(titles) / 5)
     across = math.ceil(len(titles) / down)
     # room for titles of several lines
     height += 0.16 * max(title.count("\n") for title in titles)
@@ -67,18 +61,16 @@ def panels(
     return figure, axes[: len(titles)]
 
 
-def limits(values: Tensor, room: float = 1.0) -> tuple[float, float]:
-    """An interval that shows all finite values, but for those so far out that the others would shrink to a spot.
+def limits(values: Tensor) -> tuple[float, float]:
+    """An interval that shows all finite values ``(...)``, but for those so far out that the others would be a spot.
 
-    Args:
-        values: Any shape; those that are not finite are left out.
-        room: Share of the range of the middle 96 % by which values may lie outside of it, on either side.
+    They may lie outside of the middle 96 % by as much as the range of these, on either side.
     """
     finite = values[values.isfinite()].flatten().double()
     if len(finite) == 0:
         return -1.0, 1.0
     inner, outer = (float(finite.quantile(q)) for q in (0.02, 0.98))
-    margin = room * (outer - inner)
+    margin = outer - inner
     kept = finite[(finite >= inner - margin) & (finite <= outer + margin)]
     low, high = float(kept.min()), float(kept.max())
     # a single value, or many that are alike, get an interval as well

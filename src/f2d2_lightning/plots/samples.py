@@ -27,12 +27,9 @@ def is_plane(shape: tuple[int, ...]) -> bool:
 
 
 def as_colors(images: Tensor, low: float, high: float) -> Tensor:
-    """Images ``(N, 1 or 3, H, W)`` as ``(N, H, W, 3)`` in [0, 1]; pixels that are not finite in vermillion.
+    """Images ``(N, 1 or 3, H, W)`` as ``(N, H, W, 3)`` in [0, 1], black at ``low`` and below, white at ``high``.
 
-    Args:
-        images: States, any range.
-        low: Value shown as black; what is below is black as well.
-        high: Value shown as white.
+    Pixels that are not finite are vermillion.
 
     Raises:
         ValueError: If these are no images, or the range is empty.
