@@ -23,7 +23,7 @@ import f2d2_lightning as f2
 from f2d2_lightning.callbacks import Pictures
 from f2d2_lightning.callbacks._gallery import Gallery, Points
 from f2d2_lightning.callbacks._models import find_models
-from f2d2_lightning.callbacks._picture_loggers import log_figure, takes_figures
+from f2d2_lightning.callbacks._picture_loggers import figure_sender
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.plots import sample_figure
 from f2d2_lightning.training.folders import unused
@@ -138,13 +138,12 @@ class CometExperiment:
 def test_figures_reach_mlflow_and_comet(tmp_path):
     figure = sample_figure({"1 step": torch.zeros(1, 1, 4, 4)})
     client, experiment = MlflowClient(), CometExperiment()
-    log_figure(Quiet(client), "val/samples", figure, 5)
+    figure_sender(Quiet(client))("val/samples", figure, 5)
     assert client.calls == [("run-7", figure, "pictures/val/samples/step_00000005.png")]
-    log_figure(Quiet(experiment), "val/samples", figure, 5)
+    figure_sender(Quiet(experiment))("val/samples", figure, 5)
     assert experiment.calls == [("val/samples", figure, 5)]
     for other in (CSVLogger(tmp_path), Quiet(object()), Quiet(None)):
-        assert not takes_figures(other)
-        log_figure(other, "val/samples", figure, 5)
+        assert figure_sender(other) is None
 
 
 def test_two_epochs_reach_disk_and_loggers(tmp_path):

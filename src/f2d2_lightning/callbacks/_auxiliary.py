@@ -17,13 +17,7 @@ class AddedWeights:
     """Modules with an optimiser and a weight average of their own, kept alike on all processes.
 
     No strategy of Lightning sees them, so what DDP does is done here: :meth:`broadcast` once, and gradients averaged
-    over processes in :meth:`step`.
-
-    Args:
-        live: The modules in training.
-        optimizer: Makes the optimiser from parameters.
-        decay: Of the weight average, in [0, 1).
-        clip: Largest norm of the gradient; ``None`` for no clipping.
+    over processes, and clipped to a norm, in :meth:`step`.
     """
 
     def __init__(
@@ -56,13 +50,9 @@ class AddedWeights:
     def step(self, gradient_scale: float = 1.0, followed: torch.optim.Optimizer | None = None) -> None:
         """Average gradients over processes, step, and move the average.
 
-        Args:
-            gradient_scale: What a gradient scaler multiplied the loss with. A step whose gradients are then not finite
-                is left out, as the scaler does with the model's own.
-            followed: An optimiser whose schedule the learning rates follow.
-
-        Raises:
-            FloatingPointError: If gradients are not finite, without a scaler.
+        ``gradient_scale`` is what a gradient scaler multiplied the loss with. A step whose gradients are then not
+        finite is left out, as the scaler does with the model's own; without a scaler it is a
+        :class:`FloatingPointError`. Learning rates go with the schedule of the optimiser that is ``followed``.
         """
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
         if process_count() == 1 and all(p.grad is None for p in self.parameters):
@@ -101,11 +91,7 @@ class AddedWeights:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`.
-
-        Raises:
-            ValueError: If the weights are of another head.
-        """
+        """Inverse of :meth:`state_dict`; ``ValueError`` for weights of another head."""
         try:
             self.live.load_state_dict(state["live"])
             self.average.load_state_dict(state["average"])

@@ -88,31 +88,16 @@ class Measured:
 class Gallery:
     """Makes the figures that a model and its data allow; keeps what does not change from one time to the next.
 
-    The exact log-density of the data is known where the trainer's data module has it (``log_prob``).
-
-    Args:
-        trainer: The Trainer.
-        model: The model.
-        samples: Samples in a picture (twenty times as many points in the plane).
-        images: Samples of the data that are looked at.
-        teacher_steps: Heun steps of the reference's samples.
-        grid: Cells along each axis of a density map.
+    The exact log-density of the data is known where the trainer's data module has it (``log_prob``). Sizes are those of
+    :class:`~f2d2_lightning.callbacks.Pictures`.
     """
 
     def __init__(
-        self,
-        trainer: L.Trainer,
-        model: LikelihoodModel,
-        samples: int = 49,
-        images: int = 64,
-        teacher_steps: int = 100,
-        grid: int = 64,
+        self, trainer: L.Trainer, model: LikelihoodModel, samples: int, images: int, teacher_steps: int, grid: int
     ) -> None:
         self.model, self.points = model, Points(images)
         self.samples, self.teacher_steps, self.grid = samples, teacher_steps, grid
-        self.true_log_prob: Callable[[Tensor], Tensor] | None = getattr(
-            getattr(trainer, "datamodule", None), "log_prob", None
-        )
+        self.true_log_prob = getattr(getattr(trainer, "datamodule", None), "log_prob", None)
         self._broadcast = trainer.strategy.broadcast
         self._kept: dict[str, Any] = {}
 
@@ -153,8 +138,7 @@ class Gallery:
         count = self.samples if is_image(model.shape) else 20 * self.samples
         # drawn on the CPU and from a generator of its own: the same noise whenever and wherever
         noise = torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(0))
-        noise, cond = noise.to(self.points.x.dtype).to(model.device), self.points.classes(count)
-        cond = moved(cond, model.device)
+        noise, cond = noise.to(model.device, self.points.x.dtype), moved(self.points.classes(count), model.device)
         made = {}
         if model.draws_samples:
             made = {plural(k, "step"): model.sample(noise, k, cond).state.cpu() for k in model.steps}
@@ -168,16 +152,14 @@ class Gallery:
         device, parts = self.model.device, []
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
-            of = moved(some_of(cond, part), device)
-            parts.append(self.model.log_prob(x[part].to(device), steps, of).value.cpu())
+            parts.append(self.model.log_prob(x[part].to(device), steps, moved(some_of(cond, part), device)).value.cpu())
         return torch.cat(parts)
 
     def _integrated(self, x: Tensor, cond: Cond | None = None) -> Tensor | None:
         velocity, device = self.model.reference_velocity(), self.model.device
         if velocity is None:
             return None
-        cond = moved(cond, device)
-        return self.model.reference_log_prob(velocity, x.to(device), cond).value.cpu()
+        return self.model.reference_log_prob(velocity, x.to(device), moved(cond, device)).value.cpu()
 
     def _reference(self, values: dict[int, Tensor]) -> Tensor | None:
         # what the evaluation has integrated already is not integrated again

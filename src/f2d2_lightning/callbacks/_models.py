@@ -24,8 +24,7 @@ def _models(trainer: L.Trainer, module: L.LightningModule) -> tuple[list[Likelih
 def find_models(trainer: L.Trainer, module: L.LightningModule) -> list[LikelihoodModel]:
     """The module itself, if it is one of this package's, and what each F2D2Callback of the trainer added.
 
-    Raises:
-        ValueError: If there is neither.
+    That there is neither is a :class:`ValueError`.
     """
     own, added = _models(trainer, module)
     if not (own or added):
@@ -40,12 +39,10 @@ def find_models(trainer: L.Trainer, module: L.LightningModule) -> list[Likelihoo
 def find_sampler(
     trainer: L.Trainer, module: L.LightningModule, flow_map: str | None = None, method: str = "euler"
 ) -> LikelihoodModel:
-    """The one model that samples are drawn from: the module itself, else what a callback added.
+    """The one model that samples are drawn from: the module itself, else what a callback added on ``flow_map``.
 
-    Where there are several callbacks, the one on the network ``flow_map``; ``method`` is a teacher's solver.
-
-    Raises:
-        ValueError: If nothing here draws samples, several do, or the method has no fixed steps.
+    ``method`` is a teacher's solver. That nothing here draws samples, several do, or the method has no fixed steps, is
+    a :class:`ValueError`.
     """
     own, added = _models(trainer, module)
     chosen = own if own and flow_map is None else [c for c in added if flow_map in (None, c.flow_map)]

@@ -22,28 +22,12 @@ from f2d2_lightning.plots import Figure, pixels
 Send = Callable[[str, Figure, int], object]
 
 
-def takes_figures(logger: Logger) -> bool:
-    """Whether :func:`log_figure` can give figures to this logger."""
-    return _sender(logger) is not None
+def figure_sender(logger: Logger) -> Send | None:
+    """What gives a logger a figure by its name there, such as ``"val/samples"``, and the optimiser's step of it.
 
-
-def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
-    """Give a figure to a logger, if it takes figures; the CSV logger, for one, is left alone.
-
-    To be called on the first process only, as the logger's own methods are.
-
-    Args:
-        logger: Any Lightning logger.
-        name: What it is called there, such as ``"val/samples"``.
-        figure: The figure.
-        step: The optimiser's step that it belongs to.
+    ``None`` for a logger that takes no figures, such as the CSV logger. To be called on the first process only, as the
+    logger's own methods are.
     """
-    send = _sender(logger)
-    if send is not None:
-        send(name, figure, step)
-
-
-def _sender(logger: Logger) -> Send | None:
     log_image = getattr(logger, "log_image", None)
     if callable(log_image):
         return lambda name, figure, step: log_image(key=name, images=[pixels(figure)], step=step)

@@ -19,16 +19,11 @@ from f2d2_lightning.utils.conditions import Cond, joined, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.seeding import mix_seed
 
-SPLITS = ("train", "val", "test")
 STAGES = {"train": "fit", "val": "validate", "test": "test"}
 
 
 def find_loader(trainer: L.Trainer, module: L.LightningModule, split: str) -> Any:
-    """The loader of a split: the Trainer's own, else a new one of the data module or of the module.
-
-    Raises:
-        ValueError: If there is none, or there are several.
-    """
+    """The one loader of a split: the Trainer's own, else a new one of the data module or of the module."""
     loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}
     loader = loaders[split]
     if loader is None:
@@ -51,18 +46,11 @@ def find_loader(trainer: L.Trainer, module: L.LightningModule, split: str) -> An
 
 
 class RealImages:
-    """Images of a loader's data set, in one fixed random order, and conditioning that belongs to them.
+    """Images of a loader's data set in one fixed random order, all or ``count``, and conditioning that is theirs.
 
     A map-style data set is divided between processes, and the same whatever their number, the size of batches and the
     number of workers: random augmentations are seeded for each image. Of a stream each process takes what its own
     loader gives; where that is the same in all of them (:meth:`settle`), the first one's is taken.
-
-    Args:
-        trainer: The Trainer, which brings batches to the device.
-        model: How batches become states, and states images.
-        loader: Loader of the data.
-        count: Images to use; ``None`` for all.
-        batch_size: Images at a time.
     """
 
     def __init__(
@@ -90,10 +78,7 @@ class RealImages:
         return count // self.world + (self.rank < count % self.world)
 
     def settle(self, digests: list[list[str]]) -> bool:
-        """Whether what is iterated over has changed, as all processes have the same stream: it would count often.
-
-        To be told the :meth:`digests` of each process.
-        """
+        """Whether a stream is the same on all processes, by their :meth:`digests`: it is taken once from now on."""
         if not self.streams or self.world == 1 or self.copies:
             return False
         longest = max(digests, key=len)
@@ -101,11 +86,7 @@ class RealImages:
         return self.copies
 
     def first(self, count: int = 8) -> tuple[Tensor, Cond | None]:
-        """States and conditioning of the first images, the same on every process.
-
-        Raises:
-            ValueError: If there are no data.
-        """
+        """States and conditioning of the first images, the same on every process."""
         rows = None if self.streams else self.order[:count]
         for x, cond in self._batches(rows):
             return x[:count], some_of(cond, slice(count))
@@ -138,11 +119,7 @@ class RealImages:
         return [fingerprint(image) for _, images in self for image in images.cpu()]
 
     def conditions(self, start: int, end: int) -> Cond:
-        """Conditioning of the images at these places of the order, from the beginning again after the last one.
-
-        Raises:
-            ValueError: If the data are a stream, whose conditioning cannot be picked.
-        """
+        """Conditioning of the images at these places of the order, from the beginning again after the last one."""
         if self.streams:
             raise ValueError(
                 f"{self.model.title} is conditional, and its data are a stream; sample quality takes conditioning from "

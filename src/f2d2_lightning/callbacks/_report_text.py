@@ -80,7 +80,7 @@ class Report:
         if self.checkpoint is not None:
             path = _short(Path(self.checkpoint).resolve(), self.run.resolve(), Path.cwd())
             checkpoint = f"`{path}`, relative to the run's folder"
-        versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
         about = {
             "date": f"{self.date:%Y-%m-%d %H:%M} {self.date.tzname() or ''}".strip(),
             "command": f"`{without_machine_paths(command, Path.cwd())}`",
@@ -138,8 +138,7 @@ class Report:
         by_steps: dict[str, dict[int, float]] = {}
         plain = []
         for name, value in sorted(self.metrics.items()):
-            found = re.fullmatch(r"(.+)_(\d+)", name)
-            if found:
+            if found := re.fullmatch(r"(.+)_(\d+)", name):
                 by_steps.setdefault(found[1], {})[int(found[2])] = value
             else:
                 plain.append([name, f"{value:.4g}"])
@@ -175,13 +174,9 @@ class Report:
 def likelihood_table(
     rows: Sequence[Mapping[str, Any]], nll: str, reference_name: str, more: Mapping[str, Cell] | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the evaluation's table, as text.
+    """Head and lines of the evaluation's table, as text, with ``nll`` over the negative log-likelihoods.
 
-    Args:
-        rows: One per step count, and the reference's, whose ``steps`` is ``None``.
-        nll: Head of the column of negative log-likelihoods.
-        reference_name: What the reference is called.
-        more: Head and cells of columns that only step counts have, beside those that there always are.
+    ``more`` are columns that only step counts have, beside those that there always are.
     """
     compared: dict[str, Cell] = {
         f"gap to {reference_name}": lambda row: f"{number(row['gap'], True)} ± {number(row['gap_standard_error'])}",
@@ -212,13 +207,6 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _short(path: Path, *folders: Path) -> str:
     """``path`` from the first of the folders that it is in, else its name alone."""
     inside = [path.relative_to(folder).as_posix() for folder in folders if path.is_relative_to(folder)]
@@ -244,20 +232,13 @@ def other_metrics(metrics: Mapping[str, Any], steps: Sequence[int]) -> dict[str,
 
 
 def read_curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Losses that a CSV logger has written to ``metrics.csv``, ``metrics-1.csv`` and so on, by name.
+    """Losses that a CSV logger has written to ``metrics.csv``, ``metrics-1.csv`` and so on: steps and values by name.
 
     Where the sessions of a resumed run overlap, the later one counts.
-
-    Returns:
-        Steps and values of each ``train/...loss`` and ``val/...loss`` that has any.
     """
-
-    def session(path: Path) -> int:
-        return int(path.stem.partition("-")[2] or 0)
-
     files = [p for p in folder.glob("metrics*.csv") if re.fullmatch(r"metrics(-\d+)?", p.stem)]
     curves: dict[str, dict[int, float]] = {}
-    for path in sorted(files, key=session):
+    for path in sorted(files, key=lambda path: int(path.stem.partition("-")[2] or 0)):
         found: dict[str, dict[int, float]] = {}
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):

@@ -50,14 +50,10 @@ class Wrapped:
 
 
 class AddedLoss:
-    """Adds a loss to what ``training_step`` returns, or to one of its ``manual_backward`` calls.
+    """Adds a loss of ``(batch, batch_idx)`` to what ``training_step`` returns, or to one of its backward passes.
 
-    Args:
-        module: The module in training.
-        loss: ``(batch, batch_idx)`` to the loss that is added.
-        backward: Which ``manual_backward`` of a step carries it, from 0; ``None``: the first that ``carries`` allows.
-        carries: Whether a loss that goes backward now reaches the network.
-        about: The network's name, for messages.
+    That is the ``manual_backward`` number ``backward`` of a step, from 0, or the first that reaches the network, which
+    ``carries`` tells. ``about`` is the network's name.
 
     Raises:
         ValueError: If the module's step fetches its batches by itself.

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from f2d2_lightning.callbacks._gallery import GalleryCallback
 from f2d2_lightning.callbacks._models import find_models
-from f2d2_lightning.callbacks._picture_loggers import log_figure, takes_figures
+from f2d2_lightning.callbacks._picture_loggers import figure_sender
 from f2d2_lightning.plots import Figure, save_figure
 from f2d2_lightning.training.folders import run_folder, unused
 from f2d2_lightning.utils.checks import checked
@@ -35,9 +35,9 @@ class Pictures(GalleryCallback):
 
     For :class:`~f2d2_lightning.F2D2Module`, for somebody else's module with an
     :class:`~f2d2_lightning.F2D2Callback`, and for the teacher, :class:`~f2d2_lightning.FlowMatchingModule` (samples
-    only). Loggers get them as ``val/samples``, ``test/samples`` and so on
-    (:func:`~f2d2_lightning.callbacks._picture_loggers.log_figure`); files are ``pictures/epoch_0003/samples.png`` in
-    the run's folder. The random state is left as it was: training is the same, bit for bit, without the pictures.
+    only). Loggers get them as ``val/samples``, ``test/samples`` and so on; files are
+    ``pictures/epoch_0003/samples.png`` in the run's folder. The random state is left as it was: training is the same,
+    bit for bit, without the pictures.
 
     A run never writes over pictures of another: where ``pictures`` is taken it takes ``pictures-1``; each ``test`` has
     a folder of its own, ``test``, ``test-1`` and so on. A resumed run goes on in its folder and may replace its own
@@ -96,8 +96,8 @@ class Pictures(GalleryCallback):
         if stage == "predict":
             return
         find_models(trainer, pl_module)
-        if not self.to_disk and not _is_trial(trainer):
-            taken = trainer.is_global_zero and any(takes_figures(logger) for logger in trainer.loggers)
+        if not (self.to_disk or getattr(trainer, "fast_dev_run", False)):
+            taken = trainer.is_global_zero and any(map(figure_sender, trainer.loggers))
             if not trainer.strategy.broadcast(taken):
                 kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
                 raise ValueError(
@@ -170,7 +170,7 @@ class Pictures(GalleryCallback):
             if trainer.is_global_zero:
                 prefix = f"{name}/" if name else ""
                 figures |= {prefix + title: figure for title, figure in gallery.figures(measured).items()}
-        if figures and not _is_trial(trainer):
+        if figures and not getattr(trainer, "fast_dev_run", False):
             self._give(trainer, "test" if trainer.testing else "val", figures, root)
 
     on_test_epoch_end = on_validation_epoch_end
@@ -184,11 +184,6 @@ class Pictures(GalleryCallback):
             except OSError as error:
                 warnings.warn(f"pictures cannot be written to {folder} now ({error}); the run goes on", stacklevel=2)
         if self.to_loggers:
-            for logger in trainer.loggers:
+            for send in filter(None, map(figure_sender, trainer.loggers)):
                 for name, figure in figures.items():
-                    log_figure(logger, f"{stage}/{name}", figure, trainer.global_step)
-
-
-def _is_trial(trainer: L.Trainer) -> bool:
-    """Whether this is a ``fast_dev_run``, which leaves nothing behind."""
-    return bool(getattr(trainer, "fast_dev_run", False))
+                    send(f"{stage}/{name}", figure, trainer.global_step)

@@ -14,13 +14,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from f2d2_lightning.callbacks._models import find_sampler
-from f2d2_lightning.callbacks._real_images import SPLITS, RealImages, find_loader
+from f2d2_lightning.callbacks._real_images import STAGES, RealImages, find_loader
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import state_images
 from f2d2_lightning.metrics._cache import Statistics, StatisticsCache
 from f2d2_lightning.metrics.image import ImageDistance
 from f2d2_lightning.metrics.networks import check_network, extract_features, load_network
-from f2d2_lightning.utils.checks import checked
+from f2d2_lightning.utils.checks import checked, one_of
 from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import gather_states
@@ -99,8 +99,7 @@ class SampleQuality(L.Callback):
             raise ValueError(
                 f"steps={self.steps}, every_n_epochs={every_n_epochs} and batch_size={batch_size} are at least 1"
             )
-        if data not in SPLITS:
-            raise ValueError(f"data is {data!r}; it is one of {', '.join(SPLITS)}")
+        one_of("data", data, STAGES)
         self.features, self.weights = features, weights
         self.samples, self.every_n_epochs, self.batch_size = samples, every_n_epochs, batch_size
         self.kid, self.precision_recall = kid, precision_recall

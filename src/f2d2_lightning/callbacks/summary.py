@@ -40,18 +40,20 @@ class Part:
         return self.trainable + self.frozen
 
 
-class _Counter:
-    """Counts parameters of modules, each once. Of a sharded one, what it has on all processes."""
+class _Parts(list[Part]):
+    """Parts of a model, whose parameters are counted once. Of a sharded one, what it has on all processes."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: set[int] = set()
 
-    def part(self, name: str, module: Any, note: str = "", kind: str = "", saved: bool = True) -> Part:
+    def add(self, name: str, module: Any, note: str = "", kind: str = "", saved: bool = True) -> None:
         found = module.parameters() if isinstance(module, nn.Module) else ()
         new = [p for p in found if id(p) not in self.seen and not is_lazy(p)]
         self.seen |= {id(p) for p in new}
         trainable = sum(p.numel() for p in new if p.requires_grad)
-        return Part(name, kind or _kind(module), trainable, sum(p.numel() for p in new) - trainable, note, saved)
+        frozen = sum(p.numel() for p in new) - trainable
+        self.append(Part(name, kind or _kind(module), trainable, frozen, note, saved))
 
 
 def model_parts(module: L.LightningModule, callbacks: Iterable[Any] = ()) -> list[Part]:
@@ -66,54 +68,43 @@ def model_parts(module: L.LightningModule, callbacks: Iterable[Any] = ()) -> lis
         counted over all processes; FSDP1's flat shards are those of this process.
     """
     added = [c for c in callbacks if isinstance(c, F2D2Callback)]
-    counter, parts = _Counter(), []
+    parts = _Parts()
     if isinstance(module, F2D2Module):
-        parts = _student_parts(module, counter)
+        _add_student(parts, module)
     elif isinstance(module, FlowMatchingModule):
-        parts = [
-            counter.part("backbone", module.flow_map),
-            counter.part("average", module.average, "of the weights; used after training"),
-        ]
+        parts.add("backbone", module.flow_map)
+        parts.add("average", module.average, "of the weights; used after training")
     for callback in added:
-        parts += _added_parts(callback, module, counter, f" of {callback.flow_map}" if len(added) > 1 else "")
-    rest = counter.part("rest" if parts else "module", module)
-    return parts if parts and rest.parameters == 0 else [*parts, rest]
+        _add_added(parts, callback, module, f" of {callback.flow_map}" if len(added) > 1 else "")
+    parts.add("rest" if parts else "module", module)
+    return parts[:-1] if len(parts) > 1 and parts[-1].parameters == 0 else parts
 
 
-def _student_parts(module: F2D2Module, counter: _Counter) -> list[Part]:
-    teacher = module.teacher
-    parts = []
+def _add_student(parts: _Parts, module: F2D2Module) -> None:
+    teacher, joint = module.teacher, module.joint
     if teacher is not None:
         network = teacher.average if isinstance(teacher, FlowMatchingModule) else teacher
-        parts.append(counter.part("teacher", network, "not saved with the student", saved=False))
-    joint = module.joint
-    backbone = "frozen: only the head is trained" if joint.frozen else ""
-    parts.append(counter.part("backbone", joint.flow_map, backbone))
-    parts.append(counter.part("head", joint.head))
+        parts.add("teacher", network, "not saved with the student", saved=False)
+    parts.add("backbone", joint.flow_map, "frozen: only the head is trained" if joint.frozen else "")
+    parts.add("head", joint.head)
     of = "of the head's weights" if joint.frozen else "of backbone and head"
-    parts.append(counter.part("average", module.average, f"{of}; used after training"))
-    return parts
+    parts.add("average", module.average, f"{of}; used after training")
 
 
-def _added_parts(callback: F2D2Callback, module: L.LightningModule, counter: _Counter, of: str) -> list[Part]:
-    parts = []
+def _add_added(parts: _Parts, callback: F2D2Callback, module: L.LightningModule, of: str) -> None:
     if isinstance(callback.teacher, nn.Module):
-        parts.append(counter.part(f"teacher{of}", callback.teacher, "not saved", saved=False))
+        parts.add(f"teacher{of}", callback.teacher, "not saved", saved=False)
     network = find_submodule(module, callback.flow_map, "network")
     kind = f"{type(getattr(network, '_orig_mod', network)).__name__} through {type(callback.adapter).__name__}"
     trained = "the added loss leaves it alone" if callback.frozen else "trained by both losses"
-    left = f"{callback.flow_map}; {trained}"
-    parts.append(counter.part(f"backbone{of}", network, left, kind))
+    parts.add(f"backbone{of}", network, f"{callback.flow_map}; {trained}", kind)
     if not callback.has_head:
-        return parts
+        return
     live, average = callback.added.live, callback.added.average
-    parts.append(counter.part(f"head{of}", live["head"], "in the callback"))
+    parts.add(f"head{of}", live["head"], "in the callback")
     if "interval" in live:
-        parts.append(counter.part(f"interval{of}", live["interval"], "added time embedding"))
-    parts.append(
-        counter.part(f"average{of}", average, "of what was added; used after training", _kind(average["head"]))
-    )
-    return parts
+        parts.add(f"interval{of}", live["interval"], "added time embedding")
+    parts.add(f"average{of}", average, "of what was added; used after training", _kind(average["head"]))
 
 
 def _kind(module: Any) -> str:
