@@ -18,8 +18,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import f2d2_lightning as f2
 from f2d2_lightning.callbacks import RunLogger, TestReport
-from f2d2_lightning.callbacks._report_page import page
-from f2d2_lightning.callbacks._report_text import Report, other_metrics, read_curves, to_json, without_machine_paths
+from f2d2_lightning.callbacks._report_text import (
+    Report,
+    other_metrics,
+    page,
+    read_curves,
+    to_json,
+    without_machine_paths,
+)
 from f2d2_lightning.callbacks.report import print_table
 from f2d2_lightning.callbacks.summary import Part
 from lightning_parts import Pair, student, teacher, trainer

@@ -1,7 +1,8 @@
-"""The text of a test's report, in Markdown, and the numbers that go into it."""
+"""The text of a test's report, in Markdown and HTML, and the numbers that go into it."""
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import math
@@ -11,9 +12,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from markdown_it import MarkdownIt
 
 from f2d2_lightning.callbacks.summary import Part
 from f2d2_lightning.metrics.diagnosis import Diagnosis
@@ -27,6 +31,16 @@ IN_TABLE = (
     *("round_trip", "unconverged", "reference_error", "doubtful"),
 )
 
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:last-child { white-space: normal; }
+img { max-width: 100%; height: auto; }
+code { background: #f4f4f4; padding: 0 .2rem; }
+"""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -39,8 +53,7 @@ class Report:
     samples: int
     """Test samples, of all processes."""
     device: str
-    unit: str
-    """Of negative log-likelihoods."""
+    unit: str  # of negative log-likelihoods
     reference_name: str
     parts: Sequence[Part]
     rows: Sequence[Mapping[str, Any]]
@@ -52,7 +65,6 @@ class Report:
     ranked_by: int
     """Step count whose likelihoods rank images."""
     diagnosis: Diagnosis | None = None
-    """Where the error comes from."""
     command: Sequence[str] = field(default_factory=lambda: list(sys.argv))
     date: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
@@ -264,3 +276,21 @@ def to_json(value: Any) -> str:
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
     return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
+
+
+def page(markdown: str, folder: Path) -> str:
+    """The text of a report as HTML, its pictures, files of ``folder``, within it.
+
+    Tags in the text stay text, so that names of columns or paths cannot become a page's own.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(markdown)
+    for token in tokens:
+        for part in token.children or ():
+            if part.type == "image":
+                content = base64.b64encode((folder / str(part.attrs["src"])).read_bytes()).decode()
+                part.attrs["src"] = f"data:image/png;base64,{content}"
+    title = escape(markdown.splitlines()[0].lstrip("# "))
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    body = parser.renderer.render(tokens, parser.options, {})
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'

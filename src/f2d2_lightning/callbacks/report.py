@@ -17,8 +17,7 @@ from rich.table import Table
 
 from f2d2_lightning.callbacks._gallery import Gallery, GalleryCallback, Measured
 from f2d2_lightning.callbacks._models import find_models
-from f2d2_lightning.callbacks._report_page import page
-from f2d2_lightning.callbacks._report_text import Report, likelihood_table, other_metrics, read_curves, to_json
+from f2d2_lightning.callbacks._report_text import Report, likelihood_table, other_metrics, page, read_curves, to_json
 from f2d2_lightning.callbacks.summary import model_parts
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.metrics.diagnosis import POINTS, Diagnosis

@@ -23,7 +23,7 @@ from f2d2_lightning import _moved
 from f2d2_lightning.callbacks import JointSummary, LastCheckpoint, RunProgress, TestReport
 from f2d2_lightning.cli._common import working_directory
 from f2d2_lightning.cli._configs import shown_config
-from f2d2_lightning.cli._mistakes import Instantiators, in_a_line, refusals, suggesting
+from f2d2_lightning.cli._mistakes import Parser, in_a_line, refusals, suggesting
 from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkpoint, of_the_run
 from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.data.module import FlowDataModule
@@ -81,10 +81,6 @@ def read_yaml(path: Path) -> Any:
 def _is_elsewhere(path: Any) -> bool:
     """Whether a checkpoint is one that Lightning finds or fetches by itself."""
     return path in ("best", "hpc") or str(path).startswith("registry") or "://" in str(path)
-
-
-class _Parser(Instantiators, LightningArgumentParser):
-    """Lightning's, whose errors say where the arguments stand."""
 
 
 class F2D2CLI(LightningCLI):
@@ -309,7 +305,7 @@ def lightning_command(command: str, arguments: list[str]) -> None:
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=_SaveConfig,
-                parser_class=_Parser,
+                parser_class=Parser,
                 parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False, "allow_abbrev": False},
             )
     except SIGTERMException as stop:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 from rich.text import Text
@@ -63,22 +64,20 @@ def refusals(owner: str, arguments: Mapping[str, Any], key: str) -> Iterator[Non
         raise Refused(owner, list(arguments), error, key) from error
 
 
-class Instantiators:
-    """A parser's, whose errors say where the arguments stand. Comes before the parser's class."""
+class Parser(LightningArgumentParser):
+    """Lightning's, whose errors say where the arguments stand."""
 
     configuration: Mapping[str, Any] | None = None
     """What is being made."""
 
     def add_instantiator(self, instantiator: Callable, class_type: type, *args: Any, **kwargs: Any) -> None:
-        """As the parser's."""
-
         @functools.wraps(instantiator)
         def make(cls: type, *values: Any, **named: Any) -> Any:
             arguments = {name: value for name, value in named.items() if name != "applied_instantiation_links"}
             with refusals(cls.__name__, arguments, _key_of(cls, arguments, self.configuration or {})):
                 return instantiator(cls, *values, **named)
 
-        super().add_instantiator(make, class_type, *args, **kwargs)  # type: ignore[misc]
+        super().add_instantiator(make, class_type, *args, **kwargs)
 
 
 def _key_of(cls: type, arguments: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters import AdaptedFlowMap, Adapter, ConventionError, FlowMatching, TwoTime, check_convention
 from f2d2_lightning.adapters._asking import signature, undisturbed, without_zeros
 from f2d2_lightning.adapters.call import Call
+from f2d2_lightning.adapters.features import last_width
 from f2d2_lightning.cli._calls import likely_calls
 from f2d2_lightning.cli._common import imported
-from f2d2_lightning.cli._embeddings import takes_interval, time_embeddings
 from f2d2_lightning.utils.seeding import own_random_state
 
 MODES = ("forward", "reverse", "finite")
@@ -33,10 +33,8 @@ class OwnNetwork:
     student: dict[str, Any] | None
     """That of the student; ``None`` where a network of one time has no embedding that a second one can be added to."""
     two_times: bool
-    mode: str
-    """Of derivatives."""
+    mode: str  # of derivatives
     said: str
-    """In words."""
 
 
 def try_network(path: str, arguments: Mapping[str, Any] | None, call: str | None, x: Tensor) -> OwnNetwork:
@@ -168,6 +166,58 @@ def _mode(flow_map: AdaptedFlowMap, x: Tensor) -> str:
     raise wrong[0]
 
 
+# --- where a second time can be added to one of one time: found by running it ---
+
+
+def _time_embeddings(flow_map: AdaptedFlowMap, x: Tensor) -> list[str]:
+    """Submodules with weights whose output is of the time alone, those that run first before others, outermost."""
+    network = flow_map.network
+    assert isinstance(network, nn.Module)
+    runs: list[dict[str, list[Any]]] = []
+    with undisturbed(flow_map, x), without_zeros(network):
+        for states, time in ((x, 0.3), (x.flip(0) + 1, 0.3), (x, 0.8)):
+            seen: dict[str, list[Any]] = {}
+            handles = [
+                module.register_forward_hook(
+                    lambda module, arguments, answer, name=name, seen=seen: seen.setdefault(name, []).append(answer)
+                )
+                for name, module in network.named_modules()
+                if name
+            ]
+            try:
+                flow_map.velocity(states, time)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            runs.append(seen)
+    found = []
+    for name in runs[0]:
+        answers = [seen.get(name, []) for seen in runs]
+        if any(len(one) != 1 or not isinstance(one[0], Tensor) or one[0].ndim < 2 for one in answers):
+            continue
+        here, moved, later = (one[0] for one in answers)
+        if len(here) == len(x) and torch.equal(here, moved) and not torch.equal(here, later):
+            try:
+                last_width(network.get_submodule(name), name)
+            except ValueError:
+                continue  # without weights
+            found.append(name)
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def _takes_interval(network: nn.Module, adapter: Adapter, name: str, x: Tensor, mode: str) -> bool:
+    """Whether a second time that is added to a submodule reaches the answer."""
+    try:
+        flow_map = AdaptedFlowMap(network, adapter, interval=name)
+        flow_map.probe(x)
+        with undisturbed(flow_map, x), without_zeros(flow_map):
+            reached = not torch.equal(flow_map(x, 0.3, 0.5), flow_map(x, 0.3, 0.9))
+        check_convention(flow_map, x, mode=mode)
+    except ValueError:
+        return False
+    return reached
+
+
 # --- what it makes ---
 
 
@@ -179,8 +229,8 @@ def _found(network: nn.Module, described: dict[str, Any], adapter: Adapter, mode
         AdaptedFlowMap(network, adapter).probe(x)  # what its head would read
         return OwnNetwork(teacher, teacher, True, mode, f"a network of two times, {called}")
     both = FlowMatching(adapter.call.text, directions="both", **_settings(adapter))
-    for name in time_embeddings(AdaptedFlowMap(network, adapter), x):
-        if takes_interval(network, both, name, x, mode):
+    for name in _time_embeddings(AdaptedFlowMap(network, adapter), x):
+        if _takes_interval(network, both, name, x, mode):
             student = _configured(described, both, interval=name)
             said = f"a network of one time, {called}; the student is a copy with a second time added to its {name}"
             return OwnNetwork(teacher, student, False, mode, said)

@@ -22,16 +22,15 @@ class Column(NamedTuple):
     """Unit of the entries, such as ``"nats"``; a Parquet file keeps it with the column."""
 
 
-def _parquet() -> tuple[Any, Any]:
+def _parquet() -> Any:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ModuleNotFoundError(
             f"Parquet files need pyarrow ({error}): pip install 'f2d2-lightning[parquet]', or write a .csv file",
             name="pyarrow",
         ) from error
-    return pyarrow, pyarrow.parquet
+    return pyarrow
 
 
 def check_table_path(path: Path, overwrite: bool = False) -> None:
@@ -63,11 +62,9 @@ def write_table(
                 writer.writerow(column.name for column in columns)
                 writer.writerows(zip(*(column.values for column in columns), strict=True))
             return
-        arrow, parquet = _parquet()
+        arrow = _parquet()
         arrays = [arrow.array(column.values) for column in columns]
-        fields = [
-            arrow.field(column.name, array.type, metadata=None if column.unit is None else {"unit": column.unit})
-            for column, array in zip(columns, arrays, strict=True)
-        ]
+        units = [None if column.unit is None else {"unit": column.unit} for column in columns]
+        fields = [arrow.field(c.name, a.type, metadata=unit) for c, a, unit in zip(columns, arrays, units, strict=True)]
         schema = arrow.schema(fields, metadata=dict(metadata or {}))
-        parquet.write_table(arrow.Table.from_arrays(arrays, schema=schema), partial)
+        arrow.parquet.write_table(arrow.Table.from_arrays(arrays, schema=schema), partial)

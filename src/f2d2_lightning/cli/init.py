@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from f2d2_lightning.cli._common import imported, say
-from f2d2_lightning.cli._looking import Found, look_at
 from f2d2_lightning.cli._mistakes import in_a_line, parsed
 from f2d2_lightning.cli._networks import OwnNetwork, try_network
 from f2d2_lightning.cli._points import DATA
+from f2d2_lightning.data.images._files import decoded
+from f2d2_lightning.data.images._stores import image_rows, open_store
+from f2d2_lightning.data.table import Table
 from f2d2_lightning.utils.files import whole_file
 
 __all__ = ["batch_size", "init_command", "lengths", "network"]
@@ -24,6 +27,8 @@ __all__ = ["batch_size", "init_command", "lengths", "network"]
 SMALL, MEDIUM, FEW = 8, 256, 2_000
 """Dimensions up to which a small perceptron, and a perceptron at all, is the network; training points below which it
 drops units."""
+LOOKED_AT, LARGEST = 64, 64
+"""Images that are opened to see what they are, and the side to which larger ones are resized."""
 TRIED = 9
 """States that a network is tried on, at least."""
 
@@ -99,7 +104,7 @@ def _init(options: Any) -> None:
     there = [str(path) for path in files.values() if path.exists()]
     if there and not options.overwrite:
         raise FileExistsError(f"{' and '.join(there)} are there; give another folder, or --overwrite true")
-    found = look_at(options.data, options.size)
+    found = _look_at(options.data, options.size)
     dim = math.prod(found.shape)
     steps = lengths(dim, found.count)
     own = None if options.network is None else _own_network(options, found)
@@ -154,7 +159,7 @@ def _written(comment: str, model: dict[str, Any], data: dict[str, Any], steps: i
     return f"# {comment}\n{yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)}"
 
 
-def _own_network(options: Any, found: Found) -> OwnNetwork:
+def _own_network(options: Any, found: _Found) -> OwnNetwork:
     """A network of one's own, tried on states of the data."""
     module = imported(found.data["class_path"], "--data")(**found.data["init_args"])
     states = module.dataset("train")
@@ -167,7 +172,7 @@ def _own_network(options: Any, found: Found) -> OwnNetwork:
         return try_network(options.network, options.network_args, options.call, x)
 
 
-def _models(found: Found, own: OwnNetwork | None, checkpoint: Path) -> dict[str, dict[str, Any]]:
+def _models(found: _Found, own: OwnNetwork | None, checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Teacher and student, as their configurations say them."""
     name, sizes = network(found.shape, found.count, found.levels)
     flow_map: dict[str, Any] = {"class_path": f"f2d2_lightning.nn.{name}", "init_args": sizes}
@@ -187,3 +192,90 @@ def _models(found: Found, own: OwnNetwork | None, checkpoint: Path) -> dict[str,
         "teacher": {"class_path": "f2d2_lightning.FlowMatchingModule", "init_args": teacher},
         "student": {"class_path": "f2d2_lightning.F2D2Module", "init_args": student},
     }
+
+
+# --- what data are, seen by looking at some of them ---
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What data are."""
+
+    shape: tuple[int, ...]
+    count: int
+    """To train on."""
+    levels: int | None
+    data: dict[str, Any]
+    """The data module, as a configuration says it."""
+    said: str
+
+
+def _look_at(data: str, size: int | None) -> _Found:
+    """What data are, by the name of a data module, or a file or folder; ``size`` is the side that images get.
+
+    Raises:
+        ValueError: If they are none, or have no density.
+    """
+    path = Path(data)
+    if data in DATA and not path.exists():
+        module = imported(DATA[data], "--data")()
+        count = len(module.dataset("train"))
+        what = {"class_path": DATA[data], "init_args": {}}
+        return _Found(tuple(module.shape), count, module.levels, what, f"states of shape {tuple(module.shape)}")
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return _look_at_images(path, size)
+    if path.suffix.lower() in (".csv", ".npy", ".npz"):
+        return _look_at_rows(path)
+    raise ValueError(
+        f"--data is {data}; a folder of images, a .csv, .npy or .npz file, or one of {', '.join(DATA)} is needed"
+    )
+
+
+def _look_at_rows(path: Path) -> _Found:
+    table = Table(str(path))
+    parts = [values for values, _ in table.splits().values()]
+    floating, highest = parts[0].is_floating_point(), max(int(part.max()) for part in parts)
+    count, shape = sum(map(len, parts)), table.shape
+    if not floating and len(shape) != 3:
+        raise ValueError(
+            f"{path} holds integers of shape {(count, *shape)}; images are (N, channels, height, width). A "
+            "table of counts has no density: give floating numbers, with noise added over each count's width"
+        )
+    # 8 bits, unless the numbers say otherwise
+    eight_bit = floating or 128 <= highest < 256
+    levels = None if floating else 256 if eight_bit else highest + 1
+    arguments: dict[str, Any] = {"path": str(path)} | ({} if eight_bit else {"levels": levels})
+    what = {"class_path": "f2d2_lightning.data.Table", "init_args": arguments}
+    more = "standardised by those to train on" if floating else f"{levels} levels"
+    said = f"{count:,} {'rows' if floating else 'images'} of shape {shape}, {more}"
+    return _Found(shape, len(parts[0]), levels, what, "; ".join((said, *table.said)))
+
+
+def _look_at_images(path: Path, size: int | None) -> _Found:
+    store = open_store(path)
+    rows = image_rows(store)
+    sizes, colours = set(), False
+    with store.opened() as read:
+        for row in rows[:: max(1, len(rows) // LOOKED_AT)]:
+            image = decoded(read(row), store.where(row), "RGB", convert=True)
+            sizes.add(image.size)
+            # grey images may be stored as RGB
+            red, green, blue = image.split()
+            colours = colours or not red.tobytes() == green.tobytes() == blue.tobytes()
+    smallest = min(min(pair) for pair in sizes)
+    # sides that a network can halve twice
+    side = size or max(4, min(LARGEST, smallest) // 4 * 4)
+    init: dict[str, Any] = {"folder": str(path), "size": side, "channels": 3 if colours else 1}
+    resized = ""
+    if sizes != {(side, side)}:
+        init |= {"crop": "square", "resize": "bicubic"}
+        resized = f", their middle brought to {side} x {side} pixels (--size says another)"
+    init |= {"convert": True}
+    held_out = max(1, min(1000, len(rows) // 10))
+    if len(rows) < 3:
+        raise ValueError(f"{path} holds {len(rows)} images; at least 3 are needed, to train, validate and test on")
+    init |= {"val": held_out, "test": held_out}
+    shape = (init["channels"], side, side)
+    said = f"{len(rows):,} {'colour' if colours else 'grey'} images{resized}"
+    what = {"class_path": "f2d2_lightning.data.ImageFolder", "init_args": init}
+    return _Found(shape, len(rows) - 2 * held_out, 256, what, said)
