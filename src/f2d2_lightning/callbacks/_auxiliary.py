@@ -54,9 +54,9 @@ class AddedWeights:
         finite is left out, as the scaler does with the model's own; without a scaler it is a
         :class:`FloatingPointError`. Learning rates go with the schedule of the optimiser that is ``followed``.
         """
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
         if process_count() == 1 and all(p.grad is None for p in self.parameters):
             return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
         if process_count() > 1:
             dist.all_reduce(flat)
             flat = flat / process_count()

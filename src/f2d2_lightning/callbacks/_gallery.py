@@ -25,6 +25,7 @@ from f2d2_lightning.plots import (
 )
 from f2d2_lightning.plots._figure import limits, plural, settle
 from f2d2_lightning.plots.samples import is_image, is_plane
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import Cond, joined, mapped, moved, some_of, tensors
 
 CHUNK = 512
@@ -232,8 +233,7 @@ class GalleryCallback(L.Callback):
     """Whether all samples are counted, and so converted, beyond those that are kept."""
 
     def __init__(self, **sizes: int) -> None:
-        if min(sizes.values()) < 1:
-            raise ValueError(", ".join(f"{name}={value}" for name, value in sizes.items()) + " are all at least 1")
+        at_least(1, **sizes)
         self.sizes = sizes
         self.galleries: dict[str, Gallery] = {}
         """By the model's name."""
@@ -278,8 +278,8 @@ def _around(x: Tensor) -> tuple[float, float, float, float]:
 
 def _curve(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Points of the curve from the evaluation's table: all samples of all processes."""
-    few = {row["steps"]: row for row in rows if row["steps"] is not None}
-    reference = next(row for row in rows if row["steps"] is None)
+    few = {row["steps"]: row for row in rows}
+    reference = few.pop(None)
     if all(math.isnan(row["gap"]) for row in few.values()):
         values, errors = ({k: row[n] for k, row in few.items()} for n in ("nll", "nll_standard_error"))
         return {"values": values, "errors": errors}

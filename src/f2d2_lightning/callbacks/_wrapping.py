@@ -74,13 +74,12 @@ class AddedLoss:
             )
         self.module, self.loss, self.index, self.carries, self.about = module, loss, backward, carries, about
         self._forget()
-        self.stepped = False
-        """Whether an optimiser of the module stepped in this batch, in manual optimisation."""
 
     def _forget(self) -> None:
         self._due: tuple[Any, int] | None = None
         self._backwards = 0
         self.stepped = False
+        """Whether an optimiser of the module stepped in this batch, in manual optimisation."""
 
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``training_step``."""

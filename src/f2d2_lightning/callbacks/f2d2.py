@@ -307,11 +307,8 @@ class F2D2Callback(AddedModel, L.Callback):
             self._make_from(self._pending, pl_module.device)
             self._restore_pending()
         if self._added is None:
-            warnings.warn(
-                "F2D2Callback has no trained head to evaluate; pass a checkpoint that was saved with it "
-                "(ckpt_path=...), or fit first",
-                stacklevel=2,
-            )
+            given = "pass a checkpoint that was saved with it (ckpt_path=...), or fit first"
+            warnings.warn(f"F2D2Callback has no trained head to evaluate; {given}", stacklevel=2)
             return
         self.added.to(pl_module.device)
         self._evaluates = True

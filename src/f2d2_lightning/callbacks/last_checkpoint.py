@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from f2d2_lightning.training.folders import run_folder
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
+from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.files import sync
 
 FOLDER, NAMES = "checkpoints", ("last.ckpt", "previous.ckpt")
@@ -49,13 +50,10 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, every_n_train_steps: int = 500, dirpath: str | Path | None = None) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps is {every_n_train_steps}; it is at least 1")
+        at_least(1, every_n_train_steps=every_n_train_steps)
         self.every_n_train_steps, self.dirpath = every_n_train_steps, dirpath
-        self._step = self._seen = 0
+        self._step = self._seen = self._signal = self._requeue = 0
         self._finished = False
-        self._signal = 0
-        self._requeue = 0
         self._handlers: dict[int, Any] = {}
 
     def folder(self, trainer: L.Trainer) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -17,11 +18,8 @@ class _SessionWriter(ExperimentWriter):
     """Writes ``metrics.csv``, or the first of ``metrics-1.csv``, ``metrics-2.csv``, ... that is not there yet."""
 
     def __init__(self, log_dir: str) -> None:
-        number, name = 0, "metrics.csv"
-        while (Path(log_dir) / name).exists():
-            number += 1
-            name = f"metrics-{number}.csv"
-        self.NAME_METRICS_FILE = name
+        names = (f"metrics-{number}.csv" if number else "metrics.csv" for number in itertools.count())
+        self.NAME_METRICS_FILE = next(name for name in names if not (Path(log_dir) / name).exists())
         with warnings.catch_warnings():
             # true of Lightning's writer, not of this one
             warnings.filterwarnings("ignore", ".*Previous log files in this directory will be deleted.*")

@@ -16,7 +16,7 @@ from f2d2_lightning.callbacks._models import find_models
 from f2d2_lightning.callbacks._picture_loggers import figure_sender
 from f2d2_lightning.plots import Figure, save_figure
 from f2d2_lightning.training.folders import run_folder, unused
-from f2d2_lightning.utils.checks import checked
+from f2d2_lightning.utils.checks import at_least, checked
 
 FOLDER = "pictures"
 
@@ -43,8 +43,8 @@ class Pictures(GalleryCallback):
     a folder of its own, ``test``, ``test-1`` and so on. A resumed run goes on in its folder and may replace its own
     epochs' pictures, which it makes again.
 
-    The pictures' samples are the same ones in every validation: the first of the first process. What a fixed teacher
-    says of them is computed once.
+    The samples are the same ones in every validation, the first process's first; what a fixed teacher says of them is
+    computed once.
 
     Args:
         every_n_validations: Validations from one set of pictures to the next, the first included.
@@ -74,8 +74,7 @@ class Pictures(GalleryCallback):
         to_loggers: bool = True,
     ) -> None:
         super().__init__(samples=samples, images=images, teacher_steps=teacher_steps, grid=grid)
-        if every_n_validations < 1:
-            raise ValueError(f"every_n_validations={every_n_validations} is at least 1")
+        at_least(1, every_n_validations=every_n_validations)
         if not (to_disk or to_loggers):
             raise ValueError("to_disk and to_loggers are both off, and the pictures would go nowhere; turn one on")
         self.every_n_validations = every_n_validations

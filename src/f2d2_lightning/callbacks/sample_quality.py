@@ -20,7 +20,7 @@ from f2d2_lightning.likelihood.quantization import state_images
 from f2d2_lightning.metrics._cache import Statistics, StatisticsCache
 from f2d2_lightning.metrics.image import ImageDistance
 from f2d2_lightning.metrics.networks import check_network, extract_features, load_network
-from f2d2_lightning.utils.checks import checked, one_of
+from f2d2_lightning.utils.checks import at_least, checked, one_of
 from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import gather_states
@@ -33,8 +33,7 @@ class SampleQuality(L.Callback):
     Logs ``val/fid_4`` and so on, by number of steps: the Frechet distance of features to those of the real images
     (Heusel et al., 2017, https://arxiv.org/abs/1706.08500), with ``kid=True`` also ``kid_4`` and ``kid_std_4`` (its
     standard deviation over subsets), with ``precision_recall=True`` also ``precision_4`` and ``recall_4``. Images are
-    8 bits a value: states are brought to the levels of the data and to 0 to 255 before any feature is taken
-    (:func:`f2d2_lightning.likelihood.state_images`).
+    8 bits a value before any feature is taken (:func:`f2d2_lightning.likelihood.state_images`).
 
     The model is an ``F2D2Module`` (its weight average), a ``FlowMatchingModule`` (its flow integrated in so many
     steps), or any module with an ``F2D2Callback`` in the same Trainer. Sample ``i`` is made from the same noise at
@@ -88,17 +87,14 @@ class SampleQuality(L.Callback):
         seed: int = 0,
         cache: str | None = None,
     ) -> None:
-        self.steps = tuple(steps)
         self._least = 4 if precision_recall else 2
         if samples < self._least or (real_samples is not None and real_samples < self._least):
             raise ValueError(
                 f"samples={samples} and real_samples={real_samples} are at least {self._least}: a covariance needs 2, "
                 "and precision and recall the third neighbour of a sample; thousands make figures that mean something"
             )
-        if not self.steps or min(self.steps) < 1 or every_n_epochs < 1 or batch_size < 1:
-            raise ValueError(
-                f"steps={self.steps}, every_n_epochs={every_n_epochs} and batch_size={batch_size} are at least 1"
-            )
+        self.steps = tuple(steps)
+        at_least(1, steps=min(steps, default=0), every_n_epochs=every_n_epochs, batch_size=batch_size)
         one_of("data", data, STAGES)
         self.features, self.weights = features, weights
         self.samples, self.every_n_epochs, self.batch_size = samples, every_n_epochs, batch_size
@@ -138,11 +134,7 @@ class SampleQuality(L.Callback):
 
     @property
     def network(self) -> nn.Module:
-        """The feature network.
-
-        Raises:
-            RuntimeError: Before a run has started.
-        """
+        """The feature network; ``RuntimeError`` before a run has started."""
         if self._network is None:
             raise RuntimeError("the feature network is loaded when a run starts (Trainer.fit, validate or test)")
         return self._network

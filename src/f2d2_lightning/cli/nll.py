@@ -27,7 +27,7 @@ from f2d2_lightning.likelihood.quantization import bits_per_dim, dequantization_
 from f2d2_lightning.metrics.likelihood import percentile_rank, said_of_bits, said_of_values
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.class_names import as_names
-from f2d2_lightning.utils.conditions import moved
+from f2d2_lightning.utils.conditions import Cond, moved
 from f2d2_lightning.utils.seeding import mix_seed
 
 __all__ = ["nll_command"]
@@ -37,8 +37,7 @@ DATA_HELP = (
     f"{', '.join(DATA)}, or the class path of a data module (test split; digits:train, my.Data:val for others); "
     ".npy or .npz: integers (dequantized here) or states as x, labels as y, or parameters as theta and their "
     "conditions as x; .csv: rows; for a model of a Table or of Pairs they are in its units; an image, or a folder of "
-    "images (PNG, "
-    "JPEG, BMP, WebP, PPM, TIFF; recursive, in the order of their paths)"
+    "images (PNG, JPEG, BMP, WebP, PPM, TIFF; recursive, in the order of their paths)"
 )
 
 
@@ -141,11 +140,9 @@ def _nll(options: Any) -> None:
     found = _evaluate(module, points, options, reference=options.reference)
     columns = _columns(module, points, found, among)
     metadata = {
-        "checkpoint": options.ckpt,
-        "data": options.data,
+        **{"checkpoint": options.ckpt, "data": options.data},
         **{name: str(options[name]) for name in ("steps", "draws", "mirrored")},
-        "levels": str(module.levels),
-        "range": f"[{module.low}, {module.high}]",
+        **{"levels": str(module.levels), "range": f"[{module.low}, {module.high}]"},
         "unit": "log_prob: nats per sample; bits_per_dim: bits per dimension",
     } | ({} if options.compare is None else {"compare": options.compare})
     write_table(out, columns, metadata, options.overwrite)
@@ -157,10 +154,9 @@ def _nll(options: Any) -> None:
 
 def _evaluate(module: LikelihoodModel, points: Points, options: Any, reference: bool) -> list[_Likelihoods]:
     """Few-step likelihoods of all samples, and with ``reference`` its own besides."""
-    few_step = lambda x, cond: module.log_prob(x, options.steps, cond)  # noqa: E731
     velocity = module.joint_map.velocity
-    exact = lambda x, cond: module.reference_log_prob(velocity, x, cond)  # noqa: E731
-    kinds = (few_step, exact) if reference else (few_step,)
+    kinds: list[Callable[[Tensor, Cond | None], LogProb]] = [lambda x, cond: module.log_prob(x, options.steps, cond)]
+    kinds += [lambda x, cond: module.reference_log_prob(velocity, x, cond)] if reference else []
     found: list[list[_Likelihoods]] = [[] for _ in kinds]
     batches = (batch for draw in range(options.draws) for batch in points.batches(options.batch_size, draw))
     total = None if points.count is None else options.draws * math.ceil(points.count / options.batch_size)

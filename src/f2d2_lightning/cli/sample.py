@@ -78,11 +78,9 @@ def _sample(options: Any) -> None:
     out = Path(options.out)
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out is {out}; .png (a picture) and .npz (arrays) can be written")
-    keep_norm, method = options.guidance_keep_norm, options.guidance_method
-    guidance: SelfGuidance | None = SelfGuidance(
-        options.guidance_scale, options.guidance_steps, keep_norm=keep_norm, measure=True, method=method
-    )
-    if options.guidance_scale == 0 or options.guidance_steps == 0:
+    given = {name: options[f"guidance_{name}"] for name in ("scale", "steps", "keep_norm", "method")}
+    guidance: SelfGuidance | None = SelfGuidance(**given, measure=True)
+    if given["scale"] == 0 or given["steps"] == 0:
         guidance = None
     refuse_to_overwrite(out, options.overwrite)
     module = load_model(options)

@@ -222,16 +222,15 @@ class LikelihoodEvaluation:
                 self._round_trips[k].update(errors[k][good])
 
     def results(self) -> dict[str, Tensor]:
-        """Metrics by name, over all processes.
+        """Metrics by name, over all processes; what no sample has is left out.
 
         ``nll_k`` and its standard error are over all samples; ``gap_k``, ``absolute_error_k``, ``correlation_k``,
         ``rank_correlation_k`` and ``reference_nll_k`` over those that were compared; ``round_trip_k`` is the root mean
         square per dimension, in units of the state, of data to noise to data in k steps each way; ``unconverged_k``
         is the share of samples without a likelihood; ``reference_error`` the root mean square of the standard errors
-        that each sample's reference has over random probes; ``doubtful_k`` is 1 where
-        :func:`~f2d2_lightning.metrics.likelihood.doubt` finds something (:meth:`doubts`). ``own_density_gap_k`` and
-        ``own_density_error_k`` compare the head's likelihoods with those of the map's own changes of volume, as gap and
-        absolute error do with the reference. What no sample has is left out.
+        that each sample's reference has over random probes; ``doubtful_k`` is 1 where :meth:`doubts` finds something.
+        ``own_density_gap_k`` and ``own_density_error_k`` compare the head's likelihoods with those of the map's own
+        changes of volume, as gap and absolute error do with the reference.
         """
         named: dict[str, float] = {}
         for row in self.rows():
@@ -249,8 +248,7 @@ class LikelihoodEvaluation:
     def rows(self) -> list[dict[str, Any]]:
         """One row per step count, over all processes: every field of :class:`~f2d2_lightning.metrics.Agreement`.
 
-        NaN where no sample has it. ``milliseconds`` are this process's, per sample. ``doubt`` is text,
-        :func:`~f2d2_lightning.metrics.likelihood.doubt`.
+        NaN where no sample has it. ``milliseconds`` are this process's, per sample; ``doubt`` is text.
         """
         rows: list[dict[str, Any]] = []
         mean, square = (moment.compute() for moment in self._moments)
