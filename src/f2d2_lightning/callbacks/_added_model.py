@@ -108,11 +108,7 @@ class AddedModel(DistilledModel):
 
     @property
     def added(self) -> AddedWeights:
-        """Head and added embedding, their optimiser and average.
-
-        Raises:
-            RuntimeError: Before training, or before a checkpoint was restored.
-        """
+        """Head and added embedding, their optimiser and average; ``RuntimeError`` before they are there."""
         if self._added is None:
             raise RuntimeError(
                 "there is no divergence head yet: it is made when training starts (Trainer.fit), or restored from a "
@@ -122,11 +118,7 @@ class AddedModel(DistilledModel):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Shape of one state, known once data or a checkpoint have shown it.
-
-        Raises:
-            RuntimeError: Before that.
-        """
+        """Shape of one state, known once data or a checkpoint have shown it; ``RuntimeError`` before that."""
         if self.states.shape is None:
             raise RuntimeError("the shape of the states is not known before training starts, or a checkpoint is read")
         return self.states.shape
@@ -161,7 +153,7 @@ class AddedModel(DistilledModel):
         mapped.interval_name, mapped.interval = self.interval, modules["interval"]
         return mapped
 
-    def _check_run(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def _check_run(self, trainer: L.Trainer) -> None:
         """Refuse a module, precision or data that cannot be right; take over the range of the data."""
         if str(trainer.precision) in HALF:
             rank_zero_warn(

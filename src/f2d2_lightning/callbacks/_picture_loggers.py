@@ -1,14 +1,4 @@
-"""Figures to whatever logger a trainer has.
-
-A logger is known by what it offers, not by its class, so that none of their packages is imported:
-
-=============  ==========================================================================
-TensorBoard    ``logger.experiment.add_figure(tag, figure, global_step)``
-W&B            ``logger.log_image(key, images, step)``
-MLflow         ``logger.experiment.log_figure(run_id, figure, artifact_file)``
-Comet          ``logger.experiment.log_figure(figure_name, figure, overwrite, step)``
-=============  ==========================================================================
-"""
+"""Figures to whatever logger a trainer has, known by what it offers, so that none of their packages is imported."""
 
 from __future__ import annotations
 
@@ -29,22 +19,22 @@ def figure_sender(logger: Logger) -> Send | None:
     logger's own methods are.
     """
     log_image = getattr(logger, "log_image", None)
-    if callable(log_image):
+    if callable(log_image):  # W&B
         return lambda name, figure, step: log_image(key=name, images=[pixels(figure)], step=step)
     experiment = getattr(logger, "experiment", None)
     add_figure = getattr(experiment, "add_figure", None)
-    if callable(add_figure):
+    if callable(add_figure):  # TensorBoard
         return lambda name, figure, step: add_figure(name, figure, global_step=step, close=False)
     log = getattr(experiment, "log_figure", None)
     if not callable(log):
         return None
     takes = inspect.signature(log).parameters
     if {"run_id", "artifact_file"} <= takes.keys():
-        # artifacts have no step but in their names, and one of the same name would be replaced
+        # MLflow, whose artifacts have no step but in their names, and one of the same name would be replaced
         run = getattr(logger, "run_id", None)
         return lambda name, figure, step: log(
             run_id=run, figure=figure, artifact_file=f"pictures/{name}/step_{step:08d}.png"
         )
-    if {"figure_name", "figure", "step"} <= takes.keys():
+    if {"figure_name", "figure", "step"} <= takes.keys():  # Comet
         return lambda name, figure, step: log(figure_name=name, figure=figure, step=step)
     return None

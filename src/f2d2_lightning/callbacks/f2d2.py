@@ -181,7 +181,7 @@ class F2D2Callback(AddedModel, L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and wrap the module's methods."""
-        self._check_run(trainer, pl_module)
+        self._check_run(trainer)
         self._look = FirstLook()
         if not overrides(pl_module, "configure_model"):
             self._find(pl_module)

@@ -38,10 +38,8 @@ class TestReport(GalleryCallback):
     samples, calibration, NLL against steps, most and least likely images, densities in the plane. ``report.md`` refers
     to its pictures by name, so that the folder can be moved; ``report.html`` holds them, to be sent alone.
 
-    Files that are there are not written over: the report of a second test goes to the folder ``test-2``, the next one
-    to ``test-3``.
-
-    A diagnosis says where the error comes from, and what to do: :meth:`~f2d2_lightning.F2D2Module.diagnose`.
+    The report of a second test goes to the folder ``test-2``, the next one to ``test-3``. A diagnosis says where the
+    error comes from, and what to do: :meth:`~f2d2_lightning.F2D2Module.diagnose`.
 
     Args:
         folder: Where to write; ``None`` for the logger's folder.

@@ -57,15 +57,10 @@ class _Parts(list[Part]):
 
 
 def model_parts(module: L.LightningModule, callbacks: Iterable[Any] = ()) -> list[Part]:
-    """The parts of a module of this package, or of somebody else's with :class:`~f2d2_lightning.F2D2Callback`.
+    """Parts of a module of this package, or of somebody else's with :class:`~f2d2_lightning.F2D2Callback`.
 
-    Args:
-        module: The module.
-        callbacks: The trainer's callbacks, among which F2D2Callbacks are looked for.
-
-    Returns:
-        The parts, in the order teacher, backbone, head, average, what else the module has. Under FSDP2 parameters are
-        counted over all processes; FSDP1's flat shards are those of this process.
+    They are teacher, backbone, head, average, and what else the module has; callbacks are the trainer's. Under FSDP2
+    parameters are counted over all processes; FSDP1's flat shards are those of this process.
     """
     added = [c for c in callbacks if isinstance(c, F2D2Callback)]
     parts = _Parts()

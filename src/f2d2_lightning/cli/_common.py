@@ -23,8 +23,9 @@ from f2d2_lightning.modules.loading import load
 from f2d2_lightning.utils.conditions import Cond, kind_of
 
 
-def add_model(parser: ArgumentParser) -> None:
-    """The options that :func:`load_model` reads."""
+def model_parser(command: str, description: str) -> ArgumentParser:
+    """Of a command, with the options that :func:`load_model` reads."""
+    parser = ArgumentParser(prog=f"f2d2 {command}", exit_on_error=False, description=description)
     parser.add_argument(
         "--ckpt",
         "--ckpt_path",
@@ -37,14 +38,10 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--network", type=str, default=None, help=network)
     parser.add_argument("--network_args", type=dict, default=None, help="arguments of that network, as JSON")
     parser.add_argument("--flow_map", type=str, default=None, help="name of the network, where several were trained")
-    parser.add_argument(
-        "--trust",
-        type=str,
-        nargs="*",
-        default=[],
-        help="packages whose classes the checkpoint may name, such as your own backbone's; others run nothing",
-    )
+    trust = "packages whose classes the checkpoint may name, such as your own backbone's; others run nothing"
+    parser.add_argument("--trust", type=str, nargs="*", default=[], help=trust)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    return parser
 
 
 def load_model(options: Any) -> LikelihoodModel:

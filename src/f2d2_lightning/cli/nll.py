@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.cli._common import add_model, check_labels, load_model, say
+from f2d2_lightning.cli._common import check_labels, load_model, model_parser, say
 from f2d2_lightning.cli._mistakes import in_a_line, parsed
 from f2d2_lightning.cli._points import DATA, Points, Reading, load_points, reading_of
 from f2d2_lightning.cli._tables import Column, check_table_path, write_table
@@ -43,10 +42,7 @@ DATA_HELP = (
 
 def nll_command(arguments: list[str]) -> None:
     """``f2d2 nll``: one row a sample, and a summary with standard errors."""
-    parser = ArgumentParser(
-        prog="f2d2 nll", exit_on_error=False, description="Log-likelihood of every sample of a data set."
-    )
-    add_model(parser)
+    parser = model_parser("nll", "Log-likelihood of every sample of a data set.")
     parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
     parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
     parser.add_argument(
@@ -75,15 +71,10 @@ def nll_command(arguments: list[str]) -> None:
     )
     parser.add_argument("--compare_args", type=dict, default=None, help="arguments of that data module, as JSON")
     parser.add_argument("--convert", type=bool, default=False, help="convert images to the model's channels")
-    parser.add_argument(
-        "--resize",
-        type=bool,
-        default=False,
-        help="resize images, before dequantization; by default they are cropped and resized as in training",
-    )
-    parser.add_argument(
-        "--requantize", type=bool, default=False, help="bring 8-bit values to the model's levels: floor(v levels / 256)"
-    )
+    resize = "resize images, before dequantization; by default they are cropped and resized as in training"
+    parser.add_argument("--resize", type=bool, default=False, help=resize)
+    requantize = "bring 8-bit values to the model's levels: floor(v levels / 256)"
+    parser.add_argument("--requantize", type=bool, default=False, help=requantize)
     parser.add_argument(
         "--mirrored",
         type=bool,

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.progress import track
 from torch import Tensor
 
-from f2d2_lightning.cli._common import add_model, check_labels, load_model, say
+from f2d2_lightning.cli._common import check_labels, load_model, model_parser, say
 from f2d2_lightning.cli._mistakes import in_a_line, parsed
 from f2d2_lightning.cli._points import Reading, reading_of
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
@@ -31,18 +30,11 @@ __all__ = ["sample_command"]
 
 def sample_command(arguments: list[str]) -> None:
     """``f2d2 sample``: draw samples, as a picture or as an array with their log-likelihoods."""
-    parser = ArgumentParser(
-        prog="f2d2 sample", exit_on_error=False, description="Draw samples from a student's checkpoint."
-    )
-    add_model(parser)
+    parser = model_parser("sample", "Draw samples from a student's checkpoint.")
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
     parser.add_argument("--num", type=PositiveInt, default=64, help="samples")
-    parser.add_argument(
-        "--out",
-        type=str,
-        default="samples.png",
-        help=".png: picture; .npz: arrays x, noise, log_prob, of a table in its units",
-    )
+    kinds = ".png: picture; .npz: arrays x, noise, log_prob, of a table in its units"
+    parser.add_argument("--out", type=str, default="samples.png", help=kinds)
     for name, default, meaning in (
         ("scale", 0.0, "step size of a gradient step towards higher likelihood; 0 for no guidance"),
         ("steps", 1, "gradient steps towards higher likelihood, 0 for none"),

@@ -97,21 +97,16 @@ class TaughtPath(NamedTuple):
 
 
 def taught_path(
-    taught: Taught,
-    x: Tensor,
-    steps: Sequence[int] = (),
-    cond: Cond | None = None,
-    reference: Tensor | None = None,
+    taught: Taught, x: Tensor, steps: Sequence[int] = (), cond: Cond | None = None, reference: Tensor | None = None
 ) -> TaughtPath:
     """Integrate a student's targets from points, and find what is wrong with them. Draws from the global generator.
 
     Args:
         taught: How they are made.
         x: Data at ``t = 1``, ``(B, ...)``.
-        steps: Step counts; the times of their grids are added where they are not among the trajectories'.
+        steps: Step counts, whose grids' times are added to those of the trajectories.
         cond: Conditioning.
-        reference: Log-likelihoods, ``(B,)``, nats, by which a student's own diagonal is judged; a teacher's nodes are
-            judged by more nodes.
+        reference: Log-likelihoods, ``(B,)``, nats, that judge a student's own diagonal; more nodes judge a teacher's.
     """
     source, times = taught.source, set(taught.times)
     for t in itertools.chain.from_iterable(map(time_grid, steps)):

@@ -133,7 +133,10 @@ class LikelihoodEvaluation:
                 self._own_gaps[k].update(above[above.isfinite()])
                 self._own_errors[k].update(above[above.isfinite()].abs())
         if reference is not None:
-            self._compare_with_itself(log_prob if once_more else None, x, cond, values, errors, reference)
+            few, of = x[: len(reference)], some_of(cond, slice(len(reference)))
+            finer = [2 * k for k in self.steps if once_more and 2 * k not in values]
+            asked = {k: log_prob(few, k, of).value[None] for k in finer}
+            self._compare_with_itself(values | asked, errors, reference)
         for draw in range(1, self.draws):
             assert self.quantization is not None
             again = draw_again(x, self.quantization, draw)
@@ -148,25 +151,14 @@ class LikelihoodEvaluation:
         self.update(values, reference, errors, reference_error)
 
     def _compare_with_itself(
-        self,
-        log_prob: Callable[[Tensor, int, Tensor | None], LogProb] | None,
-        x: Tensor,
-        cond: Cond | None,
-        values: Mapping[int, Tensor],
-        errors: Mapping[int, Tensor],
-        reference: Tensor,
+        self, answers: Mapping[int, Tensor], errors: Mapping[int, Tensor], reference: Tensor
     ) -> None:
         """What error bars are made of, about the samples that are compared with the reference."""
         count = len(reference)
-        for k in self.steps:
-            finer = values.get(2 * k)
-            if finer is None:
-                if log_prob is None:
-                    continue
-                finer = log_prob(x[:count], 2 * k, some_of(cond, slice(count))).value[None]
-            value = values[k][0, :count]
+        for k in (k for k in self.steps if 2 * k in answers):
+            value, finer = (answers[n][0, :count] for n in (k, 2 * k))
             miss = errors[k][:count].sqrt() if errors else torch.zeros_like(value)
-            self._disagreements[k].update(finer[0, :count] - value, miss, value - reference)
+            self._disagreements[k].update(finer - value, miss, value - reference)
 
     def error_bars(self, coverage: float = 0.9) -> dict[int, ErrorBars]:
         """By step count, calibrated on what was compared; none where that was too little."""

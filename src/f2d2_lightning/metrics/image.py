@@ -46,12 +46,9 @@ class ImageDistance(FrechetInceptionDistance):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, real: bool, keep: int | None = None) -> None:
-        """Add a batch; a process without images adds an empty one.
+        """Add features ``(B, F)`` of a batch, of real images or of samples; a process without images adds ``(0, F)``.
 
-        Args:
-            features: ``(B, F)``; for no images ``(0, F)``.
-            real: Whether they are real images'.
-            keep: Keep so many of them for what needs the features themselves; all by default.
+        The first ``keep`` of them, by default all, are kept for what needs the features themselves.
         """
         features = features.detach().to(self.device).double()
         super().update(features, real)

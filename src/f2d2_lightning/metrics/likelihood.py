@@ -96,11 +96,9 @@ def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: fl
 def doubt(row: Mapping[str, float], quantized: bool, data_deviation: float = math.nan) -> str:
     """Why a likelihood cannot be, or says nothing; empty if nothing is wrong that can be seen.
 
-    Args:
-        row: Some of ``nll``, ``negative`` (share of samples with ``nll < 0``), ``gap``, ``reference_nll``,
-            ``reference_deviation``, ``round_trip``; what is missing or NaN is not judged.
-        quantized: Whether ``nll`` is in bits per dimension of discrete data.
-        data_deviation: Standard deviation of the data, in units of the state.
+    Judged are ``nll``, ``negative`` (share of samples with ``nll < 0``), ``gap``, ``reference_nll``,
+    ``reference_deviation`` and ``round_trip``, as far as a row has them; with ``quantized`` they are bits per dimension
+    of discrete data, whose standard deviation in units of the state is ``data_deviation``.
     """
     reasons = []
     if quantized:
@@ -126,12 +124,9 @@ def doubt(row: Mapping[str, float], quantized: bool, data_deviation: float = mat
 
 
 def said_of_bits(bits: Tensor, name: str, quantization: Quantization | None) -> str | None:
-    """What to say of bits per dimension of discrete data that are below 0; ``None`` if they are not.
+    """What to say of bits per dimension of discrete data, any shape, that are below 0; ``None`` if they are not.
 
-    Args:
-        bits: Of each sample, or means, any shape; those that are not finite are left out.
-        name: What they are called.
-        quantization: Of the data; ``None`` for continuous data, whose densities have no bound.
+    Those that are not finite are left out. Densities of continuous data, without quantization, have no bound.
     """
     known = bits[bits.isfinite()]
     if quantization is None or len(known) == 0:
@@ -147,12 +142,9 @@ def said_of_bits(bits: Tensor, name: str, quantization: Quantization | None) -> 
 
 
 def said_of_values(values: Tensor, name: str, inverted: bool = False) -> str | None:
-    """What to say of log-likelihoods that are NaN or infinite; ``None`` if none is.
+    """What to say of log-likelihoods, nats, that are NaN or infinite; ``None`` if none is.
 
-    Args:
-        values: Log-likelihoods, nats.
-        name: What they are called.
-        inverted: Leave out NaN: they are inversions that did not converge, which is said elsewhere.
+    Where maps are ``inverted`` NaN is left out: an inversion did not converge, which is said elsewhere.
     """
     wrong = values.isinf() if inverted else ~values.isfinite()
     if not bool(wrong.any()):

@@ -41,18 +41,10 @@ def check_images(images: Tensor, channels: Sequence[int] | None = None) -> None:
 
 
 def extract_features(network: nn.Module, images: Tensor, num_features: int | None = None) -> Tensor:
-    """Features of a batch of images: evaluation mode, no gradients, and nothing but ``(B, F)`` accepted.
+    """Features ``(B, F)`` of images ``uint8 (B, C, H, W)``, in the network's precision: evaluation mode, no gradients.
 
-    Args:
-        network: Feature network; its mode is left as it was.
-        images: ``uint8 (B, C, H, W)``, where the network is.
-        num_features: ``F`` of earlier batches; ``None`` for the first.
-
-    Returns:
-        ``(B, F)``, in the network's own precision.
-
-    Raises:
-        ValueError: If the network cannot take such images, or answers anything but finite features ``(B, F)``.
+    ``num_features`` is ``F`` of earlier batches. Images that the network cannot take, and answers that are anything but
+    finite features of this number, are a :class:`ValueError`.
     """
     check_images(images)
     name = type(network).__name__
@@ -81,8 +73,7 @@ def extract_features(network: nn.Module, images: Tensor, num_features: int | Non
 def check_network(network: nn.Module, images: Tensor) -> int:
     """Number of features, after batches of one and of all images, ``uint8 (B, C, H, W)``, were tried.
 
-    Raises:
-        ValueError: As :func:`extract_features`, or if the network's ``num_features`` says another number.
+    It is a :class:`ValueError` if the network's ``num_features`` says another one, and as :func:`extract_features`.
     """
     count = extract_features(network, images[:1]).shape[1]
     extract_features(network, images, count)
@@ -97,13 +88,9 @@ def check_network(network: nn.Module, images: Tensor) -> int:
 def load_network(features: str | Path | nn.Module, weights: str | Path | None = None) -> nn.Module:
     """A feature network by name, by file, or as it is.
 
-    Args:
-        features: ``"inception"``, the path of a file of :meth:`SmallFeatures.save`, or a network.
-        weights: File of Inception's weights; for ``"inception"`` only.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a file is of another kind, or weights are given for another network.
+    That is ``"inception"`` with a file of its weights, the path of a file of :meth:`SmallFeatures.save`, or a network.
+    A missing file is a :class:`FileNotFoundError`, one of another kind, or weights for another network a
+    :class:`ValueError`.
     """
     if features == "inception":
         return InceptionFeatures(weights)

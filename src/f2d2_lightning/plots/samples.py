@@ -47,8 +47,7 @@ def as_colors(images: Tensor, low: float, high: float) -> Tensor:
 def _grid(colors: Tensor, columns: int) -> Tensor:
     """Images ``(N, H, W, 3)`` in rows with a thin gap, ``(H', W', 3)``."""
     count, height, width, _ = colors.shape
-    rows = math.ceil(count / columns)
-    canvas = torch.ones(rows * (height + 1) + 1, columns * (width + 1) + 1, 3)
+    canvas = torch.ones(math.ceil(count / columns) * (height + 1) + 1, columns * (width + 1) + 1, 3)
     for index, image in enumerate(colors):
         top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
         canvas[top : top + height, left : left + width] = image
