@@ -55,10 +55,7 @@ class Points:
         self.x = _kept(self.x if len(self) else None, x[:left])
 
     def classes(self, count: int) -> Cond | None:
-        """Conditioning for ``count`` samples: the labels that there are, in order, again and again.
-
-        Conditioning that is no label is taken as it comes.
-        """
+        """Conditioning for ``count`` samples: the labels in order, else what there is, again and again."""
         if self.cond is None:
             return None
         kinds = self.cond
@@ -203,16 +200,9 @@ class Gallery:
                 figures["nll_steps"] = nll_steps_figure(unit=unit, reference_name=name, **_curve(measured.rows))
             shown = self.ranked_by()
             if is_image(model.shape) and measured.x is not None and not bool(values[shown].isnan().all()):
-                figures["ranked"] = ranked_figure(
-                    measured.x,
-                    values[shown],
-                    unit,
-                    name=plural(shown, "step"),
-                    reference=reference,
-                    reference_name=name,
-                    low=model.low,
-                    high=model.high,
-                )
+                known: dict[str, Any] = {"reference": reference, "reference_name": name}
+                known |= {"low": model.low, "high": model.high}
+                figures["ranked"] = ranked_figure(measured.x, values[shown], unit, name=plural(shown, "step"), **known)
         if measured.densities:
             figures["density"] = density_figure(measured.densities, measured.extent)
         return {title: settle(figure) for title, figure in figures.items()}
@@ -223,11 +213,7 @@ class Gallery:
 
 
 class GalleryCallback(L.Callback):
-    """Keeps the first samples of the data in a gallery of each model that a trainer has.
-
-    Raises:
-        ValueError: If one of the galleries' ``sizes`` (:class:`Gallery`) is below 1.
-    """
+    """Keeps the first samples of the data in a gallery of each model that a trainer has."""
 
     counts = False
     """Whether all samples are counted, and so converted, beyond those that are kept."""

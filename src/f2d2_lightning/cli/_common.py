@@ -26,14 +26,11 @@ from f2d2_lightning.utils.conditions import Cond, kind_of
 def model_parser(command: str, description: str) -> ArgumentParser:
     """Of a command, with the options that :func:`load_model` reads."""
     parser = ArgumentParser(prog=f"f2d2 {command}", exit_on_error=False, description=description)
-    parser.add_argument(
-        "--ckpt",
-        "--ckpt_path",
-        type=str,
-        required=True,
-        help="checkpoint of an F2D2Module or of a module with an F2D2Callback; a folder that export wrote; a name on "
-        "the Hugging Face hub; or digits, a model that comes with the package",
+    checkpoint = (
+        "checkpoint of an F2D2Module or of a module with an F2D2Callback; a folder that export wrote; a name on "
+        "the Hugging Face hub; or digits, a model that comes with the package"
     )
+    parser.add_argument("--ckpt", "--ckpt_path", type=str, required=True, help=checkpoint)
     network = "class path of the network that an F2D2Callback was on, if it is needed"
     parser.add_argument("--network", type=str, default=None, help=network)
     parser.add_argument("--network_args", type=dict, default=None, help="arguments of that network, as JSON")

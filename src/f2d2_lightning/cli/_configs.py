@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,15 +79,13 @@ def shown_config(path: object) -> str:
 
 def config_options(arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
     """Where configurations are named among the arguments of a command, and how."""
-    place = 0
-    while place < len(arguments):
-        name, equals, value = arguments[place].partition("=")
+    numbered = enumerate(arguments)
+    for place, text in numbered:
+        name, equals, value = text.partition("=")
         if name in OPTIONS and equals:
             yield place, value
-        elif name in OPTIONS and place + 1 < len(arguments):
-            place += 1
-            yield place, arguments[place]
-        place += 1
+        elif name in OPTIONS:
+            yield from itertools.islice(numbered, 1)
 
 
 def with_configs(arguments: list[str]) -> list[str]:

@@ -53,19 +53,17 @@ def with_variables(command: str, arguments: Sequence[str]) -> list[str]:
 def all_given(command: str, arguments: Sequence[str]) -> Iterator[Given]:
     """Everything that was given, in the order in which it is read."""
     configs = dict(config_options(arguments))
-    place = 0
-    while place < len(arguments):
-        name, equals, value = arguments[place].partition("=")
+    for place, text in enumerate(arguments):
+        name, equals, value = text.partition("=")
         if place in configs:
             content = read_config(configs[place])
             yield from _nested("", content, f"in {shown_config(configs[place])}")
         elif name.startswith("-") and name not in OPTIONS:
-            follows = place + 1 < len(arguments) and not arguments[place + 1].startswith("--")
-            if not equals:
-                value = arguments[place + 1] if follows else ""
+            following = "".join(arguments[place + 1 : place + 2])
+            if not equals and not following.startswith("--"):
+                value = following
             owner = variable(command, name.strip("-"))
             yield Given(short(name), value, owner if equals and os.environ.get(owner) == value else name)
-        place += 1
 
 
 def _nested(key: str, content: Any, where: str) -> Iterator[Given]:

@@ -73,9 +73,8 @@ def _made(path: str, arguments: dict[str, Any]) -> nn.Module:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"--network {path} is {cls!r:.80}; the class of a torch.nn.Module is needed")
     parameters = inspect.signature(cls).parameters.values()
-    needed = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
     if missing := [name for name in needed if name not in arguments]:
         form = ", ".join(f'"{name}": ...' for name in needed)
         raise ValueError(
@@ -86,9 +85,8 @@ def _made(path: str, arguments: dict[str, Any]) -> nn.Module:
         with own_random_state(torch.device("cpu")):
             return cls(**arguments)
     except Exception as error:  # whatever somebody's constructor says
-        raise ValueError(
-            f"--network {path} cannot be made with {arguments}: {_line(error)}; correct --network_args"
-        ) from error
+        wrong = f"{arguments}: {_line(error)}; correct --network_args"
+        raise ValueError(f"--network {path} cannot be made with {wrong}") from error
 
 
 # --- how it is called ---

@@ -68,30 +68,20 @@ def lengths(dim: int, count: int) -> tuple[int, int]:
 
 def init_command(arguments: list[str]) -> None:
     """``f2d2 init``: look at data, and write a teacher's and a student's configuration."""
-    parser = ArgumentParser(
-        prog="f2d2 init",
-        exit_on_error=False,
-        description="Look at data, and write the configurations of a teacher and of its student to a folder.",
-    )
+    about = "Look at data, and write the configurations of a teacher and of its student to a folder."
+    parser = ArgumentParser(prog="f2d2 init", exit_on_error=False, description=about)
     parser.add_argument("folder", type=str, help="where to write teacher.yaml and student.yaml; runs go there as well")
-    parser.add_argument(
-        "--data",
-        type=str,
-        required=True,
-        help=f"a folder (or zip) of images; a table: .csv, .npy or .npz with x; or {', '.join(DATA)}",
-    )
+    data = f"a folder (or zip) of images; a table: .csv, .npy or .npz with x; or {', '.join(DATA)}"
+    parser.add_argument("--data", type=str, required=True, help=data)
     parser.add_argument("--size", type=int | None, default=None, help="side that images are brought to, pixels")
-    parser.add_argument(
-        "--network",
-        type=str | None,
-        default=None,
-        help="class of your own network, such as my_net.Net, which answers a velocity, shape of x, of states x at time "
-        "s, 0 for noise and 1 for data, and if it takes two times of the time t to go to; how it is called is found by "
-        "trying",
+    network = (
+        "class of your own network, such as my_net.Net, which answers a velocity, shape of x, of states x at time s, "
+        "0 for noise and 1 for data, and if it takes two times of the time t to go to; how it is called is found by "
+        "trying"
     )
-    parser.add_argument(
-        "--call", type=str | None, default=None, help='how that network is called, if it is not found: "net(x, s)"'
-    )
+    parser.add_argument("--network", type=str | None, default=None, help=network)
+    call = 'how that network is called, if it is not found: "net(x, s)"'
+    parser.add_argument("--call", type=str | None, default=None, help=call)
     parser.add_argument("--network_args", type=dict | None, default=None, help="arguments of that network, as JSON")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over configurations that are there")
     with in_a_line():

@@ -45,43 +45,35 @@ def nll_command(arguments: list[str]) -> None:
     parser = model_parser("nll", "Log-likelihood of every sample of a data set.")
     parser.add_argument("--data", type=str, required=True, help=DATA_HELP)
     parser.add_argument("--data_args", type=dict, default=None, help="arguments of the data module, as JSON")
-    parser.add_argument(
-        "--classes",
-        type=str,
-        default=None,
-        help="names of the model's classes in the order of their labels, with commas between them: for folders of "
-        "classes, and checkpoints that do not hold the names",
+    classes = (
+        "names of the model's classes in the order of their labels, with commas between them: for folders of classes, "
+        "and checkpoints that do not hold the names"
     )
+    parser.add_argument("--classes", type=str, default=None, help=classes)
     parser.add_argument("--steps", type=int, default=4, help="evaluations per sample")
     parser.add_argument("--out", type=str, default="nll.csv", help=".csv or .parquet, one row a sample")
-    parser.add_argument(
-        "--draws",
-        type=PositiveInt,
-        default=1,
-        help="dequantization draws per sample: log_prob is their mean (the bound), log_prob_sd their standard "
-        "deviation, log_prob_iw the logarithm of their mean density (the tighter, importance-weighted bound)",
+    draws = (
+        "dequantization draws per sample: log_prob is their mean (the bound), log_prob_sd their standard deviation, "
+        "log_prob_iw the logarithm of their mean density (the tighter, importance-weighted bound)"
     )
+    parser.add_argument("--draws", type=PositiveInt, default=1, help=draws)
     parser.add_argument("--reference", type=bool, default=False, help="add the reference likelihood of the diagonal")
-    parser.add_argument(
-        "--compare",
-        type=str,
-        default=None,
-        help="another data set, as --data: adds each sample's percentile among its log-likelihoods. One that the model "
-        "has not seen (digits:val) says more than the training data",
+    compare = (
+        "another data set, as --data: adds each sample's percentile among its log-likelihoods. One that the model has "
+        "not seen (digits:val) says more than the training data"
     )
+    parser.add_argument("--compare", type=str, default=None, help=compare)
     parser.add_argument("--compare_args", type=dict, default=None, help="arguments of that data module, as JSON")
     parser.add_argument("--convert", type=bool, default=False, help="convert images to the model's channels")
     resize = "resize images, before dequantization; by default they are cropped and resized as in training"
     parser.add_argument("--resize", type=bool, default=False, help=resize)
     requantize = "bring 8-bit values to the model's levels: floor(v levels / 256)"
     parser.add_argument("--requantize", type=bool, default=False, help=requantize)
-    parser.add_argument(
-        "--mirrored",
-        type=bool,
-        default=False,
-        help="the likelihood of the model whose samples a fair coin mirrors left to right, for models trained with "
-        "flips: another model, at twice the evaluations. Published figures are without",
+    mirrored = (
+        "the likelihood of the model whose samples a fair coin mirrors left to right, for models trained with flips: "
+        "another model, at twice the evaluations. Published figures are without"
     )
+    parser.add_argument("--mirrored", type=bool, default=False, help=mirrored)
     parser.add_argument("--batch_size", type=PositiveInt, default=512, help="samples at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the dequantization of files")
     parser.add_argument("--overwrite", type=bool, default=False, help="write over an existing file")
