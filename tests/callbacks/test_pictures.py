@@ -23,7 +23,7 @@ import f2d2_lightning as f2
 from f2d2_lightning.callbacks import Pictures
 from f2d2_lightning.callbacks._gallery import Gallery, Points
 from f2d2_lightning.callbacks._models import find_models
-from f2d2_lightning.callbacks._picture_loggers import figure_sender
+from f2d2_lightning.callbacks.pictures import figure_sender
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.plots import sample_figure
 from f2d2_lightning.training.folders import unused

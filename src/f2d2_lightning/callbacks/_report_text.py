@@ -71,17 +71,10 @@ class Report:
     def markdown(self) -> str:
         """The report; its figures are referred to by their names, beside it."""
         parts = [[p.name, f"`{p.kind}`", f"{p.trainable:,}", f"{p.frozen:,}", p.note] for p in self.parts]
-        sections = [
-            f"# {self.title}",
-            self._origin(),
-            "## Likelihoods",
-            self._likelihoods(),
-            *self._diagnosis(),
-            *self._others(),
-            "## Model",
-            _table(["part", "class", "trainable parameters", "frozen parameters", ""], parts),
-            *(["## Figures"] if self.figures else []),
-        ]
+        sections = [f"# {self.title}", self._origin(), "## Likelihoods", self._likelihoods()]
+        sections += [*self._diagnosis(), *self._others(), "## Model"]
+        sections.append(_table(["part", "class", "trainable parameters", "frozen parameters", ""], parts))
+        sections += ["## Figures"] if self.figures else []
         for name in self.figures:
             sections += [f"![{name.replace('_', ' ')}]({name}.png)", f"*{self._caption(name)}*"]
         return "\n\n".join(sections) + "\n"
@@ -157,10 +150,7 @@ class Report:
         parts = []
         if by_steps:
             columns = sorted({k for values in by_steps.values() for k in values})
-            lines = [
-                [name, *(f"{values[k]:.4g}" if k in values else "" for k in columns)]
-                for name, values in sorted(by_steps.items())
-            ]
+            lines = [[n, *(f"{of[k]:.4g}" if k in of else "" for k in columns)] for n, of in sorted(by_steps.items())]
             parts.append(_table(["by steps", *map(str, columns)], lines))
         if plain:
             parts.append(_table(["", ""], plain))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from f2d2_lightning.callbacks._gallery import GalleryCallback
 from f2d2_lightning.callbacks._models import find_models
-from f2d2_lightning.callbacks._picture_loggers import figure_sender
-from f2d2_lightning.plots import Figure, save_figure
+from f2d2_lightning.plots import Figure, pixels, save_figure
 from f2d2_lightning.training.folders import run_folder, unused
 from f2d2_lightning.utils.checks import at_least, checked
 
 FOLDER = "pictures"
+Send = Callable[[str, Figure, int], object]
 
 
 class Pictures(GalleryCallback):
@@ -186,3 +189,31 @@ class Pictures(GalleryCallback):
             for send in filter(None, map(figure_sender, trainer.loggers)):
                 for name, figure in figures.items():
                     send(f"{stage}/{name}", figure, trainer.global_step)
+
+
+def figure_sender(logger: Logger) -> Send | None:
+    """What gives a logger a figure by its name there, such as ``"val/samples"``, and the optimiser's step of it.
+
+    ``None`` for a logger that takes no figures, such as the CSV logger. They are known by what they offer, so that none
+    of their packages is imported. To be called on the first process only, as the logger's own methods are.
+    """
+    log_image = getattr(logger, "log_image", None)
+    if callable(log_image):  # W&B
+        return lambda name, figure, step: log_image(key=name, images=[pixels(figure)], step=step)
+    experiment = getattr(logger, "experiment", None)
+    add_figure = getattr(experiment, "add_figure", None)
+    if callable(add_figure):  # TensorBoard
+        return lambda name, figure, step: add_figure(name, figure, global_step=step, close=False)
+    log = getattr(experiment, "log_figure", None)
+    if not callable(log):
+        return None
+    takes = inspect.signature(log).parameters
+    if {"run_id", "artifact_file"} <= takes.keys():
+        # MLflow, whose artifacts have no step but in their names, and one of the same name would be replaced
+        run = getattr(logger, "run_id", None)
+        return lambda name, figure, step: log(
+            run_id=run, figure=figure, artifact_file=f"pictures/{name}/step_{step:08d}.png"
+        )
+    if {"figure_name", "figure", "step"} <= takes.keys():  # Comet
+        return lambda name, figure, step: log(figure_name=name, figure=figure, step=step)
+    return None

@@ -23,10 +23,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from rich.console import Console
 from rich.text import Text
 
-from f2d2_lightning.cli._class_names import classes, imported
 from f2d2_lightning.cli._configs import UsageError
 from f2d2_lightning.cli._given import Given, all_given, find
-from f2d2_lightning.cli._parser_text import said
+from f2d2_lightning.cli._parser_text import classes, imported, said
 
 KINDS = (
     *(ArgumentError, ValueError, TypeError, OSError, ImportError, FloatingPointError, NotImplementedError),

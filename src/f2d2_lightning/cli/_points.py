@@ -32,15 +32,11 @@ from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.training.loading import read_checkpoint
 from f2d2_lightning.utils.class_names import agree_on_classes, guessed_labels, labels_of
 
-DATA = {
-    "digits": "f2d2_lightning.data.Digits",
-    "fashion": "f2d2_lightning.data.FashionMNIST",
-    "cifar10": "f2d2_lightning.data.CIFAR10",
-    "celeba64": "f2d2_lightning.data.CelebA64",
-    "imagenet64": "f2d2_lightning.data.ImageNet64",
-    "checkerboard": "f2d2_lightning.data.Checkerboard",
-    "mixture": "f2d2_lightning.data.GaussianMixture",
+_SHORT = {
+    **{"digits": "Digits", "fashion": "FashionMNIST", "cifar10": "CIFAR10", "celeba64": "CelebA64"},
+    **{"imagenet64": "ImageNet64", "checkerboard": "Checkerboard", "mixture": "GaussianMixture"},
 }
+DATA = {name: f"f2d2_lightning.data.{cls}" for name, cls in _SHORT.items()}
 """Short names of data modules; any other goes by its class path."""
 
 SPLITS = ("train", "val", "test")

@@ -15,16 +15,8 @@ from torchmetrics.utilities import dim_zero_cat
 from f2d2_lightning.likelihood.quantization import Quantization
 
 __all__ = [
-    "Agreement",
-    "LikelihoodAgreement",
-    "LikelihoodMetric",
-    "MeanLikelihood",
-    "RoundTripError",
-    "agreement",
-    "doubt",
-    "percentile_rank",
-    "said_of_bits",
-    "said_of_values",
+    *("Agreement", "LikelihoodAgreement", "LikelihoodMetric", "MeanLikelihood", "RoundTripError"),
+    *("agreement", "doubt", "percentile_rank", "said_of_bits", "said_of_values"),
 ]
 
 MOST_NEGATIVE = 0.01
