@@ -113,7 +113,7 @@ def test_cifar_has_fifty_and_ten_thousand_images(tmp_path):
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 def test_celeba_is_cropped_and_resized_before_noise(tmp_path, monkeypatch, zipped):
     counts = (9, 4, 3)
-    monkeypatch.setattr(celeba, "COUNTS", dict(zip(celeba.SPLITS, counts, strict=True)))
+    monkeypatch.setattr(celeba, "COUNTS", dict(zip(celeba.COUNTS, counts, strict=True)))
     contents, splits, attributes = make_celeba(tmp_path, counts, zipped)
     for arguments, box, kind in (
         ({}, (19, 39, 159, 179), "BICUBIC"),

@@ -129,7 +129,7 @@ def test_several_processes_fetch_once(server, tmp_path):
 
 def test_celeba_fetches_what_is_missing(server, tmp_path, monkeypatch):
     counts = (4, 2, 2)
-    monkeypatch.setattr(celeba, "COUNTS", dict(zip(celeba.SPLITS, counts, strict=True)))
+    monkeypatch.setattr(celeba, "COUNTS", dict(zip(celeba.COUNTS, counts, strict=True)))
     make_celeba(tmp_path / "made", counts, zipped=True)
     sources = {path.name: server.offer(f"/{path.name}", path.read_bytes()) for path in (tmp_path / "made").iterdir()}
     assert sources.keys() == celeba.SOURCES.keys()

@@ -193,7 +193,7 @@ CELEBA = (7, 2, 2)
 
 @pytest.fixture
 def faces(tmp_path, monkeypatch):
-    monkeypatch.setattr(celeba, "COUNTS", dict(zip(celeba.SPLITS, CELEBA, strict=True)))
+    monkeypatch.setattr(celeba, "COUNTS", dict(zip(celeba.COUNTS, CELEBA, strict=True)))
     make_celeba(tmp_path, CELEBA, zipped=True)
     return tmp_path
 

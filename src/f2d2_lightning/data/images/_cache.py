@@ -47,11 +47,7 @@ def digest(*parts: object) -> str:
 
 
 def write_array(path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
-    """A ``.npy`` file of ``uint8`` from its parts along the first axis; whole, or not at all.
-
-    Raises:
-        ValueError: If the parts do not make up that shape.
-    """
+    """A ``.npy`` file of ``uint8`` from its parts along the first axis, which must make up its shape; whole or not."""
     rows = 0
     with whole_file(path) as partial, partial.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -67,20 +63,13 @@ def write_array(path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]
 def cached(values: ImageReader, folder: str | Path | None, name: str) -> LazyValues:
     """Images as an array in a folder, made if it is not there: a few minutes for a hundred thousand.
 
-    Args:
-        values: Images that are decoded at each access.
-        folder: Folder of the array, one file for each choice of images, crop and resize; ``None`` leaves them as they
-            are, of which the first is read: a wrong size is said now, and not in a worker.
-        name: Beginning of the file's name.
-
-    Raises:
-        ValueError: If an image cannot be read, or the array is damaged. No part of an array is left behind.
+    It has one file, whose name begins with ``name``, for each choice of images, crop and resize. Without a folder they
+    are decoded at each access, and the first is read: a wrong size is said now, and not in a worker.
     """
     if folder is None:
         values[:1]
         return values
     path = Path(folder).expanduser() / f"{name}-{digest(values.fingerprint())}.npy"
-    starts = range(0, len(values), CHUNK)
-    chunks = (values[start : start + CHUNK].numpy() for start in starts)
+    chunks = (values[start : start + CHUNK].numpy() for start in range(0, len(values), CHUNK))
     write_once(path, lambda: write_array(path, values.shape, chunks))
     return StoredValues(path)

@@ -21,12 +21,7 @@ ALPHA = ("LA", "PA", "RGBA")
 
 
 def decoded(content: bytes, path: str, wanted: str, convert: bool) -> Image.Image:
-    """The image in a file's content, in Pillow's mode ``wanted``; of another mode only where it may be converted.
-
-    Raises:
-        ValueError: If it cannot be read, holds several pictures or more than 8 bits a value, or has another mode. Says
-            the file, what it has, and what to do.
-    """
+    """The image in a file's content, in Pillow's mode ``wanted``; of another mode only where it may be converted."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             unfit = _unfit(image, wanted, convert)

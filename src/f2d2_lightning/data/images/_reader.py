@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ class Framing:
             crop. Where the margins are odd, the pixel more stays right and below.
         resize: Filter that brings other sizes to ``size``; ``None`` refuses them. Aspect ratio is not kept.
         source: Width and height that images must have to begin with; ``None`` for any.
-
-    Raises:
-        ValueError: If a number is below 1, or the words are others.
     """
 
     size: int | tuple[int, int]
@@ -47,7 +44,7 @@ class Framing:
             raise ValueError(f"size={self.size} and crop={self.crop}; both are at least 1 pixel")
         if isinstance(self.crop, str) and self.crop != "square":
             raise ValueError(f"crop={self.crop!r}; a number of pixels, 'square' or None is expected")
-        if self.resize not in (None, "box", "bilinear", "bicubic", "lanczos"):
+        if self.resize not in (None, *get_args(Filter)):
             raise ValueError(f"resize={self.resize!r}; box, bilinear, bicubic, lanczos or None is expected")
 
     @property
@@ -56,11 +53,7 @@ class Framing:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The picture, in the mode that it had.
-
-        Raises:
-            ValueError: If it is too small for the crop, or of another size and may not be resized.
-        """
+        """The picture, in the mode that it had; a ``ValueError`` if its size does not fit."""
         if self.source is not None and image.size != self.source:
             raise ValueError(
                 f"is {_by(image.size)} (width x height), and {_by(self.source)} is expected; it is of another data "
@@ -87,14 +80,9 @@ def _by(size: tuple[int, int]) -> str:
 
 
 class ImageReader(LazyValues):
-    """Images ``(N, C, H, W)``, ``uint8``.
+    """Images ``(N, C, H, W)``, ``uint8``, of a store, whose files ``rows`` they are in this order.
 
-    Args:
-        store: Where they are.
-        rows: Their numbers in the store, in the order that they get here.
-        channels: 1 grey, 2 grey with alpha, 3 RGB, 4 RGB with alpha.
-        framing: Crop and resize.
-        convert: Convert images of another mode; else they are refused.
+    Images of another mode than that of so many ``channels`` are refused, or with ``convert`` converted.
     """
 
     def __init__(
@@ -108,26 +96,19 @@ class ImageReader(LazyValues):
         self.shape = (len(rows), channels, height, width)
 
     def __getitems__(self, rows: list[int]) -> Tensor:
-        """Decoded anew each time.
-
-        Raises:
-            ValueError: If a file is no image, or does not fit. Says which.
-        """
-        count, channels, height, width = (len(rows), *self.shape[1:])
-        values = torch.empty(count, channels, height, width, dtype=torch.uint8)
+        """Decoded anew each time; a ``ValueError`` says which file is no image, or does not fit."""
+        _, channels, height, width = self.shape
+        values = torch.empty(len(rows), channels, height, width, dtype=torch.uint8)
         with self.store.opened() as content:
             for place, row in enumerate(self.rows[rows].tolist()):
-                picture = self._picture(content(row), self.store.where(row))
-                pixels = np.array(picture).reshape(height, width, channels)
+                where = self.store.where(row)
+                picture = decoded(content(row), where, MODES[self.channels], self.convert)
+                try:
+                    pixels = np.array(self.framing(picture)).reshape(height, width, channels)
+                except ValueError as error:
+                    raise ValueError(f"{where} {error}") from error
                 values[place] = torch.from_numpy(pixels).permute(2, 0, 1)
         return values
-
-    def _picture(self, content: bytes, where: str) -> Image.Image:
-        picture = decoded(content, where, MODES[self.channels], self.convert)
-        try:
-            return self.framing(picture)
-        except ValueError as error:
-            raise ValueError(f"{where} {error}") from error
 
     def fingerprint(self) -> str:
         """Another one if files, their choice or what is done to them changes."""
@@ -144,11 +125,7 @@ class ImageFiles:
     """Paths relative to the folder, with forward slashes, in the order of ``values``."""
 
     def classes(self) -> list[str]:
-        """Class of each image: the name of its topmost folder.
-
-        Raises:
-            ValueError: If an image is in no folder.
-        """
+        """Class of each image: the name of its topmost folder; a ``ValueError`` if it is in none."""
         if alone := [name for name in self.names if "/" not in name]:
             raise ValueError(
                 f"{alone[0]} is in no folder that is named by a class label or name; put each image into a folder "
@@ -173,8 +150,7 @@ def read_images(
 
     Raises:
         FileNotFoundError: If there is neither a folder nor a file.
-        ValueError: If there are no images, files of other types, corrupt or truncated files, several pictures in a
-            file, or images of another mode or size than asked for. Says which file and what to do.
+        ValueError: Says which file is none that is asked for, and what to do.
     """
     path = Path(path)
     if len(shape) != 3 or shape[0] not in MODES:

@@ -56,11 +56,7 @@ class Store(ABC):
 
 
 class FolderStore(Store):
-    """A folder and the folders in it, or one file.
-
-    Raises:
-        ValueError: If there are links to folders, which are not followed.
-    """
+    """A folder and the folders in it, or one file."""
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
@@ -96,11 +92,7 @@ class FolderStore(Store):
 
 
 class ZipStore(Store):
-    """A zip file, its members stored or deflated.
-
-    Raises:
-        ValueError: If it is no zip file, is truncated, or has encrypted members or ones of another compression.
-    """
+    """A zip file, its members stored or deflated, and none of them encrypted."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -166,12 +158,7 @@ def first_of(folder: Path, *names: str) -> Path | None:
 
 
 def open_store(path: str | Path) -> Store:
-    """A folder or a zip file.
-
-    Raises:
-        FileNotFoundError: If there is neither.
-        ValueError: If it is a file that is no zip file.
-    """
+    """A folder or a zip file."""
     path = Path(path)
     if path.is_dir():
         return FolderStore(path)
@@ -181,14 +168,9 @@ def open_store(path: str | Path) -> Store:
 
 
 def image_rows(store: Store, others: Sequence[str] = ()) -> list[int]:
-    """Numbers of the images in a store, in which files called as ``others`` may be besides.
-
-    Raises:
-        ValueError: If there are no images, or files of other types.
-    """
+    """Numbers of the images in a store, where besides them there may be files called as ``others``, and no more."""
     rows = [row for row, name in enumerate(store.names) if name.lower().endswith(SUFFIXES)]
-    strange = [name for name in store.names if not name.lower().endswith(SUFFIXES) and name not in others]
-    if strange:
+    if strange := [name for name in store.names if not name.lower().endswith(SUFFIXES) and name not in others]:
         listed = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
         raise ValueError(
             f"{store.path} holds {len(strange)} file{'s' if len(strange) > 1 else ''} of other types ({listed}); "

@@ -75,8 +75,8 @@ class ImageDataModule(FlowDataModule):
                     f"{type(self).__name__} has no names of classes; set labels=True, or leave it as it is"
                 )
             self._own_classes = self.classes
-            own = {name: data.labels for name, data in self._sets.items() if data.labels is not None}
-            self._own_labels = {name: labels.clone() for name, labels in own.items()}
+            own = {name: data.labels for name, data in self._sets.items()}
+            self._own_labels = {name: labels.clone() for name, labels in own.items() if labels is not None}
         numbers = torch.tensor(labels_of(self._own_classes, classes, type(self).__name__))
         for name, labels in self._own_labels.items():
             # in place: loaders may have been made
@@ -105,29 +105,23 @@ def divide(
 
     With ``draw`` the images of a split are drawn from each part, in a way that depends on nothing else, and stay in
     their order: images may be sorted by class. Otherwise the first ones are used of each.
-
-    Raises:
-        ValueError: If there are not as many.
     """
     total = len(train[0])
-    parts = {"val": (val_part, val), "test": (test_part, test)}
-    apart = {name: 0 if part else wanted or 0 for name, (part, wanted) in parts.items()}
+    apart = {"val": 0 if val_part else val or 0, "test": 0 if test_part else test or 0}
     left = total - sum(apart.values())
-    sizes = {"train": left if count is None else count}
-    for name, (part, wanted) in parts.items():
-        sizes[name] = (len(part[0]) if part else 0) if wanted is None else wanted
-    most = {"train": left} | {name: len(part[0]) if part else total for name, (part, _) in parts.items()}
-    if not all(1 <= sizes[name] <= most[name] for name in sizes):
-        others = "".join(f" and {len(part[0])} {name}" for name, (part, _) in parts.items() if part)
+    # images, where the split begins in them, how many there are at most, and how many are wanted
+    places = {"train": (train, 0, left, left if count is None else count)}
+    for name, part, start, wanted in (("val", val_part, total - apart["val"], val), ("test", test_part, left, test)):
+        most = len(part[0]) if part else total
+        places[name] = (part or train, 0 if part else start, most, (most if part else 0) if wanted is None else wanted)
+    if not all(1 <= size <= most for _, _, most, size in places.values()):
+        others = "".join(f" and {places[name][2]} {name}" for name in apart if places[name][0] is not train)
         taken = "".join(
             f"; {name} images are taken from the end of the training images" for name in apart if apart[name]
         )
         raise ValueError(f"count={count}, val={val} and test={test} do not fit {total} training{others} images{taken}")
-    starts = {"train": 0, "val": total - apart["val"], "test": left}
     found = {}
-    for name, size in sizes.items():
-        values, labels = (parts[name][0] if name in parts else None) or train
-        start = starts[name] if values is train[0] else 0
+    for name, ((values, labels), start, _, size) in places.items():
         rows: slice | Tensor = slice(start, start + size)
         if draw:
             order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
@@ -143,9 +137,6 @@ def checked_batch(
 
     ``found`` is what the file ``name`` holds: ``data``, an array ``(N, C H W)``, and ``labels``, ``N`` of them in the
     range given; ``home`` is where to get the file again.
-
-    Raises:
-        ValueError: If they are missing, of another type, shape or range, or not as many.
     """
     pixels, classes, dim = found.get("data"), found.get("labels"), int(np.prod(shape))
     again = f"it is corrupt, truncated or another data set; get it again from {home}"

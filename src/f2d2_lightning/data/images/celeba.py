@@ -29,10 +29,8 @@ SOURCES = {
 }
 """The authors' files on Google Drive; numbers and checksums as in torchvision's ``datasets/celeba.py``."""
 
-SPLITS = ("train", "val", "test")
-"""By their number in ``list_eval_partition.txt``."""
 COUNTS = {"train": 162_770, "val": 19_867, "test": 19_962}
-"""Images of each split."""
+"""Images of each split, in the order of their numbers in ``list_eval_partition.txt``."""
 
 
 class CelebA64(ImageDataModule):
@@ -93,11 +91,10 @@ class CelebA64(ImageDataModule):
         images = ImageReader(store, _all_of(of, list(partition), store.path), 3, self.framing)
         values = cached(images, self.cache, "celeba64")
         labels = None if self.attribute is None else self._labels(self._file("list_attr_celeba.txt"), list(partition))
-        splits, parts = torch.tensor(list(partition.values())), []
-        for number in range(len(SPLITS)):
-            rows = (splits == number).nonzero()[:, 0]
-            parts.append((take(values, rows), None if labels is None else labels[rows]))
-        return divide(*parts, count=self.count, val=self.val, test=self.test)
+        splits = torch.tensor(list(partition.values()))
+        parts = [(splits == number).nonzero()[:, 0] for number in range(len(COUNTS))]
+        held = [(take(values, rows), None if labels is None else labels[rows]) for rows in parts]
+        return divide(*held, count=self.count, val=self.val, test=self.test)
 
     def _file(self, name: str) -> Path:
         path = self.folder / name
@@ -142,7 +139,7 @@ def _partition(path: Path) -> dict[str, int]:
         if split.strip() not in ("0", "1", "2"):
             raise ValueError(f"line {number} of {path} is {line!r}; a name and 0, 1 or 2 are expected: {AGAIN}")
         found[name] = int(split)
-    came = {name: list(found.values()).count(number) for number, name in enumerate(SPLITS)}
+    came = {name: list(found.values()).count(number) for number, name in enumerate(COUNTS)}
     if came != COUNTS:
         listed = [", ".join(f"{count} {name}" for name, count in counts.items()) for counts in (came, COUNTS)]
         raise ValueError(

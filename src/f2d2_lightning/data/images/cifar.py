@@ -22,10 +22,11 @@ from f2d2_lightning.utils.pickles import read_arrays
 __all__ = ["CIFAR10"]
 
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
+AGAIN = f"get it again from {HOME}"
 SOURCE = Source("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")
 """Checksum as on the authors' page and in torchvision."""
 
-BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
+BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 ROWS = 10_000
 """Images of each batch."""
 DIM = 3 * 32 * 32
@@ -60,7 +61,9 @@ class CIFAR10(ImageDataModule):
 
     def splits(self) -> dict[str, LabeledImages]:
         path = self._find()
-        content = _complete(dict(_folder(path) if path.is_dir() else _archive(path)), path)
+        files = path.iterdir() if path.is_dir() else ()
+        content = {file.name: file.read_bytes() for file in files if file.name.removesuffix(".bin") in BATCHES}
+        content = _complete(content if path.is_dir() else dict(_archive(path)), path)
         *parts, test = (_batch(data, f"{path}/{name}") for name, data in content.items())
         images, labels = (torch.cat(values) for values in zip(*parts, strict=True))
         train, held_out = ((x, y if self.with_labels else None) for x, y in ((images, labels), test))
@@ -82,12 +85,6 @@ class CIFAR10(ImageDataModule):
         return self.folder / names[1]
 
 
-def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
-    for file in path.iterdir():
-        if file.name.removesuffix(".bin") in BATCHES:
-            yield file.name, file.read_bytes()
-
-
 def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
     """Batches in a gzipped tar file, which is read to its end, where its checksum is."""
     try:
@@ -100,9 +97,7 @@ def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
             while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(
-            f"{path} is a truncated or corrupt archive ({error}); remove it, and get it again from {HOME}"
-        ) from error
+        raise ValueError(f"{path} is a truncated or corrupt archive ({error}); remove it, and {AGAIN}") from error
 
 
 def _complete(content: dict[str, bytes], path: Path) -> dict[str, bytes]:
@@ -111,10 +106,8 @@ def _complete(content: dict[str, bytes], path: Path) -> dict[str, bytes]:
         if all(name in content for name in names):
             return {name: content[name] for name in names}
     missing = [name for name in BATCHES if name not in content and f"{name}.bin" not in content]
-    raise ValueError(
-        f"{path} lacks {', '.join(missing) or 'batches of one version'}; it is incomplete or truncated: remove it, and "
-        f"get it again from {HOME}"
-    )
+    lacks = ", ".join(missing) or "batches of one version"
+    raise ValueError(f"{path} lacks {lacks}; it is incomplete or truncated: remove it, and {AGAIN}")
 
 
 def _batch(content: bytes, name: str) -> tuple[Tensor, Tensor]:
@@ -123,17 +116,13 @@ def _batch(content: bytes, name: str) -> tuple[Tensor, Tensor]:
     if not name.endswith(".bin"):
         found = read_arrays(content, name, HOME)
     elif len(content) % (1 + DIM):
-        raise ValueError(
-            f"{name} has {len(content)} bytes, no multiple of {1 + DIM}; it is truncated or another file: get it again "
-            f"from {HOME}"
-        )
+        came = f"{len(content)} bytes, no multiple of {1 + DIM}"
+        raise ValueError(f"{name} has {came}; it is truncated or another file: {AGAIN}")
     else:
         rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + DIM)
         found = {"data": rows[:, 1:], "labels": rows[:, 0]}
     images, labels = checked_batch(found, name, (3, 32, 32), range(CLASSES), HOME)
     if len(images) != ROWS:
-        raise ValueError(
-            f"{name} has {len(images)} images; {ROWS} are expected: it is truncated or another data set; get it again "
-            f"from {HOME}"
-        )
+        came = f"{len(images)} images; {ROWS} are expected"
+        raise ValueError(f"{name} has {came}: it is truncated or another data set; {AGAIN}")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels)

@@ -18,6 +18,7 @@ from f2d2_lightning.utils.checks import checked
 __all__ = ["EDMZip"]
 
 TOOL = "https://github.com/NVlabs/edm (dataset_tool.py)"
+AGAIN = f"make it again with {TOOL}"
 LIST = "dataset.json"
 
 
@@ -79,30 +80,25 @@ class EDMZip(ImageDataModule):
         store = open_store(path)
         rows = image_rows(store, others=(LIST,))
         labels = _labels(store, [store.names[row] for row in rows]) if self.with_labels else None
-        values = cached(ImageReader(store, rows, self.channels, self.framing), self.cache, path.stem)
-        return values, labels
+        return cached(ImageReader(store, rows, self.channels, self.framing), self.cache, path.stem), labels
 
 
 def _labels(store: Store, names: list[str]) -> Tensor:
     """Labels of images, ``(N,)``, ``int64``."""
     path = f"{store.path}/{LIST}"
     if LIST not in store.names:
-        raise ValueError(f"{store.path} has no {LIST}, so no labels; set labels=False, or make it again with {TOOL}")
+        raise ValueError(f"{store.path} has no {LIST}, so no labels; set labels=False, or {AGAIN}")
     try:
         found = json.loads(store.content(store.names.index(LIST)))["labels"]
         of = None if found is None else {str(name).replace("\\", "/"): label for name, label in found}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f'{path} is not {{"labels": [[name, number], ...]}} ({type(error).__name__}: {error}); make it again with '
-            f"{TOOL}"
-        ) from error
+        came = f"{type(error).__name__}: {error}"
+        raise ValueError(f'{path} is not {{"labels": [[name, number], ...]}} ({came}); {AGAIN}') from error
     if of is None:
         raise ValueError(f"{path} says that there are no labels; set labels=False")
     if missing := [name for name in names if name not in of]:
-        raise ValueError(
-            f"{path} has no label for {len(missing)} of {len(names)} images ({missing[0]}, ...); make it again with "
-            f"{TOOL}"
-        )
+        lacks = f"{len(missing)} of {len(names)} images ({missing[0]}, ...)"
+        raise ValueError(f"{path} has no label for {lacks}; {AGAIN}")
     labels = [of[name] for name in names]
     if wrong := [label for label in labels if type(label) is not int or not 0 <= label < 2**31]:
         raise ValueError(f"{path} has the label {wrong[0]!r}; whole numbers from 0 are expected")

@@ -23,18 +23,15 @@ __all__ = ["FashionMNIST"]
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` puts the files."""
 SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-SOURCES = {
-    name: Source(f"{SITE}{name}.gz", md5)
-    for name, md5 in {
-        "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
-    }.items()
+SUMS = {
+    "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+SOURCES = {name: Source(f"{SITE}{name}.gz", md5) for name, md5 in SUMS.items()}
 """Addresses and checksums as torchvision has them."""
 
-UNSIGNED_BYTE = 0x08
 DEFLATE = 1100
 """More than gzip can grow: 258 bytes come of 2 bits at the most, 1032-fold (RFC 1951, 3.2.5)."""
 
@@ -69,8 +66,7 @@ class FashionMNIST(ImageDataModule):
     def _read(self, name: str) -> Tensor:
         path = first_of(self.folder, name, f"{name}.gz")
         if path is None and self.download:
-            path = self.folder / f"{name}.gz"
-            fetch(SOURCES[name], path)
+            fetch(SOURCES[name], path := self.folder / f"{name}.gz")
         if path is None:
             raise FileNotFoundError(
                 f"{self.folder} has no {name} or {name}.gz; install Debian's package dataset-fashion-mnist, or get the "
@@ -119,11 +115,10 @@ def _read(stream: IO[bytes] | gzip.GzipFile, path: Path, most: int) -> Tensor:
     head = stream.read(4)
     if len(head) < 4 or head[:2] != b"\0\0":
         raise ValueError(f"{path} does not begin as an IDX file does (it has {head.hex(' ') or 'no bytes'})")
-    kind, axes = head[2], head[3]
-    if kind != UNSIGNED_BYTE:
-        raise ValueError(f"{path} holds numbers of IDX type 0x{kind:02x}; unsigned bytes (0x08) are expected")
-    sizes = stream.read(4 * axes)
-    if len(sizes) < 4 * axes:
+    if head[2] != 0x08:
+        raise ValueError(f"{path} holds numbers of IDX type 0x{head[2]:02x}; unsigned bytes (0x08) are expected")
+    sizes = stream.read(4 * head[3])
+    if len(sizes) < 4 * head[3]:
         raise ValueError(f"{path} ends within its head ({4 + len(sizes)} bytes); it is truncated, get it again")
     shape = tuple(np.frombuffer(sizes, ">u4").tolist())
     count = math.prod(shape)

@@ -80,10 +80,8 @@ class ImageFolder(ImageDataModule):
             None if folder is None else self._examples(Path(folder).expanduser(), classes)[0]
             for folder in (self.val_folder, self.test_folder)
         ]
-        val, test = (
-            1000 if wanted is None and part is None else wanted
-            for wanted, part in zip((self.val, self.test), held_out, strict=True)
-        )
+        wanted = zip((self.val, self.test), held_out, strict=True)
+        val, test = (1000 if number is None and part is None else number for number, part in wanted)
         return divide(train, *held_out, count=self.count, val=val, test=test, draw=True)
 
     def _examples(self, path: Path, classes: list[str] | None) -> tuple[LabeledImages, list[str]]:
@@ -95,10 +93,10 @@ class ImageFolder(ImageDataModule):
             folders = [name.partition("/")[0] if "/" in name else "" for name in (store.names[row] for row in rows)]
             classes = classes or sorted({*folders} - {""})
             if wrong := [row for row, folder in zip(rows, folders, strict=True) if folder not in classes]:
+                known = f" ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})" if classes else ""
                 raise ValueError(
-                    f"{store.where(wrong[0])} is in no folder of a class"
-                    + (f" ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})" if classes else "")
-                    + "; put each image into the folder of its class, or set labels=False"
+                    f"{store.where(wrong[0])} is in no folder of a class{known}; put each image into the folder of its "
+                    "class, or set labels=False"
                 )
             number = {name: place for place, name in enumerate(classes)}
             labels = torch.tensor([number[folder] for folder in folders])

@@ -24,13 +24,17 @@ __all__ = ["ImageNet64"]
 
 HOME = "https://image-net.org/download-images"
 CLASSES = 1000
-TRAIN = tuple(f"train_data_batch_{number}" for number in range(1, 11))
-BATCHES = {"train": TRAIN, "valid": ("val_data",)}
+BATCHES = {"train": tuple(f"train_data_batch_{number}" for number in range(1, 11)), "valid": ("val_data",)}
 BATCH_COUNTS = {"train": 1_281_167, "valid": 50_000}
 """Images of the version of 2017."""
-PICTURES = {"train": "train_64x64", "valid": "valid_64x64"}
 PICTURE_COUNTS = {"train": 1_281_149, "valid": 49_999}
 """Images of the version of 2016."""
+NEEDS = {
+    "batches": "train_data_batch_1 to train_data_batch_10 and val_data, each with .npz or as a pickle without an "
+    f"ending: get 'ImageNet64 (downsampled)' from {HOME} with an account, unpack the zip files",
+    "pictures": "train_64x64 and valid_64x64, folders of PNG files or the same as .zip: the site that had them, "
+    "http://image-net.org/small/, is gone; get them from who has them",
+}
 
 
 class ImageNet64(ImageDataModule):
@@ -95,40 +99,27 @@ class ImageNet64(ImageDataModule):
         valid, train = (read(part) for part in ("valid", "train"))
         return divide(train, None, valid, count=self.count, val=self.val, test=self.test, draw=True)
 
-    def _missing(self, names: str) -> FileNotFoundError:
-        return FileNotFoundError(
-            f"{self.folder} lacks {names}; version={self.version!r} needs "
-            + (
-                "train_data_batch_1 to train_data_batch_10 and val_data, each with .npz or as a pickle without an "
-                f"ending: get 'ImageNet64 (downsampled)' from {HOME} with an account, unpack the zip files"
-                if self.version == "batches"
-                else "train_64x64 and valid_64x64, folders of PNG files or the same as .zip: the site that had them, "
-                "http://image-net.org/small/, is gone; get them from who has them"
-            )
-            + ", and say where they are (ImageNet64(folder=...), --data.init_args.folder)"
+    def _found(self, *names: str) -> Path:
+        if path := first_of(self.folder, *names):
+            return path
+        raise FileNotFoundError(
+            f"{self.folder} lacks {' and '.join(names)}; version={self.version!r} needs {NEEDS[self.version]}, and say "
+            "where they are (ImageNet64(folder=...), --data.init_args.folder)"
         )
 
     def _pictures(self, part: str) -> LabeledImages:
-        name = PICTURES[part]
-        path = first_of(self.folder, name, f"{name}.zip")
-        if path is None:
-            raise self._missing(f"{name} and {name}.zip")
-        store = open_store(path)
+        name = f"{part}_64x64"
+        store = open_store(self._found(name, f"{name}.zip"))
         rows = image_rows(store)
         if len(rows) != PICTURE_COUNTS[part]:
             raise ValueError(
-                f"{path} holds {len(rows)} images; {PICTURE_COUNTS[part]} are expected: it is incomplete or "
+                f"{store.path} holds {len(rows)} images; {PICTURE_COUNTS[part]} are expected: it is incomplete or "
                 "another data set (for any folder of images there is ImageFolder)"
             )
         return cached(ImageReader(store, rows, 3, Framing(64)), self.cache, name), None
 
     def _batches(self, part: str) -> LabeledImages:
-        paths = []
-        for name in BATCHES[part]:
-            path = first_of(self.folder, f"{name}.npz", name)
-            if path is None:
-                raise self._missing(f"{name}.npz and {name}")
-            paths.append(path)
+        paths = [self._found(f"{name}.npz", name) for name in BATCHES[part]]
         status = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         images = Path(self.cache or "").expanduser() / f"{part}-{digest(status)}.npy"
         labels = images.with_name(f"{images.stem}-labels.npy")
