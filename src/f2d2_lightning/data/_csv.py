@@ -19,8 +19,7 @@ SEPARATORS = ("\t", ";", ",")
 def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
     """Rows of numbers ``(N, columns)``, and the names of the columns where the first line has them.
 
-    Raises:
-        ValueError: If it is no such text, or a cell is no number. Names row, column and remedy.
+    A ``ValueError`` names row, column and remedy of a cell that is no number.
     """
     numbers, lines, separator = [], [], ","
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -44,17 +43,13 @@ def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
         if np.isfinite(array).all():
             return array, names
     for number, row in zip(numbers[start:], rows, strict=True):
+        where = f"{path}, row {number}"
         if len(row) != width:
-            raise ValueError(
-                f"{path}, row {number}: {len(row)} columns for {width}; every row needs the same columns of numbers"
-            )
+            raise ValueError(f"{where}: {len(row)} columns for {width}; every row needs the same columns of numbers")
         for place, text in enumerate(row):
             if not _is_number(text):
-                column = names[place] if names else place + 1
-                raise ValueError(
-                    f"{path}, row {number}: {text!r} in column {column}; "
-                    f"{_remedy(text, [other[place] for other in rows if place < len(other)])}"
-                )
+                remedy = _remedy(text, [other[place] for other in rows if place < len(other)])
+                raise ValueError(f"{where}: {text!r} in column {names[place] if names else place + 1}; {remedy}")
     return np.array(rows, dtype=np.float64).reshape(len(rows), width), names
 
 

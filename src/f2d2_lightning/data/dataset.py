@@ -72,10 +72,9 @@ class StoredValues(LazyValues):
 
     def _map(self) -> np.ndarray:
         if self._array is None:
-            array = map_numbers(self.path, "remove it, and make it again")
-            if array.ndim < 1:
+            self._array = map_numbers(self.path, "remove it, and make it again")
+            if self._array.ndim < 1:
                 raise ValueError(f"{self.path} is no .npy file of an array (N, ...); remove it, and make it again")
-            self._array = array
         return self._array
 
     def __getitems__(self, rows: list[int]) -> Tensor:
@@ -87,17 +86,14 @@ class _Rows(LazyValues):
 
     def __init__(self, source: Any, rows: Tensor | None = None) -> None:
         self.source, self.rows = source, rows
-        known = isinstance(source, (LazyValues, np.ndarray))
-        shape = source.shape if known else self._read([0]).shape
-        self.shape = (len(source) if rows is None else len(rows), *shape[1:])
+        first = source if isinstance(source, (LazyValues, np.ndarray)) else self._read([0])
+        self.shape = (len(source) if rows is None else len(rows), *first.shape[1:])
 
     def _read(self, rows: list[int]) -> Tensor:
         if isinstance(self.source, np.ndarray):
             return torch.from_numpy(np.array(self.source[rows]))
-        if hasattr(self.source, "__getitems__"):
-            found = self.source.__getitems__(rows)
-        else:
-            found = [self.source[row] for row in rows]
+        together = hasattr(self.source, "__getitems__")
+        found = self.source.__getitems__(rows) if together else [self.source[row] for row in rows]
         parts = isinstance(found, (list, tuple))
         return torch.stack([torch.as_tensor(value) for value in found]) if parts else torch.as_tensor(found)
 
@@ -116,15 +112,10 @@ def as_values(values: Any) -> Values:
 
     A reader has ``__len__``, and ``__getitems__`` (rows to a batch or a list of values) or ``__getitem__``. To workers
     that are spawned numpy pickles a ``memmap`` as a whole: give :class:`StoredValues` of its file instead.
-
-    Raises:
-        ValueError: If it is none of these, or empty.
     """
     if not hasattr(values, "__len__") or not (hasattr(values, "__getitems__") or hasattr(values, "__getitem__")):
-        raise ValueError(
-            f"values are a {type(values).__name__}; a tensor, an array, or a reader with __len__ and __getitems__ is "
-            "expected"
-        )
+        needed = "a tensor, an array, or a reader with __len__ and __getitems__ is expected"
+        raise ValueError(f"values are a {type(values).__name__}; {needed}")
     if len(values) == 0:
         raise ValueError("there are no values; a data set has at least one")
     return values if isinstance(values, (Tensor, LazyValues)) else _Rows(values)

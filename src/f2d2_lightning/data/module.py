@@ -126,24 +126,19 @@ class FlowDataModule(L.LightningDataModule):
         """Load the data, once."""
         if self._sets:
             return
-        sets = {}
+        sets, ends = {}, []
         for name, (values, labels) in self.splits().items():
             # the word is part of the seed, and so of every figure that was published
             seed = mix_seed(self.seed, "dequantisation", name)
             sets[name] = DequantizedDataset(values, labels, self.quantization, seed)
         if self.quantization is not None:
-            self._check_range([data.values for data in sets.values()], self.quantization)
+            # whether all the data use their levels: of lazy values a few are enough to see it
+            for values in (data.values for data in sets.values()):
+                if not isinstance(values, Tensor):
+                    values = values[torch.linspace(0, len(values) - 1, min(PROBED, len(values))).round().long()]
+                ends += [values.min(), values.max()]
+            self.quantization.check_range_of(torch.stack(ends))
         self._sets = sets
-
-    @staticmethod
-    def _check_range(splits: list[Values], quantization: Quantization) -> None:
-        """Whether all the data use their levels; of lazy values a few are enough to see it."""
-        ends = []
-        for values in splits:
-            if not isinstance(values, Tensor):
-                values = values[torch.linspace(0, len(values) - 1, min(PROBED, len(values))).round().long()]
-            ends += [values.min(), values.max()]
-        quantization.check_range_of(torch.stack(ends))
 
     def dataset(self, split: str) -> DequantizedDataset:
         """The data of ``"train"``, ``"val"`` or ``"test"``."""

@@ -53,10 +53,8 @@ def read_rows(path: str | Path) -> Tensor:
 def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | None = None) -> Rows:
     """:func:`read_rows`, and what was done to them.
 
-    Args:
-        path: The file.
-        levels: Whether floating numbers that are 8-bit levels become integers.
-        shape: Of the states that they are for; rows that have it already keep their axes.
+    Floating numbers that are 8-bit levels become integers unless ``levels`` says otherwise, and rows that have the
+    ``shape`` of the states that they are for keep their axes.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,7 +76,9 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
             said.append("its numbers are whole multiples of 1/255, and so were taken as 8-bit levels, 0 to 255")
         if array.shape[1:] != shape:
             array = _as_images(array, said)
-    return Rows(_as_tensor(array), labels, tuple(said))
+    if array.dtype != np.uint8:
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+    return Rows(torch.from_numpy(np.ascontiguousarray(array)), labels, tuple(said))
 
 
 def holds_pairs(path: str | Path) -> bool:
@@ -93,10 +93,6 @@ def read_pairs(path: str | Path) -> tuple[Tensor, Cond]:
     """Parameters and conditions of an ``.npz`` file: its arrays ``theta``, ``(N, ...)``, and ``x``, ``(N, ...)``.
 
     In the place of ``x`` there may be several, ``x.sequence`` and ``x.mask`` for one, which become a dictionary.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has no such arrays, or see :func:`as_pairs`.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,14 +109,8 @@ def read_pairs(path: str | Path) -> tuple[Tensor, Cond]:
 def as_pairs(parameters: Any, conditions: Any, what: str = "pairs") -> tuple[Tensor, Cond]:
     """Parameters and conditions as tensors of ``float32`` or integers; numbers ``(N,)`` that float are vectors of one.
 
-    Args:
-        parameters: Floating numbers, ``(N, ...)``.
-        conditions: An array, or a tuple or dictionary of arrays, ``(N, ...)``.
-        what: What holds them, for errors.
-
-    Raises:
-        TypeError: If something is no array.
-        ValueError: If there are not as many of both, parameters are no floating numbers, or there is nothing.
+    Parameters are an array of floating numbers, ``(N, ...)``, conditions an array, or a tuple or dictionary of arrays,
+    ``(N, ...)``; a ``TypeError`` or ``ValueError`` says if they are not, and calls them ``what``.
     """
 
     def one(part: Any) -> Tensor:
@@ -154,15 +144,12 @@ def _as_images(array: np.ndarray, said: list[str]) -> np.ndarray:
     if array.ndim == 3 and array.dtype.kind in "biu":
         array = array[:, None]
         said.append(f"taken as grey images, {array.shape[1:]}")
-    if array.ndim == 4 and _channels_are_last(array.shape):
-        array = np.moveaxis(array, -1, 1)
-        said.append(f"its channels come last and were brought to the front, {array.shape[1:]}")
+    if array.ndim == 4:
+        _, first, second, last = array.shape
+        if last in CHANNELS and first not in CHANNELS and min(first, second) > last:
+            array = np.moveaxis(array, -1, 1)
+            said.append(f"its channels come last and were brought to the front, {array.shape[1:]}")
     return array
-
-
-def _channels_are_last(shape: tuple[int, ...]) -> bool:
-    _, first, second, last = shape
-    return last in CHANNELS and first not in CHANNELS and min(first, second) > last
 
 
 def _as_eight_bit(array: np.ndarray) -> np.ndarray | None:
@@ -177,10 +164,3 @@ def _as_eight_bit(array: np.ndarray) -> np.ndarray | None:
             return None
     # nothing but black and white is of two levels
     return found.astype(np.uint8) if len(np.unique(found)) > 2 else None
-
-
-def _as_tensor(array: np.ndarray) -> Tensor:
-    """Numbers as ``float32``, ``uint8`` or ``int64``, shape of the array."""
-    if array.dtype != np.uint8:
-        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
-    return torch.from_numpy(np.ascontiguousarray(array))
