@@ -307,6 +307,63 @@ def test_methods_are_given_back(tmp_path, fail):
     assert not {"training_step", "manual_backward", "on_save_checkpoint"} & set(vars(module))
 
 
+def test_methods_that_two_callbacks_wrapped_are_given_back(tmp_path):
+    module = MeanFlowModule()
+    module.other = MeanNet(2)
+    fit(tmp_path, module, callback(), callback(flow_map="other"), max_epochs=1)
+    assert not {"training_step", "manual_backward", "on_save_checkpoint"} & set(vars(module))
+
+
+def test_what_somebody_else_wraps_meanwhile_stays(tmp_path):
+    module, f2d2, calls = MeanFlowModule(), callback(), []
+
+    class Theirs(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            step = pl_module.training_step
+            pl_module.training_step = functools.wraps(step)(lambda *args: calls.append(0) or step(*args))
+
+    fit(tmp_path, module, f2d2, Theirs(), max_epochs=1)
+    added = f2d2.added.steps
+    assert len(calls) == added == 3
+    fit(tmp_path, module, max_epochs=2)
+    assert len(calls) == 9  # of theirs alone
+    assert f2d2.added.steps == added
+
+
+def test_a_step_need_not_ask_for_its_index(tmp_path):
+    """Each step has random numbers of its own all the same, those that it would have with the index."""
+
+    class NoIndex(MeanFlowModule):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    made = []
+    for cls in (MeanFlowModule, NoIndex):
+        torch.manual_seed(0)
+        made.append((cls(), callback()))
+        fit(tmp_path, *made[-1])
+    assert same(made[0][0], made[1][0])
+    assert same(made[0][1].added.live, made[1][1].added.live)
+
+
+@pytest.mark.parametrize("function", ["test", "validate", "predict"])
+def test_an_earlier_checkpoint_is_asked_with_the_head_that_it_had(tmp_path, function):
+    """In the process that trained on since, as in a new one."""
+    module, f2d2 = MeanFlowModule(), callback()
+    earlier = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    made = fit(tmp_path, module, f2d2, earlier, enable_checkpointing=True)
+    path, x = str(tmp_path / "epoch=0.ckpt"), Pair().dataset("test").values
+    module.predict_step = lambda batch, batch_idx: None
+    loaders = Pair().test_dataloader() if function == "predict" else Pair()
+    options = {} if function == "predict" else {"verbose": False}
+    run = getattr(made, function)
+    run(module, loaders, ckpt_path=path, **options)
+    again, other = callback(), MeanFlowModule()
+    trainer(tmp_path, callbacks=[again]).test(other, Pair(), ckpt_path=path, verbose=False)
+    assert same(module, other)
+    assert torch.equal(f2d2.log_prob(x, 2).value, again.log_prob(x, 2).value)
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_validation_of_a_checkpoint_gives_what_training_logged(tmp_path, weights_only):
     module, f2d2 = MeanFlowModule(), callback()

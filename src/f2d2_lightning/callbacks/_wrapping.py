@@ -10,6 +10,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+LAYER = "_f2d2_layer"
+
 
 def overrides(owner: Any, name: str) -> bool:
     """Whether a LightningModule or data module, of ``lightning`` or of ``pytorch_lightning``, has its own such method.
@@ -22,31 +24,47 @@ def overrides(owner: Any, name: str) -> bool:
     return getattr(method, "__func__", method) is not getattr(base, name, None)
 
 
+class _Layer:
+    """What is done around a method until it is :attr:`done`; the method calls it, as Lightning wants a function."""
+
+    def __init__(self, original: Callable[..., Any], around: Callable[..., Any], before: Any) -> None:
+        self.before, self.done = before, False
+
+        @functools.wraps(original)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if self.done else around(original, *args, **kwargs)
+
+        self.method = method
+
+
 class Wrapped:
-    """Methods of a module that something is done around, until :meth:`restore` gives it its own back."""
+    """Methods of a module that something is done around, until :meth:`restore` gives it its own back.
+
+    Several may be around one method, and end in any order.
+    """
 
     def __init__(self, module: L.LightningModule) -> None:
         self.module = module
-        self._own: dict[str, Any] = {}
+        self._layers: dict[str, _Layer] = {}
 
     def wrap(self, name: str, around: Callable[..., Any]) -> None:
         """Call ``around(original, *args, **kwargs)`` in place of a method."""
-        original = getattr(self.module, name)
-
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs)
-
-        self._own[name] = vars(self.module).get(name)
-        setattr(self.module, name, wrapped)
+        layer = _Layer(getattr(self.module, name), around, vars(self.module).get(name))
+        setattr(layer.method, LAYER, layer)
+        setattr(self.module, name, layer.method)
+        self._layers[name] = layer
 
     def restore(self) -> None:
-        for name, before in self._own.items():
-            if before is None:
-                delattr(self.module, name)
-            else:
-                setattr(self.module, name, before)
-        self._own = {}
+        own = vars(self.module)
+        for name, layer in self._layers.items():
+            layer.done = True
+            # what somebody else has wrapped in the meantime stays below; of ours, those below end with the last
+            while (top := getattr(own.get(name), LAYER, None)) and top.method is own[name] and top.done:
+                if top.before is None:
+                    delattr(self.module, name)
+                else:
+                    setattr(self.module, name, top.before)
+        self._layers = {}
 
 
 class AddedLoss:
@@ -84,7 +102,9 @@ class AddedLoss:
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``training_step``."""
         batch = args[0] if args else kwargs["batch"]
-        index = int(kwargs.get("batch_idx", args[1] if len(args) > 1 else 0))
+        # a step need not ask for the index
+        index = kwargs["batch_idx"] if "batch_idx" in kwargs else args[1] if len(args) > 1 else None
+        index = int(self.module.trainer.fit_loop.epoch_loop.batch_idx if index is None else index)
         self._forget()
         if self.module.automatic_optimization:
             output = original(*args, **kwargs)

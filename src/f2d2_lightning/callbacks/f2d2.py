@@ -301,11 +301,7 @@ class F2D2Callback(AddedModel, L.Callback):
         self._evaluates = False
         if trainer.sanity_checking:
             return
-        self._find(pl_module)
-        self._module = pl_module
-        if self._added is None and self._pending is not None:
-            self._make_from(self._pending, pl_module.device)
-            self._restore_pending()
+        self._take_over(pl_module)
         if self._added is None:
             given = "pass a checkpoint that was saved with it (ckpt_path=...), or fit first"
             warnings.warn(f"F2D2Callback has no trained head to evaluate; {given}", stacklevel=2)
@@ -315,6 +311,19 @@ class F2D2Callback(AddedModel, L.Callback):
         self.evaluation.start(trainer)
 
     on_test_epoch_start = on_validation_epoch_start
+
+    def on_predict_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._take_over(pl_module)
+
+    def _take_over(self, pl_module: L.LightningModule) -> None:
+        """The head that a checkpoint of this run had, also in the place of one that is there."""
+        self._find(pl_module)
+        self._module = pl_module
+        if self._pending is not None:
+            if self._added is None:
+                self._make_from(self._pending, pl_module.device)
+            self._restore_pending()
+            self.added.to(pl_module.device)
 
     def on_validation_batch_end(
         self,
