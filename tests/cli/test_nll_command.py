@@ -273,9 +273,21 @@ class Theirs(L.LightningDataModule):
         return DataLoader(Stream() if self.stream else TensorDataset(self.points), batch_size=3)
 
 
+class Moved(Theirs):
+    """Whose states are what a hook makes of its batches."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] + 0.25, *batch[1:]]
+
+
 @pytest.mark.parametrize(
     ("data", "arguments", "offset"),
-    [("Theirs", {}, 0.0), ("Theirs:train", {"offset": 0.5}, 0.5), ("Theirs", {"stream": True}, 0.0)],
+    [
+        ("Theirs", {}, 0.0),
+        ("Theirs:train", {"offset": 0.5}, 0.5),
+        ("Theirs", {"stream": True}, 0.0),
+        ("Moved", {"offset": 0.5}, 0.75),
+    ],
 )
 def test_somebody_elses_data_module(models, data, arguments, offset):
     import json

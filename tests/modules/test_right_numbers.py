@@ -723,6 +723,66 @@ def test_a_part_of_a_teacher_as_backbone_is_copied_and_trained(tmp_path, part):
     assert any(not torch.equal(p, q) for p, q in zip(made.average.flow_map.parameters(), kept, strict=True))
 
 
+def test_a_trained_map_goes_on_from_itself_whatever_the_teacher(tmp_path):
+    of = teacher()
+    first = student(of)
+    fit(tmp_path, first)
+    again = student(of, flow_map=first.average, optimizer=functools.partial(torch.optim.SGD, lr=1e-30))
+    fit(tmp_path, again, max_epochs=-1, max_steps=1)
+    assert same(again.joint, first.average)
+
+
+# --- states are what the hooks of data and module make of batches ---
+
+
+class Raw(Pair):
+    """Ten times as wide, and moved."""
+
+    def splits(self):
+        return {name: (10 * values + 100, labels) for name, (values, labels) in super().splits().items()}
+
+
+class Before(Raw):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return (batch - 100) / 10
+
+
+class After(Raw):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (batch - 100) / 10
+
+
+@pytest.mark.parametrize("data", [Before, After])
+@pytest.mark.parametrize("who", ["teacher", "student", "callback"])
+def test_fits_are_of_what_training_sees(tmp_path, who, data):
+    def fitted(data):
+        network = PreconditionedMLP((2,), width=16, blocks=1)
+        if who == "callback":
+            added = callback()
+            fit(tmp_path, MeanFlowModule(), added, data=data)
+            return added.added.live["head"].baseline
+        module = student(f2.FlowMatchingModule(network)) if who == "student" else f2.FlowMatchingModule(network)
+        fit(tmp_path, module, data=data)
+        live = module.joint.head if who == "student" else module.flow_map
+        return next(part for part in live.modules() if isinstance(part, f2.GaussianBaseline))
+
+    found, right = fitted(data()), fitted(Pair())
+    torch.testing.assert_close(found.mean, right.mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.variances, right.variances, rtol=1e-3, atol=0)
+
+
+def test_a_stream_without_a_length_is_validated(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.randn(40, 300, generator=torch.Generator().manual_seed(0)))
+
+    objective = f2.TrajectoryRegression(nodes=4, capacity=64, refresh=8.0, chunk=16)
+    network = PreconditionedMLP((300,), width=8, blocks=1)
+    module = f2.F2D2Module(network, objective=objective, reference=f2.Reference(steps=4), steps=(1,))
+    trainer(tmp_path, max_epochs=1).fit(module, DataLoader(Stream(), 10), DataLoader(Stream(), 10))
+    assert math.isfinite(float(module.trainer.callback_metrics["val/nll_1"]))
+
+
 def test_a_function_can_be_a_teacher(tmp_path):
     mean, covariance = torch.tensor([0.5, -1.0]), torch.tensor([[1.0, 0.8], [0.8, 0.73]])
     flow = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(mean, covariance))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 from f2d2_lightning.callbacks._wrapping import overrides
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import state_images
+from f2d2_lightning.training.batches import transferred
 from f2d2_lightning.utils.conditions import Cond, joined, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.seeding import mix_seed
@@ -133,7 +134,7 @@ class RealImages:
         """States and conditioning of rows of the data set, or of the whole stream; random numbers begin anew."""
         _seed_all(0)
         for batch in self.loader if rows is None else self._loader(rows):
-            x, cond = self.model.state(self.trainer.strategy.batch_to_device(batch))
+            x, cond = self.model.state(transferred(self.trainer, batch))
             yield x.detach(), cond
 
     def _loader(self, rows: list[int]) -> DataLoader:

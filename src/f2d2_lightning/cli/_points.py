@@ -89,6 +89,8 @@ class Points:
     """What to do where a conditional model finds no labels."""
     log_scale: float = 0.0
     """What log-likelihoods of the states are above those in the units of the source, nats."""
+    module: L.LightningDataModule | None = None
+    """Somebody's data module, whose hooks a batch goes through as in training."""
 
     @classmethod
     def of(cls, path: Any, dataset: DequantizedDataset, **kwargs: Any) -> Points:
@@ -113,7 +115,9 @@ class Points:
             rows = range(draw * count, (draw + 1) * count)
             workers, collate = loader.num_workers, loader.collate_fn
             loader = DataLoader(loader.dataset, size, sampler=rows, num_workers=workers, collate_fn=collate)
-        return iter(loader)
+        if (module := self.module) is None:
+            return iter(loader)
+        return (module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0) for batch in loader)
 
 
 def load_points(name: str, arguments: Mapping[str, Any] | None, module: LikelihoodModel, reading: Reading) -> Points:
@@ -176,7 +180,7 @@ def _from_data_module(
         raise ValueError(f"{cls.__name__} has no {split}_dataloader; choose another split") from error
     if not isinstance(loader, DataLoader):
         raise ValueError(f"{cls.__name__}.{split}_dataloader gives {type(loader).__name__}; one DataLoader is needed")
-    return Points(name, loader, no_labels=no_labels)
+    return Points(name, loader, no_labels=no_labels, module=data)
 
 
 def _agree_on_classes(data: L.LightningDataModule, module: LikelihoodModel) -> None:

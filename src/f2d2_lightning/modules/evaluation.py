@@ -130,7 +130,7 @@ class Evaluation:
         derivatives = Determinant().derivatives(model.dim) * sum(model.steps)
         most = OWN_IN_TEST if trainer.testing else OWN
         if training and model.dim > EXACT_UP_TO:
-            most = min(most, int(OWN_SHARE * _trained_between(trainer)))
+            most = int(min(most, OWN_SHARE * _trained_between(trainer)))
         # all processes must call a sharded network equally often
         self._sharded = process_count() > 1 and is_sharded(model.joint)
         self._owned = 0 if self._sharded else min(64, most // derivatives)

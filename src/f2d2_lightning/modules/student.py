@@ -283,7 +283,7 @@ class F2D2Module(FlowModule, DistilledModel):
         x, cond = next(self._states())
         teacher = self.teacher
         self.check_networks(self.joint.flow_map, None if teacher is None else self.teacher_velocity(), x, cond)
-        if self.warm_start and not self.joint.frozen and isinstance(teacher, FlowMatchingModule):
+        if self.warm_start and not (self.joint.frozen or self._goes_on) and isinstance(teacher, FlowMatchingModule):
             try:
                 state = one_time_state(self.joint.flow_map, teacher.average.state_dict())
                 load_whole(self.joint.flow_map, state)
@@ -300,7 +300,7 @@ class F2D2Module(FlowModule, DistilledModel):
 
     def _states(self) -> Iterator[tuple[Tensor, Cond | None]]:
         for batch in self.training_batches():
-            yield self.state(self.transfer_batch_to_device(batch, self.device, 0))
+            yield self.state(batch)
 
     # --- training ---
 

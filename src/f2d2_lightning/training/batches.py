@@ -154,8 +154,15 @@ class BatchStates:
         )
 
 
+def transferred(trainer: L.Trainer, batch: Any) -> Any:
+    """A batch of a loader as ``training_step`` would get it: through the hooks around its way to the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch)
+
+
 def all_training_batches(trainer: L.Trainer) -> Iterable[Any]:
-    """One pass over the training data, as batches; of data that have no end the first 131,072 samples."""
+    """One pass over the training data, as ``training_step`` gets them; of data without an end 131,072 samples."""
     loader = trainer.train_dataloader
     if loader is None:
         raise RuntimeError("there are no training data yet; call this from on_train_start or later")
@@ -164,8 +171,8 @@ def all_training_batches(trainer: L.Trainer) -> Iterable[Any]:
     except (TypeError, NotImplementedError, AttributeError):
         count = max(1, FIT_SAMPLES // (getattr(loader, "batch_size", None) or 1))
         rank_zero_info(f"the training data have no length: what is set from them comes from {count} batches at most")
-        return itertools.islice(loader, count)
-    return loader
+        loader = itertools.islice(loader, count)
+    return (transferred(trainer, batch) for batch in loader)
 
 
 def check_trained(trainer: L.Trainer) -> None:
@@ -191,7 +198,7 @@ def has_rows(loader: Any) -> TypeGuard[DataLoader]:
 
 
 def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
-    """At least ``count`` training samples as batches on the device, without touching the trainer's own iterators.
+    """At least ``count`` training samples as ``training_step`` gets them, without touching the trainer's own iterators.
 
     The same ones on every process, where the data are a map-style dataset; else as many batches as are likely to hold
     them, from a new iterator.
@@ -205,11 +212,11 @@ def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
         for index, batch in enumerate(loader):
             if index * size >= count:
                 return
-            yield trainer.strategy.batch_to_device(batch)
+            yield transferred(trainer, batch)
         return
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     rows = order[:count].tolist()
     # another loader: a second iterator of one with persistent workers would reset the first; and batches of a fixed
     # size, so that what is set from them does not depend on the number of processes
     for batch in DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=loader.collate_fn):
-        yield trainer.strategy.batch_to_device(batch)
+        yield transferred(trainer, batch)
