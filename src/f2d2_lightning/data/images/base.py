@@ -75,8 +75,8 @@ class ImageDataModule(FlowDataModule):
                     f"{type(self).__name__} has no names of classes; set labels=True, or leave it as it is"
                 )
             self._own_classes = self.classes
-            own = {name: data.labels for name, data in self._sets.items()}
-            self._own_labels = {name: labels.clone() for name, labels in own.items() if labels is not None}
+            own = {name: data.labels for name, data in self._sets.items() if data.labels is not None}
+            self._own_labels = {name: labels.clone() for name, labels in own.items()}
         numbers = torch.tensor(labels_of(self._own_classes, classes, type(self).__name__))
         for name, labels in self._own_labels.items():
             # in place: loaders may have been made

@@ -46,8 +46,6 @@ class CelebA64(ImageDataModule):
     https://arxiv.org/abs/1711.01558), 148 in code for variational autoencoders
     (https://github.com/AntixK/PyTorch-VAE).
 
-    Images are decoded when they are asked for; with ``cache`` once and for all (2.5 GB).
-
     Args:
         folder: Where the files are; torchvision's ``root/celeba``.
         crop: Side of the square about the centre, of 178 x 218 pixels.
@@ -55,7 +53,7 @@ class CelebA64(ImageDataModule):
         attribute: Give batches ``(states, labels)``, labels 1 where the face has this attribute and 0 where it has
             not, one of the 40 in ``list_attr_celeba.txt``, such as ``"Smiling"``; ``None`` for states alone.
         val: Validation images to use, the first ones; ``None`` for all 19,867.
-        cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` for none.
+        cache: Folder for the decoded images as a memory-mapped array (2.5 GB), made once; ``None`` decodes them anew.
         download: Fetch missing files (1.4 GB) from the authors' Google Drive, which refuses when too many have asked.
         **kwargs: As :class:`ImageDataModule`; ``num_workers`` had better be several, without a cache.
 

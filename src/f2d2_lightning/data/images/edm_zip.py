@@ -30,8 +30,6 @@ class EDMZip(ImageDataModule):
     test part; ``test_path`` names another one, or ``test`` images are taken from it. Images are in the order of their
     names, from which those of each split are drawn, once and for all.
 
-    They are decoded when they are asked for, in any number of workers; with ``cache`` once and for all.
-
     Args:
         path: The zip file, or a folder of the same content.
         resolution: Height and width of the images, which are square and read as they are.
@@ -39,7 +37,7 @@ class EDMZip(ImageDataModule):
         labels: Give batches ``(states, labels)``, from ``dataset.json``.
         test_path: Zip file or folder of test images; ``None`` to take ``test`` images of ``path``, as many as ``val``
             if that is not given.
-        cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` for none.
+        cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` decodes them anew.
         **kwargs: As :class:`ImageDataModule`; ``num_workers`` had better be several, without a cache.
 
     Raises:

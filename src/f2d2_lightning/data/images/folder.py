@@ -21,8 +21,7 @@ class ImageFolder(ImageDataModule):
     """A folder of image files (a zip file of one will do), searched recursively, dequantized to [-1, 1].
 
     Crop and resize come first, dequantization last. EXIF orientation is not applied. Images are in the order of their
-    names, from which those of each split are drawn, once and for all, unless folders for the splits are named. They are
-    decoded when they are asked for; with ``cache`` once and for all.
+    names, from which those of each split are drawn, once and for all, unless folders for the splits are named.
 
     Args:
         folder: The images.
@@ -39,7 +38,7 @@ class ImageFolder(ImageDataModule):
         val_folder: Folder of validation images; ``None`` to take ``val`` images of ``folder``.
         test_folder: Folder of test images; ``None`` to take ``test`` images of ``folder``.
         val: Validation images; ``None`` for all of ``val_folder``, or 1000. Likewise for ``test``.
-        cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` for none.
+        cache: Folder for the decoded images as a memory-mapped array, made once; ``None`` decodes them anew.
         **kwargs: As :class:`ImageDataModule`; ``num_workers`` had better be several, without a cache.
 
     Raises:
