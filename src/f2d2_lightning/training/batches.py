@@ -27,11 +27,7 @@ HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float1
 
 
 def check_precision(trainer: L.Trainer) -> None:
-    """Refuse a Trainer whose weights and states are of half precision.
-
-    Raises:
-        ValueError: Says what to set instead.
-    """
+    """Refuse a Trainer whose weights and states are of half precision."""
     if str(trainer.precision) in HALF:
         raise ValueError(
             f"precision={trainer.precision!r} keeps states and weights in half precision, in which a log-likelihood of "
@@ -40,11 +36,9 @@ def check_precision(trainer: L.Trainer) -> None:
 
 
 def check_values(x: Tensor, quantization: Quantization | None) -> None:
-    """Look at the first states of a run, ``(B, ...)``: are they what ``levels``, ``low`` and ``high`` say?
+    """Refuse first states of a run, ``(B, ...)``, that are not what ``levels``, ``low`` and ``high`` say.
 
-    Raises:
-        ValueError: If they are not (:meth:`~f2d2_lightning.Quantization.check_states`). Continuous data that look
-            discrete get a warning.
+    Continuous data that look discrete get a warning.
     """
     check_state(x, "the batch of states")
     if quantization is None:
@@ -79,15 +73,8 @@ class FirstLook:
     ) -> None:
         """Say what is wrong with the training data, see :func:`f2d2_lightning.likelihood.check_data`.
 
-        Every process must call it, and the first one speaks. The random state is afterwards what it was.
-
-        Args:
-            states: ``batch -> (x, cond)``.
-            quantization: Levels and range; ``None`` for continuous data.
-            trainer: The trainer, whose training data are there.
-
-        Raises:
-            ValueError: If no density can be learned of them. All else is a warning.
+        Every process must call it, and the first one speaks. The random state is afterwards what it was. Data of which
+        no density can be learned are a ``ValueError``, all else is a warning.
         """
         stored = has_rows(trainer.train_dataloader)
         with isolate_rng():
@@ -115,11 +102,7 @@ class BatchStates:
         self.shape: tuple[int, ...] | None = None
 
     def __call__(self, batch: Any, module: L.LightningModule) -> tuple[Tensor, Cond | None]:
-        """``(B, ...)`` and conditioning or ``None``; the first batch decides the shape.
-
-        Raises:
-            ValueError: If there are no states in the batch, or they are of another shape, not floating or not finite.
-        """
+        """``(B, ...)`` and conditioning or ``None``; the first batch decides the shape, and others are refused."""
         x, cond = self._convert(batch, module)
         check_state(x, "the batch of states")
         # half precision is for networks: differences of states and log-densities need more
@@ -176,11 +159,7 @@ def all_training_batches(trainer: L.Trainer) -> Iterable[Any]:
 
 
 def check_trained(trainer: L.Trainer) -> None:
-    """Refuse a fit that ended after no step because its training data hold no batch.
-
-    Raises:
-        ValueError: Says what may be the reason.
-    """
+    """Refuse a fit that ended after no step because its training data hold no batch."""
     if trainer.num_training_batches == 0 and trainer.limit_train_batches not in (0, 0.0):
         raise ValueError(
             "there are no training data: the loader gives no batch, and nothing was trained; look at what the data set "

@@ -34,6 +34,8 @@ from f2d2_lightning.utils.checks import ArgumentError
 Module = TypeVar("Module", bound=L.LightningModule)
 Described = TypeVar("Described", bound=L.LightningModule | L.LightningDataModule)
 
+NO_CHECKPOINT = "is not a Lightning checkpoint: it has no 'state_dict'"
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's contents, on the CPU, weights and plain values only: no code in it is run.
@@ -48,63 +50,36 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is a folder, as sharded checkpoints are; make one file of it: "
             "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
         )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint at {path}; train one (f2d2 fit --config ...) or correct the path"
-        )
-    try:
-        _check_whole(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails wherever its damage is
-        raise _no_plain_values(path, error) from error
+    checkpoint = _plain(path, path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise _no_checkpoint(path)
+        raise ValueError(f"{path} {NO_CHECKPOINT}")
     return checkpoint
 
 
 def look_into(path: Path) -> Mapping[str, Any]:
     """What a checkpoint holds, of a folder of shards the part that is not sharded; weights stay on the disk.
 
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or none of Lightning's.
+    Errors are those of :func:`read_checkpoint`.
     """
-    check_checkpoint(path)
     file = path / "meta.pt" if path.is_dir() else path
-    try:
-        content = torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file), map_location="cpu")
-    except Exception as error:  # a file of another kind fails wherever it differs
-        raise _no_plain_values(path, error) from error
+    content = _plain(path, file, mmap=zipfile.is_zipfile(file))
     if not isinstance(content, Mapping) or ("state_dict" not in content and path.is_file()):
-        raise _no_checkpoint(path)
+        raise ValueError(f"{path} {NO_CHECKPOINT}")
     return content
 
 
-def _no_plain_values(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read as a checkpoint of plain values: {said(error)[:500]}{_older(path)}")
-
-
-def _no_checkpoint(path: Path) -> ValueError:
-    return ValueError(f"{path} is not a Lightning checkpoint: it has no 'state_dict'")
-
-
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse a checkpoint that is cut short or damaged, before a run goes on from it.
-
-    Args:
-        path: A file, or a folder of shards.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: Says what is wrong, and which older one in the same folder is whole.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}; train one (f2d2 fit ...), or correct the path")
+def _plain(path: Path, file: Path, **kwargs: Any) -> Any:
+    """What ``file`` of the checkpoint ``path`` holds, once it is seen to be whole: weights and plain values only."""
+    if not (path.is_file() or path.is_dir()):
+        remedy = "train one (f2d2 fit --config ...) or correct the path"
+        raise FileNotFoundError(f"there is no checkpoint at {path}; {remedy}")
+    what = "a checkpoint"
     try:
         _check_whole(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}{_older(path)}") from error
+        what = "a checkpoint of plain values"
+        return torch.load(file, map_location="cpu", weights_only=True, **kwargs)
+    except Exception as error:  # a damaged file fails wherever its damage is
+        raise ValueError(f"{path} cannot be read as {what}: {said(error)[:500]}{_older(path)}") from error
 
 
 def _check_whole(path: Path) -> None:
@@ -202,10 +177,7 @@ def _objects(checkpoint: dict[str, Any], path: Any, cls: type, arguments: Mappin
     """Objects that a script gave to a module, or a student took from its teacher, as the checkpoint describes them.
 
     Those that the class takes and that ``arguments`` lack. How a script's module was trained is not among them, and
-    nothing of it is read.
-
-    Raises:
-        ValueError: If there are none, and the network would be looked for in another file.
+    nothing of it is read. A network that would be looked for in another file has to be given.
     """
     accepted, teacher = takes(cls), arguments.get("teacher")
     given = arguments.get("flow_map") is not None or not (teacher is None or isinstance(teacher, (str, Path)))
@@ -230,18 +202,14 @@ def _objects(checkpoint: dict[str, Any], path: Any, cls: type, arguments: Mappin
     found = {"flow_map": model.flow_map, "head": model.head} if isinstance(model, JointFlowMap) else {"flow_map": model}
     kinds = {"reference": Reference} | ({"inversion": Inversion} if isinstance(model, JointFlowMap) else {})
     found |= {name: called(kind, kept[name], str(path)) for name, kind in kinds.items() if name in kept}
-    takes_it = lambda name: accepted.others or name in accepted.hints  # noqa: E731
-    return {name: value for name, value in found.items() if arguments.get(name) is None and takes_it(name)}
+    taken = found if accepted.others else found.keys() & accepted.hints.keys()
+    return {name: value for name, value in found.items() if name in taken and arguments.get(name) is None}
 
 
 def described(
     checkpoint: Mapping[str, Any], path: Any, kind: type[Described], trust: Sequence[str]
 ) -> tuple[type[Described], dict[str, Any], tuple[str, ...]]:
-    """Class of the module, or data module, that a checkpoint describes, its arguments as they stand there, and trust.
-
-    Raises:
-        ValueError: If the class is none that a file may name, or another one than ``kind``.
-    """
+    """Class of the module, or data module, of a checkpoint, its arguments as they stand there, and trust."""
     trust = (*trust, *packages_of(kind))
     arguments = checkpoint.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
     if not isinstance(arguments, Mapping):
@@ -249,12 +217,9 @@ def described(
     check_extent(arguments, str(path))
     arguments = {name: value for name, value in arguments.items() if name != "_instantiator"}
     name = arguments.pop("_class_path", None)
-    cls: type[Described] = kind
-    if name is not None:
-        found = find_class(name, trust)
-        if not issubclass(found, kind):
-            raise ValueError(f"{path} is a checkpoint of {name}, but a {kind.__name__} is needed here")
-        cls = found
+    cls = kind if name is None else find_class(name, trust)
+    if not issubclass(cls, kind):
+        raise ValueError(f"{path} is a checkpoint of {name}, but a {kind.__name__} is needed here")
     accepted = takes(cls)
     if name is None and not accepted.others:
         # whatever else a script kept among its hyper-parameters
