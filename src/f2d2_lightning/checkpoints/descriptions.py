@@ -32,8 +32,7 @@ _GIVEN: dict[tuple[type, str], str] = {
 def describe_model(model: FlowMap | JointMap) -> dict[str, Any]:
     """Class and arguments of a model, and of parts that were put into it since.
 
-    Raises:
-        ValueError: If a part cannot be made again from plain values, or was changed in a way that no argument says.
+    A part that cannot be made again from plain values, or was changed in a way that no argument says, is refused.
     """
     numbers: dict[int, int] = {}
     content = {"model": describe(model, "the model", numbers)}
@@ -51,9 +50,7 @@ def describe(value: Any, place: str, numbers: dict[int, int] | None = None) -> d
     """Class and arguments of an object, which errors call ``place``.
 
     A second mention of one object refers to the first; ``numbers`` holds the number of each so far, by its ``id``.
-
-    Raises:
-        ValueError: If it, or one of its arguments, is none of this package's.
+    Objects of classes that are none of this package's are refused.
     """
     numbers = {} if numbers is None else numbers
     if id(value) in numbers:
@@ -87,11 +84,7 @@ def _ours(value: Any) -> bool:
 
 
 def make_model(content: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """Inverse of :func:`describe_model`, with fresh weights; ``given`` are objects of the reader's own, by name.
-
-    Raises:
-        ValueError: If it describes no flow map or joint map, or what it needs is not given.
-    """
+    """Inverse of :func:`describe_model`, with fresh weights; ``given`` are objects of the reader's own, by name."""
     made: dict[int, Any] = {}
     model = make_part(content.get("model"), given, made)
     replaced = content.get("replaced") or {}
@@ -110,17 +103,14 @@ def make_model(content: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
 
 
 def make_part(description: Any, given: Mapping[str, Any], made: dict[int, Any] | None = None) -> Any:
-    """Inverse of :func:`describe`.
-
-    Raises:
-        ValueError: If the description is none, names a class that it may not, or needs what is not given.
-    """
+    """Inverse of :func:`describe`."""
     made = {} if made is None else made
     keys = set(description) if isinstance(description, dict) else set()
     if keys == {"same_as"}:
-        if not isinstance(description["same_as"], (int, str)) or description["same_as"] not in made:
-            raise ValueError(f"the configuration refers to object {description['same_as']!r:.20}, which comes later")
-        return made[description["same_as"]]
+        number = description["same_as"]
+        if not isinstance(number, (int, str)) or number not in made:
+            raise ValueError(f"the configuration refers to object {number!r:.20}, which comes later")
+        return made[number]
     if keys == {"given", "class"}:
         name = description["given"]
         found = given.get(name) if isinstance(name, str) else None
@@ -156,7 +146,7 @@ def _replaced(plain: nn.Module, model: nn.Module, numbers: dict[int, int]) -> di
     made = dict(plain.named_modules(remove_duplicate=False))
     changed: dict[str, Any] = {}
     for name, part in model.named_modules(remove_duplicate=False):
-        inside = any(name.startswith(f"{done}.") for done in changed)
+        inside = name.startswith(tuple(f"{done}." for done in changed))
         if not inside and name in made and type(part) is not type(made[name]):
             changed[name] = describe(part, name, numbers)
     return changed

@@ -217,22 +217,12 @@ def read_description(folder: str | FilePath) -> DataDescription:
 
 
 def read_error_bars(folder: str | FilePath) -> dict[int, ErrorBars]:
-    """Error bars of a saved model by step count; none where it was saved without.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or no configuration in it.
-        ValueError: If they are no such values.
-    """
+    """Error bars of a saved model by step count, if it was saved with some; errors as :func:`read_description`."""
     return read_bars(_read(folder)[0].get("error_bars"))
 
 
 def read_units(folder: str | FilePath) -> Units | None:
-    """Units of the rows that a saved model was trained on; ``None`` where it was saved without.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, or no configuration in it.
-        ValueError: If they are no such values.
-    """
+    """Units of the rows of a saved model, ``None`` where it was saved without; errors as :func:`read_description`."""
     content, about, _ = _read(folder)
     return Units.read(content.get("units"), about.shape)
 
@@ -299,8 +289,7 @@ def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
 def fill(content: Mapping[str, Any], given: Mapping[str, Any], stored: Stored, what: str) -> Any:
     """A described model with its weights of a file called ``what``, in evaluation mode; ``given`` are the reader's own.
 
-    Raises:
-        ValueError: If the two do not fit, or the model would be far larger than its weights.
+    A model that does not fit its weights, or would be far larger, is a ``ValueError``.
     """
     names = {name: name for name in stored.shapes} | dict(stored.shared)
     numbers = sum(math.prod(shape) for shape in stored.shapes.values())
@@ -310,11 +299,12 @@ def fill(content: Mapping[str, Any], given: Mapping[str, Any], stored: Stored, w
     mine = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
     shapes = {name: tuple(value.shape) for name, value in mine.items()}
     came = {name: stored.shapes[source] for name, source in names.items() if source in stored.shapes}
-    problems = [f"{name} is missing" for name in shapes if name not in came]
-    problems += [f"{name} has no place" for name in names if name not in shapes]
     wrong = [name for name in shapes if came.get(name, shapes[name]) != shapes[name]]
-    problems += [f"{name} has shape {came[name]}, and the model {shapes[name]}" for name in wrong]
-    if problems:
+    if problems := [
+        *(f"{name} is missing" for name in shapes if name not in came),
+        *(f"{name} has no place" for name in names if name not in shapes),
+        *(f"{name} has shape {came[name]}, and the model {shapes[name]}" for name in wrong),
+    ]:
         network = type(given["network"]).__name__
         remedy = f"; it does not fit this {network}: make the network with the arguments of training" if theirs else ""
         raise ValueError(f"{what} does not fit {CONFIG}: {listed(problems)}{remedy}")
@@ -354,11 +344,7 @@ def _json(text: str | bytes, what: str) -> dict[str, Any]:
 
 
 def located(path: str | FilePath) -> FilePath:
-    """A checkpoint's or folder's path as it is, and where there is none the folder of the model of that name.
-
-    Raises:
-        FileNotFoundError: If there is no such model either.
-    """
+    """A checkpoint's or folder's path as it is, and where there is none the folder of the model of that name."""
     path = FilePath(path)
     return path if path.exists() or path.suffix == ".ckpt" else _folder(path)
 
@@ -404,8 +390,7 @@ def _read(folder: str | FilePath) -> tuple[dict[str, Any], DataDescription, File
 def _about(content: Mapping[str, Any], path: FilePath) -> DataDescription:
     shape, levels, low, high, unit = (content.get(name) for name in ("shape", "levels", "low", "high", "unit"))
     # an integer may have more digits than a float, and a float be none
-    edges = [edge for edge in (low, high) if isinstance(edge, (int, float)) and not isinstance(edge, bool)]
-    numbers = len(edges) == 2 and all(abs(edge) < 1e300 for edge in edges)
+    numbers = all(type(edge) in (int, float) and abs(edge) < 1e300 for edge in (low, high))  # type: ignore[arg-type]
     sides = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
     if not numbers or not sides or not (levels is None or (type(levels) is int and levels > 1)) or unit != _UNIT:
         raise ValueError(

@@ -62,8 +62,7 @@ def packages_of(*classes: type) -> tuple[str, ...]:
 def find_class(name: Any, trust: Sequence[str] = ()) -> type:
     """The class at a dotted path that a file names, which is in :data:`ALLOWED` or in packages that the user trusts.
 
-    Raises:
-        ValueError: If it is elsewhere, not there, or no class. Nothing outside of the allowed packages is imported.
+    Anything else is a ``ValueError``, and nothing outside of these packages is imported.
     """
     places = (*ALLOWED, *trust)
     if not isinstance(name, str) or len(name) > _LONGEST or not _NAME.fullmatch(name):
@@ -84,8 +83,7 @@ def find_class(name: Any, trust: Sequence[str] = ()) -> type:
         ) from error
     if not isinstance(found, type):
         raise ValueError(f"the file names {name}, which is no class; functions are not called from a file")
-    home = f"{found.__module__}.{found.__qualname__}"
-    if not _inside(home, places):
+    if not _inside(home := f"{found.__module__}.{found.__qualname__}", places):
         raise _untrusted(name, home)
     return found
 
@@ -109,10 +107,8 @@ def _untrusted(name: str, home: str) -> ValueError:
 def check_extent(description: Any, what: str) -> None:
     """Refuse a description, plain values in a file called ``what``, of more parts, or deeper ones, than any model has.
 
-    A few bytes can describe a list of lists of the same list, which are too many to be looked at one by one.
-
-    Raises:
-        ValueError: If there are too many, or a name is none that can be printed.
+    A few bytes can describe a list of lists of the same list, which are too many to be looked at one by one. Names that
+    cannot be printed are refused as well.
     """
     waiting, seen = [(description, 0)], 0
     while waiting:
@@ -168,10 +164,7 @@ def build_arguments(
     """Arguments of a class from their descriptions.
 
     The class is trusted already: its type hints say what may stand where. Objects that are ``given`` take the place of
-    what the description says.
-
-    Raises:
-        ValueError: If a value is none that a file may bring. Says which.
+    what the description says. A ``ValueError`` says which value is none that a file may bring.
     """
     accepted, given = takes(cls), dict(given or {})
     description = {_moved.argument(name, accepted.hints): value for name, value in description.items()}
@@ -183,13 +176,10 @@ def build_arguments(
     if unknown and not accepted.others:
         raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r:.80}; the file is of another version or class")
     made = {}
-    for name, value in description.items():
-        if name in given:
-            continue
-        default = accepted.defaults.get(name)
-        named = _names(value, default)
+    for name in [name for name in description if name not in given]:
+        value, default = description[name], accepted.defaults.get(name)
         place = f"{name!s:.80} of {cls.__name__}"
-        made[name] = default if named else build(value, accepted.hints.get(name, Any), trust, place)
+        made[name] = default if _names(value, default) else build(value, accepted.hints.get(name, Any), trust, place)
     return made | given
 
 
@@ -205,10 +195,8 @@ def build(value: Any, hint: Any = Any, trust: Sequence[str] = (), place: str = "
     """A value of a file, plain, listed or ``{"class_path": ..., "init_args": {...}}``, as the object that it describes.
 
     Where its place, a type hint and a name for messages, needs a function that makes an object of some class, such as
-    the optimiser of given parameters, a description of the class becomes that function.
-
-    Raises:
-        ValueError: If it names a class that it may not, or is text where an object is needed.
+    the optimiser of given parameters, a description of the class becomes that function. A class that it may not name,
+    and text where an object is needed, are a ``ValueError``.
     """
     options = _options(hint)
     if isinstance(value, Mapping):
@@ -321,7 +309,8 @@ def _text(value: str, options: Sequence[Any], trust: Sequence[str], place: str) 
             return option[value]
     if str not in options and pathlib.Path in options:
         return pathlib.Path(value)
-    if not _open(options) and not any(_is_text(option) for option in options):
+    is_text = [typing.get_origin(o) is typing.Literal or (_is_class(o) and issubclass(o, str)) for o in options]
+    if not _open(options) and not any(is_text):
         for base in (typing.get_args(option)[:1] for option in options if typing.get_origin(option) is type):
             # a class itself is asked for, and named as others are
             if issubclass(found := find_class(value, trust), base):
@@ -331,10 +320,6 @@ def _text(value: str, options: Sequence[Any], trust: Sequence[str], place: str) 
             "object when you load the file"
         )
     return value
-
-
-def _is_text(option: Any) -> bool:
-    return typing.get_origin(option) is typing.Literal or (_is_class(option) and issubclass(option, str))
 
 
 def _is_class(option: Any) -> bool:
@@ -376,8 +361,7 @@ class _TooLargeError(ValueError):
 def stored_in(state: Mapping[Any, Any], what: str) -> tuple[int, int]:
     """How many tensors the ``state_dict`` of a file called ``what`` has, and how many numbers, each counted once.
 
-    Raises:
-        ValueError: If a value is no plain tensor on the CPU, or a name none that can be printed.
+    Values that are no plain tensors on the CPU, and names that cannot be printed, are a ``ValueError``.
     """
     storages: dict[int, int] = {}
     for name, value in state.items():
@@ -410,11 +394,8 @@ def make(cls: type[Made], arguments: Mapping[str, Any]) -> Made:
 def within_size(make: Callable[[], Made], tensors: int, numbers: int, what: str) -> Made:
     """What ``make`` makes of a file's description, unless that has far more parameters than the file holds.
 
-    It then stops on the way. Random numbers drawn on the way are not missing afterwards. Classes of packages that the
-    user trusts make what they want (:func:`make`), with what they are given.
-
-    Raises:
-        ValueError: If there are more.
+    It then stops on the way, with a ``ValueError``. Random numbers drawn on the way are not missing afterwards. Classes
+    of packages that the user trusts make what they want (:func:`make`), with what they are given.
     """
     limits = _Limits(4 * tensors + 1000, 4 * numbers + 2**20, what)
     # initial weights that are written over are no reason to draw other numbers afterwards
@@ -468,11 +449,7 @@ def _counted(limits: _Limits) -> Iterator[None]:
 
 
 def _check_sizes(cls: type, arguments: Mapping[str, Any]) -> None:
-    """Refuse a number of layers that a class would list, or copy, before it registers the first.
-
-    Raises:
-        ValueError: If its arguments ask for more than :func:`within_size`, around this, allows.
-    """
+    """Refuse more layers than :func:`within_size`, around this, allows, before a class that lists them has one."""
     limits = _limits.get()
     if limits is None or not issubclass(cls, nn.Module) or not _inside(f"{cls.__module__}.", ALLOWED):
         return

@@ -6,9 +6,10 @@ the rates are computed in single precision, because that is what the weights wer
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from f2d2_lightning.flows.paths import distinct
 from f2d2_lightning.utils.configured import Configured
@@ -31,14 +32,9 @@ class _Sinusoids(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), -1)
 
 
-class _Layers(nn.Module):
-    def __init__(self, inputs: int, features: int) -> None:
-        super().__init__()
-        self.start = nn.Linear(inputs, features)
-        self.project = nn.Linear(features, features)
-
-    def forward(self, waves: Tensor) -> Tensor:
-        return self.project(silu(self.start(waves)))
+def _layers(inputs: int, features: int) -> nn.Sequential:
+    start, project = nn.Linear(inputs, features), nn.Linear(features, features)
+    return nn.Sequential(OrderedDict(start=start, silu=nn.SiLU(), project=project))
 
 
 class LogTimeEmbedding(nn.Module, Configured):
@@ -62,8 +58,8 @@ class LogTimeEmbedding(nn.Module, Configured):
         self.features = width * (2 if interval else 1)
         self.earliest, self.shortest = earliest, shortest
         self.sinusoids = _Sinusoids(channels)
-        self.time = _Layers(channels, width)
-        self.interval = _Layers(channels, width) if interval else None
+        self.time = _layers(channels, width)
+        self.interval = _layers(channels, width) if interval else None
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """``(B,), (B,) -> (B, features)``, or ``(1, features)`` where all samples share both times."""
@@ -91,7 +87,7 @@ class MeanFlowEmbedding(nn.Module, Configured):
         super().__init__()
         self.features = features
         self.sinusoids = _Sinusoids(channels)
-        self.layers = _Layers(2 * channels, features)
+        self.layers = _layers(2 * channels, features)
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         """``(B,), (B,) -> (B, features)``, or ``(1, features)`` where all samples share both times."""

@@ -43,10 +43,8 @@ def load_py_meanflow(path: str | Path, ema: str = "net_ema", dropout: float = 0.
     stored = {name[len(ema) + 1 :]: value for name, value in mine.items() if isinstance(value, torch.Tensor)}
     if not stored:
         names = sorted({name.partition(".")[0] for name in named if "." in name})
-        raise ValueError(
-            f"{path} has no network {ema!r}; "
-            + (f"it has {', '.join(map(repr, names[:12]))}" if names else "it is no checkpoint of py-meanflow")
-        )
+        there = f"it has {', '.join(map(repr, names[:12]))}" if names else "it is no checkpoint of py-meanflow"
+        raise ValueError(f"{path} has no network {ema!r}; {there}")
     weights = Weights(stored, f"{path} ({ema})")
     layout = SongLayout.read(weights)
     width, channels = weights.shape("map_layer0.weight")

@@ -7,6 +7,7 @@ shapes the sizes.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,17 +50,11 @@ class SongLayout:
             )
         size = int(inlets[0][1])
         width, channels = weights.shape(inlets[0][0])[:2]
-        known, blocks = set(names), 0
-        multipliers: list[int] = []
-        attention: list[int] = []
-        level = 0
-        while (first := f"enc.{_at(size, level)}_block0.conv0.weight") in known:
-            multipliers.append(max(1, weights.shape(first)[0] // width))
-            if f"enc.{_at(size, level)}_block0.qkv.weight" in known:
-                attention.append(size >> level)
-            level += 1
-        while f"enc.{_at(size, 0)}_block{blocks}.conv0.weight" in known:
-            blocks += 1
+        known, at = set(names), [f"enc.{_at(size, level)}_block" for level in range(size.bit_length() + 1)]
+        first = list(itertools.takewhile(known.__contains__, (f"{place}0.conv0.weight" for place in at)))
+        multipliers = [max(1, weights.shape(name)[0] // width) for name in first]
+        attention = [size >> level for level in range(len(first)) if f"{at[level]}0.qkv.weight" in known]
+        blocks = next(count for count in itertools.count() if f"{at[0]}{count}.conv0.weight" not in known)
         if not multipliers:
             raise ValueError(f"{weights.source} has no residual blocks, enc.{_at(size, 0)}_block0")
         lengths = {weights.shape(name)[-1] for name in names if name.endswith(_FILTER)}
@@ -108,13 +103,8 @@ def song_unet(
         interleaved: Whether queries, keys and values alternate from channel to channel, or come one after the other.
         dropout: Probability of dropping a hidden unit, for training on; weights do not say it.
     """
-    unet = UNet(
-        *(layout.shape, layout.width, layout.multipliers, layout.blocks, layout.attention),
-        dropout=dropout,
-        directions=directions,
-        embedding=embedding,
-        taps=layout.taps,
-    )
+    sizes = (layout.shape, layout.width, layout.multipliers, layout.blocks, layout.attention)
+    unet = UNet(*sizes, dropout=dropout, directions=directions, embedding=embedding, taps=layout.taps)
     size = _at(layout.shape[1], 0)
     places = dict(layout.places())
     ends = {"inlet": f"enc.{size}_conv", "norm": f"dec.{size}_aux_norm", "outlet": f"dec.{size}_aux_conv"}

@@ -17,8 +17,7 @@ __all__ = ["Weights", "record_weights"]
 def record_weights(record: Any, prefix: str = "", above: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """Parameters and buffers of a module that was read as a record, by their names in its ``state_dict``.
 
-    Raises:
-        ValueError: If the record is no module, or contains itself; ``above`` are those that it is in.
+    A record that is no module, or contains itself, is refused; ``above`` are those that it is in.
     """
     state = record.state if isinstance(record, Record) else {}
     parameters, buffers, modules = (state.get(kind) for kind in ("_parameters", "_buffers", "_modules"))
@@ -35,12 +34,7 @@ def record_weights(record: Any, prefix: str = "", above: tuple[int, ...] = ()) -
 
 
 class Weights:
-    """Weights of a file that are taken one by one; at the end none is left.
-
-    Args:
-        stored: Weights by name.
-        source: What they are of, for errors.
-    """
+    """Weights of a file, by name, that are taken one by one; at the end none is left. Errors call them ``source``."""
 
     def __init__(self, stored: Mapping[str, Tensor], source: str) -> None:
         self.source = source
