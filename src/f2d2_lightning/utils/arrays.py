@@ -56,16 +56,7 @@ def read_numbers(path: str | Path, names: Sequence[str] = (), remedy: str = AGAI
 
 
 def map_numbers(path: str | Path, remedy: str = AGAIN) -> np.ndarray:
-    """The array of numbers in a ``.npy`` file, mapped into memory.
-
-    Args:
-        path: File.
-        remedy: What to do with a file that cannot be read, for errors.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or of another kind.
-    """
+    """The array of numbers in a ``.npy`` file, mapped into memory; arguments and errors as :func:`read_numbers`."""
     path = Path(path)
     with _named(path, remedy), path.open("rb") as file:
         _check_head(file, path.stat().st_size)
@@ -73,11 +64,7 @@ def map_numbers(path: str | Path, remedy: str = AGAIN) -> np.ndarray:
 
 
 def check_growth(packed: int, size: int) -> None:
-    """Refuse to unpack bytes that would grow as only zeros do.
-
-    Raises:
-        ValueError: If they would become more than a hundredfold, and more than 64 MiB.
-    """
+    """Refuse to unpack bytes that would grow as only zeros do: more than a hundredfold, and to more than 64 MiB."""
     if size > max(HARMLESS, GROWTH * packed):
         raise ValueError(
             f"its {packed:,} bytes would become {size:,}, {size // max(packed, 1):,} times as many; up to {GROWTH} "
@@ -86,11 +73,7 @@ def check_growth(packed: int, size: int) -> None:
 
 
 def check_stored_archive(path: Path) -> None:
-    """Refuse a zip file that would grow when it is read, as ``torch.load`` would let it; other files pass.
-
-    Raises:
-        ValueError: If its members say that they have more bytes than the file, or it cannot be read.
-    """
+    """Refuse a zip file that would grow when it is read, as ``torch.load`` would let it; other files pass."""
     if not zipfile.is_zipfile(path):
         return
     with _named(path, "get it again", "a zip file"), zipfile.ZipFile(path) as archive:
@@ -127,15 +110,15 @@ def _members(file: IO[bytes], names: Sequence[str]) -> dict[str, np.ndarray]:
         if sum(info.compress_size for info in infos) > packed:
             raise ValueError("its members overlap")
         check_growth(packed, sum(info.file_size for info in infos))
-        return {name: _member(archive, members[name]) for name in names or members if name in members}
-
-
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    # zipfile unpacks the other methods without a bound; numpy writes none of them
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{info.filename} is compressed by method {info.compress_type}, which numpy never writes")
-    with archive.open(info) as member:
-        return _array(member, info.file_size)
+        found = {}
+        for name, info in ((name, members[name]) for name in names or members if name in members):
+            # zipfile unpacks the other methods without a bound; numpy writes none of them
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                method = info.compress_type
+                raise ValueError(f"{info.filename} is compressed by method {method}, which numpy never writes")
+            with archive.open(info) as member:
+                found[name] = _array(member, info.file_size)
+        return found
 
 
 def _array(file: IO[bytes], size: int) -> np.ndarray:

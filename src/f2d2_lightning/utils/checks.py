@@ -56,9 +56,10 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     Raises:
         ArgumentError: Names argument, value and what is expected.
     """
+    owner, _, called = function.__qualname__.rpartition(".")
     for name, (hint, default) in _hints(function).items():
         if hint is not Any and name in given and given[name] is not default:
-            _check(f"{_said_name(function)}{name}", given[name], hint)
+            _check(f"{owner if called == '__init__' else called}: {name}", given[name], hint)
 
 
 def check_fields(value: Any) -> None:
@@ -67,11 +68,6 @@ def check_fields(value: Any) -> None:
     for name, (hint, default) in hints.items():
         if (came := getattr(value, name)) is not default:
             _check(f"{type(value).__name__}: {name}", came, hint)
-
-
-def _said_name(function: Callable[..., Any]) -> str:
-    owner, _, name = function.__qualname__.rpartition(".")
-    return f"{owner if name == '__init__' else name}: "
 
 
 @functools.cache
@@ -158,11 +154,7 @@ def _shown(value: Any) -> str:
 
 
 def counts(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    """Whole numbers from 1, at least one of them, as a tuple.
-
-    Raises:
-        ValueError: Says which there are.
-    """
+    """Whole numbers from 1, as a tuple; a ``ValueError`` if one is not, or there is none."""
     if not len(values) or min(values) < 1:
         raise ValueError(f"{name}={list(values)}; whole numbers from 1 are expected, and at least one of them")
     return tuple(int(value) for value in values)
@@ -196,11 +188,7 @@ def _expect(fits: Callable[[float], bool], values: Mapping[str, float], what: st
 
 
 def check_shape(x: Tensor, shape: Sequence[int], owner: str, remedy: str) -> None:
-    """Refuse states ``(B, *shape)`` of another shape than their owner's.
-
-    Raises:
-        ValueError: Says both shapes.
-    """
+    """Refuse states ``(B, *shape)`` of another shape than their owner's, with a :class:`ValueError` that says both."""
     if tuple(x.shape[1:]) != tuple(shape):
         if tuple(x.shape) == tuple(shape):
             remedy = "that is a single state, and x[None] makes a batch of one of it"

@@ -29,14 +29,12 @@ def labels_of(found: Sequence[str], known: Sequence[str], where: Any) -> list[in
     """
     if not known and all(name.isdecimal() for name in found):
         return [int(name) for name in found]
-    strange = [name for name in found if name not in known]
-    if strange:
+    if strange := [name for name in found if name not in known]:
+        has = _listed(known) if known else "labels that are numbers, without names"
         raise ValueError(
             f"{where} has {'a class' if len(strange) == 1 else 'classes'} {_listed(strange)} that the model does not "
-            f"know: the data have {_listed(found)}; the model has "
-            + (_listed(known) if known else "labels that are numbers, without names")
-            + ". Give the folders the names of the model's classes, or leave the others out (to train for other "
-            "classes, set the module's class_names to None before)"
+            f"know: the data have {_listed(found)}; the model has {has}. Give the folders the names of the model's "
+            "classes, or leave the others out (to train for other classes, set the module's class_names to None before)"
         )
     return [list(known).index(name) for name in found]
 
@@ -45,11 +43,8 @@ def guessed_labels(found: Sequence[str], count: int | None, where: Any) -> tuple
     """Labels for a model that does not say what its labels were, and what to say of them.
 
     Folders of images are numbered in the order of their names as text, where all the classes are there; a folder that
-    is called by a number may also stand for that label.
+    is called by a number may also stand for that label. Where there is no reason for either it is a ``ValueError``.
     Names are sorted as text, and ``count`` is that of the model's classes, if it is known.
-
-    Raises:
-        ValueError: If there is more than one way to read them, and no reason for one of them.
     """
     places = list(range(len(found)))
     numbers = [int(name) for name in found] if all(name.isdecimal() for name in found) else None
@@ -57,16 +52,15 @@ def guessed_labels(found: Sequence[str], count: int | None, where: Any) -> tuple
         numbers = None
     if numbers == places:
         return places, None
+    unsaid = "the checkpoint does not say its classes"
     remedy = "if that is wrong, name the model's classes in the order of their labels: --classes NAME,NAME,..."
     if len(found) == count:
         shown = ", ".join(f"{name} is {place}" for name, place in list(zip(found, places, strict=True))[:SHOWN])
-        said = (
-            f"the checkpoint does not say its classes, and their order is ambiguous; taken as text: {shown}; {remedy}"
-        )
+        said = f"{unsaid}, and their order is ambiguous; taken as text: {shown}; {remedy}"
         return places, None if numbers is None else said
     # of up to ten classes, numbers as text have the order of numbers
     if numbers is not None and count is not None and count <= 10:
-        return numbers, f"the checkpoint does not say its classes; the folders of {where} are taken as labels: {remedy}"
+        return numbers, f"{unsaid}; the folders of {where} are taken as labels: {remedy}"
     raise ValueError(
         f"{where} has the classes {_listed(found)}, and the checkpoint does not say which of the model's "
         f"{'' if count is None else f'{count} '}labels they are: their order is ambiguous. Name the model's classes in "
@@ -77,10 +71,8 @@ def guessed_labels(found: Sequence[str], count: int | None, where: Any) -> tuple
 def agree_on_classes(data: Any, known: Sequence[str] | None) -> list[str] | None:
     """The names that a model keeps; labels of a data module that is set up, if there is one, follow them from now on.
 
-    ``known`` are those that the model has, in the order of their labels; ``None`` if it has not met data yet.
-
-    Raises:
-        ValueError: If the data have a class that the model does not know, or another order that cannot be changed.
+    ``known`` are those that the model has, in the order of their labels; ``None`` if it has not met data yet. A class
+    that the model does not know, or another order that cannot be changed, is a ``ValueError``.
     """
     found = getattr(data, "classes", None)
     if not isinstance(found, (list, tuple)) or not found or not all(type(name) is str for name in found):
@@ -99,11 +91,7 @@ def agree_on_classes(data: Any, known: Sequence[str] | None) -> list[str] | None
 
 
 def as_names(value: Any, where: Any) -> list[str] | None:
-    """What a file says of its classes.
-
-    Raises:
-        ValueError: If it is no list of different names.
-    """
+    """What a file says of its classes; a ``ValueError`` if that is no list of different names."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(type(name) is str for name in value) or len({*value}) != len(value):

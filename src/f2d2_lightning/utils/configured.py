@@ -78,12 +78,8 @@ class Configured:
         found = {}
         for name, given in arguments_of(self).items():
             current = _attribute(self, name)
-            if name == "directions":
-                found[name] = current.label
-            elif given is OBJECT or (given is None and isinstance(current, Configured)):
-                found[name] = current
-            else:
-                found[name] = given
+            changed = given is OBJECT or (given is None and isinstance(current, Configured))
+            found[name] = current.label if name == "directions" else current if changed else given
         return found
 
 

@@ -34,13 +34,9 @@ _DTYPES = (
     *("uint8", "int8", "int16", "int32", "int64", "bool"),
 )
 _STORAGES = {
-    f"{name}Storage": getattr(torch, dtype)
-    for name, dtype in (
-        *(("Half", "float16"), ("BFloat16", "bfloat16"), ("Float", "float32"), ("Double", "float64")),
-        *(("Byte", "uint8"), ("Char", "int8"), ("Short", "int16"), ("Int", "int32"), ("Long", "int64")),
-        ("Bool", "bool"),
-    )
-}
+    f"{name}Storage": getattr(torch, name.lower())
+    for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")
+} | {"ByteStorage": torch.uint8, "CharStorage": torch.int8}
 _NUMPY_KINDS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _EASY_DICT = "dnnlib.util.EasyDict"
 _CONVERT = ". If you trust where the file comes from, convert it in its own code to a plain state_dict"
@@ -51,21 +47,13 @@ class RefusedPickleError(ValueError):
 
 
 class Allowance:
-    """Bytes that may still be made of a file.
-
-    Args:
-        size: Bytes of the file; they may come twice, as text and as the array made of it.
-    """
+    """Bytes that may still be made of a file of ``size``: they may come twice, as text and as the array made of it."""
 
     def __init__(self, size: int) -> None:
         self.left = 2 * size + 2**16
 
     def spend(self, size: int) -> None:
-        """Count what is made.
-
-        Raises:
-            ValueError: If that is more than is left.
-        """
+        """Count what is made; a ``ValueError`` if that is more than is left."""
         self.left -= size
         if self.left < 0:
             raise ValueError("it says that it holds more than it has bytes for")
@@ -88,10 +76,7 @@ def read_arrays(content: bytes, name: str, origin: str) -> dict[str, Any]:
     """The dictionary of arrays, numbers and strings in a pickle of any protocol, of Python 2 or 3.
 
     Keys are text, arrays of any shape, and strings of Python 2 come as bytes. ``name`` is the file's, and ``origin``
-    where to get it again, for errors.
-
-    Raises:
-        ValueError: If the pickle is truncated or corrupt, no dictionary, or names anything but arrays.
+    where to get it again, for the ``ValueError`` of anything else.
     """
     again, stream = f"get it again from {origin}", io.BytesIO(content)
     try:

@@ -24,11 +24,9 @@ def gather_states(state: Any) -> list[Any]:
 
     Every process must call it, as all do when Lightning saves a checkpoint.
     """
-    count = process_count()
-    if count == 1:
-        return [state]
-    states: list[Any] = [None] * count
-    dist.all_gather_object(states, state)
+    states = [state] * process_count()
+    if len(states) > 1:
+        dist.all_gather_object(states, state)
     return states
 
 

@@ -11,11 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 __all__ = ["all_finite", "is_sharded", "load_whole", "reshard", "shard", "whole", "whole_state", "whole_weights"]
 
@@ -60,10 +56,8 @@ def all_finite(value: Tensor) -> bool:
 def shard(module: nn.Module, mesh: Any) -> None:
     """Spread a module's parameters over processes: each block of every ``nn.ModuleList``, then what is left.
 
-    Nothing is done to a module without parameters, or one that is sharded already.
-
-    Raises:
-        RuntimeError: If torch is older than :data:`FSDP2_FROM`.
+    Nothing is done to a module without parameters, or one that is sharded already. Torch older than
+    :data:`FSDP2_FROM` is a ``RuntimeError``.
     """
     if torch.__version__ < FSDP2_FROM:
         raise RuntimeError(
@@ -103,11 +97,7 @@ def whole_state(module: nn.Module) -> dict[str, Any]:
 
 
 def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Inverse of :func:`whole_state`, into a module that may be sharded.
-
-    Raises:
-        RuntimeError: If names or shapes differ.
-    """
+    """Inverse of :func:`whole_state`, into a module that may be sharded; other names or shapes are a RuntimeError."""
     if not is_sharded(module):
         module.load_state_dict(state)
         return
