@@ -27,7 +27,8 @@ from f2d2_lightning.checkpoints.foreign import (
     load_official_joint,
     load_py_meanflow,
 )
-from f2d2_lightning.checkpoints.foreign.weights import record_weights
+from f2d2_lightning.checkpoints.foreign.song_unet import SongLayout
+from f2d2_lightning.checkpoints.foreign.weights import Weights, record_weights
 from f2d2_lightning.utils.pickles import Record
 
 SIZE, CHANNELS, WIDTH, MULTIPLIERS, BLOCKS = 4, 2, 8, (1, 2), 1
@@ -460,6 +461,13 @@ def test_other_files_are_refused(tmp_path):
             load_official(path)
     with pytest.raises(FileNotFoundError):
         load_official(tmp_path / "network-snapshot.pkl")
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_levels_of_no_pixels_have_an_end(size):
+    blocks = [f"enc.{side}x{side}_block0.conv0.weight" for side in {size, 1, 0} if side <= size]
+    weights = Weights(dict.fromkeys([f"enc.{size}x{size}_conv.weight", *blocks], torch.zeros(4, 1, 3, 3)), "a file")
+    assert SongLayout.read(weights).multipliers == (1,) * len(blocks)
 
 
 def test_a_module_inside_itself_is_refused():
