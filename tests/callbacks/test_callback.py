@@ -624,6 +624,23 @@ def test_batches_of_another_form(tmp_path):
         run(data_to_state="stats")
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_several_loaders_are_taken_together(tmp_path, as_list):
+    """As the trainer gives their batches to a step: the head is fitted to, and trained on, the part that is said."""
+
+    class Two(MeanFlowModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[1 if as_list else "b"], batch_idx)
+
+    points = Pair().dataset("train").values
+    loaders = [torch.utils.data.DataLoader(values, 32) for values in (100 + points[:50], points)]
+    given = loaders if as_list else dict(zip("ab", loaders, strict=True))
+    f2d2 = callback(data_to_state=lambda batch: (batch[1 if as_list else "b"], None))
+    trainer(tmp_path, callbacks=[f2d2], max_epochs=1, limit_val_batches=0).fit(Two(), given)
+    torch.testing.assert_close(f2d2.added.live["head"].baseline.mean, points.mean(0), rtol=0, atol=1e-5)
+    assert f2d2.added.steps == 3
+
+
 def test_a_persistent_loader_is_not_disturbed(tmp_path):
     """A second iterator of a loader with persistent workers would reset the one that training reads."""
 

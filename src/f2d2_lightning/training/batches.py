@@ -9,9 +9,11 @@ from typing import Any, TypeGuard
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from f2d2_lightning.likelihood._inputs import check_cond, check_state
@@ -146,16 +148,34 @@ def transferred(trainer: L.Trainer, batch: Any) -> Any:
 
 def all_training_batches(trainer: L.Trainer) -> Iterable[Any]:
     """One pass over the training data, as ``training_step`` gets them; of data without an end 131,072 samples."""
-    loader = trainer.train_dataloader
-    if loader is None:
-        raise RuntimeError("there are no training data yet; call this from on_train_start or later")
+    loaders, most = _loaders(trainer), None
     try:
-        len(loader)
+        for loader in tree_leaves(loaders):
+            len(loader)
     except (TypeError, NotImplementedError, AttributeError):
-        count = max(1, FIT_SAMPLES // (getattr(loader, "batch_size", None) or 1))
-        rank_zero_info(f"the training data have no length: what is set from them comes from {count} batches at most")
-        loader = itertools.islice(loader, count)
-    return (transferred(trainer, batch) for batch in loader)
+        most = max(1, FIT_SAMPLES // _size(loader))
+        rank_zero_info(f"the training data have no length: what is set from them comes from {most} batches at most")
+    return (transferred(trainer, batch) for batch in itertools.islice(_together(trainer, loaders), most))
+
+
+def _loaders(trainer: L.Trainer) -> Any:
+    """The training data's loader, or a list or dictionary of several."""
+    if trainer.train_dataloader is None:
+        raise RuntimeError("there are no training data yet; call this from on_train_start or later")
+    return trainer.train_dataloader
+
+
+def _together(trainer: L.Trainer, loaders: Any) -> Iterator[Any]:
+    """Batches of a loader, or of several as the trainer takes them."""
+    if not isinstance(loaders, (list, tuple, dict)):
+        return iter(loaders)
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None
+    return (batch for batch, _, _ in CombinedLoader(loaders, combined._mode))
+
+
+def _size(loader: Any) -> int:
+    return getattr(loader, "batch_size", None) or 1
 
 
 def check_trained(trainer: L.Trainer) -> None:
@@ -182,20 +202,20 @@ def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
     The same ones on every process, where the data are a map-style dataset; else as many batches as are likely to hold
     them, from a new iterator.
     """
-    loader = trainer.train_dataloader
-    if loader is None:
-        raise RuntimeError("there are no training data yet")
+    loaders = _loaders(trainer)
     # without automatic batching a data set gives what it likes, such as whole batches
+    sizes = [_size(loader) for loader in tree_leaves(loaders) if not has_rows(loader)]
+    most = -(-count // sizes[0]) if sizes else None
+    for batch in itertools.islice(_together(trainer, tree_map(lambda loader: _some(loader, count), loaders)), most):
+        yield transferred(trainer, batch)
+
+
+def _some(loader: Any, count: int) -> Any:
+    """So many rows of a loader's data set, drawn alike everywhere; the loader itself where there are none."""
     if not has_rows(loader):
-        size = getattr(loader, "batch_size", None) or 1
-        for index, batch in enumerate(loader):
-            if index * size >= count:
-                return
-            yield transferred(trainer, batch)
-        return
+        return loader
     order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     rows = order[:count].tolist()
     # another loader: a second iterator of one with persistent workers would reset the first; and batches of a fixed
     # size, so that what is set from them does not depend on the number of processes
-    for batch in DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=loader.collate_fn):
-        yield transferred(trainer, batch)
+    return DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=loader.collate_fn)
