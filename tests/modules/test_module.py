@@ -380,6 +380,14 @@ def test_a_validation_calibrates_error_bars_and_a_test_counts_what_they_cover(tm
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = f2.load(tmp_path / "a.ckpt")
     assert again.error_bars == module.error_bars
+    # of a model from a folder, which says no step counts of its own
+    kept = {"shape": (2,), "error_bars": module.error_bars}
+    folder = f2.load(f2.save_pretrained(module.average, tmp_path / "folder", **kept))
+    folder.calibrate(x)
+    assert list(folder.error_bars) == [1, 2]
+    folder.error_bars = {}
+    with pytest.raises(ValueError, match=r"calibrate\(x, steps=\[1, 2, 4, 8\]\)"):
+        folder.calibrate(x)
     metrics = run.test(module, datamodule=Pair(), verbose=False)[0]
     unseen = Pair().dataset("test").values
     off = module.log_prob(unseen, 2).value - module.reference_log_prob(of.average.velocity, unseen).value

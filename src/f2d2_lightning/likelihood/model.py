@@ -340,12 +340,15 @@ class LikelihoodModel(ABC):
         Args:
             x: States, ``(N, *shape)``.
             cond: Conditioning, first axis ``N``.
-            steps: Step counts; those of the model by default.
+            steps: Step counts; by default those of the model, of one from a file those that it has bars for.
             coverage: Share of such states whose reference is to lie within.
 
         Raises:
-            ValueError: If there is no reference, or too few states for that share.
+            ValueError: If there is no reference, no step count, or too few states for that share.
         """
+        steps = steps or self.steps or tuple(self.error_bars)
+        if not steps:
+            raise ValueError(f"{self.title} says no step counts; say for which: calibrate(x, steps=[1, 2, 4, 8])")
         velocity = self.reference_velocity()
         if velocity is None:
             raise ValueError(
@@ -355,7 +358,7 @@ class LikelihoodModel(ABC):
         cond = self._conditioning(cond, x)
         with self.evaluating():
             reference, bars = self.reference_log_prob(velocity, x, cond).value, {}
-            for k in steps or self.steps:
+            for k in steps:
                 answer, found = self.disagreement(x, k, cond)
                 bars[k] = ErrorBars.calibrated(found, answer.value - reference, coverage)
         self.error_bars = bars
