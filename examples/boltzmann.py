@@ -192,7 +192,7 @@ def main() -> None:
                 draw = partial(jumps, module=module, steps=k, determinant=how)
                 told = weighed(system, draw, options.count, options.rounds)
                 print(f"{k} step{'s' * (k > 1)}: by the {source} {told}", flush=True)
-        print(f"teacher, 40 evaluations: {weighed(system, ode, options.teacher, options.rounds)}")
+        print(f"teacher, 40 evaluations, and 40 for log q: {weighed(system, ode, options.teacher, options.rounds)}")
 
 
 if __name__ == "__main__":

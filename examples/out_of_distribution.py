@@ -35,7 +35,6 @@ from torchmetrics.functional.classification import binary_auroc
 
 import f2d2_lightning as f2
 from f2d2_lightning.nn import PreconditionedMLP
-from f2d2_lightning.training.loading import load_module
 
 SHAPE, LEVELS, STEPS = (1, 8, 8), 17, (1, 2, 4, 8)
 
@@ -146,7 +145,7 @@ def main() -> None:
     if options.ckpt is None:
         student = train(options.steps, options.widen)
     else:
-        student = load_module(options.ckpt, f2.F2D2Module)
+        student = f2.load(options.ckpt)
     velocity, reference = student.teacher_velocity(), f2.Reference(steps=100, probes=1)
 
     methods: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,7 +1,7 @@
 """Few-step likelihoods by subclassing: a student of a velocity known in closed form.
 
-Overrides two hooks of :class:`f2d2_lightning.F2D2Module`: where targets come from, and what a batch looks like. Takes
-about two minutes on two cores; ``--steps 20`` shows that it runs.
+Overrides three hooks of :class:`f2d2_lightning.F2D2Module`: what validation compares with, where targets come from, and
+what a batch looks like. Takes about two minutes on two cores; ``--steps 20`` shows that it runs.
 
     python examples/subclass.py
 """
