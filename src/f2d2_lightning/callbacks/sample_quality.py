@@ -20,7 +20,7 @@ from f2d2_lightning.likelihood.quantization import state_images
 from f2d2_lightning.metrics._cache import Statistics, StatisticsCache
 from f2d2_lightning.metrics.image import ImageDistance
 from f2d2_lightning.metrics.networks import check_network, extract_features, load_network
-from f2d2_lightning.utils.checks import at_least, checked, one_of
+from f2d2_lightning.utils.checks import at_least, checked
 from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.processes import gather_states
@@ -95,7 +95,8 @@ class SampleQuality(L.Callback):
             )
         self.steps = tuple(steps)
         at_least(1, steps=min(steps, default=0), every_n_epochs=every_n_epochs, batch_size=batch_size)
-        one_of("data", data, STAGES)
+        if data not in STAGES:
+            raise ValueError(f"data is {data!r}; it is one of {', '.join(STAGES)}")
         self.features, self.weights = features, weights
         self.samples, self.every_n_epochs, self.batch_size = samples, every_n_epochs, batch_size
         self.kid, self.precision_recall = kid, precision_recall
