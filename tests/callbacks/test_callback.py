@@ -200,6 +200,33 @@ def test_any_scheduler_and_compiled_networks(tmp_path, schedule, compiled):
         assert rate == pytest.approx(group["lr"] / group.get("max_lr", group["initial_lr"]), rel=0.2)
 
 
+RATES = {
+    "from the lowest": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-4, 1e-2, 3, cycle_momentum=False),
+    "a factor above one": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 100.0 if step < 4 else 1.0),
+    "on a plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.01, patience=0, threshold=10.0),
+}
+
+
+@pytest.mark.parametrize("schedule", RATES)
+def test_the_heads_rate_is_its_own_at_the_schedules_peak(tmp_path, schedule):
+    """Never above, wherever a schedule begins and whether it says its peak or not."""
+
+    class Scheduled(MeanFlowModule):
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), 1e-4)
+            how = {"scheduler": RATES[schedule](optimizer), "interval": "step", "monitor": "train/loss"}
+            return [optimizer], [how]
+
+    class Rates(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(f2d2.added.optimizer.param_groups[0]["lr"] / 1e-3)
+
+    f2d2, seen = callback(), []
+    fit(tmp_path, Scheduled(), f2d2, Rates())
+    assert max(seen) == pytest.approx(1.0)
+    assert seen[-1] <= 0.9 * max(seen)
+
+
 def test_modules_and_networks_compiled_in_place(tmp_path):
     """The whole LightningModule compiled, and a network by its own ``compile()``: the same numbers as plain."""
     answers = []

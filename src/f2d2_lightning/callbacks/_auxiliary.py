@@ -33,7 +33,7 @@ class AddedWeights:
         self.optimizer = optimizer(self.parameters)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.decay, self.clip = decay, clip
-        self.steps = 0
+        self.steps, self.peak = 0, 0.0
 
     @torch.no_grad()
     def broadcast(self) -> None:
@@ -74,12 +74,21 @@ class AddedWeights:
             flat = flat * (self.clip / (norm + 1e-6)).clamp(max=1.0)
         for parameter, gradient in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        share = 1.0 if followed is None else self._share(followed)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * (1.0 if followed is None else _progress(followed))
+            group["lr"] = rate * share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         update_average(self.average, self.live, warmed_decay(self.decay, self.steps))
+
+    def _share(self, optimizer: torch.optim.Optimizer) -> float:
+        """Share of its largest learning rate that an optimiser has now, as its schedule says it or as it was seen."""
+        group = optimizer.param_groups[0]
+        rate = float(group["lr"])
+        # where a schedule says none (ReduceLROnPlateau), or begins at its lowest, only what was seen tells
+        self.peak = max(self.peak, rate, float(group.get("max_lr", group.get("initial_lr", 0.0))))
+        return rate / self.peak if self.peak else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, average, optimiser and step count."""
@@ -88,6 +97,7 @@ class AddedWeights:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
+            "peak": self.peak,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -101,7 +111,7 @@ class AddedWeights:
                 "the checkpoint's divergence head is of another shape than the callback's; give F2D2Callback the head, "
                 f"features and optimiser of the run that is resumed ({error})"
             ) from error
-        self.steps = int(state["steps"])
+        self.steps, self.peak = int(state["steps"]), float(state.get("peak", 0.0))
 
     def to(self, device: torch.device) -> AddedWeights:
         """Move everything to a device."""
@@ -111,10 +121,3 @@ class AddedWeights:
             moved = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor) and v.ndim > 0}
             values.update(moved)
         return self
-
-
-def _progress(optimizer: torch.optim.Optimizer) -> float:
-    """Share of its largest learning rate that an optimiser has now."""
-    group = optimizer.param_groups[0]
-    peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
-    return float(group["lr"]) / float(peak) if peak else 1.0
