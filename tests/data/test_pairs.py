@@ -10,7 +10,7 @@ import torch
 import f2d2_lightning as f2
 from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.cli import nll_command, sample_command
-from f2d2_lightning.data import Pairs
+from f2d2_lightning.data import Pairs, Table
 from f2d2_lightning.nn import PreconditionedMLP
 from f2d2_lightning.utils.conditions import tensors
 from lightning_parts import trainer
@@ -183,3 +183,20 @@ def test_a_configuration_trains_on_pairs(tmp_path, monkeypatch, condition):
     np.savez("pairs.npz", theta=theta, x=x)
     (tmp_path / "teacher.yaml").write_text(CONFIGURATION.replace("CONDITION", condition))
     f2d2("fit", "--config", "teacher.yaml", "--trainer.default_root_dir", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["npy", "csv", "pairs"])
+def test_rows_far_from_zero_keep_their_digits(tmp_path, kind):
+    """Seconds since 1970, metres on a map: single precision has few values there, standardised states have all."""
+    rows = 1e8 + torch.randn(200, 2, dtype=torch.float64) * torch.tensor([1.0, 20.0])
+    path = tmp_path / f"rows.{kind}"
+    if kind == "npy":
+        np.save(path, rows.numpy())
+    elif kind == "csv":
+        path.write_text("\n".join(",".join(map(repr, row)) for row in rows.tolist()))
+    data = Pairs(rows, torch.zeros(200, 1)) if kind == "pairs" else Table(str(path))
+    states = torch.cat([data.dataset(split).values for split in ("train", "val", "test")])
+    assert states.dtype == torch.float32
+    found = data.units.rows(states.double())
+    torch.testing.assert_close(found.sort(0).values, rows.sort(0).values, rtol=0, atol=1e-4)
+    assert data.log_scale == pytest.approx(float(rows.std(0).log().sum()), abs=0.2)

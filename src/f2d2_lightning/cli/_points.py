@@ -242,6 +242,7 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
             rows, log_scale = reading.units.states(rows), reading.units.log_scale
         elif reading.units_unknown:
             say(f"{path}: rows are taken as the model's states as they stand; the folder was saved without units=")
+        rows = rows.float()
         check_values(rows, module.quantization)
         dataset = DequantizedDataset(rows, classes)
     no_labels = "give an .npz file with labels y of shape (N,), integers, or with theta and x"

@@ -28,7 +28,8 @@ class Rows:
     """What a file holds."""
 
     values: Tensor
-    """``(N, ...)``, ``float32`` or integers; images are ``(N, C, H, W)``."""
+    """``(N, ...)``, ``float32`` or integers, ``float64`` where the former would round too much away; images are
+    ``(N, C, H, W)``."""
     labels: np.ndarray | None = None
     """Array ``y`` of the file, as it stands there."""
     said: tuple[str, ...] = ()
@@ -47,7 +48,8 @@ def read_rows(path: str | Path) -> Tensor:
         FileNotFoundError: If there is no such file.
         ValueError: If it is of another kind, has something that is no number, or nothing.
     """
-    return find_rows(path).values
+    values = find_rows(path).values
+    return values.float() if values.is_floating_point() else values
 
 
 def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | None = None) -> Rows:
@@ -77,8 +79,22 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
         if array.shape[1:] != shape:
             array = _as_images(array, said)
     if array.dtype != np.uint8:
-        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
-    return Rows(torch.from_numpy(np.ascontiguousarray(array)), labels, tuple(said))
+        floating = np.float64 if array.dtype.itemsize > 4 else np.float32
+        array = array.astype(floating if array.dtype.kind == "f" else np.int64, copy=False)
+    values = torch.from_numpy(np.ascontiguousarray(array))
+    return Rows(_single(values) if values.is_floating_point() else values, labels, tuple(said))
+
+
+def _single(values: Tensor) -> Tensor:
+    """Floating numbers ``(N, ...)`` as ``float32``, unless that moves them by more than 1e-4 of their deviation.
+
+    It does where they are far from 0: times in seconds, coordinates in metres.
+    """
+    rounded = values.float()
+    if values.dtype != torch.float64:
+        return rounded
+    deviation, off = values.std(0, correction=0), (values - rounded).abs().amax(0)
+    return values if bool(((off > 1e-4 * deviation) & (deviation > 0)).any()) else rounded
 
 
 def holds_pairs(path: str | Path) -> bool:
@@ -109,17 +125,22 @@ def read_pairs(path: str | Path) -> tuple[Tensor, Cond]:
 def as_pairs(parameters: Any, conditions: Any, what: str = "pairs") -> tuple[Tensor, Cond]:
     """Parameters and conditions as tensors of ``float32`` or integers; numbers ``(N,)`` that float are vectors of one.
 
+    Parameters that ``float32`` would round too much away stay ``float64``.
+
     Parameters are an array of floating numbers, ``(N, ...)``, conditions an array, or a tuple or dictionary of arrays,
     ``(N, ...)``; a ``TypeError`` or ``ValueError`` says if they are not, and calls them ``what``.
     """
 
     def one(part: Any) -> Tensor:
         part = as_tensor(part, what)
-        if not part.is_floating_point():
-            return part
-        return part.float()[:, None] if part.ndim == 1 else part.float()
+        return part[:, None] if part.is_floating_point() and part.ndim == 1 else part
 
-    theta, x = one(parameters), mapped(one, conditions) if not isinstance(conditions, list) else one(conditions)
+    def condition(part: Any) -> Tensor:
+        part = one(part)
+        return part.float() if part.is_floating_point() else part
+
+    theta = one(parameters)
+    x = mapped(condition, conditions) if not isinstance(conditions, list) else condition(conditions)
     counts = [len(part) if part.ndim else 0 for part in (theta, *tensors(x))]
     if not theta.is_floating_point() or len({*counts}) > 1 or not counts[0] or len(counts) == 1:
         raise ValueError(
@@ -127,7 +148,7 @@ def as_pairs(parameters: Any, conditions: Any, what: str = "pairs") -> tuple[Ten
             f"{[tuple(part.shape) for part in tensors(x)]}; floating parameters (N, ...) and as many conditions are "
             "needed"
         )
-    return theta, x
+    return _single(theta), x
 
 
 def _without_index(array: np.ndarray, names: list[str] | None, said: list[str]) -> np.ndarray:

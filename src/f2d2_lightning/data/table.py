@@ -93,6 +93,8 @@ class Table(FlowDataModule):
         elif self.standardize:
             self.units = self.units or Units.of(rows[parts[0]])
             rows = self.units.states(rows)
+        else:
+            rows = rows.float()
         names = ("train", "val", "test")
         return {name: (rows[part], some_of(conditions, part)) for name, part in zip(names, parts, strict=True)}
 

@@ -36,8 +36,8 @@ class Units:
         return float(self.scale.double().log().sum())
 
     def states(self, rows: Tensor) -> Tensor:
-        """Rows ``(N, ...)`` as states."""
-        return (rows - self.center) / self.scale
+        """Rows ``(N, ...)`` as states, in single precision; rows may have more."""
+        return ((rows - self.center) / self.scale).to(self.scale.dtype)
 
     def rows(self, states: Tensor) -> Tensor:
         """States ``(N, ...)`` as rows."""
