@@ -187,7 +187,7 @@ def test_a_configuration_trains_on_pairs(tmp_path, monkeypatch, condition):
 
 @pytest.mark.parametrize("kind", ["npy", "csv", "pairs"])
 def test_rows_far_from_zero_keep_their_digits(tmp_path, kind):
-    """Seconds since 1970, metres on a map: single precision has few values there, standardised states have all."""
+    """As seconds since 1970 do: single precision has few values there, standardised states have all."""
     rows = 1e8 + torch.randn(200, 2, dtype=torch.float64) * torch.tensor([1.0, 20.0])
     path = tmp_path / f"rows.{kind}"
     if kind == "npy":
@@ -200,3 +200,11 @@ def test_rows_far_from_zero_keep_their_digits(tmp_path, kind):
     found = data.units.rows(states.double())
     torch.testing.assert_close(found.sort(0).values, rows.sort(0).values, rtol=0, atol=1e-4)
     assert data.log_scale == pytest.approx(float(rows.std(0).log().sum()), abs=0.2)
+
+
+def test_integers_that_are_no_images_are_levels_only_where_that_is_said(tmp_path):
+    path = str(tmp_path / "counts.npy")
+    np.save(path, np.arange(900).reshape(300, 3) % 17)
+    with pytest.raises(ValueError, match=r"integers of shape \(3,\) a row.*Counts have no density.*levels="):
+        Table(path).setup()
+    assert Table(path, levels=17).dataset("train").quantization.levels == 17

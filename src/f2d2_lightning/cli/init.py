@@ -226,11 +226,6 @@ def _look_at_rows(path: Path) -> _Found:
     parts = [values for values, _ in table.splits().values()]
     floating, highest = parts[0].is_floating_point(), max(int(part.max()) for part in parts)
     count, shape = sum(map(len, parts)), table.shape
-    if not floating and len(shape) != 3:
-        raise ValueError(
-            f"{path} holds integers of shape {(count, *shape)}; images are (N, channels, height, width). A "
-            "table of counts has no density: give floating numbers, with noise added over each count's width"
-        )
     # 8 bits, unless the numbers say otherwise
     eight_bit = floating or 128 <= highest < 256
     levels = None if floating else 256 if eight_bit else highest + 1

@@ -32,7 +32,7 @@ class Table(FlowDataModule):
     Args:
         path: The file; see :func:`~f2d2_lightning.data.read_rows`.
         standardize: Whether floating numbers are.
-        levels: Of integers, 0 to ``levels - 1``; ``None`` for 256 where they are integers.
+        levels: Of integers, 0 to ``levels - 1``; ``None`` for 256 where they are images.
         val: Share of the rows to validate on.
         test: Share of the rows to test on.
         batch_size: Rows per training batch.
@@ -89,6 +89,12 @@ class Table(FlowDataModule):
         parts = order.split([count - sum(sizes), *sizes])
         self.shape = tuple(rows.shape[1:])
         if not rows.is_floating_point():
+            if rows.ndim != 4 and self._said_levels is None:
+                raise ValueError(
+                    f"{self.path} holds integers of shape {self.shape} a row; images are (channels, height, width). "
+                    "Counts have no density: give floating numbers, with noise added over each count's width, or say "
+                    "levels= if they are levels"
+                )
             self.quantization = Quantization(self._said_levels or 256)
         elif self.standardize:
             self.units = self.units or Units.of(rows[parts[0]])
