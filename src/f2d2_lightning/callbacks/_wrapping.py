@@ -102,9 +102,7 @@ class AddedLoss:
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``training_step``."""
         batch = args[0] if args else kwargs["batch"]
-        # a step need not ask for the index
-        index = kwargs["batch_idx"] if "batch_idx" in kwargs else args[1] if len(args) > 1 else None
-        index = int(self.module.trainer.fit_loop.epoch_loop.batch_idx if index is None else index)
+        index = self.module.trainer.fit_loop.epoch_loop.batch_idx  # a step need not ask for it
         self._forget()
         if self.module.automatic_optimization:
             output = original(*args, **kwargs)

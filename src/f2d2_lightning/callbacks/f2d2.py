@@ -306,7 +306,6 @@ class F2D2Callback(AddedModel, L.Callback):
             given = "pass a checkpoint that was saved with it (ckpt_path=...), or fit first"
             warnings.warn(f"F2D2Callback has no trained head to evaluate; {given}", stacklevel=2)
             return
-        self.added.to(pl_module.device)
         self._evaluates = True
         self.evaluation.start(trainer)
 
@@ -323,7 +322,8 @@ class F2D2Callback(AddedModel, L.Callback):
             if self._added is None:
                 self._make_from(self._pending, pl_module.device)
             self._restore_pending()
-            self.added.to(pl_module.device)
+        if self._added is not None:
+            self._added.to(pl_module.device)
 
     def on_validation_batch_end(
         self,

@@ -72,9 +72,10 @@ class StoredValues(LazyValues):
 
     def _map(self) -> np.ndarray:
         if self._array is None:
-            self._array = map_numbers(self.path, "remove it, and make it again")
-            if self._array.ndim < 1:
+            array = map_numbers(self.path, "remove it, and make it again")
+            if array.ndim < 1:
                 raise ValueError(f"{self.path} is no .npy file of an array (N, ...); remove it, and make it again")
+            self._array = array
         return self._array
 
     def __getitems__(self, rows: list[int]) -> Tensor:

@@ -48,8 +48,7 @@ def read_rows(path: str | Path) -> Tensor:
         FileNotFoundError: If there is no such file.
         ValueError: If it is of another kind, has something that is no number, or nothing.
     """
-    values = find_rows(path).values
-    return values.float() if values.is_floating_point() else values
+    return _float32(find_rows(path).values)
 
 
 def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | None = None) -> Rows:
@@ -82,15 +81,20 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
         floating = np.float64 if array.dtype.itemsize > 4 else np.float32
         array = array.astype(floating if array.dtype.kind == "f" else np.int64, copy=False)
     values = torch.from_numpy(np.ascontiguousarray(array))
-    return Rows(_single(values) if values.is_floating_point() else values, labels, tuple(said))
+    return Rows(_rounded(values), labels, tuple(said))
 
 
-def _single(values: Tensor) -> Tensor:
-    """Floating numbers ``(N, ...)`` as ``float32``, unless that moves them by more than 1e-4 of their deviation.
+def _float32(values: Tensor) -> Tensor:
+    """Floating numbers as ``float32``; integers stay."""
+    return values.float() if values.is_floating_point() else values
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """:func:`_float32` of ``(N, ...)``, unless that moves numbers by more than 1e-4 of their deviation.
 
     It does where they are far from 0: times in seconds, coordinates in metres.
     """
-    rounded = values.float()
+    rounded = _float32(values)
     if values.dtype != torch.float64:
         return rounded
     deviation, off = values.std(0, correction=0), (values - rounded).abs().amax(0)
@@ -135,12 +139,8 @@ def as_pairs(parameters: Any, conditions: Any, what: str = "pairs") -> tuple[Ten
         part = as_tensor(part, what)
         return part[:, None] if part.is_floating_point() and part.ndim == 1 else part
 
-    def condition(part: Any) -> Tensor:
-        part = one(part)
-        return part.float() if part.is_floating_point() else part
-
     theta = one(parameters)
-    x = mapped(condition, conditions) if not isinstance(conditions, list) else condition(conditions)
+    x = mapped(_float32, mapped(one, conditions) if not isinstance(conditions, list) else one(conditions))
     counts = [len(part) if part.ndim else 0 for part in (theta, *tensors(x))]
     if not theta.is_floating_point() or len({*counts}) > 1 or not counts[0] or len(counts) == 1:
         raise ValueError(
@@ -148,7 +148,7 @@ def as_pairs(parameters: Any, conditions: Any, what: str = "pairs") -> tuple[Ten
             f"{[tuple(part.shape) for part in tensors(x)]}; floating parameters (N, ...) and as many conditions are "
             "needed"
         )
-    return _single(theta), x
+    return _rounded(theta), x
 
 
 def _without_index(array: np.ndarray, names: list[str] | None, said: list[str]) -> np.ndarray:

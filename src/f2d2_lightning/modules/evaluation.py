@@ -21,6 +21,7 @@ from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.reference import LOOKED_AT, Reference
 from f2d2_lightning.metrics.evaluation import LikelihoodEvaluation
 from f2d2_lightning.objectives.targets import PASSES
+from f2d2_lightning.training.batches import rows_of_batches
 from f2d2_lightning.utils.conditions import Cond, moved, some_of
 from f2d2_lightning.utils.fingerprints import fingerprint
 from f2d2_lightning.utils.measuring import clock
@@ -297,5 +298,4 @@ def _trained_between(trainer: L.Trainer) -> float:
     batches, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if batches is None or math.isinf(batches):
         batches = trainer.num_training_batches
-    size = getattr(trainer.train_dataloader, "batch_size", None) or 1
-    return PASSES * size * batches * (epochs or 1)
+    return PASSES * rows_of_batches(trainer.train_dataloader) * batches * (epochs or 1)

@@ -153,7 +153,7 @@ def all_training_batches(trainer: L.Trainer) -> Iterable[Any]:
         for loader in tree_leaves(loaders):
             len(loader)
     except (TypeError, NotImplementedError, AttributeError):
-        most = max(1, FIT_SAMPLES // _size(loader))
+        most = max(1, FIT_SAMPLES // rows_of_batches(loader))
         rank_zero_info(f"the training data have no length: what is set from them comes from {most} batches at most")
     return (transferred(trainer, batch) for batch in itertools.islice(_together(trainer, loaders), most))
 
@@ -174,7 +174,8 @@ def _together(trainer: L.Trainer, loaders: Any) -> Iterator[Any]:
     return (batch for batch, _, _ in CombinedLoader(loaders, combined._mode))
 
 
-def _size(loader: Any) -> int:
+def rows_of_batches(loader: Any) -> int:
+    """How many samples a loader says that its batches hold, 1 where it says none."""
     return getattr(loader, "batch_size", None) or 1
 
 
@@ -204,7 +205,7 @@ def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
     """
     loaders = _loaders(trainer)
     # without automatic batching a data set gives what it likes, such as whole batches
-    sizes = [_size(loader) for loader in tree_leaves(loaders) if not has_rows(loader)]
+    sizes = [rows_of_batches(loader) for loader in tree_leaves(loaders) if not has_rows(loader)]
     most = -(-count // sizes[0]) if sizes else None
     for batch in itertools.islice(_together(trainer, tree_map(lambda loader: _some(loader, count), loaders)), most):
         yield transferred(trainer, batch)
