@@ -89,16 +89,9 @@ class VariancePreserving(VarianceExploding):
     """
 
     _arguments = (
-        *("call", "directions", "prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"),
-        *(
-            "rescale_betas_zero_snr",
-            "learned_variance",
-            "output",
-            "channels_last",
-            "null_label",
-            "classes",
-            "time_axes",
-        ),
+        *("call", "directions", "prediction_type", "beta_schedule", "beta_start", "beta_end"),
+        *("num_train_timesteps", "rescale_betas_zero_snr", "learned_variance"),
+        *("output", "channels_last", "null_label", "classes", "time_axes"),
     )
     readings = "prediction_type", PREDICTIONS
 

@@ -137,8 +137,17 @@ class AddedModel(DistilledModel):
         """
         state = whole_state(self._network)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            meaning = {name: getattr(self, name) for name in ("shape", *RANGE, "error_bars")}
-            save_pretrained(self.joint, path, network_state=state, units=units, **meaning)
+            save_pretrained(
+                self.joint,
+                path,
+                shape=self.shape,
+                levels=self.levels,
+                low=self.low,
+                high=self.high,
+                network_state=state,
+                error_bars=self.error_bars,
+                units=units,
+            )
 
     def _head(self, kind: str) -> Head:
         """The head in training (``"live"``) or its average (``"average"``)."""

@@ -200,9 +200,14 @@ class Gallery:
                 figures["nll_steps"] = nll_steps_figure(unit=unit, reference_name=name, **_curve(measured.rows))
             shown = self.ranked_by()
             if is_image(model.shape) and measured.x is not None and not bool(values[shown].isnan().all()):
-                known: dict[str, Any] = {"reference": reference, "reference_name": name}
-                known |= {"low": model.low, "high": model.high}
-                figures["ranked"] = ranked_figure(measured.x, values[shown], unit, name=plural(shown, "step"), **known)
+                figures["ranked"] = ranked_figure(
+                    *(measured.x, values[shown], unit),
+                    name=plural(shown, "step"),
+                    reference=reference,
+                    reference_name=name,
+                    low=model.low,
+                    high=model.high,
+                )
         if measured.densities:
             figures["density"] = density_figure(measured.densities, measured.extent)
         return {title: settle(figure) for title, figure in figures.items()}

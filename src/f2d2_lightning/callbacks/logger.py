@@ -18,7 +18,7 @@ class _SessionWriter(ExperimentWriter):
     """Writes ``metrics.csv``, or the first of ``metrics-1.csv``, ``metrics-2.csv``, ... that is not there yet."""
 
     def __init__(self, log_dir: str) -> None:
-        names = (f"metrics-{number}.csv" if number else "metrics.csv" for number in itertools.count())
+        names = itertools.chain(["metrics.csv"], (f"metrics-{number}.csv" for number in itertools.count(1)))
         self.NAME_METRICS_FILE = next(name for name in names if not (Path(log_dir) / name).exists())
         with warnings.catch_warnings():
             # true of Lightning's writer, not of this one

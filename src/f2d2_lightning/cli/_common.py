@@ -79,13 +79,14 @@ def imported(path: str, option: str, needed: str = "") -> Any:
 def working_directory() -> Iterator[None]:
     """Let modules of the working directory be imported, for a while, where no other has their name."""
     here = str(Path.cwd())
-    added = [here] if here not in sys.path else []
-    sys.path += added
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
     try:
         yield
     finally:
-        for path in added:
-            sys.path.remove(path)
+        if added:
+            sys.path.remove(here)
 
 
 def _network(class_path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:

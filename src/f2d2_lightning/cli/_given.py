@@ -73,8 +73,9 @@ def _nested(key: str, content: Any, where: str) -> Iterator[Given]:
         for name, value in content.items():
             yield from _nested(f"{key}.{name}" if key else str(name), value, where)
     elif isinstance(content, list):
-        for value in (value for value in content if isinstance(value, (Mapping, list))):
-            yield from _nested(f"{key}[]", value, where)
+        for value in content:
+            if isinstance(value, (Mapping, list)):
+                yield from _nested(f"{key}[]", value, where)
 
 
 def find(key: str, value: str | None, everything: Sequence[Given]) -> Given | None:

@@ -123,9 +123,11 @@ def _nll(options: Any) -> None:
     found = _evaluate(module, points, options, reference=options.reference)
     columns = _columns(module, points, found, among)
     metadata = {
-        **{"checkpoint": options.ckpt, "data": options.data},
+        "checkpoint": options.ckpt,
+        "data": options.data,
         **{name: str(options[name]) for name in ("steps", "draws", "mirrored")},
-        **{"levels": str(module.levels), "range": f"[{module.low}, {module.high}]"},
+        "levels": str(module.levels),
+        "range": f"[{module.low}, {module.high}]",
         "unit": "log_prob: nats per sample; bits_per_dim: bits per dimension",
     } | ({} if options.compare is None else {"compare": options.compare})
     write_table(out, columns, metadata, options.overwrite)

@@ -78,8 +78,12 @@ class Configured:
         found = {}
         for name, given in arguments_of(self).items():
             current = _attribute(self, name)
-            changed = given is OBJECT or (given is None and isinstance(current, Configured))
-            found[name] = current.label if name == "directions" else current if changed else given
+            if name == "directions":
+                found[name] = current.label
+            elif given is OBJECT or (given is None and isinstance(current, Configured)):
+                found[name] = current
+            else:
+                found[name] = given
         return found
 
 

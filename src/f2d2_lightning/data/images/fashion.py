@@ -66,7 +66,8 @@ class FashionMNIST(ImageDataModule):
     def _read(self, name: str) -> Tensor:
         path = first_of(self.folder, name, f"{name}.gz")
         if path is None and self.download:
-            fetch(SOURCES[name], path := self.folder / f"{name}.gz")
+            path = self.folder / f"{name}.gz"
+            fetch(SOURCES[name], path)
         if path is None:
             raise FileNotFoundError(
                 f"{self.folder} has no {name} or {name}.gz; install Debian's package dataset-fashion-mnist, or get the "
