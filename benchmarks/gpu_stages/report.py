@@ -95,7 +95,7 @@ def _fashion(results: dict[str, dict[str, Any]]) -> list[str]:
         lines += [
             "Likelihood of test images in bits/dim, beside the teacher's "
             f"({teacher['reference, bits/dim']:.4f}, spread {teacher['spread of the reference, bits/dim']:.3f}) and, "
-            "of 64 images, beside the change of volume of the map's own jumps (stochastic Lanczos quadrature):",
+            "of 64 images, beside the change of volume of the map's own jumps (estimated by Arnoldi's iteration):",
             "",
             markdown(
                 ["trained", "steps", "NLL", "gap", "± its error", "mean error", "r", "own gap", "own error"],

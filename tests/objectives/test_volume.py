@@ -51,6 +51,18 @@ def test_targets_are_determinants_of_jumps_and_not_divergences_along_the_flow():
         torch.testing.assert_close((t - s)[row] * divergence[row], volume)
 
 
+@pytest.mark.parametrize(("dim", "determinant"), [(300, None), (300, "exact"), (5, "estimate"), (5, None)])
+def test_volumes_are_exact_in_few_dimensions_and_estimated_in_many(dim, determinant):
+    """Each number moves by itself: determinants and divergences are sums, whatever the probes' signs."""
+    wave = lambda x, s, t, cond=None: 0.5 * x.sin() + 0 * cond["label"][:, None]  # noqa: E731
+    joint = JointFlowMap(as_flow_map(wave), DivergenceHead(network=Nothing()))
+    s, t, x = torch.tensor([0.0, 0.9, 0.4, 0.2]), torch.tensor([1.0, 0.1, 0.4, 0.3]), torch.randn(4, dim)
+    volume = VolumeRegression(determinant=determinant).volume(joint, Point(x, s, {"label": torch.ones(4)}), t)
+    gap, slope = (t - s)[:, None], 0.5 * x.cos()
+    known = torch.where(gap == 0, slope, torch.log1p(gap * slope) / torch.where(gap == 0, 1, gap)).sum(1)
+    torch.testing.assert_close(volume, known, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("directions", ["to_data", "both"])
 def test_a_frozen_head_learns_the_density_of_the_samples(directions):
     """Likelihoods equal the change of variables with every jump's determinant: of samples, and of given points.
@@ -151,6 +163,5 @@ def test_examples_are_kept_refreshed_and_restored():
 def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="own_path=2"):
         VolumeRegression(own_path=2)
-    joint = JointFlowMap(as_flow_map(bent, "to_data"), DivergenceHead(network=Nothing()))
-    with pytest.raises(ValueError, match="takes as many evaluations per example, and max_dim is 4"):
-        VolumeRegression(max_dim=4).loss(joint, Batch(torch.randn(4, 5), TeacherSource(joint.velocity)))
+    with pytest.raises(ValueError, match="determinant is 'exactly'"):
+        VolumeRegression(determinant="exactly")

@@ -6,13 +6,16 @@ few-step sampler draws from is the density of its jumps, not the one that a head
 .. math:: \log |\det A|, \qquad A = I + (t - s)\,\frac{\partial u}{\partial x}.
 
 Exactly it takes as many directional derivatives as a state has dimensions. In many dimensions it is estimated: with
-:math:`A_0` the Jacobian of the Gaussian fit's jump, whose determinant is known, and :math:`B = A_0^{-1} A`,
+:math:`A_0` the Jacobian of the Gaussian fit's jump, whose determinant is known, and
+:math:`S = A_0^{-1/2} A A_0^{-1/2}`,
 
-.. math:: \log |\det A| = \log \det A_0 + \tfrac12 \operatorname{tr} \log B^\top B
+.. math:: \log |\det A| = \log \det A_0 + \operatorname{Re} \operatorname{tr} \log S
 
-and the trace by stochastic Lanczos quadrature (Ubaru, Chen and Saad, "Fast Estimation of tr(f(A)) via Stochastic
-Lanczos Quadrature", 2017, https://doi.org/10.1137/16M1104974). Jumps are far from the identity along narrow axes of the
-data and close to the Gaussian's everywhere, so that few of its steps are enough.
+and the trace by random probes, for each of which a function of a matrix follows from a few products with it by
+Arnoldi's iteration (Saad, "Analysis of some Krylov subspace approximations to the matrix exponential operator", 1992,
+https://doi.org/10.1137/0729014; by Lanczos', of symmetric ones: Ubaru, Chen and Saad, 2017,
+https://doi.org/10.1137/16M1104974). Not of :math:`S^\top S`, which is symmetric and whose condition is the square.
+Where a jump folds, some eigenvalues of :math:`S` are negative and others next to zero; probes then scatter, and say so.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch import Tensor
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import JointMap, Jump
-from f2d2_lightning.flows.paths import expand_time
+from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.utils.checks import at_least, check_fields
 from f2d2_lightning.utils.conditions import Cond, repeated, some_of
@@ -39,7 +42,7 @@ EXACT_UP_TO = 256
 ROWS, NUMBERS = 1024, 2**22
 """States that pass through the network at a time, and numbers in the Jacobians of exact determinants."""
 NEGLIGIBLE = 1e-6
-"""Share of a vector that is left after its projections are taken away, where Lanczos' steps have found all."""
+"""Share of a vector that is left after its projections are taken away, where the iteration has found all."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,7 @@ class Determinant:
     Args:
         probes: Random vectors of the estimate; 0 for the exact determinant; ``None`` for the exact one up to 256
             dimensions, four probes above.
-        lanczos: Lanczos steps per probe, each of a derivative along a vector and one of a product; more of them take
-            away what the probes' standard error does not show.
+        iterations: Of Arnoldi's, per probe: derivatives along a vector.
         seed: The probes of a sample are a function of this number and of the sample's own values, whatever the batch
             that it is in; ``None`` draws them from the global generator.
 
@@ -59,12 +61,12 @@ class Determinant:
     """
 
     probes: int | None = None
-    lanczos: int = 12
+    iterations: int = 24
     seed: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        at_least(1, lanczos=self.lanczos)
+        at_least(1, iterations=self.iterations)
         if self.probes is not None:
             at_least(0, probes=self.probes)
 
@@ -89,10 +91,11 @@ class Determinant:
         return None if self.seed is None else row_keys(x, self.seed)
 
     def derivatives(self, dim: int) -> int:
-        """Derivatives along a vector, and products with one, that a jump of so many dimensions takes."""
-        return 2 * min(self.lanczos, dim) * self._probes(dim) or dim
+        """Derivatives along a vector that a jump of so many dimensions takes."""
+        return min(self.iterations, dim) * self.count(dim) or dim
 
-    def _probes(self, dim: int) -> int:
+    def count(self, dim: int) -> int:
+        """Random vectors for states of so many dimensions; 0 where the determinant is exact."""
         return (0 if dim <= EXACT_UP_TO else 4) if self.probes is None else self.probes
 
     def jump(
@@ -110,30 +113,60 @@ class Determinant:
         ``(B,)``, by default of ``x`` (:meth:`keys`).
 
         Returns:
-            The jump, and the standard error of the change over probes, ``(B,)``, nats; ``None`` of what is exact and of
-            a single probe.
+            The jump, and the error of the change, ``(B,)``, nats: the standard error over probes and what the second
+            half of the iterations changed; ``None`` of what is exact and of a single probe.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._probes(x[0].numel())):
-            return self._jump(joint_map, x, s, t, cond, keys)
+        count, keys = self.count(x[0].numel()), self.keys(x) if keys is None else keys
+        streams = [mix_seed("determinant", f"{s} {t}", probe) for probe in range(count)]
 
-    def _jump(
-        self, joint_map: JointMap, x: Tensor, s: float, t: float, cond: Cond | None, keys: Tensor | None
-    ) -> tuple[Jump, Tensor | None]:
-        start, end = expand_time(s, x), expand_time(t, x)
-        state, baseline = joint_map.jump(x, s, t, cond).state, baseline_of(joint_map)
+        def bits(rows: slice) -> Tensor:
+            assert keys is not None
+            words = keys[rows, None] + torch.arange(x[0].numel(), device=x.device)
+            return torch.stack([hashed(words, stream) >> 40 & 1 for stream in streams])
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not count):
+            state = joint_map.jump(x, s, t, cond).state
+            times = expand_time(s, x), expand_time(t, x)
+            volume, error = self.log_volume(joint_map, x, *times, cond, None if keys is None else bits)
+        return Jump(state, -volume), error
+
+    def log_volume(
+        self,
+        joint_map: JointMap,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Cond | None = None,
+        bits: Callable[[slice], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``log |det|`` of the jump of each state ``(B, ...)`` from its own time ``(B,)`` to another, ``(B,)``, nats.
+
+        Args:
+            joint_map: Whose jumps.
+            x: States.
+            s: Their times.
+            t: Where the jumps lead, in either direction.
+            cond: Conditioning.
+            bits: Zeros and ones that make the probes of some rows, ``(probes, rows, dim)``; drawn by default.
+
+        Returns:
+            The logarithm, and its error as :meth:`jump` has it.
+        """
+        baseline = baseline_of(joint_map)
         fit = baseline if baseline is not None and bool(baseline.fitted) else None
 
         def part(rows: slice) -> Callable[[Tensor], Tensor]:
             # the same rows, as often as there are vectors
             def moved(y: Tensor) -> Tensor:
-                times = len(y) // len(start[rows])
-                own = repeated(some_of(cond, rows), times)
-                return y + (t - s) * joint_map(y, start[rows].repeat(times), end[rows].repeat(times), own).velocity
+                times = len(y) // len(s[rows])
+                start, end = s[rows].repeat(times), t[rows].repeat(times)
+                velocity = joint_map(y, start, end, repeated(some_of(cond, rows), times)).velocity
+                return y + like(end - start, y) * velocity
 
             return moved
 
         dim = x[0].numel()
-        probes, keys = self._probes(dim), self.keys(x) if keys is None else keys
+        probes = self.count(dim)
         size = max(1, ROWS // probes if probes else min(ROWS, NUMBERS // dim**2))
         values, errors = [], []
         for first in range(0, len(x), size):
@@ -142,16 +175,13 @@ class Determinant:
                 jacobian = map_jacobian(part(rows), x[rows], max(1, ROWS // len(x[rows])))[1]
                 values.append(torch.linalg.slogdet(jacobian.double()).logabsdet.to(x))
             else:
-                if keys is None:
-                    signs = torch.randint(0, 2, (probes, len(x[rows]), dim), device=x.device)
-                else:
-                    words = keys[rows, None] + torch.arange(dim, device=x.device)
-                    streams = [mix_seed("determinant", f"{s} {t}", probe) for probe in range(probes)]
-                    signs = torch.stack([hashed(words, stream) >> 40 & 1 for stream in streams])
-                value, error = _estimate(part(rows), x[rows], fit, start[rows], end[rows], signs * 2 - 1, self.lanczos)
+                drawn = (
+                    torch.randint(0, 2, (probes, len(x[rows]), dim), device=x.device) if bits is None else bits(rows)
+                )
+                value, error = _estimate(part(rows), x[rows], fit, s[rows], t[rows], drawn * 2 - 1, self.iterations)
                 values.append(value)
                 errors += [] if error is None else [error]
-        return Jump(state, -torch.cat(values)), torch.cat(errors) if errors else None
+        return torch.cat(values), torch.cat(errors) if errors else None
 
 
 def _estimate(
@@ -163,54 +193,57 @@ def _estimate(
     signs: Tensor,
     steps: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Stochastic Lanczos quadrature of ``log |det|`` at states ``(B, ...)``, relative to the Gaussian fit's.
-
-    The probes are ``signs``, ``(probes, B, dim)``.
+    """``log |det|`` at states ``(B, ...)`` relative to the Gaussian fit's, by probes ``signs``, ``(probes, B, dim)``.
 
     Returns:
-        ``(B,)``, and its standard error over probes; ``None`` of a single one.
+        ``(B,)``, and its error as :meth:`Determinant.jump` has it.
     """
     probes, count, dim = signs.shape
     steps = min(steps, dim)
     states = x.repeat(probes, *(1 for _ in x.shape[1:]))
-    known, ratio = x.new_zeros(()), None
+    known, root = x.new_zeros(()), x.new_ones(())
     if baseline is not None:
         known = (baseline.divergence(s, t) * (t - s)).to(x)
-        ratio = (baseline.marginal_variances(t) / baseline.marginal_variances(s)).sqrt().expand(count, -1)
-        ratio = ratio.repeat(probes, 1).to(x)
+        ratio = baseline.marginal_variances(t) / baseline.marginal_variances(s)
+        root = (ratio**0.25).expand(count, -1).repeat(probes, 1).to(x)
 
-    def square(v: Tensor) -> Tensor:
-        """``B^T B v``, ``(P B, d)``, in the fit's axes."""
-        along = v.reshape(states.shape) if baseline is None else baseline.from_axes(v).to(x)
-        image = jacobian_product(function, states, along)[1].reshape(len(v), dim)
-        if baseline is not None and ratio is not None:
-            image = baseline.to_axes(image.reshape(states.shape)).to(x) / ratio.square()
-            image = baseline.from_axes(image).to(x)
-        with torch.inference_mode(False), torch.enable_grad():
-            point = states.clone().requires_grad_(True)
-            (back,) = torch.autograd.grad(function(point), point, image.clone().reshape(states.shape))
-        return back.reshape(len(v), dim) if baseline is None else baseline.to_axes(back).to(x)
+    def product(v: Tensor) -> Tensor:
+        """``S v``, ``(P B, d)``, in the fit's axes."""
+        along = v / root
+        along = along.reshape(states.shape) if baseline is None else baseline.from_axes(along).to(x)
+        image = jacobian_product(function, states, along)[1]
+        return (image.reshape(len(v), dim) if baseline is None else baseline.to_axes(image).to(x)) / root
 
-    vectors = signs.reshape(len(states), dim).to(x) / dim**0.5
-    basis, diagonal, beside = [vectors], [], []
-    for _ in range(steps):
-        image = square(basis[-1])
-        diagonal.append((image * basis[-1]).sum(-1))
+    basis = [signs.reshape(len(states), dim).to(x) / dim**0.5]
+    # of a sample that has no further directions the rest of the matrix is the identity, apart from what was found
+    small = torch.eye(steps, dtype=torch.float64, device=x.device).repeat(len(states), 1, 1)
+    going = torch.ones(len(states), dtype=torch.bool, device=x.device)
+    for j in range(steps):
+        image = product(basis[-1])
+        before, column = image.norm(dim=-1), image.new_zeros(len(states), j + 1)
         for _ in range(2):  # twice is enough (Kahan; Parlett)
-            for vector in basis:
-                image = image - (image * vector).sum(-1, keepdim=True) * vector
+            for i, vector in enumerate(basis):
+                part = (image * vector).sum(-1)
+                column[:, i] += part
+                image = image - part[:, None] * vector
+        small[:, : j + 1, j] = torch.where(going[:, None], column.double(), small[:, : j + 1, j])
         length = image.norm(dim=-1)
-        # of a sample that has no further directions the rest of the matrix is cut off
-        going = length > NEGLIGIBLE * diagonal[-1].abs()
-        beside.append(torch.where(going, length, torch.zeros_like(length)))
+        going = going & (length > NEGLIGIBLE * before)
+        if j + 1 < steps:
+            small[:, j + 1, j] = torch.where(going, length, torch.zeros_like(length)).double()
         basis.append(torch.where(going, 1 / length, torch.zeros_like(length))[:, None] * image)
-    small = torch.diag_embed(torch.stack(diagonal, -1).double())
-    if steps > 1:
-        off = torch.stack(beside[:-1], -1).double()
-        small = small + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    values, axes = torch.linalg.eigh(small)
-    shares = axes[:, 0].square()
-    logs = torch.where(shares > 0, values.clamp(min=torch.finfo(torch.float64).tiny).log(), torch.zeros_like(values))
-    traces = (0.5 * dim * (shares * logs).sum(-1)).reshape(probes, count).to(x)
-    error = traces.std(0) / probes**0.5 if probes > 1 else None
-    return known + traces.mean(0), error
+    small = small.cpu()
+
+    def traces(taken: int) -> Tensor:
+        """By the first of the iterations, ``(P, B)``."""
+        values, axes = torch.linalg.eig(small[:, :taken, :taken])
+        first = torch.eye(taken, 1, dtype=axes.dtype).expand(len(small), -1, -1)
+        shares = axes[:, 0] * torch.linalg.solve(axes, first)[..., 0]
+        logs = torch.where(shares == 0, torch.zeros_like(values), values.log())
+        return (dim * (shares * logs).sum(-1).real).reshape(probes, count).to(x)
+
+    found = traces(steps)
+    if probes == 1:
+        return known + found[0], None
+    short = (traces((steps + 1) // 2) - found).mean(0)
+    return known + found.mean(0), (found.var(0) / probes + short.square()).sqrt()

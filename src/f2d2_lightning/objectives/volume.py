@@ -6,9 +6,8 @@ density of their own, by the change of variables,
 .. math:: D^*(x, s, t) = \frac{1}{t - s} \log \left|\det \frac{\partial X_{s \to t}(x)}{\partial x}\right|,
 
 whose limit on the diagonal is the divergence. With a head taught the divergence of the velocity instead, the likelihood
-of a frozen sampler is wrong by as much as the two differ. The determinant takes as many directional derivatives as the
-state has dimensions, so it is made once per example and used many times; it is for states of up to a few hundred
-dimensions.
+of a frozen sampler is wrong by as much as the two differ. A determinant takes as many directional derivatives as the
+state has dimensions, or some hundred where it is estimated, so it is made once per example and used many times.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from f2d2_lightning.divergence.estimators import Exact, Hutchinson
+from f2d2_lightning.flows.gaussian import baseline_of
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
 from f2d2_lightning.flows.paths import Path, Point, like
-from f2d2_lightning.likelihood.inversion import map_jacobian
+from f2d2_lightning.likelihood.determinant import Determinant
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives._ring import Ring
 from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
@@ -48,7 +49,8 @@ class VolumeRegression(Objective):
         intervals: Distribution of ``(s, t)``; mostly steps of the grids that likelihoods will be asked for.
         weighting: How errors become a loss.
         path: Probability path.
-        max_dim: Largest state that is accepted, as a safeguard: each example costs as many evaluations.
+        determinant: How volumes are found: ``"exact"``, ``"estimate"``, or a
+            :class:`~f2d2_lightning.likelihood.Determinant`; by default exactly up to 256 dimensions, estimated above.
 
     Raises:
         ValueError: If a number is out of range.
@@ -64,34 +66,26 @@ class VolumeRegression(Objective):
         intervals: Intervals | None = None,
         weighting: Weighting | None = None,
         path: Path | None = None,
-        max_dim: int = 1024,
+        determinant: Determinant | str | None = None,
     ) -> None:
         super().__init__(intervals or Intervals(diagonal=0.05, grid=0.85), weighting, path)
         at_least(1, capacity=capacity, chunk=chunk)
         at_least(0, refresh=refresh)
         share(own_path=own_path)
         self.capacity, self.refresh, self.chunk, self.own_path = capacity, refresh, chunk, own_path
-        self.max_dim = max_dim
+        self.determinant = Determinant.said(determinant) or Determinant()
         self._ring, self._due = Ring(capacity), 0.0
 
     @torch.no_grad()
     def volume(self, student: JointMap, point: Point, t: Tensor) -> Tensor:
-        """Logarithm of the determinant of the map's jump from each point to ``t``, ``(B,)``, per unit of time.
-
-        Raises:
-            ValueError: If the states are larger than ``max_dim``.
-        """
+        """Logarithm of the determinant of the map's jump from each point to ``t``, ``(B,)``, per unit of time."""
         x, s, cond = point.x, point.t, point.cond
-        if x[0].numel() > self.max_dim:
-            raise ValueError(
-                f"a determinant of {x[0].numel()} dimensions takes as many evaluations per example, and max_dim is "
-                f"{self.max_dim}; fine-tune the map in both directions instead (TrajectoryRegression), or raise max_dim"
-            )
-        _, slope = map_jacobian(lambda y: student(y, s, t, cond).velocity, x)
-        eye = torch.eye(slope.shape[-1], dtype=x.dtype, device=x.device)
-        volume = torch.linalg.slogdet(eye + (t - s)[:, None, None] * slope).logabsdet
-        apart, divergence = s != t, slope.diagonal(dim1=1, dim2=2).sum(-1)
-        return torch.where(apart, volume / torch.where(apart, t - s, torch.ones_like(t)), divergence)
+        volume, still = self.determinant.log_volume(student, x, s, t, cond)[0], s == t
+        if bool(still.any()):
+            probes, rows = self.determinant.count(x[0].numel()), still.nonzero()[:, 0]
+            estimator = Hutchinson(probes, control=baseline_of(student)) if probes else Exact()
+            volume[rows] = estimator(student.velocity, Point(x[rows], s[rows], some_of(cond, rows))).divergence
+        return volume / torch.where(still, torch.ones_like(t), t - s)
 
     def loss(self, student: JointMap, batch: Batch) -> Terms:
         ring = self._ring
