@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.adapters._asking import TIMES, called, seed
-from f2d2_lightning.adapters.adapter import AdaptedFlowMap, Adapter
+from f2d2_lightning.adapters.adapter import SHARED, AdaptedFlowMap, Adapter
 from f2d2_lightning.adapters.call import Call, ConventionError
 from f2d2_lightning.adapters.variance_exploding import VarianceExploding
 from f2d2_lightning.adapters.variance_preserving import VariancePreserving
@@ -218,8 +218,7 @@ def _bare(adapter: Adapter) -> str:
 
 
 def _shared(adapter: Adapter) -> dict[str, Any]:
-    """Arguments that every family has."""
-    return {name: getattr(adapter, name) for name in ("output", "channels_last", "null_label", "classes", "time_axes")}
+    return {name: getattr(adapter, name) for name in SHARED}
 
 
 def _changed(adapter: Adapter, **changes: str) -> Adapter:

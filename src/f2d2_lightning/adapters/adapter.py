@@ -28,6 +28,8 @@ from f2d2_lightning.utils.seeding import own_random_state
 
 __all__ = ["AdaptedFlowMap", "Adapter", "adapter_from_config"]
 
+SHARED = ("output", "channels_last", "null_label", "classes", "time_axes")
+"""Arguments that adapters of every kind have."""
 # times and labels become tensors of so many axes and columns, whoever says the number
 MOST_AXES, MOST_CLASSES = 64, 10**6
 
@@ -72,8 +74,8 @@ class Adapter(Configured):
     """Whether such networks answer the jump to data and nothing else."""
 
     _arguments: ClassVar[tuple[str, ...]] = (
-        *("call", "noise_time", "data_time", "directions", "answer", "velocity_scale", "output"),
-        *("channels_last", "null_label", "classes", "time_axes", "prior_std", "shortest"),
+        *("call", "noise_time", "data_time", "directions", "answer", "velocity_scale"),
+        *(*SHARED, "prior_std", "shortest"),
     )
 
     def __init__(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from f2d2_lightning.adapters.adapter import Adapter
+from f2d2_lightning.adapters.adapter import SHARED, Adapter
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.utils.checks import one_of
@@ -53,8 +53,8 @@ class VarianceExploding(Adapter):
     """
 
     _arguments: ClassVar[tuple[str, ...]] = (
-        *("call", "directions", "precondition", "answer", "sigma_min", "sigma_max", "sigma_data", "output"),
-        *("channels_last", "null_label", "classes", "time_axes", "shortest"),
+        *("call", "directions", "precondition", "answer", "sigma_min", "sigma_max", "sigma_data"),
+        *(*SHARED, "shortest"),
     )
     readings: ClassVar[tuple[str, tuple[str, ...]]] = "precondition", PRECONDITIONINGS
     """The argument that says how a clean image follows from the answer, and its values."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from f2d2_lightning.adapters.adapter import SHARED
 from f2d2_lightning.adapters.variance_exploding import VarianceExploding
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.flows.paths import like
@@ -90,8 +91,7 @@ class VariancePreserving(VarianceExploding):
 
     _arguments = (
         *("call", "directions", "prediction_type", "beta_schedule", "beta_start", "beta_end"),
-        *("num_train_timesteps", "rescale_betas_zero_snr", "learned_variance"),
-        *("output", "channels_last", "null_label", "classes", "time_axes"),
+        *("num_train_timesteps", "rescale_betas_zero_snr", "learned_variance", *SHARED),
     )
     readings = "prediction_type", PREDICTIONS
 
