@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from f2d2_lightning.metrics.diagnosis import Diagnosis, Taught, diagnose
 from f2d2_lightning.modules._ranges import RangedModel
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import DivergenceHead, Head, JointFlowMap
-from f2d2_lightning.objectives._scale import measure_scale
 from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting
 from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
@@ -43,6 +43,8 @@ MOVING_NODES = 24
 """Of trajectories of a velocity that is still trained."""
 MEASURED, MANY = 64, 256
 """States that targets are measured on, and dimensions above which a quarter of them are."""
+SCALED = 1024
+"""States that the scale of a head's answers is set from."""
 
 
 def default_objective(moving: bool, scattering: bool) -> TrajectoryRegression:
@@ -238,6 +240,7 @@ class DistilledModel(RangedModel):
         if choice is not None and choice.probes is not None:
             self.estimator = choice.estimator(baseline_of(self.joint), self.estimator.mode)
 
+    @torch.no_grad()
     def fit_scale(
         self,
         head: Head,
@@ -245,8 +248,30 @@ class DistilledModel(RangedModel):
         batches: Iterable[tuple[Tensor, Cond | None]],
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Set the scale of the head's answers from data, once its baseline is fitted."""
-        head.scale.fill_(measure_scale(head, source, batches, self.objective.path, reduce=reduce))
+        """Set the scale of the head's answers: root mean square of what it has to add to its fitted baseline.
+
+        Args:
+            head: The head, whose own units it is in.
+            source: Gives divergences.
+            batches: Data at ``t = 1``, ``(B, ...)``, with conditioning, of which about :data:`SCALED` are looked at.
+            reduce: Sums a tensor over processes, where each of them sees a part of the data.
+        """
+        baseline = head.baseline
+        sums = torch.zeros(2, dtype=torch.float64)
+        for x, cond in batches:
+            noise, t = torch.randn_like(x), torch.rand(len(x), dtype=x.dtype, device=x.device)
+            divergence = source(self.objective.path.point(x, noise, t, cond)).divergence
+            if baseline is not None:
+                divergence = divergence - baseline.divergence(t, t)
+            if head.per_axis and baseline is not None:
+                # in units of what independent answers of order one would add up to
+                divergence = divergence / baseline.angle_rate(t, t).mean(-1) / math.sqrt(baseline.dim)
+            sums += torch.tensor([float(divergence.square().sum()), len(x)], dtype=torch.float64)
+            if sums[1] >= SCALED:
+                break
+        if reduce is not None:
+            sums = reduce(sums)
+        head.scale.fill_(max(1e-3, math.sqrt(float(sums[0] / sums[1]))))
 
     def objective_loss(
         self,
