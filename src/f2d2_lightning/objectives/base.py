@@ -132,14 +132,7 @@ class Weighting:
         else:
             weighted_velocity, length = self._natural(velocity_error, examples, baseline)
             weighted_divergence = weight * (length * divergence_error).square()
-        velocity_loss, divergence_loss = self.adapt(weighted_velocity), self.adapt(weighted_divergence)
-        return Terms(
-            velocity_loss + divergence_loss,
-            velocity_loss,
-            divergence_loss,
-            velocity_squared.detach().mean(),
-            divergence_error.detach().square().mean(),
-        )
+        return self.terms(weighted_velocity, weighted_divergence, velocity_squared, divergence_error)
 
     def of_divergence(self, dim: int) -> float:
         """Weight of the divergence error of states of so many dimensions."""
@@ -152,6 +145,12 @@ class Weighting:
         rate = baseline.angle_rate(s, t).mean(-1).expand_as(t)
         length = torch.where(s == t, self.diagonal / rate.clamp(min=1.0), t - s)
         return (length[:, None] * baseline.deviations(error, t)).square().sum(-1), length
+
+    def terms(self, velocity: Tensor, divergence: Tensor, velocity_squared: Tensor, divergence_error: Tensor) -> Terms:
+        """Terms of errors ``(B,)``: squares with their weights, which are adapted here, and raw ones."""
+        velocity_loss, divergence_loss = self.adapt(velocity), self.adapt(divergence)
+        raw = velocity_squared.detach().mean(), divergence_error.detach().square().mean()
+        return Terms(velocity_loss + divergence_loss, velocity_loss, divergence_loss, *raw)
 
     def adapt(self, error: Tensor) -> Tensor:
         """Mean of errors ``(B,)``, each a square with its weight, adapted."""

@@ -13,6 +13,7 @@ refresh rate sets.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,16 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import Direction, JointMap
 from f2d2_lightning.flows.paths import Path as ProbabilityPath
+from f2d2_lightning.flows.paths import expand_time
 from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.likelihood.sampling import normal_log_prob
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.objectives._pool import TrajectoryPool
 from f2d2_lightning.objectives._starts import Starts
-from f2d2_lightning.objectives._whole_paths import whole_path_terms
-from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting
+from f2d2_lightning.objectives.base import Batch, Objective, Terms, Weighting, unit_baseline
 from f2d2_lightning.objectives.integrator import trajectory_times
 from f2d2_lightning.objectives.intervals import Intervals, pick
 from f2d2_lightning.objectives.targets import TargetChoice
@@ -205,11 +208,32 @@ class TrajectoryRegression(Objective):
         return count * self.intervals.on_diagonal(1, self.structure)
 
     def whole_paths(self, student: JointMap, count: int, steps: int) -> Terms:
-        """Error of the student's whole path in a number of steps, in natural units, on ``count`` trajectories."""
+        """Error of the student's path through all its jumps in a number of steps, on ``count`` trajectories.
+
+        In natural units, whatever the weighting's.
+        """
         to_noise = Direction.TO_NOISE in self.directions
         grid = time_grid(steps, to_noise)
         teacher = self.pool(student).draw_whole(count, grid, to_noise and self.likelihood_of_data)
-        return whole_path_terms(student, teacher, grid, self.weighting, self.recompute)
+        states = teacher.states
+        x, log_change = states[:, 0], states.new_zeros(len(states))
+        baseline = baseline_of(student) or unit_baseline(x)
+        position_error, velocity_error = states.new_zeros(len(states)), states.new_zeros(len(states))
+        for step, (s, t) in enumerate(itertools.pairwise(grid), start=1):
+            if self.recompute and steps > 1:
+                x, delta = checkpoint(student.jump, x, s, t, teacher.cond, use_reentrant=False)
+            else:
+                x, delta = student.jump(x, s, t, teacher.cond)
+            log_change = log_change + delta
+            error = x - states[:, step]
+            position_error = position_error + baseline.deviations(error, expand_time(t, x)).square().sum(-1) / steps
+            velocity_error = velocity_error + (error.detach() / (t - s)).flatten(1).square().mean(-1) / steps
+        difference = log_change - teacher.change[:, -1]
+        if to_noise:
+            # the whole error of the log-likelihood, the prior's share included
+            difference = difference + normal_log_prob(states[:, -1]) - normal_log_prob(x)
+        weight = self.weighting.of_divergence(x[0].numel())
+        return self.weighting.terms(position_error, weight * difference.square(), velocity_error, difference)
 
     def _refill(self, student: JointMap, batch: Batch) -> None:
         """Integrate what is due."""
