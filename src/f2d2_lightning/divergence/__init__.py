@@ -3,11 +3,4 @@
 from f2d2_lightning.divergence._tangents import DerivativeError
 from f2d2_lightning.divergence.estimators import Conditional, Divergence, DivergenceEstimator, Exact, Hutchinson
 
-__all__ = [
-    "Conditional",
-    "DerivativeError",
-    "Divergence",
-    "DivergenceEstimator",
-    "Exact",
-    "Hutchinson",
-]
+__all__ = ["Conditional", "DerivativeError", "Divergence", "DivergenceEstimator", "Exact", "Hutchinson"]

@@ -135,12 +135,7 @@ def _constant(*values: Any) -> bool:
 
 
 def _affine(
-    func: Callable[..., Tensor],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *rest: Any,
-    **named: Any,
+    func: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
 ) -> Tensor | None:
     tangent = _tangent(input)
     if tangent is None or not _constant(weight, bias):

@@ -145,10 +145,7 @@ class GaussianBaseline(nn.Module, Configured):
 
     @torch.no_grad()
     def fit(
-        self,
-        batches: Iterable[Tensor],
-        floor: float = 1e-6,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        self, batches: Iterable[Tensor], floor: float = 1e-6, reduce: Callable[[Tensor], Tensor] | None = None
     ) -> GaussianBaseline:
         """Set mean and covariance from data, in one pass with float64 sums.
 

@@ -283,14 +283,7 @@ class LikelihoodModel(ABC):
             return in_parts(lambda x, cond: ask(x, steps, cond), x, self._conditioning(cond, x), batch_size)
 
     @checked
-    def error_bar(
-        self,
-        x: Array,
-        steps: int = 4,
-        cond: Cond | None = None,
-        *,
-        batch_size: int | None = None,
-    ) -> Tensor:
+    def error_bar(self, x: Array, steps: int = 4, cond: Cond | None = None, *, batch_size: int | None = None) -> Tensor:
         """How far off :meth:`log_prob` may be, sample by sample, without asking the reference.
 
         The half width of an interval that holds the reference's log-likelihood, for states like those that the bars
@@ -462,11 +455,7 @@ class LikelihoodModel(ABC):
         return cond
 
     def diagnose(
-        self,
-        x: Tensor,
-        cond: Cond | None = None,
-        reference: Tensor | None = None,
-        reference_error: float = math.nan,
+        self, x: Tensor, cond: Cond | None = None, reference: Tensor | None = None, reference_error: float = math.nan
     ) -> Diagnosis:
         """Where the error of few-step likelihoods comes from: targets, head, map or grid, and what to do; ``print`` it.
 

@@ -56,10 +56,7 @@ def default_objective(moving: bool, scattering: bool) -> TrajectoryRegression:
     """
     if not moving:
         return TrajectoryRegression()
-    scatter = {
-        "starts": {"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4},
-        "weighting": Weighting(),
-    }
+    scatter = {"starts": {"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4}, "weighting": Weighting()}
     return TrajectoryRegression(
         nodes=MOVING_NODES,
         capacity=2048,
@@ -184,11 +181,7 @@ class DistilledModel(RangedModel):
             check_differentiable(teacher, x, cond, mode)
 
     def measure_targets(
-        self,
-        trainer: L.Trainer,
-        velocity: Callable[..., Tensor],
-        x: Tensor,
-        cond: Cond | None,
+        self, trainer: L.Trainer, velocity: Callable[..., Tensor], x: Tensor, cond: Cond | None
     ) -> None:
         """Choose what was left open of trajectories and their estimator, by what it costs and what targets it makes.
 
@@ -335,11 +328,7 @@ class DistilledModel(RangedModel):
         return Taught(source, trajectory_times(PATH_NODES, self.steps), frozen=frozen)
 
     def diagnose(
-        self,
-        x: Tensor,
-        cond: Cond | None = None,
-        reference: Tensor | None = None,
-        reference_error: float = math.nan,
+        self, x: Tensor, cond: Cond | None = None, reference: Tensor | None = None, reference_error: float = math.nan
     ) -> Diagnosis:
         x, cond = self._fitting(x).to(self.device), moved(cond, self.device)
         velocity = self.reference_velocity()

@@ -66,12 +66,7 @@ class Head(nn.Module, Configured):
         return dtype
 
     def forward(
-        self,
-        x: Tensor,
-        s: Tensor | float,
-        t: Tensor | float,
-        cond: Cond | None = None,
-        features: Tensor | None = None,
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, cond: Cond | None = None, features: Tensor | None = None
     ) -> Tensor:
         """Average divergence from ``s`` to ``t``.
 

@@ -48,10 +48,7 @@ class TeacherSource(VelocitySource):
     """
 
     def __init__(
-        self,
-        velocity: Callable[..., Tensor],
-        estimator: DivergenceEstimator | None = None,
-        stationary: bool = True,
+        self, velocity: Callable[..., Tensor], estimator: DivergenceEstimator | None = None, stationary: bool = True
     ) -> None:
         self.velocity = instantaneous(velocity)
         self.estimator = estimator or Hutchinson()

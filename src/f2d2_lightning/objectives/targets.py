@@ -18,13 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.divergence.estimators import (
-    DivergenceEstimator,
-    Exact,
-    StillProbe,
-    probes_in_words,
-    with_probes,
-)
+from f2d2_lightning.divergence.estimators import DivergenceEstimator, Exact, StillProbe, probes_in_words, with_probes
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.likelihood.time_grids import PLACINGS
 from f2d2_lightning.objectives.integrator import integrated_log_prob, trajectory_times

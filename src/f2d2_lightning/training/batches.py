@@ -68,10 +68,7 @@ class FirstLook:
             self._stage = stage
 
     def at_training_data(
-        self,
-        states: Callable[[Any], tuple[Tensor, Cond | None]],
-        quantization: Quantization | None,
-        trainer: L.Trainer,
+        self, states: Callable[[Any], tuple[Tensor, Cond | None]], quantization: Quantization | None, trainer: L.Trainer
     ) -> None:
         """Say what is wrong with the training data, see :func:`f2d2_lightning.likelihood.check_data`.
 
