@@ -343,15 +343,12 @@ class GaussianBaseline(nn.Module, Configured):
         rate = 0.5 * torch.where(near, slope * _log1p_ratio(small), far)
         return (rate.mean(-1) * self.dim).expand(count)
 
-    def _rates(self, s: Tensor, t: Tensor) -> Tensor:
-        """``(r - 1) / (t - s)`` along the axes: eigenvalues of the Jacobian of ``u_0``."""
-        s, t = distinct(s, t)
-        ratio = self.marginal_variances(t) / self.marginal_variances(s)
-        return self._relative_slope(s, t) / (ratio.sqrt() + 1)
-
     def jacobian_product(self, v: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """Jacobian of ``u_0(., s, t)`` times ``v``, shape of ``v``: a control variate for Hutchinson's estimator."""
-        return self.from_axes(self._rates(s, t) * self.to_axes(v))
+        s, t = distinct(s, t)
+        ratio = self.marginal_variances(t) / self.marginal_variances(s)
+        # (r - 1) / (t - s), its eigenvalues
+        return self.from_axes(self._relative_slope(s, t) / (ratio.sqrt() + 1) * self.to_axes(v))
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """``u_0(x, s, t)``, shape of ``x``."""

@@ -205,13 +205,12 @@ class TrajectoryPool:
         self.ring, self._entries, self._loaded = None, [], state
 
 
-def busy_times(baseline: GaussianBaseline, even: float = 0.5) -> Tensor:
-    """Times between which equal shares of the fit's clock lie, mixed with a share of even ones, ``(1024,)``.
+def busy_times(baseline: GaussianBaseline) -> Tensor:
+    """Times between which equal shares of the fit's clock lie, mixed with as many even ones, ``(1024,)``.
 
     Of images, most of what a likelihood depends on happens in the last step to data.
     """
-    count = 1024
-    return baseline.times_at((torch.arange(count, device=baseline.mean.device) + 0.5) / count, even)
+    return baseline.times_at((torch.arange(1024, device=baseline.mean.device) + 0.5) / 1024, 0.5)
 
 
 def _nearest(kept: Tensor, t: Tensor) -> Tensor:

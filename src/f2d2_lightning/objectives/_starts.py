@@ -96,8 +96,8 @@ class Starts:
         return self.quantization.dequantize(self.quantization.quantize(x)).to(x.dtype)
 
 
-def _mix_neighbors(x: Tensor, neighbors: int = 5) -> Tensor:
-    """Points between each sample and one of its nearest neighbours, shape of ``x``.
+def _mix_neighbors(x: Tensor) -> Tensor:
+    """Points between each sample and one of its five nearest neighbours, shape of ``x``.
 
     Chawla et al., "SMOTE: Synthetic Minority Over-sampling Technique", 2002, https://doi.org/10.1613/jair.953
     """
@@ -106,7 +106,7 @@ def _mix_neighbors(x: Tensor, neighbors: int = 5) -> Tensor:
     flat = x.flatten(1)
     distance = torch.cdist(flat, flat)
     distance.fill_diagonal_(math.inf)
-    nearest = distance.topk(min(neighbors, len(x) - 1), largest=False).indices
+    nearest = distance.topk(min(5, len(x) - 1), largest=False).indices
     other = x[nearest.gather(1, torch.randint(nearest.shape[1], (len(x), 1), device=x.device)).squeeze(1)]
     share = like(torch.rand(len(x), dtype=x.dtype, device=x.device), x)
     return (1 - share) * x + share * other
