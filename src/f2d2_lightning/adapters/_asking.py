@@ -14,8 +14,6 @@ from f2d2_lightning.adapters.call import ConventionError
 from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.utils.seeding import own_random_state
 
-__all__ = ["TIMES", "called", "seed", "signature", "undisturbed", "without_zeros"]
-
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Symmetric about one half, so that mirroring time gives the same ones."""
 

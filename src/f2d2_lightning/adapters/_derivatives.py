@@ -26,8 +26,6 @@ from f2d2_lightning.flows.paths import LinearPath, like
 from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.sharding import is_sharded
 
-__all__ = ["check_derivative"]
-
 ROWS = 10  # states, each with a direction of its own; half of them must be clearly wrong
 # half-widths of the finite differences: the widest in units of the noise, and the rest each a quarter of the last; the
 # first that is tried is that of index FIRST, and where it agrees, as it does for most networks, no other is

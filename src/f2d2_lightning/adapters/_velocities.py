@@ -28,8 +28,6 @@ from f2d2_lightning.flows.paths import LinearPath, like
 from f2d2_lightning.utils.conditions import Cond, moved, repeated, some_of
 from f2d2_lightning.utils.sharding import is_sharded
 
-__all__ = ["FEWEST_SAMPLES", "check_velocity"]
-
 FEWEST_SAMPLES = 8  # below this nothing is judged
 MOST_DRAWS = 8  # noises that are drawn per data point
 FEW = 16  # samples of large states on which unlikely ways are tried; the other direction of time is tried on all

@@ -26,8 +26,6 @@ from f2d2_lightning.utils.conditions import Cond, kind_of, mapped, some_of, tens
 from f2d2_lightning.utils.configured import Configured
 from f2d2_lightning.utils.seeding import own_random_state
 
-__all__ = ["AdaptedFlowMap", "Adapter", "adapter_from_config"]
-
 SHARED = ("output", "channels_last", "null_label", "classes", "time_axes")
 """Arguments that adapters of every kind have."""
 # times and labels become tensors of so many axes and columns, whoever says the number

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Call", "ConventionError"]
-
 NAMES = ("x", "s", "t", "cond")
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 

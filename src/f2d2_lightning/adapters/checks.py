@@ -19,8 +19,6 @@ from f2d2_lightning.flows.paths import LinearPath, expand_time
 from f2d2_lightning.likelihood._inputs import check_state
 from f2d2_lightning.utils.conditions import Cond, moved, some_of
 
-__all__ = ["ConventionError", "check_convention", "check_differentiable"]
-
 LARGEST_BATCH = 64
 
 

@@ -11,8 +11,6 @@ from f2d2_lightning.adapters.adapter import Adapter
 from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.utils.checks import one_of
 
-__all__ = ["FlowMatching", "MeanFlow", "Shortcut", "TorchCFM", "TwoTime"]
-
 
 class Shortcut(Adapter):
     """Shortcut models: time runs up, the second time is the length of the step.

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FeatureTap", "find_submodule", "last_width"]
-
 
 def find_submodule(network: nn.Module, name: str, what: str = "submodule") -> nn.Module:
     """A submodule by its dotted name.

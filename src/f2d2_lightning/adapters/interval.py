@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from f2d2_lightning.adapters.features import find_submodule, last_width
 from f2d2_lightning.nn.embedding import IntervalEmbedding
 
-__all__ = ["AddedInterval"]
-
 
 class AddedInterval(nn.Module):
     """A pair of times for a network that does not take it, added to the output of its time embedding.

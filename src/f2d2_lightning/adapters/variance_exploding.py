@@ -23,8 +23,6 @@ from f2d2_lightning.flows.paths import like
 from f2d2_lightning.utils.checks import one_of
 from f2d2_lightning.utils.conditions import Cond
 
-__all__ = ["CTM", "Consistency", "Denoiser", "VarianceExploding"]
-
 PRECONDITIONINGS = ("none", "edm", "consistency")
 
 

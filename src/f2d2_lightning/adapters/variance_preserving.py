@@ -27,8 +27,6 @@ from f2d2_lightning.flows.paths import like
 from f2d2_lightning.utils.checks import one_of
 from f2d2_lightning.utils.conditions import Cond
 
-__all__ = ["LatentConsistency", "VariancePreserving"]
-
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "continuous")
 CONTINUOUS = 1e-5, 1.0

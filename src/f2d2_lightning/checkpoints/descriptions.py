@@ -17,8 +17,6 @@ from f2d2_lightning.flows.maps import Direction, FlowMap, JointMap
 from f2d2_lightning.nn.head import DivergenceHead, JointFlowMap
 from f2d2_lightning.utils.configured import Configured, as_plain, public_name
 
-__all__ = ["describe", "describe_model", "given_places", "make_model", "make_part", "own_state"]
-
 _PACKAGE = "f2d2_lightning"
 # arguments that somebody else's object may stand in, and the name that it is given under
 _GIVEN: dict[tuple[type, str], str] = {

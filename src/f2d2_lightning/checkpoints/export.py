@@ -18,8 +18,6 @@ from f2d2_lightning.utils.arrays import check_stored_archive
 from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.configured import public_name
 
-__all__ = ["CHECKPOINT_KEY", "describe_head", "describe_joint", "load_joint", "make_head", "save_joint"]
-
 # where a Lightning checkpoint holds the joint maps that callbacks added to it, by name of the network
 CHECKPOINT_KEY = "f2d2_joint"
 

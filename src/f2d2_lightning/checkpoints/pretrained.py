@@ -31,18 +31,6 @@ from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.utils.checks import checked, counts, listed
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = [
-    "CONFIG",
-    "WEIGHTS",
-    "DataDescription",
-    "from_pretrained",
-    "located",
-    "read_description",
-    "read_error_bars",
-    "read_units",
-    "save_pretrained",
-]
-
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SHIPPED = FilePath(__file__).parent / "shipped"
 """Folders of models that come with the package, by their names."""

@@ -37,11 +37,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from f2d2_lightning import _moved
 
-__all__ = [
-    *("ALLOWED", "Takes", "build", "build_arguments", "called", "check_extent", "find_class", "make", "packages_of"),
-    *("said", "stored_in", "takes", "within_size"),
-]
-
 # where classes that a file names may be, besides the packages that the user trusts
 ALLOWED = ("f2d2_lightning", "torch.nn", "torch.optim")
 # most values of a description, and most levels of them inside one another; those that are made here have hundreds

@@ -22,8 +22,6 @@ from f2d2_lightning.data.images._stores import image_rows, open_store
 from f2d2_lightning.data.table import Table
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = ["batch_size", "init_command", "lengths", "network"]
-
 SMALL, MEDIUM, FEW = 8, 256, 2_000
 """Dimensions up to which a small perceptron, and a perceptron at all, is the network; training points below which it
 drops units."""

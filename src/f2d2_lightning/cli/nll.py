@@ -29,8 +29,6 @@ from f2d2_lightning.utils.class_names import as_names
 from f2d2_lightning.utils.conditions import Cond, moved
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["nll_command"]
-
 REFERENCE_ERROR = "reference_standard_error"
 DATA_HELP = (
     f"{', '.join(DATA)}, or the class path of a data module (test split; digits:train, my.Data:val for others); "

@@ -25,8 +25,6 @@ from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.plots._figure import plural
 from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
 
-__all__ = ["sample_command"]
-
 
 def sample_command(arguments: list[str]) -> None:
     """``f2d2 sample``: draw samples, as a picture or as an array with their log-likelihoods."""

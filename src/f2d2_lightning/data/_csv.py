@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["read_csv"]
-
 SEPARATORS = ("\t", ";", ",")
 """The first of them that the first line has."""
 

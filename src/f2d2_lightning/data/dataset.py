@@ -18,8 +18,6 @@ from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.conditions import Cond, some_of, tensors
 from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
-__all__ = ["DequantizedDataset", "LazyValues", "StoredValues", "Values", "as_values", "take"]
-
 
 class LazyValues(Dataset[Tensor]):
     """Values ``(N, ...)`` that are read a batch at a time, indexed as a tensor is; :meth:`select` stays lazy.

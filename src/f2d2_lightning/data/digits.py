@@ -9,8 +9,6 @@ from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.utils.checks import checked
 
-__all__ = ["Digits"]
-
 
 class Digits(FlowDataModule):
     """scikit-learn's digits: 1,797 scans of 8 x 8 pixels with 17 grey levels, dequantized to [-1, 1].

@@ -32,8 +32,6 @@ from f2d2_lightning.utils.text import briefly
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FlowDataModule"]
-
 PROBED = 64
 """Lazy values of each split that are read beforehand, to see whether they use their levels."""
 

@@ -16,8 +16,6 @@ from f2d2_lightning.likelihood._inputs import as_tensor
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.conditions import Cond, mapped, tensors
 
-__all__ = ["Rows", "as_pairs", "find_rows", "holds_pairs", "read_pairs", "read_rows"]
-
 CHANNELS = (1, 3)
 """Of images whose channels come last."""
 EIGHT_BIT = 255

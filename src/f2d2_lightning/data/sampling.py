@@ -11,8 +11,6 @@ from torch.utils.data.distributed import DistributedSampler
 from f2d2_lightning.training.progress import Place
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["EpochSampler", "ResumableLoader"]
-
 
 class EpochSampler(DistributedSampler):
     """A permutation of the data for each epoch, a function of seed and epoch, that can start part of the way in.

@@ -18,8 +18,6 @@ from f2d2_lightning.utils.checks import positive
 from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["Pairs", "Table"]
-
 
 class Table(FlowDataModule):
     """Rows of a ``.csv``, ``.npy`` or ``.npz`` file, divided at random, standardised by those to train on.

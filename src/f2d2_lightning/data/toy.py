@@ -12,8 +12,6 @@ from f2d2_lightning.flows.mixture import MixtureFlow
 from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.seeding import mix_seed
 
-__all__ = ["Checkerboard", "GaussianMixture"]
-
 
 def _parts(count: int) -> dict[str, int]:
     """A tenth each for validation and test."""

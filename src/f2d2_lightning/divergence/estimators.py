@@ -26,22 +26,6 @@ from f2d2_lightning.utils.conditions import Cond, mapped, repeated
 from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, own_random_state, row_keys
 from f2d2_lightning.utils.text import briefly
 
-__all__ = [
-    "MODES",
-    "Conditional",
-    "Divergence",
-    "DivergenceEstimator",
-    "Exact",
-    "Hutchinson",
-    "SampleProbes",
-    "StillProbe",
-    "check_mode",
-    "instantaneous",
-    "jacobian_product",
-    "probes_in_words",
-    "with_probes",
-]
-
 MODES = ("forward", "reverse", "finite")
 
 

@@ -32,8 +32,6 @@ from f2d2_lightning.utils.checks import check_shape, counts, one_of
 from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["GaussianBaseline", "GaussianFlow", "baseline_of", "fit_baselines"]
-
 ENOUGH, PLENTY = 4, 64
 """Samples per dimension from which a full covariance is fitted without a warning, and taken as it is."""
 FOLDS = 4

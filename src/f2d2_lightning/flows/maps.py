@@ -28,8 +28,6 @@ from f2d2_lightning.utils.checks import checked, one_of
 from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["Direction", "FlowMap", "Joint", "JointMap", "Jump", "Velocity", "as_flow_map"]
-
 Velocity = Callable[..., Tensor]
 """Instantaneous velocity, ``(x, t, cond) -> v``, shapes ``(B, ...), (B,), any -> (B, ...)``."""
 

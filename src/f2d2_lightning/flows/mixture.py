@@ -9,8 +9,6 @@ from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.paths import Path, expand_time
 from f2d2_lightning.utils.conditions import Cond
 
-__all__ = ["MixtureFlow"]
-
 
 class MixtureFlow(nn.Module):
     r"""The exact marginal velocity of a Gaussian mixture.

@@ -22,18 +22,6 @@ from torch import Tensor
 from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = [
-    "LinearPath",
-    "Path",
-    "Point",
-    "TrigonometricPath",
-    "distinct",
-    "even_rows",
-    "expand_time",
-    "like",
-    "repeat_time",
-]
-
 
 def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
     """Time as one value per sample.

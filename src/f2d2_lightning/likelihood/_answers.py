@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Answer"]
-
 NATS = ("value", "log_prob", "standard_error", "log_target")
 """Beginnings of the names of what is in nats."""
 

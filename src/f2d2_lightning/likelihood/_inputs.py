@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from f2d2_lightning.utils.checks import at_least, check_shape
 from f2d2_lightning.utils.conditions import Cond, mapped, some_of, tensors
 
-__all__ = ["Array", "as_cond", "as_states", "as_tensor", "check_cond", "check_state", "in_parts", "seed_of"]
-
 Array: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 """A tensor, or what becomes one: an array, nested lists, a list of tensors."""
 

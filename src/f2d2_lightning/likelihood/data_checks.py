@@ -17,8 +17,6 @@ from torch import Tensor
 
 from f2d2_lightning.likelihood.quantization import MOST_ALIKE, Quantization
 
-__all__ = ["Finding", "check_data", "find_discrete"]
-
 MOST_STATES = 2**16
 """States that are looked at."""
 MOST_BYTES = 2**25

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from f2d2_lightning.utils.checks import at_least, positive
 
-__all__ = ["Disagreement", "ErrorBars", "enough", "kept_bars", "read_bars"]
-
 FEWEST = 16
 """Points that error bars are calibrated on at least."""
 

@@ -28,8 +28,6 @@ from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.utils.checks import at_least, check_fields, checked, one_of
 from f2d2_lightning.utils.conditions import Cond, mapped
 
-__all__ = ["GuidedSamples", "SelfGuidance"]
-
 
 @dataclass(frozen=True, repr=False)
 class GuidedSamples(Samples):

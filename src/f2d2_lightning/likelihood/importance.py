@@ -22,8 +22,6 @@ from torch import Tensor
 from f2d2_lightning.likelihood._answers import Answer
 from f2d2_lightning.utils.checks import check_fields
 
-__all__ = ["Estimate", "ImportanceWeights"]
-
 
 class Estimate(NamedTuple):
     """An estimate and its standard error over samples, each ``(...)``, float64."""

@@ -26,8 +26,6 @@ from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.utils.checks import at_least, check_fields, one_of, positive
 
-__all__ = ["Inversion", "Solution", "map_jacobian"]
-
 
 @dataclass(frozen=True)
 class Solution:

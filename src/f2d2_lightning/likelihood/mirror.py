@@ -28,8 +28,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["mirror", "mirrored_log_prob"]
-
 
 def mirror(x: Tensor) -> Tensor:
     """Images ``(B, ..., W)`` left to right, shape of ``x``."""

@@ -42,8 +42,6 @@ from f2d2_lightning.utils.conditions import Cond, halves
 if TYPE_CHECKING:
     from f2d2_lightning.metrics.diagnosis import Diagnosis
 
-__all__ = ["JointModel", "LikelihoodModel"]
-
 MOST_DRAWS = 2**20
 """Of dequantization noise: more are a mistake."""
 

@@ -33,8 +33,6 @@ from f2d2_lightning.utils.checks import at_least, checked, one_of
 from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.progress import tell
 
-__all__ = ["ADAPTIVE", "FIXED", "WEIGHTS", "reference_log_prob", "reference_sample"]
-
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
 WEIGHTS = {
     "euler": (1.0,),

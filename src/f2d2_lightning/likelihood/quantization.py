@@ -31,9 +31,6 @@ from torch import Tensor
 from f2d2_lightning.utils.checks import at_least, check_fields, checked
 from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
-__all__ = ["DequantizationBounds", "Quantization", "bits_per_dim", "dequantization_bounds", "state_images"]
-
-
 MOST_ALIKE = 0.05
 """Share of continuous values that may be one and the same number."""
 

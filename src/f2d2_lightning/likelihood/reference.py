@@ -20,8 +20,6 @@ from f2d2_lightning.utils.checks import at_least, check_fields, one_of, share
 from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.measuring import clock, spread_of
 
-__all__ = ["Reference", "ReferenceChoice"]
-
 AGAIN_EXACT_UP_TO = 16
 """Dimensions up to which likelihoods of whole data sets take the exact divergence, where steps are given."""
 LOOKED_AT, FEWEST = 64, 8

@@ -20,8 +20,6 @@ from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.utils.checks import at_least, checked
 from f2d2_lightning.utils.conditions import Cond
 
-__all__ = ["Samples", "draw_noise", "normal_log_prob", "sample"]
-
 
 @dataclass(frozen=True, repr=False)
 class Samples(Answer):

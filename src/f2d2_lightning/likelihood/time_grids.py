@@ -10,8 +10,6 @@ from torch import Tensor
 
 from f2d2_lightning.utils.checks import at_least
 
-__all__ = ["PLACINGS", "time_grid", "times_near_data"]
-
 MOST_STEPS = 2**20
 """Uniform steps: more are a mistake, and their times would fill the memory."""
 PLACINGS = (0.0, 0.5)

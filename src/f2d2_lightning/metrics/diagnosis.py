@@ -40,8 +40,6 @@ from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.measuring import clock, spread_of
 from f2d2_lightning.utils.seeding import own_random_state
 
-__all__ = ["Diagnosis", "Faults", "Taught", "TaughtPath", "diagnose", "faults", "taught_path"]
-
 POINTS = 32
 """Points that are looked at, unless others are given: names the largest part, and costs less than their reference."""
 GOAL = 0.05

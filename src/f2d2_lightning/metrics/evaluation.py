@@ -20,8 +20,6 @@ from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.measuring import clock
 from f2d2_lightning.utils.seeding import counter_uniform, mix_seed
 
-__all__ = ["LikelihoodEvaluation", "check_draws", "draw_again"]
-
 Made = TypeVar("Made", bound=Metric)
 COMPARED = ["gap", "absolute_error", "correlation", "rank_correlation", "reference_nll"]
 

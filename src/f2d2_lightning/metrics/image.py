@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["ImageDistance", "precision_recall"]
-
 STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples", "real_kept")
 """What is known of real images, in the order of :attr:`ImageDistance.real`."""
 

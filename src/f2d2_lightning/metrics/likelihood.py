@@ -14,11 +14,6 @@ from torchmetrics.utilities import dim_zero_cat
 
 from f2d2_lightning.likelihood.quantization import Quantization
 
-__all__ = [
-    *("Agreement", "LikelihoodAgreement", "LikelihoodMetric", "MeanLikelihood", "RoundTripError"),
-    *("agreement", "doubt", "percentile_rank", "said_of_bits", "said_of_values"),
-]
-
 MOST_NEGATIVE = 0.01
 """Share of samples below 0 bits that is still chance: one draw of noise within a bin may be likelier than all of it."""
 MOST_ASTRAY = 0.5

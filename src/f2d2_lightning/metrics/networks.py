@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.utils.files import whole_file
 
-__all__ = ["InceptionFeatures", "SmallFeatures", "check_images", "check_network", "extract_features", "load_network"]
-
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_FEATURES = (64, 192, 768, 2048)

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Calibration", "c2st", "calibration"]
-
 
 def c2st(samples: Tensor, reference: Tensor, folds: int = 3) -> float:
     """How often a classifier tells samples from those of a reference, ``(N, ...)`` each: .5 where it cannot, up to 1.

@@ -15,8 +15,6 @@ from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least, one_of
 from f2d2_lightning.utils.conditions import Cond
 
-__all__ = ["DiT"]
-
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 

@@ -13,8 +13,6 @@ from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import kind_of
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["IntervalEmbedding", "SlowWaves", "VectorEmbedding"]
-
 
 class SlowWaves(nn.Module, Configured):
     """Times and slow sinusoids of them through two layers.

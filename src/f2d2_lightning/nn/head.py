@@ -21,8 +21,6 @@ from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["DivergenceHead", "Head", "JointFlowMap"]
-
 
 class Head(nn.Module, Configured):
     """What every divergence head does: a residual times ``scale``, beside the closed form of a Gaussian fit.

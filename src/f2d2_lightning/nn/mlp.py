@@ -14,8 +14,6 @@ from f2d2_lightning.nn.embedding import IntervalEmbedding, VectorEmbedding
 from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import Cond, one_row
 
-__all__ = ["MLP"]
-
 
 class _Block(nn.Module):
     def __init__(self, width: int, embedding: int, expansion: int, dropout: float) -> None:

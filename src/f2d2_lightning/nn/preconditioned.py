@@ -31,8 +31,6 @@ from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["AngleEmbedding", "GaussianPreconditioned", "PreconditionedMLP", "PreconditionedUNet"]
-
 
 class GaussianPreconditioned(FlowMap):
     """A backbone in whitened coordinates on top of the Gaussian flow map.

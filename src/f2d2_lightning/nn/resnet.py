@@ -12,8 +12,6 @@ from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import Cond
 
-__all__ = ["ResNet"]
-
 
 class _Block(nn.Module):
     def __init__(self, channels: int, embedding: int, dropout: float) -> None:

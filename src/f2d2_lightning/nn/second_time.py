@@ -14,8 +14,6 @@ from f2d2_lightning.nn.embedding import IntervalEmbedding, SlowWaves
 from f2d2_lightning.nn.preconditioned import AngleEmbedding, GaussianPreconditioned
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["AddedTime", "OneTimeEmbedding", "one_time_state", "with_second_time"]
-
 
 class OneTimeEmbedding(SlowWaves):
     """Embedding of the time ``s`` of the state alone, for teachers; their answer is the same for every ``t``.

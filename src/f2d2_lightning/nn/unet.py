@@ -15,8 +15,6 @@ from f2d2_lightning.nn.embedding import IntervalEmbedding
 from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import Cond
 
-__all__ = ["UNet"]
-
 
 def _convolution(inputs: int, outputs: int, kernel: int, gain: float = 1.0) -> nn.Conv2d:
     layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)

@@ -20,8 +20,6 @@ from f2d2_lightning.utils.checks import at_least, check_fields, checked, one_of,
 from f2d2_lightning.utils.conditions import Cond, joined
 from f2d2_lightning.utils.text import briefly
 
-__all__ = ["Batch", "Examples", "Objective", "Terms", "Weighting"]
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -33,8 +33,6 @@ from f2d2_lightning.objectives.intervals import Intervals
 from f2d2_lightning.objectives.sources import VelocitySource
 from f2d2_lightning.utils.checks import checked, one_of, positive
 
-__all__ = ["Consistency", "Eulerian", "Identity", "Lagrangian", "Semigroup"]
-
 
 class Identity(Objective):
     """The student is regressed on one side of an identity, in which it may stand itself; arguments as an objective."""

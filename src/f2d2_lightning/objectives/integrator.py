@@ -21,8 +21,6 @@ from f2d2_lightning.utils.seeding import own_random_state
 VERSION = 2
 """Of the numbers that :func:`integrate` makes: raised where they become others, as kept trajectories say it."""
 
-__all__ = ["integrate", "integrate_both_ways", "integrated_log_prob", "trajectory_times"]
-
 
 @torch.no_grad()
 def integrate(

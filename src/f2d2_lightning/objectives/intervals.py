@@ -12,8 +12,6 @@ from f2d2_lightning.flows.maps import Direction
 from f2d2_lightning.utils.checks import at_least, checked, share
 from f2d2_lightning.utils.text import briefly
 
-__all__ = ["Intervals", "pick"]
-
 
 def pick(choices: Sequence[int], structure: torch.Generator | None = None) -> int:
     """One of some numbers at random; ``structure`` as in :meth:`Intervals.on_diagonal`."""

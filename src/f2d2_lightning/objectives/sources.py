@@ -16,8 +16,6 @@ from f2d2_lightning.divergence.estimators import Conditional, DivergenceEstimato
 from f2d2_lightning.flows.maps import Joint, JointMap
 from f2d2_lightning.flows.paths import LinearPath, Path, Point
 
-__all__ = ["ConditionalSource", "DiagonalSource", "TeacherSource", "VelocitySource"]
-
 
 class VelocitySource(ABC):
     """Instantaneous velocity and divergence for targets."""

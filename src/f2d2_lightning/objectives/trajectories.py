@@ -41,9 +41,6 @@ from f2d2_lightning.utils.checks import at_least, checked, share
 from f2d2_lightning.utils.conditions import Cond, mapped, moved, some_of
 from f2d2_lightning.utils.progress import tell
 
-__all__ = ["TrajectoryRegression"]
-
-
 NODES, CAPACITY = 16, 12_000
 """Where nothing is said or measured."""
 

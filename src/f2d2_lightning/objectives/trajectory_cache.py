@@ -18,8 +18,6 @@ from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.utils.files import whole_file
 from f2d2_lightning.utils.fingerprints import fingerprint
 
-__all__ = ["TrajectoryCache"]
-
 
 class TrajectoryCache:
     """A folder of integrated chunks, each named by a fingerprint of all that decides its numbers.

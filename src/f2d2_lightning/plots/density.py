@@ -11,8 +11,6 @@ from torch import Tensor
 
 from f2d2_lightning.plots._figure import label, panels
 
-__all__ = ["density_figure", "plane_grid"]
-
 Extent = tuple[float, float, float, float]
 
 

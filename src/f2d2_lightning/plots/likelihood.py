@@ -12,8 +12,6 @@ from torch import Tensor
 
 from f2d2_lightning.plots._figure import BLUE, GRAY, column, label, limits, new_figure, number, panels, plural
 
-__all__ = ["calibration_figure", "nll_steps_figure"]
-
 
 def calibration_figure(
     values: Mapping[int, Tensor], reference: Tensor, unit: str, reference_name: str = "teacher"

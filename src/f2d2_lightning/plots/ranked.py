@@ -8,8 +8,6 @@ from torch import Tensor
 from f2d2_lightning.plots._figure import column, new_figure, number
 from f2d2_lightning.plots.samples import as_colors
 
-__all__ = ["ranked_figure"]
-
 
 def ranked_figure(
     images: Tensor,

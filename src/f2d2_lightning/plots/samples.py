@@ -13,8 +13,6 @@ from torch import Tensor
 
 from f2d2_lightning.plots._figure import BLUE, VERMILLION, label, limits, panels, plural
 
-__all__ = ["as_colors", "is_image", "is_plane", "sample_figure"]
-
 
 def is_image(shape: tuple[int, ...]) -> bool:
     """Whether one state is an image, ``(1 or 3, H, W)``."""

@@ -10,8 +10,6 @@ from matplotlib.ticker import LogFormatter
 
 from f2d2_lightning.plots._figure import BLUE, VERMILLION, label, new_figure
 
-__all__ = ["training_figure"]
-
 COLOURS = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 

@@ -17,8 +17,6 @@ from typing import IO
 
 import numpy as np
 
-__all__ = ["check_growth", "check_stored_archive", "map_numbers", "read_numbers"]
-
 GROWTH = 100
 """Most by which large files may grow: pictures do twofold, those of a few grey levels tenfold."""
 HARMLESS = 64 * 2**20

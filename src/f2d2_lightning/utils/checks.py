@@ -19,11 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    *("ArgumentError", "at_least", "check_arguments", "check_fields", "check_shape", "checked", "counts", "listed"),
-    *("one_of", "positive", "share"),
-]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

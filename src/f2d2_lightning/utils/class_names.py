@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["agree_on_classes", "as_names", "guessed_labels", "labels_of"]
-
 SHOWN = 12
 
 

@@ -8,8 +8,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Cond", "halves", "joined", "kind_of", "mapped", "moved", "one_row", "repeated", "some_of", "tensors"]
-
 Cond: TypeAlias = Any
 """A tensor ``(B, ...)``, or a tuple or a dictionary of them, or of such, as a sequence and its mask."""
 

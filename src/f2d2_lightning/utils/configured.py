@@ -9,8 +9,6 @@ from typing import Any
 
 from f2d2_lightning.utils.checks import check_arguments
 
-__all__ = ["OBJECT", "Configured", "arguments_of", "as_plain", "public_name"]
-
 _KEPT = "_constructor_arguments"
 OBJECT = ...
 """In the place of an argument that is no plain value; the object is an attribute of the same name."""

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["refuse_to_overwrite", "remove_partial", "sync", "whole_file"]
-
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:

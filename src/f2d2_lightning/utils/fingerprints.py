@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint"]
-
 
 def fingerprint(*values: Any) -> str:
     """Fingerprint of values by what they hold, hexadecimal: equal values give equal ones in any process.

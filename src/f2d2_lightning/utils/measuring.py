@@ -7,8 +7,6 @@ import time
 import torch
 from torch import Tensor
 
-__all__ = ["clock", "spread_of"]
-
 
 def spread_of(values: Tensor) -> float:
     """Interquartile range / 1.35: the standard deviation of a normal distribution, and deaf to outliers."""

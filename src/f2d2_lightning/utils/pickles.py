@@ -26,8 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Allowance", "Record", "RefusedPickleError", "StorageType", "Unpickler", "read_arrays"]
-
 _PLAIN_KEYS = (str, int, float, bytes, bool, type(None))
 _DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["Places", "gather_states", "own_state", "process_count"]
-
 
 def process_count() -> int:
     """Number of processes that train together."""

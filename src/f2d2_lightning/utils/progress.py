@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["listening", "tell"]
-
 Listener = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and of how much."""
 

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["counter_normal", "counter_uniform", "hashed", "mix_seed", "own_random_state", "row_keys"]
-
 
 @contextlib.contextmanager
 def own_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
-__all__ = ["all_finite", "is_sharded", "load_whole", "reshard", "shard", "whole", "whole_state", "whole_weights"]
-
 FSDP2_FROM = "2.11"
 """First version of torch whose FSDP2 was seen to train to the same numbers as one process. 2.6 and 2.7 fail on a CPU,
 2.8 and 2.9 where intermediate results are computed again; with accumulated gradients these are 6e-8 off."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-__all__ = ["briefly"]
-
 
 def briefly(value: Any) -> str:
     """An object by its class and its settings: public attributes that are numbers, text or settings themselves."""

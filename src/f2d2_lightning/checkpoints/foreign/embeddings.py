@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from f2d2_lightning.flows.paths import distinct
 from f2d2_lightning.utils.configured import Configured
 
-__all__ = ["LogTimeEmbedding", "MeanFlowEmbedding"]
-
 
 class _Sinusoids(nn.Module):
     rates: Tensor

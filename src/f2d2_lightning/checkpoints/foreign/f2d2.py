@@ -27,8 +27,6 @@ from f2d2_lightning.nn.head import Head, JointFlowMap
 from f2d2_lightning.nn.unet import UNet
 from f2d2_lightning.utils.pickles import Record
 
-__all__ = ["FlattenedHead", "OfficialFlowMap", "load_official", "load_official_joint"]
-
 _PLACE = "training.experimental.networks."
 _TEACHER, _STUDENT = "FM_Net", "ShortCut_Net"
 _ENCODERS = {_TEACHER: "SongUNet", _STUDENT: "SongUNet_ctm_scalar"}

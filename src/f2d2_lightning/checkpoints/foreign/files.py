@@ -19,8 +19,6 @@ from torch import Tensor
 
 from f2d2_lightning.utils.pickles import Allowance, RefusedPickleError, StorageType, Unpickler
 
-__all__ = ["read_checkpoint"]
-
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 

@@ -17,8 +17,6 @@ from f2d2_lightning.checkpoints.foreign.song_unet import SongLayout, song_unet
 from f2d2_lightning.checkpoints.foreign.weights import Weights
 from f2d2_lightning.nn.unet import UNet
 
-__all__ = ["load_py_meanflow"]
-
 
 def load_py_meanflow(path: str | Path, ema: str = "net_ema", dropout: float = 0.0) -> UNet:
     """The network of a checkpoint ``checkpoint-*.pth`` as a map to data; no code of the file is run.

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from f2d2_lightning.checkpoints.foreign.weights import Weights
 from f2d2_lightning.nn.unet import UNet
 
-__all__ = ["SongLayout", "song_unet"]
-
 # our names of a block's parts, and theirs
 _PARTS = {"norm_in": "norm0", "conv_in": "conv0", "affine": "affine", "norm_out": "norm1", "conv_out": "conv1",
           "skip": "skip", "norm_attention": "norm2", "qkv": "qkv", "mix": "proj"}  # fmt: skip

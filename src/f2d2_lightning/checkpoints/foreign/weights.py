@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from f2d2_lightning.utils.checks import listed
 from f2d2_lightning.utils.pickles import Record
 
-__all__ = ["Weights", "record_weights"]
-
 
 def record_weights(record: Any, prefix: str = "", above: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """Parameters and buffers of a module that was read as a record, by their names in its ``state_dict``.

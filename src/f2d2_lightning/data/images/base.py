@@ -15,8 +15,6 @@ from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.class_names import labels_of
 
-__all__ = ["ImageDataModule", "LabeledImages", "checked_batch", "divide"]
-
 LabeledImages = tuple[Values, Tensor | None]
 """Images ``(N, C, H, W)``, ``uint8``, and labels ``(N,)`` or ``None``."""
 

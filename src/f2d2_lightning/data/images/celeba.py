@@ -17,8 +17,6 @@ from f2d2_lightning.data.images._stores import open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.checks import checked
 
-__all__ = ["CelebA64"]
-
 HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 AGAIN = f"get it again from {HOME}"
 DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="

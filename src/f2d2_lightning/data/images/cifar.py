@@ -19,8 +19,6 @@ from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, chec
 from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.pickles import read_arrays
 
-__all__ = ["CIFAR10"]
-
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
 AGAIN = f"get it again from {HOME}"
 SOURCE = Source("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")

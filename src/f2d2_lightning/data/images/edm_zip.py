@@ -15,8 +15,6 @@ from f2d2_lightning.data.images._stores import Store, image_rows, open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.checks import checked
 
-__all__ = ["EDMZip"]
-
 TOOL = "https://github.com/NVlabs/edm (dataset_tool.py)"
 AGAIN = f"make it again with {TOOL}"
 LIST = "dataset.json"

@@ -18,8 +18,6 @@ from f2d2_lightning.data.images._stores import first_of
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.checks import checked
 
-__all__ = ["FashionMNIST"]
-
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` puts the files."""
 SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"

@@ -14,8 +14,6 @@ from f2d2_lightning.data.images._stores import image_rows, open_store
 from f2d2_lightning.data.images.base import ImageDataModule, LabeledImages, divide
 from f2d2_lightning.utils.checks import checked
 
-__all__ = ["ImageFolder"]
-
 
 class ImageFolder(ImageDataModule):
     """A folder of image files (a zip file of one will do), searched recursively, dequantized to [-1, 1].

@@ -20,8 +20,6 @@ from f2d2_lightning.utils.checks import checked
 from f2d2_lightning.utils.files import whole_file
 from f2d2_lightning.utils.pickles import read_arrays
 
-__all__ = ["ImageNet64"]
-
 HOME = "https://image-net.org/download-images"
 CLASSES = 1000
 BATCHES = {"train": tuple(f"train_data_batch_{number}" for number in range(1, 11)), "valid": ("val_data",)}
