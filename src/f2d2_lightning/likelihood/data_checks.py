@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,15 +93,11 @@ def check_data(
         return [Finding("few", "there are no training data", error=True)]
     if (bad := ~x.isfinite()).any():
         columns = bad.any(0).nonzero().flatten().tolist()
-        return [
-            Finding(
-                "not_finite",
-                f"the training data hold NaN or infinity in {int(bad.any(1).sum()):,} of {count:,} states "
-                f"({_named(columns, shape)}); remove these states, or fill in what is missing",
-                tuple(columns),
-                error=True,
-            )
-        ]
+        message = (
+            f"the training data hold NaN or infinity in {int(bad.any(1).sum()):,} of {count:,} states "
+            f"({_named(columns, shape)}); remove these states, or fill in what is missing"
+        )
+        return [Finding("not_finite", message, tuple(columns), error=True)]
     if not copies:
         x = x[_distinct(x)]
         count = len(x)
@@ -110,16 +106,12 @@ def check_data(
     rounding = torch.finfo(x.dtype).eps * size
     still = (high - low).double() <= 4 * rounding
     if still.all():
-        return [
-            Finding(
-                "constant",
-                f"the {count:,} training states are all the same, and such data have no density; look at what the data "
-                "set returns",
-                tuple(range(x.shape[1])),
-                error=True,
-            )
-        ]
-    found = _few(count, shape) if complete else []
+        message = (
+            f"the {count:,} training states are all the same, and such data have no density; look at what the data "
+            "set returns"
+        )
+        return [Finding("constant", message, tuple(range(x.shape[1])), error=True)]
+    found = list(_few(count, shape)) if complete else []
     if still.any():
         columns = still.nonzero().flatten().tolist()
         found.append(
@@ -133,7 +125,7 @@ def check_data(
     live = (~still).nonzero().flatten().tolist()
     smooth = live
     if quantization is None:
-        discrete = find_discrete(x.reshape(count, *shape), still.nonzero().flatten().tolist())
+        discrete = list(find_discrete(x.reshape(count, *shape), still.nonzero().flatten().tolist()))
         rough = {column for one in discrete for column in one.columns or live}
         smooth = [column for column in live if column not in rough]
         found += discrete
@@ -145,7 +137,7 @@ def check_data(
         found += _linear(x, live, deviation, rounding, shape)
     if len(shape) == 1 and quantization is None and count >= ENOUGH:
         known = {column for one in found if one.kind == "function" for column in one.columns}
-        far = _outliers(x, [column for column in smooth if column not in known], deviation)
+        far = list(_outliers(x, [column for column in smooth if column not in known], deviation))
         known |= {column for one in far for column in one.columns}
         smooth = [column for column in smooth if column not in known]
         if len(smooth) <= MOST_PAIRS:
@@ -155,7 +147,7 @@ def check_data(
     return found
 
 
-def find_discrete(x: Tensor, skip: Collection[int] = ()) -> list[Finding]:
+def find_discrete(x: Tensor, skip: Collection[int] = ()) -> Iterator[Finding]:
     """Columns of continuous states ``(B, ...)``, but for some, that take few values, or one of them often.
 
     Images are looked at as a whole.
@@ -176,20 +168,18 @@ def find_discrete(x: Tensor, skip: Collection[int] = ()) -> list[Finding]:
         elif float(counts[often]) > max(OFTEN - 1, MOST_ALIKE * len(values)):
             seen[column] = f"{100 * float(counts[often]) / len(values):.0f} % are {float(different[often]):.4g}"
     if not seen:
-        return []
+        return
     columns = tuple(seen) if table else ()
     where = "the states" if not columns else f"columns {', '.join(map(str, columns[:8]))} of the states"
     shown = [f"{f'{column}: ' if columns else ''}{said}" for column, said in list(seen.items())[:8]]
-    return [
-        Finding(
-            "discrete",
-            f"{where} take few different values, or one of them often ({'; '.join(shown)}): these data look discrete, "
-            "and the density of discrete data has no bound. Say levels=, low= and high=, and give dequantized states; "
-            "of a table, add uniform noise as wide as the values are apart, and leave columns of two values out, or "
-            "give them as cond",
-            columns,
-        )
-    ]
+    yield Finding(
+        "discrete",
+        f"{where} take few different values, or one of them often ({'; '.join(shown)}): these data look discrete, "
+        "and the density of discrete data has no bound. Say levels=, low= and high=, and give dequantized states; "
+        "of a table, add uniform noise as wide as the values are apart, and leave columns of two values out, or "
+        "give them as cond",
+        columns,
+    )
 
 
 def _apart(different: Tensor) -> str:
@@ -231,18 +221,15 @@ def _place(column: int, shape: tuple[int, ...]) -> str:
     return str(tuple(int(i) for i in torch.unravel_index(torch.tensor(column), shape)))
 
 
-def _few(count: int, shape: tuple[int, ...]) -> list[Finding]:
+def _few(count: int, shape: tuple[int, ...]) -> Iterator[Finding]:
     # what a network makes of neighbouring pixels is learned of few images as well
     dim = math.prod(shape) if len(shape) == 1 else 0
-    if count >= FEWEST and count > dim:
-        return []
-    return [
-        Finding(
+    if count < FEWEST or count <= dim:
+        yield Finding(
             "few",
             f"there are {count:,} training states of {math.prod(shape):,} dimensions: a model learns so few by heart, "
             "and fresh data get far too low a likelihood. Give more data, or fewer columns",
         )
-    ]
 
 
 def _distinct(x: Tensor) -> list[int]:
@@ -251,24 +238,23 @@ def _distinct(x: Tensor) -> list[int]:
     return list({row.tobytes(): place for place, row in enumerate((x + 0.0).numpy())}.values())
 
 
-def _copies(x: Tensor) -> list[Finding]:
+def _copies(x: Tensor) -> Iterator[Finding]:
     copies = len(x) - len(_distinct(x))
-    if copies <= MOST_COPIES * len(x):
-        return []
-    return [
-        Finding(
+    if copies > MOST_COPIES * len(x):
+        yield Finding(
             "copies",
             f"{100 * copies / len(x):.1f} % of {len(x):,} training states are exact copies of others, where a density "
             "has no bound. Remove the copies; if the data are discrete, say levels=, low= and high=, and give "
             "dequantized states",
         )
-    ]
 
 
-def _linear(x: Tensor, live: list[int], deviation: Tensor, rounding: Tensor, shape: tuple[int, ...]) -> list[Finding]:
+def _linear(
+    x: Tensor, live: list[int], deviation: Tensor, rounding: Tensor, shape: tuple[int, ...]
+) -> Iterator[Finding]:
     """Columns that are linear functions of those before them, up to rounding."""
     if len(live) < 2 or len(x) < 2 * len(live):
-        return []
+        return
     # a relation of all rows is one of some, evenly spaced
     rows = torch.linspace(0, len(x) - 1, min(len(x), max(4 * len(live), 1024))).round().long()
     z = x[rows][:, live].double()
@@ -276,14 +262,14 @@ def _linear(x: Tensor, live: list[int], deviation: Tensor, rounding: Tensor, sha
     left = torch.linalg.qr(z, mode="r").R.diagonal().abs() / math.sqrt(len(z))
     gone = left <= DEGENERATE + 8 * rounding[live] / deviation[live]
     if not gone.any():
-        return []
+        return
     dependent = gone.nonzero().flatten().tolist()
     kept = (~gone).nonzero().flatten()
     weights = torch.linalg.lstsq(z[:, kept], z[:, dependent]).solution
     said = {}
     for weight, place in list(zip(weights.T, dependent, strict=True))[:SHOWN]:
         said[live[place]] = [live[int(kept[i])] for i in (weight.abs() > 1e-3).nonzero().flatten()]
-    return [_function("linear", [live[place] for place in dependent], said, shape)]
+    yield _function("linear", [live[place] for place in dependent], said, shape)
 
 
 def _function(kind: str, columns: Sequence[int], said: Mapping[int, Sequence[int]], shape: tuple[int, ...]) -> Finding:
@@ -296,7 +282,7 @@ def _function(kind: str, columns: Sequence[int], said: Mapping[int, Sequence[int
     )
 
 
-def _curves(x: Tensor, columns: list[int], deviation: Tensor, rounding: Tensor) -> list[Finding]:
+def _curves(x: Tensor, columns: list[int], deviation: Tensor, rounding: Tensor) -> Iterator[Finding]:
     """Columns that are smooth functions of one other: between its neighbours, in the other's order, each is midway."""
     rows = torch.linspace(0, len(x) - 1, min(len(x), 2048)).round().long()
     z = x[rows][:, columns].double()
@@ -313,36 +299,32 @@ def _curves(x: Tensor, columns: list[int], deviation: Tensor, rounding: Tensor) 
         for other in small.nonzero().flatten().tolist():
             if other != place and columns[other] not in pairs and pairs.get(column) != columns[other]:
                 pairs[columns[other]] = column
-    said = {one: [other] for one, other in list(pairs.items())[:SHOWN]}
-    return [_function("smooth", tuple(pairs), said, (x.shape[1],))] if pairs else []
+    if pairs:
+        said = {one: [other] for one, other in list(pairs.items())[:SHOWN]}
+        yield _function("smooth", tuple(pairs), said, (x.shape[1],))
 
 
-def _outliers(x: Tensor, columns: list[int], deviation: Tensor) -> list[Finding]:
+def _outliers(x: Tensor, columns: list[int], deviation: Tensor) -> Iterator[Finding]:
     found = []
     for column in columns:
         low, high = x[:, column].double().quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
         if 0 < high - low < NARROWEST * NORMAL_QUARTILES * float(deviation[column]):
             found.append(column)
-    if not found:
-        return []
-    return [
-        Finding(
+    if found:
+        yield Finding(
             "outliers",
             f"a few numbers far out make up the spread of {_named(found, (x.shape[1],))} of the training data, beside "
             "which the rest is a point. Remove numbers that stand for missing ones (-999), and take the logarithm, or "
             "asinh, of columns with such tails (log p then changes by the logarithm of its derivative)",
             tuple(found),
         )
-    ]
 
 
-def _units(x: Tensor, live: list[int], deviation: Tensor) -> list[Finding]:
+def _units(x: Tensor, live: list[int], deviation: Tensor) -> Iterator[Finding]:
     found = [column for column in live if not UNITS[0] <= float(deviation[column]) <= UNITS[1]]
-    if not found:
-        return []
-    spread = deviation[live]
-    return [
-        Finding(
+    if found:
+        spread = deviation[live]
+        yield Finding(
             "units",
             f"the standard deviations of the training data's columns go from {float(spread.min()):.2g} to "
             f"{float(spread.max()):.2g} ({_named(found, (x.shape[1],))}), and the noise that they come from has 1: "
@@ -350,4 +332,3 @@ def _units(x: Tensor, live: list[int], deviation: Tensor) -> list[Finding]:
             "logarithms)",
             tuple(found),
         )
-    ]
