@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,51 +46,38 @@ EXACT_UP_TO = 128
 """Dimensions up to which a likelihood takes the exact divergence by default: one derivative a dimension."""
 
 
-class _Counted:
-    """A velocity field that counts its evaluations."""
-
-    def __init__(self, velocity: Callable[..., Tensor]) -> None:
-        self.velocity = instantaneous(velocity)
-        self.calls = 0
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
-        self.calls += 1
-        # the last stage of a step may round past the end of the interval
-        return self.velocity(x, t.clamp(0, 1), cond)
+def _field(velocity: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Cond | None], Tensor]:
+    """The velocity, at times within [0, 1]: the last stage of a step may round past the end of the interval."""
+    diagonal = instantaneous(velocity)
+    return lambda x, t, cond: diagonal(x, t.clamp(0, 1), cond)
 
 
-class _Solver(NamedTuple):
-    """Settings of torchdiffeq, as in :func:`reference_log_prob`."""
-
-    method: str
-    steps: int | None
-    rtol: float
-    atol: float
-    near_data: float
-
-    def solve(
-        self,
-        right_side: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
-        initial: tuple[Tensor, ...],
-        start: float,
-    ) -> list[Tensor]:
-        """State at the other end of time."""
-        x, method, steps, near_data = initial[0], self.method, self.steps, self.near_data
-        one_of("method", method, (*FIXED, *ADAPTIVE))
-        if method in FIXED:
-            steps = 128 if steps is None else steps
-            at_least(1, steps=steps)
-            ascending = _fixed_times(steps, near_data).to(x)
-            times, options = ascending if start == 0 else ascending.flip(0), {}
-        else:
-            if steps is not None:
-                raise ValueError(f"method {method!r} chooses its own steps; leave steps=None and set rtol and atol")
-            if near_data:
-                raise ValueError(f"method {method!r} chooses its own steps; near_data={near_data} is for fixed ones")
-            times = torch.tensor([start, 1 - start], dtype=x.dtype, device=x.device)
-            options = {"dtype": x.dtype}
-        tolerances = {"rtol": self.rtol, "atol": self.atol}
-        return [v[-1] for v in odeint(right_side, initial, times, method=method, options=options, **tolerances)]
+def _solve(
+    right_side: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    initial: tuple[Tensor, ...],
+    start: float,
+    method: str,
+    steps: int | None,
+    rtol: float,
+    atol: float,
+    near_data: float,
+) -> list[Tensor]:
+    """State at the other end of time, with torchdiffeq's settings as in :func:`reference_log_prob`."""
+    x = initial[0]
+    one_of("method", method, (*FIXED, *ADAPTIVE))
+    if method in FIXED:
+        steps = 128 if steps is None else steps
+        at_least(1, steps=steps)
+        ascending = _fixed_times(steps, near_data).to(x)
+        times, options = ascending if start == 0 else ascending.flip(0), {}
+    else:
+        if steps is not None:
+            raise ValueError(f"method {method!r} chooses its own steps; leave steps=None and set rtol and atol")
+        if near_data:
+            raise ValueError(f"method {method!r} chooses its own steps; near_data={near_data} is for fixed ones")
+        times = torch.tensor([start, 1 - start], dtype=x.dtype, device=x.device)
+        options = {"dtype": x.dtype}
+    return [v[-1] for v in odeint(right_side, initial, times, rtol=rtol, atol=atol, method=method, options=options)]
 
 
 def _fixed_times(steps: int, near_data: float) -> Tensor:
@@ -160,7 +146,7 @@ def reference_log_prob(
     cond = as_cond(cond, x)
     check_cond(cond, len(x), velocity)
     estimator = divergence or (Exact() if x[0].numel() <= EXACT_UP_TO else Hutchinson())
-    field = _Counted(velocity)
+    field = _field(velocity)
     probes = 1
     fixed_probes: Tensor | None = None
     if isinstance(estimator, Hutchinson):
@@ -185,8 +171,8 @@ def reference_log_prob(
         v, estimate, _ = estimator(field, Point(state[0], t, cond))
         return v, -estimate[None]
 
-    solver = _Solver(method, steps, rtol, atol, near_data)
-    noise, change = solver.solve(right_side, (x, x.new_zeros(probes, len(x))), 1.0)
+    initial = (x, x.new_zeros(probes, len(x)))
+    noise, change = _solve(right_side, initial, 1.0, method, steps, rtol, atol, near_data)
     error = change.std(0) / probes**0.5 if probes > 1 else scatter.standard_error()
     # `change` is log p_0(noise) - log p_1(x)
     return LogProb(normal_log_prob(noise) - change.mean(0), noise, calls, standard_error=error)
@@ -251,7 +237,12 @@ def reference_sample(
     noise = as_states(noise, "noise", velocity)
     cond = as_cond(cond, noise)
     check_cond(cond, len(noise), velocity)
-    field = _Counted(velocity)
-    solver = _Solver(method, steps, rtol, atol, near_data)
-    (state,) = solver.solve(lambda t, state: (field(state[0], t, cond),), (noise,), 0.0)
-    return Samples(state, noise, field.calls)
+    field, calls = _field(velocity), 0
+
+    def right_side(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor]:
+        nonlocal calls
+        calls += 1
+        return (field(state[0], t, cond),)
+
+    (state,) = _solve(right_side, (noise,), 0.0, method, steps, rtol, atol, near_data)
+    return Samples(state, noise, calls)
