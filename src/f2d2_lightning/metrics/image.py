@@ -106,32 +106,31 @@ class ImageDistance(FrechetInceptionDistance):
         return figures
 
 
-def precision_recall(samples: Tensor, real: Tensor, neighbors: int = 3, chunk: int = 1024) -> tuple[float, float]:
+def precision_recall(samples: Tensor, real: Tensor, chunk: int = 1024) -> tuple[float, float]:
     """Share of samples that lie near real images, and share of real images that lie near samples.
 
-    Near means within the ball around a vector of the other set that reaches that set's ``neighbors``-th nearest
-    vector. Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019,
+    Near means within the ball around a vector of the other set that reaches that set's third nearest vector.
+    Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019,
     https://arxiv.org/abs/1904.06991. Both depend on the sizes of the sets: give as many samples as real images.
 
     Args:
         samples: Features of samples, ``(N, F)``.
         real: Features of real images, ``(M, F)``.
-        neighbors: Which neighbor sets a ball's radius, from 1.
         chunk: Vectors whose distances to all others are held at a time.
 
     Returns:
         Precision and recall, in [0, 1].
 
     Raises:
-        ValueError: If a set has no more than ``neighbors`` vectors.
+        ValueError: If a set has no more than three vectors.
     """
-    if min(len(samples), len(real)) <= neighbors:
-        raise ValueError(f"there are {len(samples)} samples and {len(real)} real images; at least {neighbors + 1} each")
+    if min(len(samples), len(real)) < 4:
+        raise ValueError(f"there are {len(samples)} samples and {len(real)} real images; at least 4 each")
     samples, real = samples.double(), real.double()
 
     def covered(points: Tensor, centers: Tensor) -> float:
         # a vector is its own nearest
-        radius = torch.cat([torch.cdist(a, centers).kthvalue(neighbors + 1).values for a in centers.split(chunk)])
+        radius = torch.cat([torch.cdist(part, centers).kthvalue(4).values for part in centers.split(chunk)])
         inside = [(torch.cdist(part, centers) <= radius).any(1) for part in points.split(chunk)]
         return float(torch.cat(inside).double().mean())
 
