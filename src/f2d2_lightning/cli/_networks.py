@@ -16,10 +16,9 @@ from f2d2_lightning.adapters.call import Call
 from f2d2_lightning.adapters.features import last_width
 from f2d2_lightning.cli._calls import likely_calls
 from f2d2_lightning.cli._common import imported
+from f2d2_lightning.divergence.estimators import MODES
 from f2d2_lightning.utils.seeding import own_random_state
 
-MODES = ("forward", "reverse", "finite")
-"""Of derivatives, the quickest that works is taken."""
 SHOWN, LONGEST = 3, 160
 """Calls that an error repeats, and characters of what the network said of each."""
 
@@ -152,7 +151,7 @@ def _by_itself(flow_map: AdaptedFlowMap, x: Tensor) -> Adapter:
 
 
 def _mode(flow_map: AdaptedFlowMap, x: Tensor) -> str:
-    """In which mode the network can be differentiated; what else is wrong with it is an error."""
+    """The first mode in which the network can be differentiated; what else is wrong with it is an error."""
     wrong: list[ConventionError] = []
     for mode in MODES:
         try:

@@ -156,9 +156,7 @@ def _product(func: Callable[..., Tensor], left: Any, right: Any, **named: Any) -
 
 
 def _quotient(func: Callable[..., Tensor], left: Any, right: Any, **named: Any) -> Tensor | None:
-    if not isinstance(left, Tensor) or not _constant(right):
-        return None
-    return _product(func, left, right, **named)
+    return _product(func, left, right, **named) if _constant(right) else None
 
 
 def _sum(sign: int) -> Callable[..., Tensor | None]:

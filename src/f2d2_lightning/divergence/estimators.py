@@ -250,18 +250,15 @@ class Hutchinson(DivergenceEstimator):
         x, t, cond = point.x, point.t, point.cond
         count, batch = len(probes), len(x)
         eps = probes.reshape(count * batch, *x.shape[1:])
-        xs = x.repeat(count, *(1 for _ in x.shape[1:]))
-        cs = repeated(cond, count)
-        function = partial(_at, velocity, repeat_time(t, count), cs)
+        xs, times = x.repeat(count, *(1 for _ in x.shape[1:])), repeat_time(t, count)
+        function = partial(_at, velocity, times, repeated(cond, count))
         values, product = _products(function, xs, eps, self.mode, self.step)
-        v = values[:batch]
         if self.control is not None:
-            times = repeat_time(t, count)
             product = product - self.control.jacobian_product(eps, times, times)
         estimates = (product * eps).reshape(count, batch, -1).sum(-1)
         if self.control is not None:
             estimates = estimates + self.control.divergence(t, t)
-        return v, estimates
+        return values[:batch], estimates
 
     def __call__(self, velocity: Callable[..., Tensor], point: Point) -> Divergence:
         v, estimates = self.per_probe(velocity, point, self.draw(point.x))
