@@ -289,7 +289,9 @@ class AdaptedFlowMap(FlowMap, Configured):
             )
         if isinstance(network, nn.Module):
             self.adapter.call.check(network)
-            self._compiled = _is_compiled(network)
+            self._compiled = any(
+                hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules()
+            )
             self.tap = FeatureTap(network, features, self.adapter.channels_last)
             self.interval = None if interval is None else AddedInterval.for_submodule(network, interval)
         elif features is not None or interval is not None:
@@ -434,10 +436,6 @@ class AdaptedFlowMap(FlowMap, Configured):
 
     def extra_repr(self) -> str:
         return f"{self.adapter!r}, directions={self.directions.name}"
-
-
-def _is_compiled(network: nn.Module) -> bool:
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in network.modules())
 
 
 def check_conditioning(cond: Any) -> None:

@@ -25,16 +25,12 @@ def closest(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def config_folder() -> Path:
-    """Where they are: in the installed package, or at the top of the repository that it was installed from."""
-    package = Path(__file__).parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parents[1] / "configs"
-
-
 def config_names() -> dict[str, Path]:
     """``"digits_teacher"``, ``"strategies/ddp"``, ... and their files."""
-    folder = config_folder()
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    # in the installed package, or at the top of the repository that it was installed from
+    folder = inside if inside.is_dir() else package.parents[1] / "configs"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 

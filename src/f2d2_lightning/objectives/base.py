@@ -220,7 +220,9 @@ class Objective(ABC):
             parts.append(Examples(here.x, here.t, here.t, here.cond, (batch.anchor or batch.source)(here)))
         if still < count:
             parts.append(off_diagonal(point[still:], t[still:]))
-        return self.terms(student, _concatenate(parts))
+        x, starts, ends, conds, targets = zip(*parts, strict=True)
+        target = Joint(*map(torch.cat, zip(*targets, strict=True)))
+        return self.terms(student, Examples(torch.cat(x), torch.cat(starts), torch.cat(ends), joined(conds), target))
 
     def terms(self, student: JointMap, examples: Examples) -> Terms:
         """Loss of a student on examples."""
@@ -250,10 +252,3 @@ class Objective(ABC):
         """Inverse of :meth:`state_dict`."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, and the checkpoint holds {sorted(state)}")
-
-
-def _concatenate(parts: list[Examples]) -> Examples:
-    x, s, t, conds, targets = zip(*parts, strict=True)
-    return Examples(
-        torch.cat(x), torch.cat(s), torch.cat(t), joined(conds), Joint(*map(torch.cat, zip(*targets, strict=True)))
-    )
