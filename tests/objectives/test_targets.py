@@ -61,6 +61,17 @@ def test_a_teacher_that_learned_nothing_beyond_its_gaussian_fit_is_told():
     assert not choose_targets(flow.velocity, x, grids=GRIDS).only_fit
 
 
+def test_a_callback_measures_with_the_fit_that_its_head_has(tmp_path):
+    """A teacher that is the flow of this fit learned nothing beyond it; of any other fit it would have."""
+    data, fitted = Pair(), GaussianBaseline((2,))
+    # the callback fits to the same rows, all of them, in another order
+    fitted.fit([data.splits()["train"][0]])
+    f2d2 = callback(teacher=GaussianFlow(fitted).velocity, objective=TrajectoryRegression(), check=False)
+    with pytest.warns(UserWarning, match="that of the Gaussian fit of the data"):
+        fit(tmp_path, MeanFlowModule(), f2d2, data=data, max_steps=1, limit_val_batches=0)
+    assert f2d2.objective.choice.beyond_fit < 0.005
+
+
 def test_noise_is_the_scatter_of_the_estimator():
     flow, x, baseline = mixture(16, 0.3)
     choice = choose_targets(flow.velocity, x, baseline=baseline, grids=GRIDS, affordable=250.0)

@@ -232,6 +232,8 @@ class AddedModel(DistilledModel):
             enough = head.baseline.enough
             more = map(self.state, training_batches(trainer, enough)) if enough > self.fit_samples else states
             head.baseline.fit(x for x, _ in more)
+            # targets are measured with the fit of the average
+            self.added.broadcast()
         if self.teacher is not None:
             self.measure_targets(trainer, self._source.velocity, *states[0])
             self._source.estimator = self.estimator
