@@ -470,7 +470,8 @@ WRONG_UNITS = [
 def test_units_come_back_and_wrong_ones_are_refused(tmp_path):
     units = Units(torch.tensor([0.1, -3.0], dtype=torch.float32), torch.tensor([2.0, 1e-7], dtype=torch.float32))
     alike = Units(*(torch.full((3, 8, 8), value, dtype=torch.float32) for value in (0.3, 4.0)))
-    for own, shape in ((units, (2,)), (alike, (3, 8, 8))):
+    far = Units(torch.tensor([1.7e9 + 63, 0.1], dtype=torch.float64), torch.tensor([1e-50, 1e300], dtype=torch.float64))
+    for own, shape in ((units, (2,)), (alike, (3, 8, 8)), (far, (2,))):
         save_pretrained(MLP(shape, width=8, blocks=1), tmp_path, units=own)
         found = read_units(tmp_path)
         assert torch.equal(found.center, own.center)

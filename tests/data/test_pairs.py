@@ -11,6 +11,8 @@ import f2d2_lightning as f2
 from command_line import f2d2, single_precision  # noqa: F401
 from f2d2_lightning.cli import nll_command, sample_command
 from f2d2_lightning.data import Pairs, Table
+from f2d2_lightning.data.rows import find_rows
+from f2d2_lightning.likelihood.units import Units
 from f2d2_lightning.nn import PreconditionedMLP
 from f2d2_lightning.utils.conditions import tensors
 from lightning_parts import trainer
@@ -188,7 +190,7 @@ def test_a_configuration_trains_on_pairs(tmp_path, monkeypatch, condition):
 @pytest.mark.parametrize("kind", ["npy", "csv", "pairs"])
 def test_rows_far_from_zero_keep_their_digits(tmp_path, kind):
     """As seconds since 1970 do: single precision has few values there, standardised states have all."""
-    rows = 1e8 + torch.randn(200, 2, dtype=torch.float64) * torch.tensor([1.0, 20.0])
+    rows = 1.7e9 + 63 + torch.randn(200, 2, dtype=torch.float64) * torch.tensor([1.0, 20.0])
     path = tmp_path / f"rows.{kind}"
     if kind == "npy":
         np.save(path, rows.numpy())
@@ -197,7 +199,9 @@ def test_rows_far_from_zero_keep_their_digits(tmp_path, kind):
     data = Pairs(rows, torch.zeros(200, 1)) if kind == "pairs" else Table(str(path))
     states = torch.cat([data.dataset(split).values for split in ("train", "val", "test")])
     assert states.dtype == torch.float32
-    found = data.units.rows(states.double())
+    assert data.dataset("train").values.mean(0).abs().max() < 1e-5
+    # from states in single precision, as samples are
+    found = data.units.rows(states)
     torch.testing.assert_close(found.sort(0).values, rows.sort(0).values, rtol=0, atol=1e-4)
     assert data.log_scale == pytest.approx(float(rows.std(0).log().sum()), abs=0.2)
 
@@ -208,3 +212,16 @@ def test_integers_that_are_no_images_are_levels_only_where_that_is_said(tmp_path
     with pytest.raises(ValueError, match=r"integers of shape \(3,\) a row.*Counts have no density.*levels="):
         Table(path).setup()
     assert Table(path, levels=17).dataset("train").quantization.levels == 17
+
+
+@pytest.mark.parametrize("kind", ["npy", "csv"])
+def test_a_single_row_far_from_zero_keeps_its_digits(tmp_path, kind):
+    """Rows to be scored have no spread of their own by which to tell what may be rounded: they may be one."""
+    row = 1.7e9 + 63.5 + torch.tensor([[0.25, -3.0]], dtype=torch.float64)
+    path = tmp_path / f"row.{kind}"
+    if kind == "npy":
+        np.save(path, row.numpy())
+    else:
+        path.write_text(",".join(map(repr, row[0].tolist())))
+    units = Units(torch.full((2,), 1.7e9 + 63, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(units.states(find_rows(path).values), torch.tensor([[0.75, -2.5]]).float())

@@ -26,8 +26,7 @@ class Rows:
     """What a file holds."""
 
     values: Tensor
-    """``(N, ...)``, ``float32`` or integers, ``float64`` where the former would round too much away; images are
-    ``(N, C, H, W)``."""
+    """``(N, ...)``, floating numbers as precise as they stand there, or integers; images are ``(N, C, H, W)``."""
     labels: np.ndarray | None = None
     """Array ``y`` of the file, as it stands there."""
     said: tuple[str, ...] = ()
@@ -79,7 +78,7 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
         floating = np.float64 if array.dtype.itemsize > 4 else np.float32
         array = array.astype(floating if array.dtype.kind == "f" else np.int64, copy=False)
     values = torch.from_numpy(np.ascontiguousarray(array))
-    return Rows(_rounded(values), labels, tuple(said))
+    return Rows(values, labels, tuple(said))
 
 
 def _float32(values: Tensor) -> Tensor:
@@ -87,16 +86,16 @@ def _float32(values: Tensor) -> Tensor:
     return values.float() if values.is_floating_point() else values
 
 
-def _rounded(values: Tensor) -> Tensor:
-    """:func:`_float32` of ``(N, ...)``, unless that moves numbers by more than 1e-4 of their deviation.
+def rounded(values: Tensor) -> Tensor:
+    """Floating numbers ``(N, ...)`` as ``float32``, unless that moves numbers by more than 1e-4 of their deviation.
 
     It does where they are far from 0: times in seconds, coordinates in metres.
     """
-    rounded = _float32(values)
+    single = values.float()
     if values.dtype != torch.float64:
-        return rounded
-    deviation, off = values.std(0, correction=0), (values - rounded).abs().amax(0)
-    return values if bool(((off > 1e-4 * deviation) & (deviation > 0)).any()) else rounded
+        return single
+    deviation, off = values.std(0, correction=0), (values - single).abs().amax(0)
+    return values if bool(((off > 1e-4 * deviation) & (deviation > 0)).any()) else single
 
 
 def holds_pairs(path: str | Path) -> bool:
@@ -125,9 +124,7 @@ def read_pairs(path: str | Path) -> tuple[Tensor, Cond]:
 
 
 def as_pairs(parameters: Any, conditions: Any, what: str = "pairs") -> tuple[Tensor, Cond]:
-    """Parameters and conditions as tensors of ``float32`` or integers; numbers ``(N,)`` that float are vectors of one.
-
-    Parameters that ``float32`` would round too much away stay ``float64``.
+    """Parameters as they are, conditions as ``float32`` or integers; numbers ``(N,)`` that float are vectors of one.
 
     Parameters are an array of floating numbers, ``(N, ...)``, conditions an array, or a tuple or dictionary of arrays,
     ``(N, ...)``; a ``TypeError`` or ``ValueError`` says if they are not, and calls them ``what``.
@@ -146,7 +143,7 @@ def as_pairs(parameters: Any, conditions: Any, what: str = "pairs") -> tuple[Ten
             f"{[tuple(part.shape) for part in tensors(x)]}; floating parameters (N, ...) and as many conditions are "
             "needed"
         )
-    return _rounded(theta), x
+    return theta, x
 
 
 def _without_index(array: np.ndarray, names: list[str] | None, said: list[str]) -> np.ndarray:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from f2d2_lightning.data.module import FlowDataModule
-from f2d2_lightning.data.rows import as_pairs, find_rows, read_pairs
+from f2d2_lightning.data.rows import as_pairs, find_rows, read_pairs, rounded
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.units import Units
 from f2d2_lightning.utils.checks import positive
@@ -95,6 +95,7 @@ class Table(FlowDataModule):
                 )
             self.quantization = Quantization(self._said_levels or 256)
         elif self.standardize:
+            rows = rounded(rows)
             self.units = self.units or Units.of(rows[parts[0]])
             rows = self.units.states(rows)
         else:

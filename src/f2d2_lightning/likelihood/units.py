@@ -20,11 +20,11 @@ class Units:
 
     @classmethod
     def of(cls, rows: Tensor) -> Units:
-        """Mean and deviation of rows ``(N, ...)``, of a column each for itself."""
+        """Mean and deviation of rows ``(N, ...)``, of a column each for itself, in the rows' precision."""
         # entries of images and the like differ in scale for other reasons
         axes = (0,) if rows.ndim == 2 else tuple(range(rows.ndim))
         found = (rows.double().mean(axes), rows.double().std(axes))
-        center, deviation = (part.float().expand(rows.shape[1:]).clone() for part in found)
+        center, deviation = (part.to(rows.dtype).expand(rows.shape[1:]).clone() for part in found)
         # a constant stays one, and is said by the checks before training
         return cls(center, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
@@ -34,11 +34,11 @@ class Units:
         return float(self.scale.double().log().sum())
 
     def states(self, rows: Tensor) -> Tensor:
-        """Rows ``(N, ...)`` as states, in single precision; rows may have more."""
-        return ((rows - self.center) / self.scale).to(self.scale.dtype)
+        """Rows ``(N, ...)`` as states, in single precision; rows and units may have more."""
+        return ((rows - self.center) / self.scale).float()
 
     def rows(self, states: Tensor) -> Tensor:
-        """States ``(N, ...)`` as rows."""
+        """States ``(N, ...)`` as rows, in the precision of states or of units, whichever is more."""
         return states * self.scale + self.center
 
     def kept(self) -> dict[str, list[float]]:
@@ -62,10 +62,10 @@ class Units:
                 f"units in a file are {kept!r:.80}; center and scale are expected, each a list of one number or of "
                 f"those of a row of shape {tuple(shape)}, scales above zero"
             )
-        rows = (torch.tensor(part, dtype=torch.float32).expand(size).reshape(*shape).clone() for part in parts)
-        return cls(*rows)
+        both = torch.stack([torch.tensor(part, dtype=torch.float64).expand(size).reshape(*shape) for part in parts])
+        return cls(*(both.float() if torch.equal(both, both.float().double()) else both))
 
 
 def _numbers(part: Any, size: int) -> bool:
     known = isinstance(part, list) and len(part) in (1, size)
-    return known and all(type(number) in (int, float) and abs(number) < 1e38 for number in part)
+    return known and all(type(number) in (int, float) and abs(number) < 1e308 for number in part)
