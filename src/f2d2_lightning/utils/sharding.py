@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 FSDP2_FROM = "2.11"
 """First version of torch whose FSDP2 was seen to train to the same numbers as one process. 2.6 and 2.7 fail on a CPU,
@@ -20,10 +22,6 @@ FSDP2_FROM = "2.11"
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module's parameters are spread over processes."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
@@ -37,13 +35,9 @@ def whole_weights(root: Any) -> AbstractContextManager[None]:
 
     A part of such a model may not be asked for its state before all of it has run once.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return nullcontext()
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if not isinstance(root, FullyShardedDataParallel):
-        return nullcontext()
-    return FullyShardedDataParallel.summon_full_params(root, writeback=True)
+    if isinstance(root, FullyShardedDataParallel):
+        return FullyShardedDataParallel.summon_full_params(root, writeback=True)
+    return nullcontext()
 
 
 def all_finite(value: Tensor) -> bool:
