@@ -11,6 +11,7 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -26,7 +27,7 @@ from f2d2_lightning.metrics.likelihood import doubt
 from f2d2_lightning.nn import MLP, PreconditionedMLP
 from f2d2_lightning.training.batches import check_values
 from f2d2_lightning.utils.seeding import row_keys
-from foreign import MeanFlowModule, callback
+from foreign import ManualModule, MeanFlowModule, callback
 from lightning_parts import Pair, fit, same, student, teacher, trainer
 
 MODES = ("forward", "reverse", "finite")
@@ -915,6 +916,54 @@ def test_training_data_without_an_end(tmp_path):
     trainer(tmp_path, max_steps=2, max_epochs=-1).fit(made, DataLoader(Endless(), batch_size=8192))
     assert bool(made.joint.head.baseline.fitted)
     assert torch.allclose(made.joint.head.baseline.variances, torch.ones(2), atol=0.05)
+
+
+class Stream(IterableDataset):
+    """Rows that end, and do not say where."""
+
+    def __iter__(self):
+        return iter(Pair().splits()["train"][0])
+
+
+@pytest.mark.parametrize("accumulate", [None, {0: 1, 1: 3}, {0: 3, 1: 1}], ids=["none", "more", "less"])
+def test_the_rate_ends_with_the_run_and_no_earlier(tmp_path, accumulate):
+    """A cosine over the steps that were taken, however many batches make one; none where there is no last one."""
+
+    class Rates(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    rates, schedules = [], [] if accumulate is None else [GradientAccumulationScheduler(accumulate)]
+    fit(tmp_path, teacher(), Rates(), *schedules, max_epochs=3, limit_val_batches=0)
+    share = torch.arange(len(rates) - 2) / (len(rates) - 2)
+    torch.testing.assert_close(torch.tensor(rates[2:]), 1e-3 * (1 + torch.cos(math.pi * share)) / 2)
+    rates = []
+    trainer(tmp_path, callbacks=[Rates(), *schedules], max_epochs=3).fit(teacher(), DataLoader(Stream(), 32))
+    assert rates[2:] == [1e-3] * (len(rates) - 2)
+
+
+@pytest.mark.parametrize("make", [MeanFlowModule, ManualModule])
+def test_phases_of_an_objective_are_shares_of_the_run(tmp_path, make):
+    """Of two optimisers each takes its own steps, and data without a length are not at their end at once."""
+
+    class Seen(f2.TrajectoryRegression):
+        def loss(self, student, batch):
+            seen.append(batch.progress)
+            return super().loss(student, batch)
+
+    def shares(data, **kwargs):
+        seen.clear()
+        made = callback(objective=Seen(nodes=4, capacity=16, refresh=4.0, chunk=16), check=False)
+        trainer(tmp_path, callbacks=[made], limit_val_batches=0, **kwargs).fit(make(), data)
+        return torch.tensor(seen)
+
+    seen, twice = [], 2 if make is ManualModule else 1
+    rows = DataLoader(list(Stream()), 32)
+    torch.testing.assert_close(shares(rows, max_epochs=4), torch.arange(12) / 12)
+    assert shares(DataLoader(Stream(), 32), max_epochs=2).tolist() == [0.0] * 3 + [0.5] * 3
+    by_steps = shares(rows, max_steps=6 * twice, max_epochs=-1)
+    assert by_steps[0] <= 1 / 12
+    assert by_steps.diff().tolist() == pytest.approx([1 / 6] * 5)
 
 
 @pytest.mark.parametrize("what", ["lr_find", "scale_batch_size"])

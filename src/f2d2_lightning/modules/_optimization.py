@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from f2d2_lightning.training.progress import planned_steps
+
 if TYPE_CHECKING:
     from f2d2_lightning.modules.base import FlowModule
 
@@ -26,7 +28,7 @@ def make_optimizers(module: FlowModule) -> dict[str, Any]:
     if module.lr_scheduler is not None:
         scheduler = module.lr_scheduler(optimizer)
     else:
-        factor = warmup_cosine(module.warmup, lambda: module.trainer.estimated_stepping_batches)
+        factor = warmup_cosine(module.warmup, lambda: planned_steps(module.trainer))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -34,8 +36,8 @@ def make_optimizers(module: FlowModule) -> dict[str, Any]:
 def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:
     """Factor of the learning rate at a step: linear rise over ``warmup`` steps, then a cosine to zero at ``total()``.
 
-    The number of steps is asked for only once training runs. Asking earlier makes Lightning set up the training data
-    before a checkpoint's loop state is restored, and a resumed epoch then starts from its beginning.
+    Without an end, ``total()`` infinite, it stays at one after the rise. The number of steps is asked for only once
+    training runs: earlier there are no data to count.
     """
 
     def factor(step: int) -> float:

@@ -28,6 +28,7 @@ from f2d2_lightning.objectives.sources import TeacherSource, VelocitySource
 from f2d2_lightning.objectives.targets import PASSES, choose_targets
 from f2d2_lightning.objectives.trajectories import CAPACITY, TrajectoryRegression
 from f2d2_lightning.objectives.volume import VolumeRegression
+from f2d2_lightning.training.progress import planned_steps, share_done
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.conditions import Cond, moved, some_of
 from f2d2_lightning.utils.processes import gather_states, own_state
@@ -192,7 +193,7 @@ class DistilledModel(RangedModel):
             return
         # the states may come in other batches than those of training
         size = getattr(trainer.train_dataloader, "batch_size", None) or len(x)
-        steps, count = trainer.estimated_stepping_batches, size * trainer.world_size
+        steps, count = planned_steps(trainer), size * trainer.world_size
         steps = steps if math.isfinite(steps) else 10_000
         evaluations = PASSES * count * steps
         trajectories = (objective.capacity or CAPACITY) * trainer.world_size
@@ -278,8 +279,7 @@ class DistilledModel(RangedModel):
     ) -> Terms:
         """The objective on a batch, in the random state of the step (:meth:`RunSeed.begin_step`)."""
         self.objective.structure = self.run_seed.structure(trainer, batch_index)
-        progress = min(1.0, trainer.global_step / max(1.0, trainer.estimated_stepping_batches))
-        return self.objective.loss(student, Batch(x, source, cond, anchor, progress))
+        return self.objective.loss(student, Batch(x, source, cond, anchor, share_done(trainer, batch_index)))
 
     # --- what a resumed run needs ---
 

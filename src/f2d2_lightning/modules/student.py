@@ -72,7 +72,8 @@ class F2D2Module(FlowModule, DistilledModel):
         low: Lower edge of the range that the levels fill; ``None`` takes it likewise, else -1.
         high: Upper edge; ``None`` takes it likewise, else 1.
         optimizer: Makes the optimiser; AdamW at 1e-3 by default.
-        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
+        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero at the run's last step,
+            if settings and data say which that is (``max_steps`` for data without a length).
         warmup: Steps of linear rise of the default schedule.
         ema_decay: Decay of the weight average, which is used in validation and after training.
         reference: Solver of the teacher's likelihood that validation compares with.

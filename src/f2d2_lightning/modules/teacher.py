@@ -50,7 +50,8 @@ class FlowMatchingModule(FlowModule):
         high: Upper edge; ``None`` takes it likewise, else 1.
         path: Probability path; the linear one by default.
         optimizer: Makes the optimiser; AdamW at 1e-3 by default.
-        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero.
+        lr_scheduler: Makes a schedule per step; by default a linear rise and a cosine to zero at the run's last step,
+            if settings and data say which that is (``max_steps`` for data without a length).
         warmup: Steps of linear rise of the default schedule.
         ema_decay: Decay of the weight average, which is used in validation and after training.
         reference: Solver of the likelihood that validation logs; ``validate_nll`` turns it on.

@@ -1,4 +1,4 @@
-"""Lightning's counts of epochs and batches, where a run goes on.
+"""How far a run is, and Lightning's counts of epochs and batches where it goes on.
 
 From a checkpoint that was written at the end of an epoch Lightning 2.6 trains one batch too many where no validation is
 due there, and it takes an epoch that ``max_steps`` cut short for a whole one. What is counted is therefore put right
@@ -7,10 +7,40 @@ before Lightning reads it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import lightning as L
+
+
+def planned_steps(trainer: L.Trainer) -> float:
+    """Steps of one optimiser in the whole run; infinite where neither settings nor data give it an end.
+
+    Lightning's own estimate is -1 for data without a length, and takes the accumulation of now for that of all epochs.
+    """
+    most = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
+    if epochs == -1 or math.isinf(batches):
+        return most
+    schedules = [c for c in trainer.callbacks if hasattr(c, "get_accumulate_grad_batches")]  # type: ignore[attr-defined]
+    if not schedules:
+        return min(most, math.ceil(batches / trainer.accumulate_grad_batches) * epochs)
+    return min(most, sum(math.ceil(batches / schedules[0].get_accumulate_grad_batches(e)) for e in range(epochs)))
+
+
+def share_done(trainer: L.Trainer, batch_index: int) -> float:
+    """Share of the run that is done before a batch, in [0, 1], by its steps or its epochs, whichever end it first.
+
+    0 where neither has an end. By epochs batches are counted, not steps: of several optimisers each takes its own.
+    """
+    by_steps = max(0.0, trainer.global_step / trainer.max_steps) if trainer.max_steps else 0.0
+    epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
+    if math.isinf(batches):
+        # within an epoch nothing says how far it is
+        batches, batch_index = 1, 0
+    by_epochs = max(0.0, (trainer.current_epoch * batches + batch_index) / (epochs * max(1, batches)))
+    return min(1.0, max(by_steps, by_epochs))
 
 
 class Place(NamedTuple):
