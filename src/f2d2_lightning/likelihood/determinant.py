@@ -29,7 +29,7 @@ from torch import Tensor
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows.gaussian import GaussianBaseline, baseline_of
 from f2d2_lightning.flows.maps import JointMap, Jump
-from f2d2_lightning.flows.paths import expand_time, like
+from f2d2_lightning.flows.paths import expand_time, like, repeat_time
 from f2d2_lightning.likelihood.inversion import map_jacobian
 from f2d2_lightning.utils.checks import at_least, check_fields
 from f2d2_lightning.utils.conditions import Cond, repeated, some_of
@@ -116,18 +116,11 @@ class Determinant:
             The jump, and the error of the change, ``(B,)``, nats: the standard error over probes and what the second
             half of the iterations changed; ``None`` of what is exact and of a single probe.
         """
-        count, keys = self.count(x[0].numel()), self.keys(x) if keys is None else keys
-        streams = [mix_seed("determinant", f"{s} {t}", probe) for probe in range(count)]
-
-        def bits(rows: slice) -> Tensor:
-            assert keys is not None
-            words = keys[rows, None] + torch.arange(x[0].numel(), device=x.device)
-            return torch.stack([hashed(words, stream) >> 40 & 1 for stream in streams])
-
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not count):
+        keys = self.keys(x) if keys is None else keys
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.count(x[0].numel())):
             state = joint_map.jump(x, s, t, cond).state
             times = expand_time(s, x), expand_time(t, x)
-            volume, error = self.log_volume(joint_map, x, *times, cond, None if keys is None else bits)
+            volume, error = self.log_volume(joint_map, x, *times, cond, keys, f"{s} {t}")
         return Jump(state, -volume), error
 
     def log_volume(
@@ -137,7 +130,8 @@ class Determinant:
         s: Tensor,
         t: Tensor,
         cond: Cond | None = None,
-        bits: Callable[[slice], Tensor] | None = None,
+        keys: Tensor | None = None,
+        name: str = "",
     ) -> tuple[Tensor, Tensor | None]:
         """``log |det|`` of the jump of each state ``(B, ...)`` from its own time ``(B,)`` to another, ``(B,)``, nats.
 
@@ -147,7 +141,8 @@ class Determinant:
             s: Their times.
             t: Where the jumps lead, in either direction.
             cond: Conditioning.
-            bits: Zeros and ones that make the probes of some rows, ``(probes, rows, dim)``; drawn by default.
+            keys: Numbers that the probes are a function of, ``(B,)``, with ``name``; by default they are drawn.
+            name: Tells this jump's probes from those of others with the same keys.
 
         Returns:
             The logarithm, and its error as :meth:`jump` has it.
@@ -159,7 +154,7 @@ class Determinant:
             # the same rows, as often as there are vectors
             def moved(y: Tensor) -> Tensor:
                 times = len(y) // len(s[rows])
-                start, end = s[rows].repeat(times), t[rows].repeat(times)
+                start, end = repeat_time(s[rows], times), repeat_time(t[rows], times)
                 velocity = joint_map(y, start, end, repeated(some_of(cond, rows), times)).velocity
                 return y + like(end - start, y) * velocity
 
@@ -175,10 +170,13 @@ class Determinant:
                 jacobian = map_jacobian(part(rows), x[rows], max(1, ROWS // len(x[rows])))[1]
                 values.append(torch.linalg.slogdet(jacobian.double()).logabsdet.to(x))
             else:
-                drawn = (
-                    torch.randint(0, 2, (probes, len(x[rows]), dim), device=x.device) if bits is None else bits(rows)
-                )
-                value, error = _estimate(part(rows), x[rows], fit, s[rows], t[rows], drawn * 2 - 1, self.iterations)
+                if keys is None:
+                    signs = torch.randint(0, 2, (probes, len(x[rows]), dim), device=x.device)
+                else:
+                    words = keys[rows, None] + torch.arange(dim, device=x.device)
+                    streams = [mix_seed("determinant", name, probe) for probe in range(probes)]
+                    signs = torch.stack([hashed(words, stream) >> 40 & 1 for stream in streams])
+                value, error = _estimate(part(rows), x[rows], fit, s[rows], t[rows], signs * 2 - 1, self.iterations)
                 values.append(value)
                 errors += [] if error is None else [error]
         return torch.cat(values), torch.cat(errors) if errors else None

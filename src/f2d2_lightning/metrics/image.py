@@ -17,6 +17,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples", "real_kept")
 """What is known of real images, in the order of :attr:`ImageDistance.real`."""
+NEIGHBOR = 3
+"""Which of the nearest vectors is as far off as near still is, in precision and recall."""
 
 
 class ImageDistance(FrechetInceptionDistance):
@@ -124,13 +126,13 @@ def precision_recall(samples: Tensor, real: Tensor, chunk: int = 1024) -> tuple[
     Raises:
         ValueError: If a set has no more than three vectors.
     """
-    if min(len(samples), len(real)) < 4:
-        raise ValueError(f"there are {len(samples)} samples and {len(real)} real images; at least 4 each")
+    if min(len(samples), len(real)) <= NEIGHBOR:
+        raise ValueError(f"there are {len(samples)} samples and {len(real)} real images; at least {NEIGHBOR + 1} each")
     samples, real = samples.double(), real.double()
 
     def covered(points: Tensor, centers: Tensor) -> float:
         # a vector is its own nearest
-        radius = torch.cat([torch.cdist(part, centers).kthvalue(4).values for part in centers.split(chunk)])
+        radius = torch.cat([torch.cdist(part, centers).kthvalue(NEIGHBOR + 1).values for part in centers.split(chunk)])
         inside = [(torch.cdist(part, centers) <= radius).any(1) for part in points.split(chunk)]
         return float(torch.cat(inside).double().mean())
 

@@ -210,7 +210,8 @@ def busy_times(baseline: GaussianBaseline) -> Tensor:
 
     Of images, most of what a likelihood depends on happens in the last step to data.
     """
-    return baseline.times_at((torch.arange(1024, device=baseline.mean.device) + 0.5) / 1024, 0.5)
+    count = 1024
+    return baseline.times_at((torch.arange(count, device=baseline.mean.device) + 0.5) / count, 0.5)
 
 
 def _nearest(kept: Tensor, t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from f2d2_lightning.divergence.estimators import Exact, Hutchinson
+from f2d2_lightning.divergence.estimators import with_probes
 from f2d2_lightning.flows.gaussian import baseline_of
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
 from f2d2_lightning.flows.paths import Path, Point, like
@@ -82,8 +82,8 @@ class VolumeRegression(Objective):
         x, s, cond = point.x, point.t, point.cond
         volume, still = self.determinant.log_volume(student, x, s, t, cond)[0], s == t
         if bool(still.any()):
-            probes, rows = self.determinant.count(x[0].numel()), still.nonzero()[:, 0]
-            estimator = Hutchinson(probes, control=baseline_of(student)) if probes else Exact()
+            rows = still.nonzero()[:, 0]
+            estimator = with_probes(self.determinant.count(x[0].numel()), control=baseline_of(student))
             volume[rows] = estimator(student.velocity, Point(x[rows], s[rows], some_of(cond, rows))).divergence
         return volume / torch.where(still, torch.ones_like(t), t - s)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def planned_steps(trainer: L.Trainer) -> float:
@@ -23,10 +24,11 @@ def planned_steps(trainer: L.Trainer) -> float:
     epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
     if epochs == -1 or math.isinf(batches):
         return most
-    schedules = [c for c in trainer.callbacks if hasattr(c, "get_accumulate_grad_batches")]  # type: ignore[attr-defined]
-    if not schedules:
-        return min(most, math.ceil(batches / trainer.accumulate_grad_batches) * epochs)
-    return min(most, sum(math.ceil(batches / schedules[0].get_accumulate_grad_batches(e)) for e in range(epochs)))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            steps = (math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+            return min(most, sum(steps))
+    return min(most, math.ceil(batches / trainer.accumulate_grad_batches) * epochs)
 
 
 def share_done(trainer: L.Trainer, batch_index: int) -> float:
@@ -34,12 +36,13 @@ def share_done(trainer: L.Trainer, batch_index: int) -> float:
 
     0 where neither has an end. By epochs batches are counted, not steps: of several optimisers each takes its own.
     """
-    by_steps = max(0.0, trainer.global_step / trainer.max_steps) if trainer.max_steps else 0.0
+    by_steps = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
     epochs, batches = trainer.max_epochs or -1, trainer.num_training_batches
     if math.isinf(batches):
         # within an epoch nothing says how far it is
         batches, batch_index = 1, 0
-    by_epochs = max(0.0, (trainer.current_epoch * batches + batch_index) / (epochs * max(1, batches)))
+    done = trainer.current_epoch * batches + batch_index
+    by_epochs = done / (epochs * max(1, batches)) if epochs > 0 else 0.0
     return min(1.0, max(by_steps, by_epochs))
 
 
