@@ -245,6 +245,7 @@ def test_a_name(folder):
         ("a;b\n1,5;2\n", "row 2: '1,5' in column a; write decimals with a point"),
         ("a,colour\n1,red\n2,blue\n", "row 2: 'red' in column colour; .* holds words: leave the column out"),
         ("a,b\n1,2\n2,x\n", "row 3: 'x' in column b; .* correct it, or leave out the row"),
+        ("a,b\n1,2024_01_30\n2,2024_01_31\n", "row 2: '2024_01_30' in column b; .* holds words"),
         ("", "numbers of shape"),
     ],
 )
@@ -270,6 +271,36 @@ def test_the_numbers_that_pandas_gives_to_rows_are_no_column(name, kept, tmp_pat
     found = find_rows(path)
     assert torch.equal(found.values, torch.tensor([[7, 0.5, 1], [9, 0.25, 2]])[:, -kept:])
     assert bool(found.said) == (kept == 2)
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("0,1,2\n0.5,1.5,2.0\n-1.0,1e-3,0.25\n", [[0.5, 1.5, 2.0], [-1.0, 1e-3, 0.25]]),
+        (",0,1\n0,5,6\n1,7,8\n", [[5, 6], [7, 8]]),
+        ("2019;2020\n0.5;1.5\n2.5;3.5\n", [[0.5, 1.5], [2.5, 3.5]]),
+        # and what may as well be a row of numbers is one
+        ("0,1\n3,0.5\n", [[0, 1], [3, 0.5]]),
+        ("0,2\n2.5,0.5\n", [[0, 2], [2.5, 0.5]]),
+        ("0\n0.5\n", [[0], [0.5]]),
+    ],
+)
+def test_numbers_of_columns_are_no_row(written, kept, tmp_path):
+    """pandas names columns that have no names 0, 1, 2, ...: as a row they were data, and all others moved by one."""
+    path = tmp_path / "rows.csv"
+    path.write_text(written)
+    found = find_rows(path)
+    assert found.values.tolist() == kept
+    assert any("counts the columns" in said for said in found.said) == (len(kept) + 1 == len(written.splitlines()))
+
+
+def test_a_table_with_missing_numbers_is_refused(tmp_path):
+    """Before one of them makes a column's mean, and so all of the column, NaN."""
+    x = rows()
+    x[7, 1], x[9, 0] = np.nan, np.inf
+    np.save(tmp_path / "rows.npy", x)
+    with pytest.raises(ValueError, match="holds NaN or infinity in 2 of 300 samples"):
+        Table(str(tmp_path / "rows.npy")).setup()
 
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (60, 6, 6, 3)).astype(np.uint8)

@@ -17,6 +17,7 @@ SEPARATORS = ("\t", ";", ",")
 def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
     """Rows of numbers ``(N, columns)``, and the names of the columns where the first line has them.
 
+    Names may be numbers that count the columns, as pandas gives them: see :func:`_counts`.
     A ``ValueError`` names row, column and remedy of a cell that is no number.
     """
     numbers, lines, separator = [], [], ","
@@ -33,12 +34,12 @@ def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
                     lines.append(line)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} cannot be read as text with commas: {error}") from error
-    names = lines[0] if lines and not any(map(_is_number, lines[0])) else None
+    names = lines[0] if lines and (not any(map(_is_number, lines[0])) or _counts(lines[0], lines[1:])) else None
     start = int(names is not None)
     rows, width = lines[start:], len(lines[0]) if lines else 0
     with suppress(ValueError):
         array = np.array(rows, dtype=np.float64).reshape(len(rows), width)
-        if np.isfinite(array).all():
+        if np.isfinite(array).all() and not any("_" in text for row in rows for text in row):
             return array, names
     for number, row in zip(numbers[start:], rows, strict=True):
         where = f"{path}, row {number}"
@@ -56,9 +57,22 @@ def _in_words(line: str) -> bool:
     return len(line.split()) > 1 and all(map(_is_number, line.split()))
 
 
+def _counts(first: list[str], others: list[list[str]]) -> bool:
+    """Whether a first line counts the columns: from 0 after an empty cell, or where no other row has a whole number."""
+    if len(first) < 2 or not all(text.strip().isdecimal() for text in first[1:]):
+        return False
+    numbers = [int(text) for text in first if text.strip().isdecimal()]
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return False
+    if not first[0].strip():
+        return numbers[0] == 0
+    return len(numbers) == len(first) and not any(text.strip("+- ").isdecimal() for row in others for text in row)
+
+
 def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        # Python allows 2024_01_31, which is no number in a table
+        return math.isfinite(float(text)) and "_" not in text
     except ValueError:
         return False
 

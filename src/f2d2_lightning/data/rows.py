@@ -36,7 +36,8 @@ class Rows:
 def read_rows(path: str | Path) -> Tensor:
     """Rows of a ``.csv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
 
-    The first line of a ``.csv`` file may name the columns, which commas, semicolons or tabs separate; a first column of
+    The first line of a ``.csv`` file may name the columns, or count them as pandas does, and commas, semicolons or tabs
+    separate them; a first column of
     whole numbers whose name is empty, as pandas numbers rows, is left out. Integers ``(N, H,
     W)`` are grey images, ``(N, 1, H, W)``; channels that come last are brought to the front; images of floating numbers
     that are all whole multiples of 1/255 are their 8-bit levels.
@@ -60,7 +61,10 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
     is_text = path.suffix.lower() == ".csv"
     said: list[str] = []
     if is_text:
-        array, labels = _without_index(*read_csv(path), said), None
+        array, names = read_csv(path)
+        array, labels = _without_index(array, names, said), None
+        if names is not None and names[-1].strip().isdecimal():
+            said.append(f"its first line counts the columns, {names[-1].strip()} being the last, and was left out")
     else:
         arrays = read_numbers(path, ("x", "y"))
         array, labels = arrays["x"], arrays.get("y")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.data.rows import as_pairs, find_rows, read_pairs, rounded
+from f2d2_lightning.likelihood._inputs import check_state
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.units import Units
 from f2d2_lightning.utils.checks import positive
@@ -94,11 +95,13 @@ class Table(FlowDataModule):
                     "levels= if they are levels"
                 )
             self.quantization = Quantization(self._said_levels or 256)
-        elif self.standardize:
-            rows = rounded(rows)
-            self.units = self.units or Units.of(rows[parts[0]])
-            rows = self.units.states(rows)
         else:
+            # before means are taken, which one NaN makes NaN for all
+            check_state(rows, self.path)
+            if self.standardize:
+                rows = rounded(rows)
+                self.units = self.units or Units.of(rows[parts[0]])
+                rows = self.units.states(rows)
             rows = rows.float()
         names = ("train", "val", "test")
         return {name: (rows[part], some_of(conditions, part)) for name, part in zip(names, parts, strict=True)}
