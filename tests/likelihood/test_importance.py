@@ -83,6 +83,13 @@ def test_equal_weights_are_as_many_as_there_are():
     assert float(weights.log_normalizer.standard_error) == 0
 
 
+def test_one_sample_says_nothing_of_its_error():
+    weights = ImportanceWeights(torch.ones(1), torch.zeros(1))
+    for estimate in (weights.log_normalizer, weights.mean(torch.full((1,), 3.0))):
+        assert estimate.value.isfinite().all()
+        assert estimate.standard_error.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("target", "own", "match"),
     [

@@ -79,10 +79,10 @@ class ImportanceWeights(Answer):
 
     @property
     def log_normalizer(self) -> Estimate:
-        """``log Z``, nats; its standard error is that of ``Z`` as a share, to first order."""
+        """``log Z``, nats; its standard error is that of ``Z`` as a share, to first order, NaN of one sample."""
         count = len(self.log_weights)
         value = self.log_weights.logsumexp(0) - torch.tensor(float(count), dtype=torch.float64).log()
-        share = (count / self.effective_sample_size - 1).clamp(min=0) / max(1, count - 1)
+        share = (count / self.effective_sample_size - 1).clamp(min=0) / (count - 1)
         return Estimate(value, share.sqrt())
 
     def clipped(self, quantile: float = 0.999) -> ImportanceWeights:
@@ -119,7 +119,7 @@ class ImportanceWeights(Answer):
             values: ``(N, ...)``.
 
         Returns:
-            Estimates ``(...)``; standard errors by the delta method.
+            Estimates ``(...)``; standard errors by the delta method, NaN of one sample.
 
         Raises:
             ValueError: If there are not ``N`` of them.
@@ -128,4 +128,5 @@ class ImportanceWeights(Answer):
             raise ValueError(f"there are {len(values)} values and {len(self.log_prob)} weights")
         weights = self.normalized.reshape(-1, *(1 for _ in values.shape[1:]))
         mean = (weights * values.double()).sum(0)
-        return Estimate(mean, (weights * (values.double() - mean)).square().sum(0).sqrt())
+        variance = (weights * (values.double() - mean)).square().sum(0)
+        return Estimate(mean, variance.sqrt() if len(values) > 1 else torch.full_like(mean, torch.nan))
