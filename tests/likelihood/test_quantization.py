@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from f2d2_lightning import Quantization, bits_per_dim
+from f2d2_lightning.data.dataset import DequantizedDataset
 from problems import z_score
 
 close = torch.testing.assert_close
@@ -53,7 +55,7 @@ def test_continuous_data_and_gradient():
 
 
 @pytest.mark.parametrize(("levels", "low", "high"), RANGES)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64], ids=str)
 def test_round_trip(levels, low, high, dtype):
     quantization = Quantization(levels, low, high)
     k = torch.arange(levels).to(dtype).repeat(50, 1)
@@ -61,7 +63,7 @@ def test_round_trip(levels, low, high, dtype):
     assert torch.equal(quantization.quantize(x), k.long())
     assert low <= float(x.min())
     assert float(x.max()) < high
-    within = (x - low) / quantization.width - k
+    within = (x - low) / quantization.width - k.long()
     assert z_score(within.flatten(), 0.5).abs() < 4.5
     close(float(within.var()), 1 / 12, rtol=0.3, atol=0.0)
 
@@ -101,7 +103,22 @@ def test_bad_settings(arguments, message):
         bits_per_dim(torch.zeros(1), 1, *arguments)
 
 
+def test_16_bit_images_in_the_type_that_they_are_kept_in():
+    """NumPy's and torch's uint16: of 65,536 levels, of a reader that gives them, and in draws."""
+    images = np.arange(2**16, dtype=np.uint16).reshape(16, 1, 64, 64)
+    quantization, k = Quantization(2**16), torch.from_numpy(images)
+    quantization.check_range_of(k)
+    for states in (
+        DequantizedDataset(k, None, quantization).__getitems__([*range(16)]),
+        DequantizedDataset(images, None, quantization).__getitems__([*range(16)]),
+        *quantization.draws(k, 1, 0),
+    ):
+        assert torch.equal(quantization.quantize(states), k.long())
+
+
 def test_bad_data():
+    with pytest.raises(ValueError, match=r"quantized data have shape \(0, 3\), and so none"):
+        Quantization(17).dequantize(torch.zeros(0, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="hold the values 0 to 17, but levels=17"):
         Quantization(17).dequantize(torch.arange(18))
     with pytest.raises(ValueError, match="hold the values -1 to 3"):

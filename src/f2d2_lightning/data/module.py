@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from f2d2_lightning.checkpoints.trust import build_arguments
 from f2d2_lightning.data.dataset import DequantizedDataset, Values
 from f2d2_lightning.data.sampling import EpochSampler, ResumableLoader
-from f2d2_lightning.likelihood.quantization import Quantization
+from f2d2_lightning.likelihood.quantization import Quantization, extremes
 from f2d2_lightning.training.loading import described, read_checkpoint
 from f2d2_lightning.training.progress import Place, place_of
 from f2d2_lightning.utils.checks import at_least, checked
@@ -124,7 +124,8 @@ class FlowDataModule(L.LightningDataModule):
         """Load the data, once."""
         if self._sets:
             return
-        sets, ends = {}, []
+        sets: dict[str, DequantizedDataset] = {}
+        ends: list[int] = []
         for name, (values, labels) in self.splits().items():
             # the word is part of the seed, and so of every figure that was published
             seed = mix_seed(self.seed, "dequantisation", name)
@@ -134,8 +135,8 @@ class FlowDataModule(L.LightningDataModule):
             for values in (data.values for data in sets.values()):
                 if not isinstance(values, Tensor):
                     values = values[torch.linspace(0, len(values) - 1, min(PROBED, len(values))).round().long()]
-                ends += [values.min(), values.max()]
-            self.quantization.check_range_of(torch.stack(ends))
+                ends += extremes(values)
+            self.quantization.check_range_of(torch.tensor(ends))
         self._sets = sets
 
     def dataset(self, split: str) -> DequantizedDataset:

@@ -76,7 +76,9 @@ class Quantization:
         """
         if torch.is_floating_point(k) or k.is_complex():
             raise ValueError(f"quantized data have dtype {k.dtype}; integers 0 to {self.levels - 1} are expected")
-        low, high = int(k.min()), int(k.max())
+        if k.numel() == 0:
+            raise ValueError(f"quantized data have shape {tuple(k.shape)}, and so none; give at least one sample")
+        low, high = extremes(k)
         if low < 0 or high >= self.levels:
             raise ValueError(
                 f"the data hold the values {low} to {high}, but levels={self.levels} means 0 to {self.levels - 1}; "
@@ -90,10 +92,10 @@ class Quantization:
             ValueError: If the data use less than half of the levels: bits per dimension would be meaningless.
         """
         self.check(k)
-        if int(k.max()) < self.levels // 2:
+        if (high := extremes(k)[1]) < self.levels // 2:
             raise ValueError(
-                f"the data set holds values up to {int(k.max())} only, but levels={self.levels}; bits per dimension "
-                f"would count levels that the data do not have: set levels={int(k.max()) + 1}"
+                f"the data set holds values up to {high} only, but levels={self.levels}; bits per dimension would "
+                f"count levels that the data do not have: set levels={high + 1}"
             )
 
     @checked
@@ -201,6 +203,12 @@ class Quantization:
     def quantize(self, x: Tensor) -> Tensor:
         """Level that a state lies in, clipped to the range, ``int64``, shape of ``x``."""
         return ((x.double() - self.low) / self.width).floor().clamp(0, self.levels - 1).long()
+
+
+def extremes(k: Tensor) -> tuple[int, int]:
+    """Lowest and highest of integers, of any type: torch knows those of 16 unsigned bits, but not their order."""
+    low, high = torch.aminmax(k if k.element_size() == 1 else k.long())
+    return int(low), int(high)
 
 
 def _known(levels: Quantization | int | None, low: float, high: float) -> Quantization | None:
