@@ -341,6 +341,22 @@ def test_methods_that_two_callbacks_wrapped_are_given_back(tmp_path):
     assert not {"training_step", "manual_backward", "on_save_checkpoint"} & set(vars(module))
 
 
+def test_two_callbacks_log_each_under_its_network(tmp_path):
+    """Under one name Lightning would average them."""
+    module = MeanFlowModule()
+    module.other = MeanNet(2)
+    both = callback(), callback(flow_map="other", frozen=True)
+    made = fit(tmp_path, module, *both, max_epochs=1)
+    logged = made.callback_metrics
+    assert not [name for name in logged if name.startswith(("train/f2d2_", "val/f2d2_"))]
+    assert {"train/net/f2d2_loss", "train/other/f2d2_loss"} <= logged.keys()
+    x = torch.cat([each.state(batch)[0] for each in both[:1] for batch in made.val_dataloaders])
+    for each in both:
+        for name in ("net", "other"):
+            is_its_own = torch.isclose(-each.log_prob(x, 2).value.mean().float(), logged[f"val/{name}/f2d2_nll_2"])
+            assert bool(is_its_own) == (name == each.flow_map)
+
+
 def test_what_somebody_else_wraps_meanwhile_stays(tmp_path):
     module, f2d2, calls = MeanFlowModule(), callback(), []
 

@@ -277,6 +277,12 @@ def test_arguments_out_of_range_are_refused(options, message):
         SampleQuality(Projection(), **options)
 
 
+def test_two_that_would_log_under_the_same_names_are_refused(tmp_path):
+    made = trainer(tmp_path, callbacks=[quality(tmp_path), quality(tmp_path, steps=(2, 3))])
+    with pytest.raises(ValueError, match=r"two SampleQuality callbacks would log steps=\[3\] under the same names"):
+        made.test(student(), datamodule=Pictures(), verbose=False)
+
+
 def test_too_few_samples_for_the_features_are_told_once(tmp_path):
     made = trainer(tmp_path, callbacks=[quality(tmp_path, samples=5)])
     with pytest.warns(UserWarning, match="deficient rank"):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.adapters import Adapter
 from f2d2_lightning.callbacks._added_model import AddedModel
+from f2d2_lightning.callbacks._names import network_name
 from f2d2_lightning.callbacks._wrapping import AddedLoss, Wrapped, overrides
 from f2d2_lightning.checkpoints.export import make_head
 from f2d2_lightning.divergence.estimators import DivergenceEstimator
@@ -246,6 +247,9 @@ class F2D2Callback(AddedModel, L.Callback):
                 self._fit(trainer)
         check_draws(self.draws, self.quantization)
 
+    def _logged(self, stage: str) -> str:
+        return f"{stage}/{network_name(self._trainer, F2D2Callback, self.flow_map)}f2d2_"
+
     # --- training ---
 
     def _stepping(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -266,7 +270,7 @@ class F2D2Callback(AddedModel, L.Callback):
         with own_random_state(x.device):
             self.run_seed.begin_step(trainer, batch_index)
             terms = self.objective_loss(trainer, batch_index, self._student, x, cond, self._source)
-        named = {f"train/f2d2_{name}": value.detach() for name, value in terms._asdict().items()}
+        named = {f"{self._logged('train')}{name}": value.detach() for name, value in terms._asdict().items()}
         module.log_dict(named, batch_size=len(x))
         return self.weight / x[0].numel() * terms.loss
 
@@ -341,7 +345,7 @@ class F2D2Callback(AddedModel, L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._evaluates:
-            self.evaluation.log(pl_module.log, "test/f2d2_" if trainer.testing else "val/f2d2_")
+            self.evaluation.log(pl_module.log, self._logged("test" if trainer.testing else "val"))
 
     on_test_epoch_end = on_validation_epoch_end
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from f2d2_lightning.callbacks._models import find_sampler
+from f2d2_lightning.callbacks._names import network_name
 from f2d2_lightning.callbacks._real_images import STAGES, RealImages, find_loader
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import state_images
@@ -120,6 +121,12 @@ class SampleQuality(L.Callback):
         """Load the feature network, and refuse what cannot work."""
         if stage == "predict":
             return
+        kind = [c for c in trainer.callbacks if isinstance(c, SampleQuality)]  # type: ignore[attr-defined]
+        others = [c for c in kind if c is not self and c.flow_map == self.flow_map]
+        if common := sorted({k for other in others for k in other.steps if k in self.steps}):
+            raise ValueError(
+                f"two SampleQuality callbacks would log steps={common} under the same names; give each its own"
+            )
         model = self.model(trainer, pl_module)
         if model.known_shape is not None and len(model.known_shape) != 3:
             raise ValueError(
@@ -236,8 +243,9 @@ class SampleQuality(L.Callback):
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             torch.manual_seed(mix_seed("sample quality", self.seed))
             self.results = self._draw(trainer, pl_module)
+        stage = f"{stage}/{network_name(trainer, SampleQuality, self.flow_map)}"
         for k, figures in self.results.items():
-            pl_module.log_dict({f"{stage}/{name}_{k}": torch.tensor(v).float() for name, v in figures.items()})
+            pl_module.log_dict({f"{stage}{name}_{k}": torch.tensor(v).float() for name, v in figures.items()})
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[int, dict[str, float]]:
         """Figures of samples by step count, over all processes."""
