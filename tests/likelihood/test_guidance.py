@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,17 @@ def test_evaluations_are_counted(steps, guidance_steps, likelihood_steps, measur
         again = f2.sample(counted, made.noise, likelihood_steps, with_log_prob=True).log_prob
         assert torch.allclose(made.log_prob_after, again)
         assert bool((made.log_prob_after > made.log_prob_before).all())
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_times_of_any_kind_are_those_of_so_many_steps(kind):
+    counted, noise = Counted(mixture()), torch.randn(4, 2)
+    expected = SelfGuidance(0.01, likelihood_steps=2, measure=True)(counted, noise, 2)
+    before = counted.forwards
+    made = SelfGuidance(0.01, likelihood_steps=2, measure=True)(counted, noise, kind([0.0, 0.5, 1.0]))
+    assert torch.equal(made.state, expected.state)
+    assert torch.equal(made.log_prob_after, expected.log_prob_after)
+    assert made.evaluations == counted.forwards - before == 4
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 4, 4)])

@@ -123,7 +123,7 @@ class SelfGuidance:
                 f"guidance with scale={self.scale} and steps={self.steps} made noise NaN or infinite; lower the scale"
             )
         guided_forward = self.steps * self.likelihood_steps
-        same = not isinstance(steps, Sequence) and steps == self.likelihood_steps
+        same = time_grid(steps) == time_grid(self.likelihood_steps)
         made = sample(joint_map, moved, steps, cond, with_log_prob=with_log_prob or (self.measure and same))
         after, checked = made.log_prob if same else None, 0
         if self.measure and not same:
