@@ -10,8 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import f2d2_lightning as f2
 import odd_calls
+from f2d2_lightning.likelihood import Determinant
 from f2d2_lightning.utils.checks import ArgumentError, check_arguments
+from f2d2_lightning.utils.seeding import mix_seed
 from foreign import MeanFlowModule, callback
 from lightning_parts import teacher, trainer
 
@@ -61,6 +64,22 @@ def test_kinds_of_arguments():
         assert repr(value) in str(error.value)
         assert isinstance(error.value, ValueError)
         assert isinstance(error.value, TypeError)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_a_seed_is_a_number_whoever_it_is_of(tmp_path, kind):
+    assert mix_seed("rows", kind(3)) == mix_seed("rows", 3)
+    np.save(tmp_path / "rows.npy", torch.randn(40, 2).numpy())
+    digits, images = f2.load("digits"), f2.data.Digits().dataset("test").values[:2]
+    answers = []
+    for seed in (3, kind(3)):
+        probed = digits.log_prob(images / 8.5 - 1, 1, determinant=Determinant(1, 4, seed=seed)).value
+        table = f2.data.Table(tmp_path / "rows.npy", seed=int(seed) if kind is torch.tensor else seed)
+        table.setup()
+        rows = table.dataset("test").values
+        answers.append((digits.nll(images, 1, seed=seed), digits.sample(2, 1, seed=seed).state, probed, rows))
+    for one, other in zip(*answers, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("added", [False, True])

@@ -60,7 +60,7 @@ def draw_noise(
     if seed is not None:
         if generator is not None:
             raise ValueError(f"seed={seed} and generator= are both given; one of them says what is drawn")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
     where = device if generator is None else generator.device
     return torch.randn(count, *shape, generator=generator, device=where).to(device)
 

@@ -93,5 +93,7 @@ def mix_seed(*parts: int | str) -> int:
     >>> mix_seed(0, 1) != mix_seed(1, 0)
     True
     """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    # a number of NumPy's or torch's is written otherwise than Python's
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
