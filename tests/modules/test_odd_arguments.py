@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import f2d2_lightning as f2
 import odd_calls
 from f2d2_lightning.likelihood import Determinant
+from f2d2_lightning.nn import PreconditionedMLP
 from f2d2_lightning.utils.checks import ArgumentError, check_arguments
 from f2d2_lightning.utils.seeding import mix_seed
 from foreign import MeanFlowModule, callback
-from lightning_parts import teacher, trainer
+from lightning_parts import Pair, teacher, trainer
 
 PLAIN = st.one_of(
     *(st.none(), st.booleans(), st.integers(-(10**6), 10**6), st.floats(), st.text(max_size=5), st.binary(max_size=3)),
@@ -80,6 +81,47 @@ def test_a_seed_is_a_number_whoever_it_is_of(tmp_path, kind):
         answers.append((digits.nll(images, 1, seed=seed), digits.sample(2, 1, seed=seed).state, probed, rows))
     for one, other in zip(*answers, strict=True):
         assert torch.equal(one, other)
+
+
+class Levels(Pair):
+    """Levels of a range that NumPy's numbers say."""
+
+    def __init__(self):
+        super().__init__(quantization=f2.Quantization(np.int64(17), np.float64(-2), np.float64(3)))
+
+    def splits(self):
+        return {name: (torch.randint(17, (64, 2)), None) for name in ("train", "val", "test")}
+
+
+def numpy_teacher(i, f):
+    network = PreconditionedMLP((i(2),), width=i(8), blocks=i(1))
+    reference = f2.Reference(steps=i(4), probes=i(0))
+    return f2.FlowMatchingModule(network, np.array([2]), low=f(-1), near_data=f(0.1), reference=reference)
+
+
+def numpy_student(i, f):
+    parts = {"objective": f2.TrajectoryRegression(nodes=i(4)), "estimator": f2.Hutchinson(probes=i(1))}
+    parts |= {"inversion": f2.Inversion(max_iterations=i(7)), "reference": f2.Reference(steps=i(4), probes=i(0))}
+    settings = {"levels": i(17), "low": f(-2), "high": f(3), "warmup": i(1), "draws": i(1), "reference_samples": i(8)}
+    return f2.F2D2Module(numpy_teacher(i, f).flow_map, steps=np.array([1, 2]), **settings, **parts)
+
+
+@pytest.mark.parametrize("make", [numpy_teacher, numpy_student])
+def test_numbers_of_numpy_come_back_from_a_file(tmp_path, make):
+    module = make(np.int64, np.float64)
+    data = Levels() if module.levels else f2.data.GaussianMixture(np.int64(96), batch_size=np.int64(32))
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    read, x = f2.load(tmp_path / "last.ckpt"), torch.randn(3, 2)
+    assert torch.equal(read.log_prob(x).value, module.log_prob(x).value)
+    assert (read.levels, read.low, read.high, read.steps) == (module.levels, module.low, module.high, module.steps)
+    on = trainer(tmp_path, max_epochs=2)
+    on.fit(make(int, float), data, ckpt_path=tmp_path / "last.ckpt")
+    assert on.global_step > run.global_step
+    folder = f2.save_pretrained(module.average, tmp_path / "model", shape=np.array([2]))
+    again = f2.from_pretrained(folder, type(module.average))
+    assert all(map(torch.equal, again.state_dict().values(), module.average.state_dict().values()))
 
 
 @pytest.mark.parametrize("added", [False, True])

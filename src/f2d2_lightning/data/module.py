@@ -71,7 +71,7 @@ class FlowDataModule(L.LightningDataModule):
         super().__init__()
         at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         at_least(0, num_workers=num_workers)
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batch_size, self.eval_batch_size = int(batch_size), int(eval_batch_size)
         self.num_workers, self.seed, self.quantization, self.flip = num_workers, seed, quantization, flip
         self._sets: dict[str, DequantizedDataset] = {}
 

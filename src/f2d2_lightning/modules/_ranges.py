@@ -34,9 +34,10 @@ class RangedModel(LikelihoodModel):
             )
 
     def _set_range(self, levels: int | None, low: float | None, high: float | None) -> None:
-        self.levels = levels
-        self.low = self._edges.get("low", -1.0 if low is None else low)
-        self.high = self._edges.get("high", 1.0 if high is None else high)
+        # numbers of NumPy too, which a checkpoint of plain values cannot hold
+        self.levels = None if levels is None else int(levels)
+        self.low = float(self._edges.get("low", -1.0 if low is None else low))
+        self.high = float(self._edges.get("high", 1.0 if high is None else high))
 
     def quantize(self, levels: int | None, low: float | None, high: float | None) -> None:
         """Take over what was found; edges that were said stay, and are compared by who found it."""

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from f2d2_lightning.checkpoints.descriptions import describe_model
@@ -337,6 +339,10 @@ class FlowModule(L.LightningModule, RangedModel):
         # the arguments of a subclass may be others
         said = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         said.update({name: value for name, value in found.items() if name in said})
+        # a checkpoint with numbers of NumPy is none of plain values, and would not be read
+        numbers = (np.generic, np.ndarray)
+        for key in {"f2d2", self.CHECKPOINT_HYPER_PARAMS_KEY} & {*checkpoint}:
+            checkpoint[key] = apply_to_collection(checkpoint[key], numbers, lambda v: v.tolist(), allow_frozen=True)
 
     def _described(self) -> dict[str, Any]:
         """The objects that a script gave, as plain values, so that :func:`f2d2_lightning.load` makes them again.

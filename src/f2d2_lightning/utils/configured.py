@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from f2d2_lightning.utils.checks import check_arguments
 
 _KEPT = "_constructor_arguments"
@@ -25,7 +27,12 @@ def public_name(cls: type) -> str:
 
 
 def as_plain(value: Any) -> Any:
-    """``value`` if it consists of numbers, text, lists and dictionaries, tuples as lists; else :data:`OBJECT`."""
+    """``value`` if it consists of numbers, text, lists and dictionaries, tuples as lists; else :data:`OBJECT`.
+
+    Numbers and arrays of NumPy become Python's.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, (list, tuple)):
