@@ -85,3 +85,18 @@ def test_sign_of_the_gap_and_one_sample():
 def test_refuses_unpaired_values(shapes):
     with pytest.raises(ValueError, match="both are"):
         agreement(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+
+
+@pytest.mark.parametrize("values", [[1.0, math.nan, 2.0, 4.0], [3.0, 3.0, 3.0, 3.0]])
+def test_what_has_no_correlation_has_none_of_ranks(values):
+    for pair in ((values, [1.0, 2.0, 3.0, 5.0]), ([1.0, 2.0, 3.0, 5.0], values)):
+        found = agreement(*map(torch.tensor, pair))
+        assert math.isnan(found.correlation)
+        assert math.isnan(found.rank_correlation)
+        assert math.isnan(scipy.stats.spearmanr(*pair).statistic)
+
+
+def test_ranks_of_ties_are_those_of_scipy():
+    pair = torch.randint(5, (2, 300)).double()
+    expected = scipy.stats.spearmanr(*pair.numpy()).statistic
+    assert float(agreement(*pair).rank_correlation) == pytest.approx(expected, abs=1e-5)

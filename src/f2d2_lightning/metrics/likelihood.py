@@ -36,9 +36,9 @@ class Agreement(NamedTuple):
     absolute_error: Tensor
     """Mean absolute difference per sample."""
     correlation: Tensor
-    """Pearson's, of log p per sample; NaN below two samples."""
+    """Pearson's, of log p per sample; NaN below two samples, and where all are the same."""
     rank_correlation: Tensor
-    """Spearman's, of log p per sample; NaN below two samples."""
+    """Spearman's, likewise."""
     reference_deviation: Tensor
     """Standard deviation of the reference over the samples; NaN below two."""
 
@@ -67,6 +67,9 @@ def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: fl
         return x.std() / math.sqrt(count) if count > 1 else x.new_tensor(math.nan)
 
     undefined = values.new_tensor(math.nan)
+    correlation = pearson_corrcoef(values, references) if count > 1 else undefined
+    # torchmetrics gives NaN a rank, and values that are all the same a correlation of 0
+    ranked = undefined if bool(correlation.isnan()) else spearman_corrcoef(values, references)
     return Agreement(
         values.mean(),
         standard_error(values),
@@ -74,8 +77,8 @@ def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: fl
         difference.mean(),
         standard_error(difference),
         difference.abs().mean(),
-        pearson_corrcoef(values, references) if count > 1 else undefined,
-        spearman_corrcoef(values, references) if count > 1 else undefined,
+        correlation,
+        ranked,
         references.std() if count > 1 else undefined,
     )
 
