@@ -26,6 +26,32 @@ def test_other_numbers_of_samples_are_refused():
         calibration(torch.zeros(3, 5, 2), torch.zeros(3, 1))
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_samples_that_are_no_numbers_are_refused(wrong):
+    """A tree takes NaN for a value, and nothing is below NaN."""
+    samples, truth = torch.randn(40, 9, 2), torch.randn(40, 2)
+    samples[3, 4, 0] = wrong
+    for ask in (lambda: calibration(samples, truth), lambda: c2st(samples[:, 4], truth)):
+        with pytest.raises(ValueError, match="samples holds NaN or infinity in 1 of 40 samples"):
+            ask()
+    with pytest.raises(ValueError, match="reference holds NaN or infinity in 1 of 40"):
+        c2st(truth, samples[:, 4])
+    with pytest.raises(ValueError, match=r"samples has shape \(40, 0, 2\)"):
+        calibration(samples[:, :0], truth)
+    with pytest.raises(ValueError, match="at least folds=3"):
+        c2st(truth[:2], truth[:2])
+    with pytest.raises(ValueError, match="folds=1; it must be at least 2"):
+        c2st(truth, truth, folds=1)
+
+
+def test_samples_with_gradients_and_arrays_are_numbers_too():
+    samples, truth = torch.randn(60, 9, 2), torch.randn(60, 2)
+    told, found = c2st(samples[:, 0], truth), calibration(samples, truth)
+    assert c2st(samples[:, 0].clone().requires_grad_(), truth.numpy()) == told
+    assert torch.equal(calibration(samples.numpy(), truth.numpy()).ranks, found.ranks)
+    assert 0 <= c2st(samples[:, 0].bfloat16(), truth.bfloat16()) <= 1
+
+
 @pytest.mark.parametrize(
     ("change", "within"),
     [

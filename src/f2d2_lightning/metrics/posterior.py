@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from f2d2_lightning.likelihood._inputs import as_tensor, check_state
+from f2d2_lightning.utils.checks import at_least
+
 
 def c2st(samples: Tensor, reference: Tensor, folds: int = 3) -> float:
     """How often a classifier tells samples from those of a reference, ``(N, ...)`` each: .5 where it cannot, up to 1.
@@ -22,20 +25,30 @@ def c2st(samples: Tensor, reference: Tensor, folds: int = 3) -> float:
         folds: Parts, each of which is told by a classifier that was trained on the others.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If shapes differ, there are fewer samples than parts, or one is NaN or infinite.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import cross_val_score
 
-    if samples.shape != reference.shape or samples.ndim < 2:
+    at_least(2, folds=folds)
+    samples, reference = _numbers(samples=samples, reference=reference)
+    if samples.shape != reference.shape or samples.ndim < 2 or len(samples) < folds:
         raise ValueError(
             f"samples have shape {tuple(samples.shape)}, the reference {tuple(reference.shape)}; as many of one shape "
-            "(N, ...) are needed, or guessing would be right more often than not"
+            f"(N, ...) are needed, or guessing would be right more often than not, and at least folds={folds}"
         )
     x = torch.cat((samples, reference)).flatten(1).cpu()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     classifier = HistGradientBoostingClassifier(random_state=0)
     return float(cross_val_score(classifier, x[order].numpy(), (order < len(samples)).numpy(), cv=folds).mean())
+
+
+def _numbers(**parts: Tensor) -> list[Tensor]:
+    """In double precision; NaN, which trees take for a value and ranks for one above all, is refused."""
+    found = {name: as_tensor(part, name).detach().double() for name, part in parts.items()}
+    for name, part in found.items():
+        check_state(part, name)
+    return [*found.values()]
 
 
 class Calibration(NamedTuple):
@@ -65,12 +78,13 @@ def calibration(samples: Tensor, truth: Tensor) -> Calibration:
         truth: Parameters that the pair was simulated with, ``(N, dim)``, drawn from the prior.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes do not fit, or something is NaN or infinite.
 
     >>> calibration(torch.tensor([[[0.0], [2.0]], [[1.0], [3.0]]]), torch.tensor([[1.0], [4.0]])).ranks
     tensor([[1],
             [2]])
     """
+    samples, truth = _numbers(samples=samples, truth=truth)
     if samples.ndim != 3 or samples[:, 0].shape != truth.shape:
         raise ValueError(
             f"samples have shape {tuple(samples.shape)}, true parameters {tuple(truth.shape)}; (N, L, dim) and "
