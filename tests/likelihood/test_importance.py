@@ -51,6 +51,23 @@ def test_weights_of_any_size_and_targets_of_zero():
     assert float(cut.mean(x > 0).standard_error) == pytest.approx(0, abs=1e-12)
 
 
+def test_values_without_weight_do_not_count_and_complex_ones_are_whole():
+    x, weights = drawn(20_000)
+    cut = ImportanceWeights(torch.where(x > 0, weights.log_target, -torch.inf), weights.log_prob)
+    logs = torch.where(x > 0, x.log(), torch.inf)
+    kept = ImportanceWeights(weights.log_target[x > 0], weights.log_prob[x > 0]).mean(logs[x > 0])
+    torch.testing.assert_close(cut.mean(logs).value, kept.value)
+    torch.testing.assert_close(cut.mean(logs).standard_error, kept.standard_error)
+    # E exp(iwx) of a normal density
+    wave = weights.mean(torch.exp(1j * 2.0 * x))
+    exact = torch.exp(2j * NARROW.mean - 2.0 * NARROW.variance)
+    assert float((wave.value - exact).abs()) < 4 * float(wave.standard_error)
+    assert abs(complex(exact).imag) > 5 * float(wave.standard_error)
+    assert ImportanceWeights(torch.zeros(2), torch.zeros(2)).mean([1, 2]).value == 1.5
+    with pytest.raises(ValueError, match=r"values have shape \(\), and there are 2 weights"):
+        ImportanceWeights(torch.zeros(2), torch.zeros(2)).mean(torch.tensor(1.0))
+
+
 def test_clipped_weights_are_those_below_a_quantile_and_biased_as_quadrature_says():
     grid = torch.linspace(-15, 15, 20_001, dtype=torch.float64)
     w = (NARROW.log_prob(grid) - WIDE.log_prob(grid)).exp() * math.exp(2.0)
@@ -108,5 +125,5 @@ def test_what_has_no_weight(target, own, match):
 
 
 def test_values_of_other_samples():
-    with pytest.raises(ValueError, match="3 values and 2 weights"):
+    with pytest.raises(ValueError, match=r"shape \(3,\), and there are 2 weights"):
         ImportanceWeights(torch.zeros(2), torch.zeros(2)).mean(torch.zeros(3))

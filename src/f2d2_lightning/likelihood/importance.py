@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.likelihood._answers import Answer
+from f2d2_lightning.likelihood._inputs import as_tensor
 from f2d2_lightning.utils.checks import check_fields
 
 
@@ -116,7 +117,7 @@ class ImportanceWeights(Answer):
         """Mean under the target of something that each sample has.
 
         Args:
-            values: ``(N, ...)``.
+            values: ``(N, ...)``, complex ones too; those of samples without weight may be NaN or infinite.
 
         Returns:
             Estimates ``(...)``; standard errors by the delta method, NaN of one sample.
@@ -124,9 +125,13 @@ class ImportanceWeights(Answer):
         Raises:
             ValueError: If there are not ``N`` of them.
         """
-        if len(values) != len(self.log_prob):
-            raise ValueError(f"there are {len(values)} values and {len(self.log_prob)} weights")
+        values = as_tensor(values, "values")
+        if not values.ndim or len(values) != len(self.log_prob):
+            raise ValueError(f"values have shape {tuple(values.shape)}, and there are {len(self.log_prob)} weights")
         weights = self.normalized.reshape(-1, *(1 for _ in values.shape[1:]))
-        mean = (weights * values.double()).sum(0)
-        variance = (weights * (values.double() - mean)).square().sum(0)
-        return Estimate(mean, variance.sqrt() if len(values) > 1 else torch.full_like(mean, torch.nan))
+        values = values.to(torch.complex128 if values.is_complex() else torch.float64)
+        # an energy may be infinite where its density is zero
+        values = torch.where(weights > 0, values, torch.zeros_like(values))
+        mean = (weights * values).sum(0)
+        variance = (weights * (values - mean)).abs().square().sum(0)
+        return Estimate(mean, variance.sqrt() if len(values) > 1 else torch.full_like(variance, torch.nan))
