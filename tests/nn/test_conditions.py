@@ -1,6 +1,7 @@
 """Networks that are conditioned on vectors, and on what somebody's network embeds."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -256,3 +257,32 @@ def test_conditions_share_a_number_of_samples_evenly(make):
     ):
         with pytest.raises(ValueError, match=r"cond is shape \(3, 3\); a tensor whose first axis is that of the"):
             wrong()
+
+
+class Turned(f2.JointMap):
+    """A turn and a stretch by a complex number: of a condition ``c``, ``x`` becomes ``exp(t c) x``."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.unit = nn.Parameter(torch.ones(1, 1, dtype=torch.promote_types(torch.complex64, dtype)))
+        self.scale = nn.Parameter(torch.ones(1, dtype=dtype))
+
+    def joint(self, x, s, t, cond):
+        # a matrix product takes one dtype only
+        factor = (((t - s) * cond)[:, None] @ self.unit).exp() - 1
+        moved = torch.view_as_real(factor * torch.view_as_complex(x.contiguous())[:, None])[:, 0]
+        return f2.flows.Joint(moved / (t - s)[:, None], 2 * cond.real)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [torch.complex64, torch.complex128])
+def test_complex_conditions_have_the_precision_of_the_states(dtype, given):
+    cond, x, joint = torch.randn(5, dtype=given) / 2, torch.randn(5, 2), Turned(dtype)
+    value = f2.log_prob(joint, x, 3, cond.numpy()).value
+    adapted = f2.adapters.Adapter("net.joint(x, s, t, cond)", output=0)(joint)
+    made = f2.sample(adapted, x.double(), 3, cond).state
+    torch.testing.assert_close(made, f2.sample(joint, x, 3, cond).state.double(), rtol=0, atol=1e-5)
+    noise = torch.view_as_complex(x.double()) * (-cond.to(torch.complex128)).exp()
+    exact = -noise.abs().square() / 2 - math.log(2 * math.pi) - 2 * cond.real
+    assert value.dtype == dtype
+    torch.testing.assert_close(value.double(), exact, rtol=0, atol=1e-5)

@@ -22,7 +22,7 @@ from f2d2_lightning.flows._held import evaluating
 from f2d2_lightning.flows.maps import Direction, FlowMap, check_interval
 from f2d2_lightning.flows.paths import expand_time, like
 from f2d2_lightning.utils.checks import one_of
-from f2d2_lightning.utils.conditions import Cond, kind_of, mapped, some_of, tensors
+from f2d2_lightning.utils.conditions import Cond, dtype_beside, kind_of, mapped, some_of, tensors
 from f2d2_lightning.utils.configured import Configured
 from f2d2_lightning.utils.seeding import own_random_state
 
@@ -197,7 +197,7 @@ class Adapter(Configured):
                     "integer labels (B,), which the adapter makes one-hot"
                 )
             cond = nn.functional.one_hot(cond.long(), self.classes).to(dtype)
-        return mapped(lambda part: part.to(dtype if part.is_floating_point() else part.dtype, copy=True), cond)
+        return mapped(lambda part: part.to(dtype_beside(part, dtype), copy=True), cond)
 
     def _part(self, answer: Any) -> Tensor:
         output = self.output

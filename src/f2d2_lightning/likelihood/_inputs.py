@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.utils.checks import at_least, check_shape
-from f2d2_lightning.utils.conditions import Cond, mapped, some_of, tensors
+from f2d2_lightning.utils.conditions import Cond, dtype_beside, mapped, some_of, tensors
 
 Array: TypeAlias = Tensor | np.ndarray | Sequence[Any]
 """A tensor, or what becomes one: an array, nested lists, a list of tensors."""
@@ -105,7 +105,7 @@ def check_state(x: Tensor, what: str) -> None:
 
 
 def as_cond(cond: Any, states: Tensor, drawn: bool = False) -> Cond | None:
-    """Conditioning as tensors, on the device of the states, floating numbers in their dtype.
+    """Conditioning as tensors, on the device of the states, floating and complex numbers in their precision.
 
     A list is one tensor, as everywhere; several conditions stand in a tuple or a dictionary. One with first axis 1 is
     that of all states, without a copy.
@@ -122,7 +122,7 @@ def as_cond(cond: Any, states: Tensor, drawn: bool = False) -> Cond | None:
 
     def one(part: Any) -> Tensor:
         part = as_tensor(part, "cond")
-        part = part.to(states) if part.is_floating_point() else part.to(states.device)
+        part = part.to(states.device, dtype_beside(part, states.dtype))
         count, own = len(states), len(part) if part.ndim else 0
         if own == 1 < count:
             return part.expand(count, *part.shape[1:])

@@ -70,6 +70,17 @@ def repeated(cond: Cond | None, times: int, each: bool = False) -> Cond | None:
     return mapped(one, cond)
 
 
+def dtype_beside(part: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a condition of states of a dtype is in: floating and complex numbers in their precision, others stay.
+
+    >>> dtype_beside(torch.zeros(1, dtype=torch.complex128), torch.float32)
+    torch.complex64
+    """
+    if part.is_complex():
+        return torch.promote_types(torch.complex64, dtype)
+    return dtype if part.is_floating_point() else part.dtype
+
+
 def kind_of(cond: Any) -> str:
     """What it is, for messages."""
     if isinstance(cond, Tensor):
