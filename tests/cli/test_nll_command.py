@@ -481,3 +481,8 @@ def test_mirrored_likelihoods_are_of_both_images(models):
     assert (expected - here).abs().max() > 0.1
     references = [np.array(t["reference_log_prob"], float) for t in (table, plain)]
     assert np.abs(references[0] - references[1]).max() > 0.1
+
+
+def test_a_table_that_is_not_there_is_a_file(models, capsys):
+    path, _ = next(iter(models.values()))
+    assert "nor a file that exists" in refused(capsys, "--data", "missing.csv", ckpt=path)

@@ -41,7 +41,7 @@ DATA = {name: f"f2d2_lightning.data.{cls}" for name, cls in _SHORT.items()}
 
 SPLITS = ("train", "val", "test")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-ARRAYS = (".npy", ".npz")
+ROWS = (".csv", ".npy", ".npz")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
     """
     kind, _, split = name.partition(":")
     path = Path(name)
-    is_file = path.suffix.lower() in (*ARRAYS, *SUFFIXES) or path.exists()
+    is_file = path.suffix.lower() in (*ROWS, *SUFFIXES) or path.exists()
     if kind in DATA or (CLASS_PATH.fullmatch(kind) and not is_file):
         return _from_data_module(name, DATA.get(kind, kind), split or "test", arguments or {}, module)
     if not path.exists():
@@ -141,7 +141,7 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
         raise ValueError(f"{name} is a file or a folder, which takes no arguments ({', '.join(arguments)} given)")
     if path.is_dir() or path.suffix.lower() in SUFFIXES:
         return _from_images(path, module, reading)
-    if path.suffix.lower() in (".csv", *ARRAYS):
+    if path.suffix.lower() in ROWS:
         return _from_rows(path, module, reading)
     raise ValueError(
         f"--data is {name}; .csv, .npy and .npz files (an .npz holds its data as 'x', labels as 'y', or pairs as "
