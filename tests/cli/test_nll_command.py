@@ -24,6 +24,7 @@ from f2d2_lightning.metrics import percentile_rank
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.training.loading import load_module
 from f2d2_lightning.utils.seeding import counter_uniform
+from lightning_parts import trainer
 
 parquet_only = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs the extra parquet")
 
@@ -481,6 +482,31 @@ def test_mirrored_likelihoods_are_of_both_images(models):
     assert (expected - here).abs().max() > 0.1
     references = [np.array(t["reference_log_prob"], float) for t in (table, plain)]
     assert np.abs(references[0] - references[1]).max() > 0.1
+
+
+def test_columns_in_another_order_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(40, 3)) * [1, 5, 100]
+
+    def write(name, order, first):
+        text = "\n".join(",".join(map(repr, row)) for row in rows[:, order].tolist())
+        (tmp_path / name).write_text(f"{first}\n{text}\n" if first else text)
+
+    write("rows.csv", [0, 1, 2], "a,b,c")
+    module = f2.F2D2Module(flow_map=MLP((3,), width=8, blocks=1))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, f2.data.Table("rows.csv"))
+    run.save_checkpoint("last.ckpt")
+    write("other.csv", [2, 0, 1], "c,a,b")
+    write("spaces.csv", [0, 1, 2], "a, b ,c")
+    write("bare.csv", [0, 1, 2], "")
+    with pytest.raises(SystemExit):
+        nll_command(["--ckpt", "last.ckpt", "--data", "other.csv"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "other.csv has the columns c, a, b, and the model was trained on a, b, c; give them in that order" in said
+    for name in ("rows", "spaces", "bare"):
+        nll_command(["--ckpt", "last.ckpt", "--data", f"{name}.csv", "--out", f"{name}.out.csv"])
+    assert len({(tmp_path / f"{name}.out.csv").read_text() for name in ("rows", "spaces", "bare")}) == 1
 
 
 def test_a_table_that_is_not_there_is_a_file(models, capsys):

@@ -55,6 +55,8 @@ class Reading:
     """Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``."""
     units: Units | None = None
     """Of floating numbers, where the model was trained on a table that was standardised."""
+    columns: Sequence[str] | None = None
+    """Their names there, where the table had some."""
     units_unknown: bool = False
     """Whether a table's units were not kept with the model."""
 
@@ -68,7 +70,7 @@ def reading_of(checkpoint: str, given: Reading) -> Reading:
     table, pairs, images = (kept.get(cls.__qualname__) for cls in (Table, Pairs, ImageFolder))
     for units in (table, pairs):
         if isinstance(units, Mapping) and "center" in units:
-            given = replace(given, units=Units(**units))
+            given = replace(given, units=Units(units["center"], units["scale"]), columns=units.get("columns"))
     if isinstance(images, Mapping):
         framing = given.framing or Framing(1, images.get("crop"), images.get("resize"))
         given = replace(given, convert=given.convert or bool(images.get("convert")), framing=framing)
@@ -232,6 +234,11 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
         hint = "; channels come first" if len(last) == 3 and tuple(rows.shape[1:]) == last else ""
         needed = f"(N, {', '.join(map(str, module.shape))})"
         raise ValueError(f"{path} has shape {tuple(rows.shape)}; {needed} is needed{hint}")
+    if found.columns and reading.columns and [*found.columns] != [*reading.columns]:
+        raise ValueError(
+            f"{path} has the columns {', '.join(found.columns)}, and the model was trained on "
+            f"{', '.join(reading.columns)}; give them in that order, or leave the line with the names out"
+        )
     for said in found.said:
         say(f"{path}: {said}")
     log_scale = 0.0

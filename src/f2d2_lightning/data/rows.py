@@ -31,6 +31,8 @@ class Rows:
     """Array ``y`` of the file, as it stands there."""
     said: tuple[str, ...] = ()
     """How it was read, where that is not as it stands there, in words."""
+    columns: list[str] | None = None
+    """Names of the columns, where a first line has them."""
 
 
 def read_rows(path: str | Path) -> Tensor:
@@ -60,9 +62,12 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
         raise FileNotFoundError(f"there is no file {path}; give a .csv, .npy or .npz file of rows")
     is_text = path.suffix.lower() == ".csv"
     said: list[str] = []
+    columns: list[str] | None = None
     if is_text:
         array, names = read_csv(path)
         array, labels = _without_index(array, names, said), None
+        if names is not None and not any(name.strip().isdecimal() for name in names):
+            columns = [name.strip() for name in names[-array.shape[1] :]]
         if names is not None and names[-1].strip().isdecimal():
             said.append(f"its first line counts the columns, {names[-1].strip()} being the last, and was left out")
     else:
@@ -82,7 +87,7 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
         floating = np.float64 if array.dtype.itemsize > 4 else np.float32
         array = array.astype(floating if array.dtype.kind == "f" else np.int64, copy=False)
     values = torch.from_numpy(np.ascontiguousarray(array))
-    return Rows(values, labels, tuple(said))
+    return Rows(values, labels, tuple(said), columns)
 
 
 def _float32(values: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ class Table(FlowDataModule):
         self._said_levels = levels
         self.said: tuple[str, ...] = ()
         """How the file was read, where that is not as it stands there, in words, once it was."""
+        self.columns: list[str] | None = None
+        """Names of the file's columns, where it has some."""
         self.units: Units | None = None
         """Of floating numbers, once the data are set up or a checkpoint was read."""
 
@@ -73,7 +75,7 @@ class Table(FlowDataModule):
     def read(self) -> tuple[Tensor, Cond | None]:
         """Rows as they stand there, ``(N, ...)``, and what they are conditioned on."""
         found = find_rows(self.path)
-        self.said = found.said
+        self.said, self.columns = found.said, found.columns
         for said in self.said:
             rank_zero_info(f"{self.path}: {said}")
         return found.values, None
@@ -107,8 +109,8 @@ class Table(FlowDataModule):
         return {name: (rows[part], some_of(conditions, part)) for name, part in zip(names, parts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Units, for a checkpoint."""
-        return {} if self.units is None else dict(vars(self.units))
+        """Units and names of columns, for a checkpoint."""
+        return {} if self.units is None else {**vars(self.units), "columns": self.columns}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the units of a checkpoint, in which a model was trained.
@@ -118,7 +120,7 @@ class Table(FlowDataModule):
         """
         if not state_dict:
             return
-        kept, mine = Units(**state_dict), self.units
+        kept, mine = Units(state_dict["center"], state_dict["scale"]), self.units
         if mine is not None and not (torch.equal(mine.center, kept.center) and torch.equal(mine.scale, kept.scale)):
             raise ValueError(
                 f"the rows of {self.path} have other means and deviations than those that the checkpoint's model was "
