@@ -632,6 +632,8 @@ def test_a_wrong_sign_or_direction_of_a_trained_model(tmp_path, wrong):
         ({"adapter": MeanFlow(directions="to_data")}, "set directions of both alike"),
         ({"adapter": FlowMatching()}, "instantaneous velocity"),
         ({"frozen": True, "interval": "time"}, "frozen=True does not train it"),
+        ({"batch_share": 0.0}, "batch_share=0.0; it must be positive"),
+        ({"batch_share": 1.5}, r"batch_share=1.5; it must be a share, in \[0, 1\]"),
         ({"weight": 0.0}, "weight=0"),
     ],
 )

@@ -156,6 +156,8 @@ def f2d2(**kwargs: Any) -> f2.F2D2Callback:
     settings: dict[str, Any] = {"flow_map": "net", "adapter": MeanFlow(directions="both"), "optimizer": sgd}
     settings |= {"objective": FromData(), "estimator": f2.divergence.Exact(), "steps": (1, 2), "ema_decay": 0.5}
     settings |= {"reference": f2.Reference(steps=4, probes=0), "check": False, "weight": 0.5}
+    # a share of the whole batch is another draw than shares of its halves
+    settings["batch_share"] = 1.0
     return f2.F2D2Callback(**(settings | kwargs))
 
 

@@ -9,6 +9,7 @@ is synchronised like any other.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -35,8 +36,8 @@ from f2d2_lightning.objectives.base import Objective
 from f2d2_lightning.training.batches import BatchStates, FirstLook, check_trained, training_batches
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
-from f2d2_lightning.utils.checks import at_least, checked, counts, positive
-from f2d2_lightning.utils.conditions import Cond
+from f2d2_lightning.utils.checks import at_least, checked, counts, positive, share
+from f2d2_lightning.utils.conditions import Cond, some_of
 from f2d2_lightning.utils.seeding import mix_seed, own_random_state
 
 
@@ -69,6 +70,7 @@ class F2D2Callback(AddedModel, L.Callback):
             direction then that this loss does not train. For the density of a few-step sampler's own jumps give
             ``objective=VolumeRegression(refresh=8.0)``.
         weight: Of the added loss per dimension, beside the module's own.
+        batch_share: Of a batch's states that the added loss is computed on, drawn anew each step, at least one.
         optimizer: Makes the head's optimiser from its parameters; AdamW at 1e-3 by default.
         follow_schedule: Scale the head's learning rate as the module's first optimiser scales its own.
         gradient_clip: Largest norm of the head's gradient; ``None`` for no clipping.
@@ -112,6 +114,7 @@ class F2D2Callback(AddedModel, L.Callback):
         estimator: DivergenceEstimator | None = None,
         frozen: bool = False,
         weight: float = 1.0,
+        batch_share: float = 0.5,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         follow_schedule: bool = True,
         gradient_clip: float | None = 1.0,
@@ -135,7 +138,8 @@ class F2D2Callback(AddedModel, L.Callback):
             levels, low, high = theirs.levels, theirs.low if low is None else low, theirs.high if high is None else high
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay={ema_decay}; it lies in [0, 1)")
-        positive(weight=weight)
+        positive(weight=weight, batch_share=batch_share)
+        share(batch_share=batch_share)
         at_least(2, fit_samples=fit_samples)
         at_least(1, draws=draws)
         at_least(0, reference_samples=reference_samples, backward=backward or 0)
@@ -157,7 +161,7 @@ class F2D2Callback(AddedModel, L.Callback):
         self.distill(objective, estimator, directions, moving=teacher is None, scattering=False)
         self.say_range(levels, low, high)
         self.take_range()
-        self.frozen, self.weight = frozen, weight
+        self.frozen, self.weight, self.batch_share = frozen, weight, batch_share
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99))
         self.follow_schedule, self.gradient_clip, self.ema_decay = follow_schedule, gradient_clip, ema_decay
         self.states = BatchStates(data_to_state, self.adapter.conditional)
@@ -269,6 +273,9 @@ class F2D2Callback(AddedModel, L.Callback):
         x, cond = self.state(batch)
         with own_random_state(x.device):
             self.run_seed.begin_step(trainer, batch_index)
+            if self.batch_share < 1:
+                rows = torch.randperm(len(x), device=x.device)[: math.ceil(self.batch_share * len(x))]
+                x, cond = x[rows], some_of(cond, rows)
             terms = self.objective_loss(trainer, batch_index, self._student, x, cond, self._source)
         named = {f"{self._logged('train')}{name}": value.detach() for name, value in terms._asdict().items()}
         module.log_dict(named, batch_size=len(x))
