@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
 import f2d2_lightning as f2
@@ -760,3 +760,30 @@ def test_a_network_of_its_own_velocity_is_compared_with_differences_once_an_eval
     trainer(tmp_path, callbacks=[f2d2], max_epochs=2).fit(MeanFlowModule(), datamodule=data)
     assert calls == [10, 10]
     assert len(f2d2.agreement_values()[1]) == 50
+
+
+def test_a_rate_that_is_tried_out_in_the_middle_of_a_run_costs_the_head_nothing(tmp_path):
+    """Lightning goes back to a checkpoint then, while the run is under way."""
+
+    class Find(LearningRateFinder):
+        def on_fit_start(self, trainer, pl_module):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                before = weights(f2d2.added.live), f2d2.objective.state_dict()
+                self.lr_find(trainer, pl_module)
+                assert same(before[0], f2d2.added.live)
+                torch.testing.assert_close(f2d2.objective.state_dict(), before[1], rtol=0, atol=0, equal_nan=True)
+                assert all(p.grad is None for p in f2d2.added.parameters)
+
+    class Compare(L.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            self.before = weights(f2d2.added.live)
+
+        def on_validation_end(self, trainer, pl_module):
+            assert same(self.before, f2d2.added.live)
+
+    f2d2 = callback()
+    made = fit(tmp_path, MeanFlowModule(), f2d2, Find(num_training_steps=2, update_attr=False), Compare())
+    assert f2d2.added.steps == made.global_step == 9

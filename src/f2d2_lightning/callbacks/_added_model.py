@@ -271,8 +271,10 @@ class AddedModel(DistilledModel):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Taken over once network and data are there."""
+        """Taken over once network and data are there: at once in a run, in which a learning rate was tried out."""
         self._pending = state_dict or None
+        if self._student is not None and self._pending is not None:
+            self._restore_pending()
 
     def _make_from(self, state: Mapping[str, Any], device: torch.device) -> None:
         head = self.head or make_head(state["head"])

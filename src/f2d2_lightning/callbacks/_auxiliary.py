@@ -111,6 +111,7 @@ class AddedWeights:
                 "the checkpoint's divergence head is of another shape than the callback's; give F2D2Callback the head, "
                 f"features and optimiser of the run that is resumed ({error})"
             ) from error
+        self.optimizer.zero_grad(set_to_none=True)  # of other weights
         self.steps, self.peak = int(state["steps"]), float(state.get("peak", 0.0))
 
     def to(self, device: torch.device) -> AddedWeights:
