@@ -248,6 +248,14 @@ class AddedModel(DistilledModel):
         # through the module's hook as well: weights-only checkpoints leave out everything of callbacks
         self._describe(checkpoint)
 
+    def _loading(self, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        original(checkpoint)
+        kept = checkpoint.get(CHECKPOINT_KEY, {}).get(self.flow_map)
+        if self._added is not None and kept is not None and "callbacks" not in checkpoint:
+            # the head of the network that is loaded now, in the place of the one in training
+            self._added.load_weights({name.removeprefix("flow_map."): value for name, value in kept["state"].items()})
+            self.error_bars = read_bars(kept["error_bars"])
+
     def _describe(self, checkpoint: dict[str, Any]) -> None:
         if self._added is not None:
             described = describe_joint(self.joint, self.shape) | {"range": [self.levels, self.low, self.high]}

@@ -114,6 +114,11 @@ class AddedWeights:
         self.optimizer.zero_grad(set_to_none=True)  # of other weights
         self.steps, self.peak = int(state["steps"]), float(state.get("peak", 0.0))
 
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Take over weights of an average, and start from them."""
+        self.live.load_state_dict(state)
+        update_average(self.average, self.live, 0.0)
+
     def to(self, device: torch.device) -> AddedWeights:
         """Move everything to a device."""
         self.live.to(device)

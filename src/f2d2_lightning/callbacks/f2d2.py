@@ -193,6 +193,7 @@ class F2D2Callback(AddedModel, L.Callback):
         self._trainer, self._module = trainer, pl_module
         self._wrapped = Wrapped(pl_module)
         self._wrapped.wrap("on_save_checkpoint", self._saving)
+        self._wrapped.wrap("on_load_checkpoint", self._loading)
         if stage == "fit":
             self._riding = AddedLoss(pl_module, self._loss, self.backward, self._carries, self.flow_map)
             self._wrapped.wrap("training_step", self._stepping)
