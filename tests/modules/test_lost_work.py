@@ -22,7 +22,7 @@ from command_line import single_precision  # noqa: F401
 from f2d2_lightning.callbacks import LastCheckpoint, last_checkpoint
 from f2d2_lightning.training.batches import FirstLook
 from f2d2_lightning.training.loading import load_module, read_checkpoint
-from lightning_parts import Pair, fit, same, student, teacher, trainer
+from lightning_parts import Pair, fit, same, student, teacher, trainer, weights
 
 # --- a model that was trained is not started anew ---
 
@@ -70,6 +70,19 @@ def test_fit_of_a_trained_student_goes_on_from_it(tmp_path, trained, way):
     started_anew = student(of, optimizer=NoRate)
     fit(tmp_path, started_anew, max_steps=1, max_epochs=-1)
     assert (started_anew.log_prob(x, 2).value - before).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_an_average_without_memory_does_not_hide_that_a_student_was_trained(tmp_path, trained, loaded):
+    """It never leaves the weights; what a student loads by hand is not replaced by its teacher's."""
+    of, module = trained
+    again = student(of, ema_decay=0.0, optimizer=NoRate)
+    if loaded:
+        again.joint.load_state_dict(module.average.state_dict())
+        again.load_state_dict({**again.state_dict(), **again.joint.state_dict(prefix="average.")})
+    before = weights(again)
+    fit(tmp_path, again, max_steps=1, max_epochs=-1)
+    assert same(before, again) == loaded
 
 
 def test_fit_of_a_trained_teacher_keeps_its_average(tmp_path):

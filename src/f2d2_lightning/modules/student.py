@@ -123,7 +123,7 @@ class F2D2Module(FlowModule, DistilledModel):
     ) -> None:
         check_arguments(F2D2Module.__init__, locals() | {"teacher": None})  # which says itself what it may be
         one_of("off_diagonal", off_diagonal, ("teacher", "student"))
-        self._goes_on = isinstance(flow_map, JointFlowMap) and head is None
+        goes_on = isinstance(flow_map, JointFlowMap) and head is None
         if isinstance(flow_map, JointFlowMap):
             joint = copy.deepcopy(flow_map).requires_grad_(True).train()
             flow_map, head = joint.flow_map, head or joint.head
@@ -172,6 +172,7 @@ class F2D2Module(FlowModule, DistilledModel):
         self.draws = draws
         head = head or default_head(_feature_channels(flow_map, self.shape), self.shape, flow_map)
         self.joint = JointFlowMap(flow_map, head, frozen)
+        self._first_scale = None if goes_on else float(head.scale)
         self.kept_teacher = kept
         self._inherit()
         shared = {id(flow_map): flow_map} if frozen else {}
@@ -277,6 +278,14 @@ class F2D2Module(FlowModule, DistilledModel):
             if self.levels is None:
                 self._set_range(teacher.levels, teacher.low, teacher.high)
         self.take_range()
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the head was trained: its scale, which is set from the data once, is not the one that it began with.
+
+        An average without memory (``ema_decay=0``) does not tell: it never leaves the weights.
+        """
+        return float(self.joint.head.scale) != self._first_scale
 
     @torch.no_grad()
     def prepare(self) -> None:
