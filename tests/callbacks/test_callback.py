@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import types
+import warnings
 
 import lightning as L
 import pytest
@@ -787,3 +788,12 @@ def test_a_rate_that_is_tried_out_in_the_middle_of_a_run_costs_the_head_nothing(
     f2d2 = callback()
     made = fit(tmp_path, MeanFlowModule(), f2d2, Find(num_training_steps=2, update_attr=False), Compare())
     assert f2d2.added.steps == made.global_step == 9
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp"])
+def test_a_head_that_ends_with_the_processes_of_a_run_is_told(tmp_path, strategy):
+    f2d2, made = callback(), trainer(tmp_path, strategy=strategy, devices=2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        f2d2.setup(made, MeanFlowModule(), "fit")
+    assert any("in checkpoints only" in str(one.message) for one in told) == (strategy == "ddp_fork")

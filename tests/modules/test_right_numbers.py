@@ -411,6 +411,19 @@ class Levels(Pair):
         return {"train": (values, None), "val": (values[:50], None), "test": (values[:51], None)}
 
 
+@pytest.mark.parametrize("said", [{}, {"levels": 17, "low": -1.0, "high": 1.0}])
+def test_levels_that_would_end_with_the_processes_of_a_run_are_asked_for(tmp_path, said):
+    """Without them integers would be taken for continuous states afterwards, and bits for what they are not."""
+    made = student(teacher(**said), **said)
+    run = functools.partial(fit, tmp_path, made, data=Levels(), strategy="ddp_fork", max_steps=1)
+    if not said:
+        with pytest.raises(Exception, match=r"levels=17, low=-1\.0, high=1\.0"):
+            run()
+        return
+    run()
+    assert made.nll(torch.zeros(2, 2, dtype=torch.int64)).max() < 20
+
+
 def test_a_student_takes_levels_and_range_of_its_teacher(tmp_path):
     of = teacher(levels=17, low=0.0, high=2.0)
     made = student(of)

@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.checks import at_least, checked, counts, positive, share
 from f2d2_lightning.utils.conditions import Cond, some_of
+from f2d2_lightning.utils.processes import ends_with_run
 from f2d2_lightning.utils.seeding import mix_seed, own_random_state
 
 
@@ -195,6 +197,11 @@ class F2D2Callback(AddedModel, L.Callback):
         self._wrapped.wrap("on_save_checkpoint", self._saving)
         self._wrapped.wrap("on_load_checkpoint", self._loading)
         if stage == "fit":
+            if ends_with_run(trainer):
+                rank_zero_warn(
+                    "training is in processes that end with it, and with them the divergence head ends: it is in "
+                    "checkpoints only, for f2d2_lightning.load, validate or test (ckpt_path=...); 'ddp' keeps it here"
+                )
             self._riding = AddedLoss(pl_module, self._loss, self.backward, self._carries, self.flow_map)
             self._wrapped.wrap("training_step", self._stepping)
             self._wrapped.wrap("manual_backward", self._riding.backward)

@@ -38,6 +38,7 @@ from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.checks import at_least, check_arguments, counts
 from f2d2_lightning.utils.class_names import agree_on_classes, as_names
 from f2d2_lightning.utils.conditions import Cond, halves
+from f2d2_lightning.utils.processes import ends_with_run
 from f2d2_lightning.utils.sharding import is_sharded, shard, whole, whole_weights
 
 if TYPE_CHECKING:
@@ -213,7 +214,13 @@ class FlowModule(L.LightningModule, RangedModel):
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
         check_precision(self.trainer)
         self._look = FirstLook()
+        said = self.quantization
         self.agree_with_data(getattr(self.trainer, "datamodule", None), self.shape, take=not self.trained)
+        if stage == "fit" and self.quantization != said and ends_with_run(self.trainer):
+            raise ValueError(
+                f"the data say levels={self.levels}, low={self.low}, high={self.high}, and a strategy whose processes "
+                f"end with the run does not bring that back; give them to {type(self).__name__}, or use strategy='ddp'"
+            )
         self._follow_classes(self.class_names)
 
     def _follow_classes(self, known: list[str] | None) -> None:

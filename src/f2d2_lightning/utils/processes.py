@@ -72,3 +72,8 @@ class Places:
         if isinstance(loaders, Mapping):
             return list(loaders.values())
         return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
+def ends_with_run(trainer: Any) -> bool:
+    """Whether training is in processes that end with it, as in ``ddp_spawn``: a module gets back its weights alone."""
+    return getattr(trainer.strategy, "_start_method", "popen") != "popen"
