@@ -797,3 +797,12 @@ def test_a_head_that_ends_with_the_processes_of_a_run_is_told(tmp_path, strategy
         warnings.simplefilter("always")
         f2d2.setup(made, MeanFlowModule(), "fit")
     assert any("in checkpoints only" in str(one.message) for one in told) == (strategy == "ddp_fork")
+
+
+def test_a_second_run_at_a_lower_rate_leaves_the_head_its_own(tmp_path):
+    """Nothing is scheduled in either."""
+    module, f2d2 = MeanFlowModule(), callback()
+    for rate in (1e-2, 1e-4):
+        module.configure_optimizers = lambda rate=rate: torch.optim.AdamW(module.parameters(), lr=rate)
+        fit(tmp_path, module, f2d2, max_epochs=1)
+        assert f2d2.added.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)

@@ -208,6 +208,7 @@ class AddedModel(DistilledModel):
         mapped = self._mapped("live")
         held = HeldFlowMap(mapped)
         self.added.optimizer.zero_grad(set_to_none=True)
+        self.added.peak = 0.0  # another run's optimiser has another
         self._student = JointFlowMap(held if self.frozen else mapped, self._head("live"))
         self._source: TeacherSource
         if self.teacher is None:
