@@ -123,7 +123,7 @@ def test_gradients_are_those_of_the_sum_of_both_losses(tmp_path, make, frozen, a
     if make is ManualModule and accumulate > 1:
         pytest.skip("manual optimisation accumulates by hand")
     module = MeanFlowModule(as_dict=True) if make == "dict" else make()
-    f2d2 = callback(objective=Known(), frozen=frozen, weight=0.7, gradient_clip=None, check=False)
+    f2d2 = callback(objective=Known(), frozen=frozen, weight=0.7, gradient_clip=None, check=False, batch_share=1.0)
     seen, batches, draws = {}, [], []
     original = module.loss
 
@@ -372,6 +372,39 @@ def test_what_somebody_else_wraps_meanwhile_stays(tmp_path):
     fit(tmp_path, module, max_epochs=2)
     assert len(calls) == 9  # of theirs alone
     assert f2d2.added.steps == added
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 32), (0.3, 10), (1e-9, 1)])
+def test_the_added_loss_is_of_a_share_of_each_batch(tmp_path, share, count):
+    """States with their conditions, drawn anew, none of them twice."""
+    batches, asked = [], []
+
+    class Asked(Known):
+        def loss(self, student, batch):
+            asked.append(batch)
+            return super().loss(student, batch)
+
+    class Seen(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches.append(batch)
+
+    def numbered(batch):
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
+        return x, 2 * x[:, :1]
+
+    adapter = MeanFlow("net(x, (s, s - t), cond)", directions="both")
+    f2d2 = callback(objective=Asked(), batch_share=share, check=False, data_to_state=numbered, adapter=adapter)
+    fit(tmp_path, MeanFlowModule(), f2d2, Seen(), max_epochs=1, limit_val_batches=0)
+    places = []
+    for batch, own in zip(batches, asked, strict=True):
+        x, _ = numbered(batch)
+        assert len(own.data) == count
+        assert torch.equal(own.cond, 2 * own.data[:, :1])
+        equal = (own.data[:, None] == x).all(-1)
+        assert bool((equal.sum(1) == 1).all())
+        places.append(equal.float().argmax(1))
+        assert len(places[-1].unique()) == count
+    assert share == 1 or not all(torch.equal(places[0], other) for other in places[1:])
 
 
 def test_a_step_need_not_ask_for_its_index(tmp_path):

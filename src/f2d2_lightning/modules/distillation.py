@@ -57,14 +57,17 @@ def default_objective(moving: bool, scattering: bool) -> TrajectoryRegression:
     """
     if not moving:
         return TrajectoryRegression()
-    scatter = {"starts": {"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4}, "weighting": Weighting()}
+    if not scattering:
+        # few, so that none is old (docs/RECIPE.md)
+        return TrajectoryRegression(nodes=MOVING_NODES, capacity=512, max_mib=64.0, refresh=4.0, chunk=256)
     return TrajectoryRegression(
         nodes=MOVING_NODES,
         capacity=2048,
         max_mib=64.0,
         refresh=8.0,
         chunk=256,
-        **(scatter if scattering else {}),  # type: ignore[arg-type]
+        starts={"data": 0.3, "mixed": 0.2, "path": 0.1, "noise": 0.4},
+        weighting=Weighting(),
     )
 
 
