@@ -216,15 +216,15 @@ def fits(value: Any, hint: Any) -> bool:
         return True
 
 
-def classify(target: Target, place: str, value: Any) -> tuple[str, str]:
-    """Outcome of a call with one odd argument, and what was said."""
+def classify(target: Target, place: str, value: Any, seconds: float = 0.0) -> tuple[str, str]:
+    """Outcome of a call with one odd argument, and what was said; ``seconds`` set the alarm of the process."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             target.call(**(target.arguments() | {place: value}))
         except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
@@ -279,7 +279,7 @@ def main() -> None:
         for target, place, name, value in calls(Path(folder)):
             if options.only not in target.name:
                 continue
-            outcome, message = classify(target, place, value)
+            outcome, message = classify(target, place, value, SECONDS)
             if target.name not in counts:
                 print(f"... {target.name}", flush=True)
             counts.setdefault(target.name, Counter())[outcome] += 1
