@@ -20,6 +20,7 @@ import torch
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.callbacks import LastCheckpoint, last_checkpoint
+from f2d2_lightning.nn import MLP
 from f2d2_lightning.training.batches import FirstLook
 from f2d2_lightning.training.loading import load_module, read_checkpoint
 from lightning_parts import Pair, fit, same, student, teacher, trainer, weights
@@ -83,6 +84,17 @@ def test_an_average_without_memory_does_not_hide_that_a_student_was_trained(tmp_
     before = weights(again)
     fit(tmp_path, again, max_steps=1, max_epochs=-1)
     assert same(before, again) == loaded
+
+
+def test_a_student_that_is_made_without_memory_has_its_scale_from_the_data(tmp_path):
+    def make():
+        return f2.F2D2Module(MLP((2,), width=8, blocks=1), ema_decay=0.0)
+
+    with torch.device("meta"):
+        module = make()
+    module.to_empty(device="cpu").load_state_dict(make().state_dict())
+    fit(tmp_path, module, max_steps=1, max_epochs=-1)
+    assert float(module.joint.head.scale) != 1
 
 
 def test_fit_of_a_trained_teacher_keeps_its_average(tmp_path):

@@ -172,7 +172,8 @@ class F2D2Module(FlowModule, DistilledModel):
         self.draws = draws
         head = head or default_head(_feature_channels(flow_map, self.shape), self.shape, flow_map)
         self.joint = JointFlowMap(flow_map, head, frozen)
-        self._first_scale = None if goes_on else float(head.scale)
+        # a module that is made without memory has no numbers yet
+        self._first_scale = None if goes_on else 1.0 if head.scale.is_meta else float(head.scale)
         self.kept_teacher = kept
         self._inherit()
         shared = {id(flow_map): flow_map} if frozen else {}
