@@ -285,7 +285,8 @@ class F2D2Callback(AddedModel, L.Callback):
                 rows = torch.randperm(len(x), device=x.device)[: math.ceil(self.batch_share * len(x))]
                 x, cond = x[rows], some_of(cond, rows)
             terms = self.objective_loss(trainer, batch_index, self._student, x, cond, self._source)
-        named = {f"{self._logged('train')}{name}": value.detach() for name, value in terms._asdict().items()}
+        prefix = self._logged("train")
+        named = {f"{prefix}{name}": value.detach() for name, value in terms._asdict().items()}
         module.log_dict(named, batch_size=len(x))
         return self.weight / x[0].numel() * terms.loss
 

@@ -66,10 +66,10 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
     if is_text:
         array, names = read_csv(path)
         array, labels = _without_index(array, names, said), None
-        if names is not None and not any(name.strip().isdecimal() for name in names):
-            columns = [name.strip() for name in names[-array.shape[1] :]]
         if names is not None and names[-1].strip().isdecimal():
             said.append(f"its first line counts the columns, {names[-1].strip()} being the last, and was left out")
+        elif names is not None:
+            columns = [name.strip() for name in names[-array.shape[1] :]]
     else:
         arrays = read_numbers(path, ("x", "y"))
         array, labels = arrays["x"], arrays.get("y")
