@@ -206,6 +206,7 @@ def test_the_helpers():
     close(repeated(cond, 2, each=True)["b"][0], torch.tensor([0, 0, 1, 1, 2, 2]))
     shared = torch.ones(1, 2).expand(3, 2)
     assert repeated(shared, 4).stride(0) == 0
+    assert some_of(shared, torch.tensor([2, 0])).stride(0) == 0
     assert one_row((shared, shared))[1].shape == (1, 2)
     assert one_row((shared, cond["a"]))[0].shape == (3, 2)
     assert halves([cond["a"], [cond["a"], cond["a"]]])[1].__class__ is tuple

@@ -23,7 +23,7 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.sampling import normal_log_prob, walk
 from f2d2_lightning.likelihood.time_grids import time_grid
 from f2d2_lightning.utils.checks import checked
-from f2d2_lightning.utils.conditions import Cond
+from f2d2_lightning.utils.conditions import Cond, some_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,10 +137,10 @@ def _by_inversion(
     keys = None if determinant is None else determinant.keys(x)
     for (t, s), begin in zip(itertools.pairwise(grid), starts, strict=True):
 
-        def displacement(y: Tensor, s: float = s, t: float = t) -> Tensor:
-            return (t - s) * joint_map(y, s, t, cond).velocity
+        def displacement(y: Tensor, rows: slice | Tensor, s: float = s, t: float = t) -> Tensor:
+            return (t - s) * joint_map(y, s, t, some_of(cond, rows)).velocity
 
-        solution = inversion.solve(displacement, state, begin)
+        solution = inversion.solve(displacement, state, begin, rowwise=True)
         state = solution.state
         converged = converged & solution.converged
         way = walk(joint_map, state, [s, t], cond, determinant, keys)

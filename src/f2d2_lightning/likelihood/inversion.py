@@ -15,9 +15,11 @@ of a linear system, by the same method: iterations with ``"anderson"``, the exac
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +27,14 @@ from torch import Tensor
 from f2d2_lightning.divergence.estimators import jacobian_product
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.utils.checks import at_least, check_fields, one_of, positive
+
+Displacement: TypeAlias = Callable[[Tensor, slice | Tensor], Tensor]
+"""Of states, and of which samples they are."""
+Memory: TypeAlias = list[tuple[Tensor, ...]]
+"""What a solver keeps of earlier iterations, a row a sample."""
+Follow: TypeAlias = Callable[..., tuple[Tensor, Memory, int]]
+"""From a displacement, states ``(B, ...)``, what is missing there ``(B, d)``, where that is less than ever before
+``(B,)``, the best states so far ``(B, d)`` and the memory: the next states ``(B, d)``, the memory, and evaluations."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Solution:
     residual: Tensor
     """Root mean square of ``F(y)`` over the dimensions, ``(B,)``, in units of the state."""
     evaluations: int
-    """Network evaluations per sample."""
+    """Network evaluations per sample, the mean over samples, rounded up."""
 
 
 @dataclass(frozen=True)
@@ -71,105 +81,96 @@ class Inversion:
         if self.tolerance is not None:
             positive(tolerance=self.tolerance)
 
-    def solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor, start: Tensor | None = None) -> Solution:
+    def solve(
+        self, displacement: Callable[..., Tensor], x: Tensor, start: Tensor | None = None, rowwise: bool = False
+    ) -> Solution:
         """The ``y`` with ``y + displacement(y) = x``.
 
         Args:
             displacement: ``y -> (t - s) u(y, s, t)``, shape of ``x``.
             x: Where the step lands, ``(B, ...)``.
             start: Where the search begins, shape of ``x``; by default ``x``.
+            rowwise: ``displacement`` also takes which of the samples its states are, a slice or indices, and may be
+                asked for some: each time that half of those asked are solved, only the others are asked further.
 
         Returns:
             The solution per sample; differentiable with respect to ``x`` and to the parameters of ``displacement``
             where gradients are enabled. A gradient whose solver does not converge is NaN, and a warning counts them.
             All is computed in the precision of ``x``, under autocast too.
         """
+        ask: Displacement = displacement if rowwise else lambda y, rows: displacement(y)
         # a network in lower precision answers in steps, between which no iteration finds a solution
         with torch.autocast(x.device.type, enabled=False):
-            return self._solve(displacement, x, x if start is None else start)
+            return self._solve(ask, x, x if start is None else start, rowwise)
 
-    def _solve(self, displacement: Callable[[Tensor], Tensor], x: Tensor, start: Tensor) -> Solution:
+    def _solve(self, displacement: Displacement, x: Tensor, start: Tensor, rowwise: bool) -> Solution:
         tolerance = self.tolerance or (1e-10 if x.dtype == torch.float64 else 1e-5)
-        find = self._anderson if self.method == "anderson" else self._newton
+        follow = self._anderson if self.method == "anderson" else _newton
         with torch.no_grad():
-            y, residual, evaluations = find(displacement, x.detach(), start.detach(), tolerance)
+            y, residual, asked = self._search(follow, displacement, x.detach(), start.detach(), tolerance, rowwise)
         # far out rounding is larger than the tolerance, and where it cancels it looks like a solution
         lengths = (v.reshape(len(x), -1).square().mean(-1).sqrt() for v in (y, x.detach()))
         rounding, least = (torch.finfo(x.dtype).eps * length for length in lengths)
         converged = (residual <= tolerance) & (rounding <= tolerance + least)
+        evaluations = math.ceil(asked / max(1, len(x)))
         if torch.is_grad_enabled():
             y, evaluations = self._attach_gradient(displacement, x, y, tolerance), evaluations + 2
         return Solution(y, converged, residual, evaluations)
 
+    def _search(
+        self, follow: Follow, displacement: Displacement, x: Tensor, start: Tensor, tolerance: float, rowwise: bool
+    ) -> tuple[Tensor, Tensor, int]:
+        """Where the residual was least, its root mean square, and evaluations, of all samples together."""
+        found, least, asked = start.clone(), x.new_full((len(x),), torch.inf), 0
+        rows: slice | Tensor = slice(None)
+        memory: Memory = []
+        y = start
+        for _ in range(self.max_iterations):
+            missing = (x[rows] - displacement(y, rows) - y).reshape(len(y), -1)  # minus the residual F(y)
+            residual = missing.square().mean(-1).sqrt()
+            better = residual < least[rows]
+            found[rows] = torch.where(like(better, x), y, found[rows])
+            least[rows] = torch.where(better, residual, least[rows])
+            asked, left = asked + len(y), ~(least[rows] <= tolerance)
+            count = int(left.sum())
+            if not count:
+                break
+            if rowwise and 2 * count <= len(y):
+                rows = torch.arange(len(x), device=x.device)[rows][left]
+                y, missing, better = y[left], missing[left], better[left]
+                memory = [tuple(part[left] for part in entry) for entry in memory]
+            best = found[rows].reshape(missing.shape)
+            flat, memory, more = follow(lambda v, rows=rows: displacement(v, rows), y, missing, better, best, memory)
+            y, asked = flat.reshape(y.shape), asked + more
+        return found, least, asked
+
     def _anderson(
-        self, displacement: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, tolerance: float
-    ) -> tuple[Tensor, Tensor, int]:
-        flat = lambda v: v.reshape(len(x), -1)  # noqa: E731
-        y = start.clone()
-        best, best_residual = y.clone(), x.new_full((len(x),), torch.inf)
-        states: list[Tensor] = []
-        moves: list[Tensor] = []
-        evaluations = 0
-        for _ in range(self.max_iterations):
-            evaluations += 1
-            move = x - displacement(y) - y  # minus the residual F(y)
-            residual = flat(move).square().mean(-1).sqrt()
-            better = residual < best_residual
-            best = torch.where(like(better, x), y, best)
-            best_residual = torch.where(better, residual, best_residual)
-            if bool((best_residual <= tolerance).all()):
-                break
-            states, moves = [*states, flat(y)][-self.memory :], [*moves, flat(move)][-self.memory :]
-            step = flat(y) + flat(move)
-            if len(moves) > 1:
-                state_differences = torch.stack([b - a for a, b in itertools.pairwise(states)], -1)
-                move_differences = torch.stack([b - a for a, b in itertools.pairwise(moves)], -1)
-                gram = move_differences.transpose(1, 2) @ move_differences
-                # a touch of Tikhonov keeps the system solvable once differences vanish in converged samples
-                ridge = gram.diagonal(dim1=1, dim2=2).mean(-1) * 1e-10 + torch.finfo(x.dtype).tiny
-                gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-                weights = _least_squares(gram, move_differences.transpose(1, 2) @ flat(move)[..., None])
-                step = step - ((state_differences + move_differences) @ weights).squeeze(-1)
-            step = torch.where(step.isfinite(), step, flat(best))
-            y = step.reshape(x.shape)
-        return best, best_residual, evaluations
+        self, displacement: object, y: Tensor, missing: Tensor, better: Tensor, best: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory, int]:
+        """What mixing the last iterates leads to."""
+        flat = y.reshape(missing.shape)
+        memory = [*memory, (flat, missing)][-self.memory :]
+        step = flat + missing
+        if len(memory) > 1:
+            states, moves = (
+                torch.stack([b - a for a, b in itertools.pairwise(each)], -1) for each in zip(*memory, strict=True)
+            )
+            gram = moves.transpose(1, 2) @ moves
+            # a touch of Tikhonov keeps the system solvable once differences vanish in converged samples
+            ridge = gram.diagonal(dim1=1, dim2=2).mean(-1) * 1e-10 + torch.finfo(y.dtype).tiny
+            gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=y.dtype, device=y.device)
+            weights = _least_squares(gram, moves.transpose(1, 2) @ missing[..., None])
+            step = step - ((states + moves) @ weights).squeeze(-1)
+        return torch.where(step.isfinite(), step, best), memory, 0
 
-    def _newton(
-        self, displacement: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, tolerance: float
-    ) -> tuple[Tensor, Tensor, int]:
-        dim = x[0].numel()
-        best, best_residual, evaluations = start.clone(), x.new_full((len(x),), torch.inf), 0
-        y, damping = start.clone(), x.new_ones(len(x))
-        direction = torch.zeros_like(x).reshape(len(x), -1)
-        for _ in range(self.max_iterations):
-            residual_vector = (y + displacement(y) - x).reshape(len(x), -1)
-            evaluations += 1
-            residual = residual_vector.square().mean(-1).sqrt()
-            better = residual < best_residual
-            best = torch.where(like(better, x), y, best)
-            best_residual = torch.where(better, residual, best_residual)
-            if bool((best_residual <= tolerance).all()):
-                break
-            # a step that did not help is halved, from the best point
-            damping = torch.where(better, torch.ones_like(damping), damping / 2)
-            if bool(better.any()):
-                _, jacobian = map_jacobian(lambda v: v + displacement(v), y)
-                evaluations += dim
-                newton = -_least_squares(jacobian, residual_vector[..., None]).squeeze(-1)
-                direction = torch.where(better[:, None], newton, direction)
-            y = (best.reshape(len(x), -1) + damping[:, None] * direction).reshape(x.shape)
-        return best, best_residual, evaluations
-
-    def _attach_gradient(
-        self, displacement: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, tolerance: float
-    ) -> Tensor:
+    def _attach_gradient(self, displacement: Displacement, x: Tensor, y: Tensor, tolerance: float) -> Tensor:
         # y = x - displacement(y): the forward graph is one evaluation at the solution; backward solves
         # w = g - J^T w for the gradient that reaches x and the parameters (implicit function theorem)
-        attached = x - displacement(y)
+        attached = x - displacement(y, slice(None))
         if not attached.requires_grad:
             return y
         point = y.clone().requires_grad_(True)
-        moved = displacement(point)
+        moved = displacement(point, slice(None))
 
         def product(w: Tensor) -> Tensor:
             return torch.autograd.grad(moved, point, w, retain_graph=True)[0]
@@ -185,7 +186,8 @@ class Inversion:
                 found = _solve_transposed(product, scaled)
                 converged = found.reshape(len(x), -1).isfinite().all(-1)
             else:
-                found, residual, _ = self._anderson(product, scaled, scaled, tolerance)
+                ask: Displacement = lambda w, rows: product(w)  # noqa: E731
+                found, residual, _ = self._search(self._anderson, ask, scaled, scaled, tolerance, False)
                 converged = residual <= tolerance
             # what came in as NaN goes out as NaN, which is nothing to say here
             failed = ~converged & gradient.reshape(len(x), -1).isfinite().all(-1)
@@ -200,6 +202,17 @@ class Inversion:
 
         attached.register_hook(solve_adjoint)
         return attached
+
+
+def _newton(
+    displacement: Callable[[Tensor], Tensor], y: Tensor, missing: Tensor, better: Tensor, best: Tensor, memory: Memory
+) -> tuple[Tensor, Memory, int]:
+    """A step by the Jacobian where the last one helped, half the last one, from the best point, where it did not."""
+    direction, evaluations = memory[0][0] / 2 if memory else torch.zeros_like(missing), 0
+    if bool(better.any()):
+        jacobian, evaluations = map_jacobian(lambda v: v + displacement(v), y)[1], missing.numel()
+        direction = torch.where(better[:, None], _least_squares(jacobian, missing[..., None]).squeeze(-1), direction)
+    return best + direction, [(direction,)], evaluations
 
 
 def _least_squares(matrix: Tensor, right: Tensor) -> Tensor:

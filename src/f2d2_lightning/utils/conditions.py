@@ -45,8 +45,13 @@ def tensors(cond: Cond | None) -> Iterator[Any]:
 
 
 def some_of(cond: Cond | None, which: Any) -> Cond | None:
-    """Those of some samples, by their places, a slice or a mask."""
-    return mapped(lambda part: part[which], cond)
+    """Those of some samples, by their places, a slice or a mask; a shared one stays so."""
+
+    def one(part: Any) -> Any:
+        some = part[which]
+        return some[:1].expand_as(some) if isinstance(part, Tensor) and part.ndim and is_shared(part) else some
+
+    return mapped(one, cond)
 
 
 def moved(cond: Cond | None, *where: Any) -> Cond | None:
