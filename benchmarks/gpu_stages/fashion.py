@@ -244,7 +244,8 @@ def study(stage: str, folder: Path, images_folder: Path, device: torch.device, s
         teacher=teacher,
         objective=objective,
         levels=LEVELS,
-        reference_samples=0,  # its likelihoods are compared below, on more images
+        steps=(1,),  # its likelihoods are compared below, on more images
+        reference_samples=0,
         optimizer=optimizer(1e-3),
         ema_decay=0.998 if sizes.tiny else 0.9995,
         warmup=100,
