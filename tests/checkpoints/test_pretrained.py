@@ -463,6 +463,7 @@ def test_configurations_that_are_wrong(saved, change, message):
 WRONG_UNITS = [
     *(3, [], "center", {"center": [0.0]}, {"center": [0.0], "scale": 1.0}, {"center": [0.0], "scale": [0.0]}),
     *({"center": [0.0] * 3, "scale": [1.0]}, {"center": ["0"], "scale": [1.0]}, {"center": [True], "scale": [1.0]}),
+    {"center": [0.0], "scale": [1.0], "columns": [3]},
     *({"center": [0.0], "scale": [-1.0]}, {"center": [10**400], "scale": [1.0]}, {"center": [[0.0]], "scale": [1.0]}),
 ]
 

@@ -360,6 +360,19 @@ def test_splits_of_a_table_are_disjoint_and_standardised(tmp_path):
     assert torch.equal(again.dataset("test").values, parts["test"])
 
 
+@pytest.mark.parametrize("standardize", [True, False])
+def test_states_in_other_units_than_the_checkpoints_are_refused(tmp_path, standardize):
+    np.save(tmp_path / "rows.npy", rows())
+    kept, data = (Table(str(tmp_path / "rows.npy"), standardize=given) for given in (not standardize, standardize))
+    kept.setup()
+    data.setup()
+    with pytest.raises(ValueError, match="other means and deviations"):
+        data.load_state_dict(kept.state_dict())
+    # and a row of one column is not one of three
+    with pytest.raises(ValueError, match=r"states have shape \(5, 1\), but the units are of \(B, 3\)"):
+        kept.units.states(torch.zeros(5, 1))
+
+
 def test_states_of_several_axes_have_one_unit(tmp_path):
     generator = np.random.default_rng(0)
     np.save(tmp_path / "maps.npy", 5 + 3 * generator.normal(size=(200, 1, 4, 4)))

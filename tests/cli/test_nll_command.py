@@ -484,7 +484,49 @@ def test_mirrored_likelihoods_are_of_both_images(models):
     assert np.abs(references[0] - references[1]).max() > 0.1
 
 
-def test_columns_in_another_order_are_refused(tmp_path, monkeypatch, capsys):
+class OwnTable(f2.data.Table):
+    """A user's."""
+
+
+def checkpoint_of(table, folder):
+    """A student that saw a table for a step, and its checkpoint, ``last.ckpt``."""
+    table.setup()
+    objective = f2.TrajectoryRegression(nodes=4, capacity=40)
+    module = f2.F2D2Module(MLP(table.shape, width=8, blocks=1), objective=objective, reference=f2.Reference(steps=4))
+    run = trainer(folder, max_steps=1, limit_val_batches=0)
+    run.fit(module, table)
+    run.save_checkpoint("last.ckpt")
+    return module
+
+
+@pytest.mark.parametrize("data", [f2.data.Table, OwnTable])
+def test_rows_are_scored_in_the_units_of_training_whatever_names_them(tmp_path, data):
+    """Under the name of a class of one's own, and of a data module that would take the means of its own file."""
+    rows = np.random.default_rng(0).normal(size=(40, 2)) * [1, 100] + [5, 0]
+    np.save("rows.npy", rows)
+    np.save("other.npy", 3 * rows + 7)
+    table = data("rows.npy")
+    module = checkpoint_of(table, tmp_path)
+    nll_command(["--ckpt", "last.ckpt", "--data", "other.npy", "--out", "file.csv"])
+    arguments = ["--data", "f2d2_lightning.data.Table:test", "--data_args", '{"path": "other.npy"}']
+    nll_command(["--ckpt", "last.ckpt", *arguments, "--out", "module.csv"])
+    # by hand: a density changes by the volume of the units
+    center, scale = table.units.center, table.units.scale
+    with torch.no_grad():
+        value = module.log_prob(((torch.tensor(3 * rows + 7) - center) / scale).float(), 4).value
+    expected = value.double() - scale.double().log().sum()
+    found = {}
+    for name in ("file", "module"):
+        with open(f"{name}.csv", newline="") as file:
+            found[name] = np.array([float(row["log_prob"]) for row in csv.DictReader(file)])
+    np.testing.assert_allclose(found["file"], expected.numpy(), rtol=1e-4, atol=1e-3)
+    assert len(found["module"]) == 6
+    assert all(np.abs(found["file"] - value).min() < 1e-3 for value in found["module"])
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("saved", ["last.ckpt", "folder"])
+def test_columns_in_another_order_are_refused(tmp_path, monkeypatch, capsys, standardize, saved):
     monkeypatch.chdir(tmp_path)
     rows = np.random.default_rng(0).normal(size=(40, 3)) * [1, 5, 100]
 
@@ -493,20 +535,20 @@ def test_columns_in_another_order_are_refused(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_text(f"{first}\n{text}\n" if first else text)
 
     write("rows.csv", [0, 1, 2], "a,b,c")
-    module = f2.F2D2Module(flow_map=MLP((3,), width=8, blocks=1))
-    run = trainer(tmp_path, max_steps=1)
-    run.fit(module, f2.data.Table("rows.csv"))
-    run.save_checkpoint("last.ckpt")
+    table = f2.data.Table("rows.csv", standardize=standardize)
+    module = checkpoint_of(table, tmp_path)
+    f2.save_pretrained(module.average, "folder", shape=(3,), units=table.units)
     write("other.csv", [2, 0, 1], "c,a,b")
     write("spaces.csv", [0, 1, 2], "a, b ,c")
     write("bare.csv", [0, 1, 2], "")
     with pytest.raises(SystemExit):
-        nll_command(["--ckpt", "last.ckpt", "--data", "other.csv"])
+        nll_command(["--ckpt", saved, "--data", "other.csv"])
     said = " ".join(capsys.readouterr().err.split())
     assert "other.csv has the columns c, a, b, and the model was trained on a, b, c; give them in that order" in said
-    for name in ("rows", "spaces", "bare"):
-        nll_command(["--ckpt", "last.ckpt", "--data", f"{name}.csv", "--out", f"{name}.out.csv"])
-    assert len({(tmp_path / f"{name}.out.csv").read_text() for name in ("rows", "spaces", "bare")}) == 1
+    same = ("rows", "spaces", "bare") if standardize else ("rows",)
+    for name in same:
+        nll_command(["--ckpt", saved, "--data", f"{name}.csv", "--out", f"{name}.out.csv"])
+    assert len({(tmp_path / f"{name}.out.csv").read_text() for name in same}) == 1
 
 
 def test_a_table_that_is_not_there_is_a_file(models, capsys):

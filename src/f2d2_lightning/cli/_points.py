@@ -21,10 +21,9 @@ from f2d2_lightning.cli._common import class_count, imported, say, warn
 from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.data.images._reader import Framing, ImageFiles, read_images
 from f2d2_lightning.data.images._stores import SUFFIXES
-from f2d2_lightning.data.images.folder import ImageFolder
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.data.rows import Rows, find_rows, holds_pairs, read_pairs
-from f2d2_lightning.data.table import Pairs, Table
+from f2d2_lightning.data.table import Table
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.units import Units
@@ -54,9 +53,7 @@ class Reading:
     requantize: bool = False
     """Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``."""
     units: Units | None = None
-    """Of floating numbers, where the model was trained on a table that was standardised."""
-    columns: Sequence[str] | None = None
-    """Their names there, where the table had some."""
+    """Of floating numbers, where the model was trained on a table."""
     units_unknown: bool = False
     """Whether a table's units were not kept with the model."""
 
@@ -66,14 +63,14 @@ def reading_of(checkpoint: str, given: Reading) -> Reading:
     if (path := located(checkpoint)).is_dir():
         units = read_units(path)
         return replace(given, units=units, units_unknown=units is None)
-    kept = read_checkpoint(path)
-    table, pairs, images = (kept.get(cls.__qualname__) for cls in (Table, Pairs, ImageFolder))
-    for units in (table, pairs):
-        if isinstance(units, Mapping) and "center" in units:
-            given = replace(given, units=Units(units["center"], units["scale"]), columns=units.get("columns"))
-    if isinstance(images, Mapping):
-        framing = given.framing or Framing(1, images.get("crop"), images.get("resize"))
-        given = replace(given, convert=given.convert or bool(images.get("convert")), framing=framing)
+    # a data module's state is under the name of its class, which may be one of the user's own
+    for kept in read_checkpoint(path).values():
+        names = {*kept} if isinstance(kept, Mapping) else set()
+        if {"center", "scale"} <= names and isinstance(kept["scale"], Tensor):
+            given = replace(given, units=Units(kept["center"], kept["scale"], kept.get("columns")))
+        elif {"crop", "resize", "convert"} <= names:
+            framing = given.framing or Framing(1, kept["crop"], kept["resize"])
+            given = replace(given, convert=given.convert or bool(kept["convert"]), framing=framing)
     return given
 
 
@@ -133,7 +130,7 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
     path = Path(name)
     is_file = path.suffix.lower() in (*ROWS, *SUFFIXES) or path.exists()
     if kind in DATA or (CLASS_PATH.fullmatch(kind) and not is_file):
-        return _from_data_module(name, DATA.get(kind, kind), split or "test", arguments or {}, module)
+        return _from_data_module(name, DATA.get(kind, kind), split or "test", arguments or {}, module, reading)
     if not path.exists():
         raise FileNotFoundError(
             f"--data is {name}: neither one of {', '.join(DATA)}, nor the class path of a data module, nor a file that "
@@ -152,7 +149,7 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
 
 
 def _from_data_module(
-    name: str, path: str, split: str, arguments: Mapping[str, Any], module: LikelihoodModel
+    name: str, path: str, split: str, arguments: Mapping[str, Any], module: LikelihoodModel, reading: Reading
 ) -> Points:
     cls = imported(path, "--data", f", and is neither a file nor one of {', '.join(DATA)}")
     if not (isinstance(cls, type) and issubclass(cls, L.LightningDataModule)):
@@ -166,10 +163,13 @@ def _from_data_module(
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; {cls.__name__} has {', '.join(SPLITS)}")
     no_labels = f"let {cls.__name__} give pairs (states, labels)"
+    if isinstance(data, Table):
+        data.units = reading.units
     if isinstance(data, FlowDataModule):
         _check_data_module(name, data, module)
         data.setup()
         _agree_on_classes(data, module)
+        _check_columns(name, getattr(data, "columns", None), reading)
         dataset = data.dataset(split)
         return Points.of(name, dataset, no_labels=no_labels, log_scale=getattr(data, "log_scale", 0.0))
     data.prepare_data()
@@ -213,6 +213,16 @@ def _check_data_module(name: str, data: L.LightningDataModule, module: Likelihoo
         raise ValueError(f"--data {name} has {theirs}, but the checkpoint is of a model for {module.quantization}")
 
 
+def _check_columns(source: Any, columns: Sequence[str] | None, reading: Reading) -> None:
+    """Refuse columns that have other names than those that the model was trained on, where both have some."""
+    known = None if reading.units is None else reading.units.columns
+    if columns and known and [*columns] != [*known]:
+        raise ValueError(
+            f"{source} has the columns {', '.join(columns)}, and the model was trained on "
+            f"{', '.join(known)}; give them in that order, or leave the line with the names out"
+        )
+
+
 def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     """Rows of a file, floating ones in the units of the table that the model was trained on."""
     paired, classes = module.conditional is not False and holds_pairs(path), None
@@ -234,11 +244,7 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
         hint = "; channels come first" if len(last) == 3 and tuple(rows.shape[1:]) == last else ""
         needed = f"(N, {', '.join(map(str, module.shape))})"
         raise ValueError(f"{path} has shape {tuple(rows.shape)}; {needed} is needed{hint}")
-    if found.columns and reading.columns and [*found.columns] != [*reading.columns]:
-        raise ValueError(
-            f"{path} has the columns {', '.join(found.columns)}, and the model was trained on "
-            f"{', '.join(reading.columns)}; give them in that order, or leave the line with the names out"
-        )
+    _check_columns(path, found.columns, reading)
     for said in found.said:
         say(f"{path}: {said}")
     log_scale = 0.0

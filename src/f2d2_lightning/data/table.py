@@ -65,7 +65,7 @@ class Table(FlowDataModule):
         self.columns: list[str] | None = None
         """Names of the file's columns, where it has some."""
         self.units: Units | None = None
-        """Of floating numbers, once the data are set up or a checkpoint was read."""
+        """Of floating numbers, once the data are set up or a checkpoint was read; those that stay are in units of 1."""
 
     @property
     def log_scale(self) -> float:
@@ -100,17 +100,18 @@ class Table(FlowDataModule):
         else:
             # before means are taken, which one NaN makes NaN for all
             check_state(rows, self.path)
-            if self.standardize:
-                rows = rounded(rows)
-                self.units = self.units or Units.of(rows[parts[0]])
-                rows = self.units.states(rows)
-            rows = rows.float()
+            rows = rounded(rows) if self.standardize else rows.float()
+            if self.units is None and self.standardize:
+                self.units = Units.of(rows[parts[0]], self.columns)
+            elif self.units is None:
+                self.units = Units(torch.zeros(self.shape), torch.ones(self.shape), self.columns)
+            rows = self.units.states(rows)
         names = ("train", "val", "test")
         return {name: (rows[part], some_of(conditions, part)) for name, part in zip(names, parts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """Units and names of columns, for a checkpoint."""
-        return {} if self.units is None else {**vars(self.units), "columns": self.columns}
+        return {} if self.units is None else dict(vars(self.units))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the units of a checkpoint, in which a model was trained.
@@ -120,7 +121,7 @@ class Table(FlowDataModule):
         """
         if not state_dict:
             return
-        kept, mine = Units(state_dict["center"], state_dict["scale"]), self.units
+        kept, mine = Units(state_dict["center"], state_dict["scale"], state_dict.get("columns")), self.units
         if mine is not None and not (torch.equal(mine.center, kept.center) and torch.equal(mine.scale, kept.scale)):
             raise ValueError(
                 f"the rows of {self.path} have other means and deviations than those that the checkpoint's model was "
