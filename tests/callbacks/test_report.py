@@ -391,6 +391,10 @@ def test_the_printed_table(capsys):
     assert "bits/dim" in out
     assert "2.000 ± 0.100" in out
     assert "-0.100 ± 0.010" in out
+    assert "own units" not in out
+    print_table([FEW], "nats", log_scale=2.5)
+    assert "in the table's own units, those of f2d2 nll, it is +2.5000 nats more" in capsys.readouterr().out
+    assert "it is -0.5000 nats more" in report(log_scale=-0.5)
 
 
 def test_all_test_images_are_kept(tmp_path):

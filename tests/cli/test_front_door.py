@@ -192,6 +192,12 @@ def test_a_table_in_its_own_units(folder, capsys):
         there = few.state.detach() * data.units.scale + data.units.center
         assert np.allclose(made["x"], there, rtol=1e-4, atol=1e-4)
         assert np.allclose(made["log_prob"], few.log_prob.detach() - data.units.scale.log().sum(), atol=1e-3)
+    # predictions are of the test split, and as f2d2 nll has them
+    f2d2("predict", "--config", "mine/student.yaml", "--ckpt-path", "last", "--trainer.accelerator=cpu")
+    with open("mine/student/predictions.csv", newline="") as file:
+        found = [float(line["log_prob_2"]) for line in csv.DictReader(s for s in file if not s.startswith("#"))]
+    of_test = student.log_prob(data.dataset("test").values, 2).value.double() - data.log_scale
+    assert found == pytest.approx(of_test.tolist(), abs=1e-3)
     # what guidance says of log p is in them as well
     guided = []
     for model in ("told", "untold"):

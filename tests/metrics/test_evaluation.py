@@ -44,6 +44,19 @@ def test_results_are_those_of_numpy_like_sums(levels):
             torch.testing.assert_close(result[name], torch.as_tensor(number).float(), msg=name, rtol=1e-5, atol=1e-6)
 
 
+def test_sums_are_of_double_precision():
+    """Deviation 1 around 10,000: the mean of squares has no digits left for it in single precision."""
+    torch.set_default_dtype(torch.float32)
+    evaluation = LikelihoodEvaluation((1,), 8, None, torch.device("cpu"))
+    x = 1e4 + torch.randn(400, 8)
+    joint = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(torch.zeros(8), torch.eye(8)))
+    for part in x.split(20):
+        missed = lambda z, k, cond: f2.likelihood.Samples(z + 0.7, z, 1)  # noqa: E731
+        evaluation.evaluate(lambda y, k, cond: f2.log_prob(joint, y, k), missed, part, None, None)
+    (row,) = evaluation.rows()
+    assert f"their standard deviation is {float(x.double().std()):.3g}" in row["doubt"]
+
+
 def test_what_no_sample_has_is_left_out():
     evaluation = LikelihoodEvaluation((2,), 8, None, torch.device("cpu"))
     evaluation.update({2: torch.full((5,), torch.nan)}, torch.zeros(3))

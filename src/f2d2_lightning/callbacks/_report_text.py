@@ -65,6 +65,8 @@ class Report:
     ranked_by: int
     """Step count whose likelihoods rank images."""
     diagnosis: Diagnosis | None = None
+    log_scale: float = 0.0
+    """Of a table's own units, nats (:attr:`~f2d2_lightning.data.Table.log_scale`)."""
     command: Sequence[str] = field(default_factory=lambda: list(sys.argv))
     date: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
@@ -126,6 +128,7 @@ class Report:
                 f"The {whose}'s own likelihood of a sample has a standard error of {number(error)}, root mean square "
                 "over samples, from its random probes."
             )
+        notes += [said_of_units(self.log_scale)] if self.log_scale else []
         notes += [f"**In {row['steps']} steps doubtful**: {row['doubt']}." for row in few if row.get("doubt")]
         if failures:
             notes.append("Unconverged is the share of samples whose inversion failed; other columns leave them out.")
@@ -202,6 +205,13 @@ def likelihood_table(
             ]
         )
     return ["steps", "evaluations", nll, *compared, "ms per sample"], lines
+
+
+def said_of_units(log_scale: float) -> str:
+    """How likelihoods of standardised rows are those of a table's own."""
+    return (
+        f"NLL is of standardized rows; in the table's own units, those of f2d2 nll, it is {log_scale:+.4f} nats more."
+    )
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -17,7 +17,15 @@ from rich.table import Table
 
 from f2d2_lightning.callbacks._gallery import Gallery, GalleryCallback, Measured
 from f2d2_lightning.callbacks._models import find_models
-from f2d2_lightning.callbacks._report_text import Report, likelihood_table, other_metrics, page, read_curves, to_json
+from f2d2_lightning.callbacks._report_text import (
+    Report,
+    likelihood_table,
+    other_metrics,
+    page,
+    read_curves,
+    said_of_units,
+    to_json,
+)
 from f2d2_lightning.callbacks.summary import model_parts
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.metrics.diagnosis import POINTS, Diagnosis
@@ -102,7 +110,8 @@ class TestReport(GalleryCallback):
                 diagnosis = self._diagnose(model, gallery, measured, rows)
             if not (trainer.is_global_zero and rows):
                 continue
-            print_table(rows, model.unit, model.reference_name)
+            log_scale = float(getattr(data := getattr(trainer, "datamodule", None), "log_scale", 0.0))
+            print_table(rows, model.unit, model.reference_name, log_scale)
             if diagnosis is not None:
                 Console().print(str(diagnosis), markup=False, highlight=False)
             if getattr(trainer, "fast_dev_run", False):
@@ -111,7 +120,6 @@ class TestReport(GalleryCallback):
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger) and (curves := read_curves(Path(logger.log_dir))):
                     figures["training"] = settle(training_figure(curves))
-            data = getattr(trainer, "datamodule", None)
             report = Report(
                 title=f"Test of {model.title}" + ("" if data is None else f" on {type(data).__name__}"),
                 run=run,
@@ -126,6 +134,7 @@ class TestReport(GalleryCallback):
                 figures=tuple(figures),
                 ranked_by=gallery.ranked_by(),
                 diagnosis=diagnosis,
+                log_scale=log_scale,
             )
             self._write(report, figures, (run if self.folder is None else Path(self.folder)) / model.name)
 
@@ -164,8 +173,13 @@ class TestReport(GalleryCallback):
 
 
 @rank_zero_only
-def print_table(rows: Sequence[dict[str, Any]], unit: str, reference_name: str = "teacher") -> None:
-    """Print the agreement table of :meth:`~f2d2_lightning.F2D2Module.agreement_table`."""
+def print_table(
+    rows: Sequence[dict[str, Any]], unit: str, reference_name: str = "teacher", log_scale: float = 0.0
+) -> None:
+    """Print the agreement table of :meth:`~f2d2_lightning.F2D2Module.agreement_table`.
+
+    ``log_scale`` is that of the units of a table's rows, nats.
+    """
     table = Table(title=f"log-likelihood of the test set, {unit} (± standard error)")
     head, lines = likelihood_table(rows, "NLL", reference_name)
     for name in head:
@@ -176,6 +190,8 @@ def print_table(rows: Sequence[dict[str, Any]], unit: str, reference_name: str =
     # a pipe or a file has no width, and rich would fold the columns into 80
     console = console if console.is_terminal else Console(width=120)
     console.print(table)
+    if log_scale:
+        console.print(said_of_units(log_scale), markup=False, highlight=False)
     for row in rows:
         if row.get("doubt"):
             console.print(f"doubtful in {row['steps']} steps: {row['doubt']}", markup=False, highlight=False)

@@ -170,10 +170,10 @@ class F2D2CLI(LightningCLI):
         self._before_evaluation()
 
     def after_predict(self) -> None:
-        """Write what a student predicts: the log-likelihood of each sample at each number of steps."""
-        parts = self.trainer.predict_loop.predictions
+        """Write what a student predicts: log-likelihoods of each sample at each number of steps, as f2d2 nll does."""
+        parts, log_scale = self.trainer.predict_loop.predictions, getattr(self.datamodule, "log_scale", 0.0)
         path = run_folder(self.trainer) / "predictions.csv"
-        found = {k: torch.cat([part[k] for part in parts]).cpu().double().tolist() for k in parts[0]}
+        found = {k: (torch.cat([part[k] for part in parts]).cpu().double() - log_scale).tolist() for k in parts[0]}
         columns = [Column("index", list(range(len(next(iter(found.values()))))))]
         columns += [Column(f"log_prob_{k}", values, "nats") for k, values in found.items()]
         write_table(path, columns, overwrite=True)

@@ -64,8 +64,8 @@ def reading_of(checkpoint: str, given: Reading) -> Reading:
         units = read_units(path)
         return replace(given, units=units, units_unknown=units is None)
     # a data module's state is under the name of its class, which may be one of the user's own
-    for kept in read_checkpoint(path).values():
-        names = {*kept} if isinstance(kept, Mapping) else set()
+    for part, kept in read_checkpoint(path).items():
+        names = {*kept} if isinstance(kept, Mapping) and part != "state_dict" else set()
         if {"center", "scale"} <= names and isinstance(kept["scale"], Tensor):
             given = replace(given, units=Units(kept["center"], kept["scale"], kept.get("columns")))
         elif {"crop", "resize", "convert"} <= names:

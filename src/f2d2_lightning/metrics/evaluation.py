@@ -72,7 +72,8 @@ class LikelihoodEvaluation:
         nothing = torch.zeros(0, device=device)
 
         def empty(metric: Made, inputs: int = 1) -> Made:
-            metric.to(device).update(*[nothing] * inputs)
+            # torchmetrics' own sums are of single precision: they lose what is small beside a mean, and count to 2^24
+            metric.to(device).set_dtype(torch.float64).update(*[nothing] * inputs)
             return metric
 
         self._all = {k: empty(MeanLikelihood(dim, quantization)) for k in self.steps}
@@ -172,10 +173,11 @@ class LikelihoodEvaluation:
         named = {}
         for k in (k for k in self.steps if k in bars):
             *parts, error = self._disagreements[k].compute()
-            width, good = bars[k](Disagreement(*parts)), error.isfinite()
+            width = bars[k](Disagreement(*parts))
+            good = error.isfinite() & ~width.isnan()
             if bool(good.any()):
-                named[f"error_covered_{k}"] = (error.abs() <= width)[good].float().mean()
-                named[f"error_bar_{k}"] = width[good].float().mean() / self._all[k].unit
+                named[f"error_covered_{k}"] = (error.abs() <= width)[good].double().mean()
+                named[f"error_bar_{k}"] = width[good].double().mean() / self._all[k].unit
         return named
 
     def update(
