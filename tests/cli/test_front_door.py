@@ -253,6 +253,9 @@ def test_a_name(folder):
         ("a,b\n1,2\n2,x\n", "row 3: 'x' in column b; .* correct it, or leave out the row"),
         ("a,b\n1,2024_01_30\n2,2024_01_31\n", "row 2: '2024_01_30' in column b; .* holds words"),
         ("", "numbers of shape"),
+        # in the place of a number, and so no name of a column
+        ("nan,nan\n1,2\n", "row 1: 'nan' in column 1"),
+        ("1,5;2,5\n1;2\n", "row 1: '1,5' in column 1; write decimals with a point"),
     ],
 )
 def test_tables_that_cannot_be(written, expected, tmp_path):
@@ -262,12 +265,26 @@ def test_tables_that_cannot_be(written, expected, tmp_path):
         Table(str(path)).setup()
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("comments", ["", "# "], ids=["names", "comment"])
 @pytest.mark.parametrize("separator", [",", ";", "\t", ", ", " "], ids=repr)
-def test_separators_of_a_table(separator, tmp_path):
-    path = tmp_path / "rows.csv"
-    header = "" if separator == " " else separator.join("abc")
-    np.savetxt(path, rows(), delimiter=separator, header=header, comments="")
-    assert torch.equal(f2.data.read_rows(path), torch.tensor(rows(), dtype=torch.float32))
+def test_separators_of_a_table(separator, comments, suffix, tmp_path):
+    path = tmp_path / f"rows.{suffix}"
+    np.savetxt(path, rows(), delimiter=separator, header=separator.join(("a;b", "c", "d")), comments=comments)
+    if separator == ";":
+        path.write_text(path.read_text().replace("a;b", "a"))
+    found = find_rows(path)
+    assert torch.equal(found.values.float(), torch.tensor(rows(), dtype=torch.float32))
+    assert found.columns == ["a" if separator == ";" else "a;b", "c", "d"]
+
+
+def test_tables_of_other_kinds_get_a_remedy(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("a,b\n1,2\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        find_rows(tmp_path / "rows.csv")
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"rows.parquet is no .csv, .tsv, .npy, .npz file; .*to_csv"):
+        find_rows(tmp_path / "rows.parquet")
 
 
 @pytest.mark.parametrize(("name", "kept"), [("", 2), ("Unnamed: 0", 2), ("a", 3)])

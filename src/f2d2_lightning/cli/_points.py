@@ -22,7 +22,7 @@ from f2d2_lightning.data.dataset import DequantizedDataset
 from f2d2_lightning.data.images._reader import Framing, ImageFiles, read_images
 from f2d2_lightning.data.images._stores import SUFFIXES
 from f2d2_lightning.data.module import FlowDataModule
-from f2d2_lightning.data.rows import Rows, find_rows, holds_pairs, read_pairs
+from f2d2_lightning.data.rows import KINDS, Rows, find_rows, holds_pairs, read_pairs
 from f2d2_lightning.data.table import Table
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import Quantization
@@ -40,7 +40,6 @@ DATA = {name: f"f2d2_lightning.data.{cls}" for name, cls in _SHORT.items()}
 
 SPLITS = ("train", "val", "test")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-ROWS = (".csv", ".npy", ".npz")
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
     """
     kind, _, split = name.partition(":")
     path = Path(name)
-    is_file = path.suffix.lower() in (*ROWS, *SUFFIXES) or path.exists()
+    is_file = path.suffix.lower() in (*KINDS, *SUFFIXES) or path.exists()
     if kind in DATA or (CLASS_PATH.fullmatch(kind) and not is_file):
         return _from_data_module(name, DATA.get(kind, kind), split or "test", arguments or {}, module, reading)
     if not path.exists():
@@ -140,7 +139,7 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
         raise ValueError(f"{name} is a file or a folder, which takes no arguments ({', '.join(arguments)} given)")
     if path.is_dir() or path.suffix.lower() in SUFFIXES:
         return _from_images(path, module, reading)
-    if path.suffix.lower() in ROWS:
+    if path.suffix.lower() in KINDS:
         return _from_rows(path, module, reading)
     raise ValueError(
         f"--data is {name}; .csv, .npy and .npz files (an .npz holds its data as 'x', labels as 'y', or pairs as "

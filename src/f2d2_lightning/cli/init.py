@@ -19,6 +19,7 @@ from f2d2_lightning.cli._networks import OwnNetwork, try_network
 from f2d2_lightning.cli._points import DATA
 from f2d2_lightning.data.images._files import decoded
 from f2d2_lightning.data.images._stores import image_rows, open_store
+from f2d2_lightning.data.rows import KINDS
 from f2d2_lightning.data.table import Table
 from f2d2_lightning.utils.files import whole_file
 
@@ -212,10 +213,10 @@ def _look_at(data: str, size: int | None) -> _Found:
         return _Found(tuple(module.shape), count, module.levels, what, f"states of shape {tuple(module.shape)}")
     if path.is_dir() or path.suffix.lower() == ".zip":
         return _look_at_images(path, size)
-    if path.suffix.lower() in (".csv", ".npy", ".npz"):
+    if path.suffix.lower() in KINDS:
         return _look_at_rows(path)
     raise ValueError(
-        f"--data is {data}; a folder of images, a .csv, .npy or .npz file, or one of {', '.join(DATA)} is needed"
+        f"--data is {data}; a folder of images, a .csv, .tsv, .npy or .npz file, or one of {', '.join(DATA)} is needed"
     )
 
 

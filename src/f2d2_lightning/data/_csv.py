@@ -6,12 +6,15 @@ import csv
 import math
 import re
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 SEPARATORS = ("\t", ";", ",")
-"""The first of them that the first line has."""
+"""The first of them that the second line has: the first one may be names, in which they mean nothing."""
+
+DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
 
 
 def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
@@ -23,8 +26,8 @@ def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
     numbers, lines, separator = [], [], ","
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
-            first = next((line for line in file if line.strip()), "")
-            separator = next((mark for mark in SEPARATORS if mark in first), " " if _in_words(first) else ",")
+            typical = ["", *islice(filter(str.strip, file), 2)][-1]
+            separator = next((mark for mark in SEPARATORS if mark in typical), " " if _in_words(typical) else ",")
             file.seek(0)
             # of spaces there may be several
             reader = csv.reader(file, delimiter=separator, skipinitialspace=separator == " ")
@@ -33,8 +36,10 @@ def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
                     numbers.append(reader.line_num)
                     lines.append(line)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} cannot be read as text with commas: {error}") from error
-    names = lines[0] if lines and (not any(map(_is_number, lines[0])) or _counts(lines[0], lines[1:])) else None
+            raise ValueError(f"{path} cannot be read as text with commas: {error}; save it as UTF-8") from error
+    if len(lines) > 1 and lines[0][0].startswith("#"):  # numpy.savetxt writes names as a comment
+        lines[0] = [text for text in (lines[0][0].lstrip("# "), *lines[0][1:]) if text]
+    names = lines[0] if lines and (not any(map(_stands_for_one, lines[0])) or _counts(lines[0], lines[1:])) else None
     start = int(names is not None)
     rows, width = lines[start:], len(lines[0]) if lines else 0
     with suppress(ValueError):
@@ -77,11 +82,16 @@ def _is_number(text: str) -> bool:
         return False
 
 
+def _stands_for_one(text: str) -> bool:
+    """Whether it is a number, or what a table has in the place of one, which is no name of a column."""
+    return _is_number(text) or bool(DECIMAL_COMMA.fullmatch(text)) or text.strip().lower() in ("nan", "inf", "-inf")
+
+
 def _remedy(text: str, column: list[str]) -> str:
     """What to do about a cell that is no number."""
     if not text.strip() or text.strip().lower() in ("nan", "na", "n/a", "null", "none", "inf", "-inf"):
         return "a density needs every number: leave out rows, or columns, with missing values, or fill them in"
-    if re.fullmatch(r"\s*[-+]?\d+,\d+\s*", text):
+    if DECIMAL_COMMA.fullmatch(text):
         return "write decimals with a point"
     if not any(map(_is_number, column)):
         return "every row needs numbers, and this column holds words: leave the column out"

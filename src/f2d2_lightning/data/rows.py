@@ -16,6 +16,9 @@ from f2d2_lightning.likelihood._inputs import as_tensor
 from f2d2_lightning.utils.arrays import read_numbers
 from f2d2_lightning.utils.conditions import Cond, mapped, tensors
 
+TEXT = (".csv", ".tsv")
+KINDS = (*TEXT, ".npy", ".npz")
+"""Files of rows, by the ends of their names."""
 CHANNELS = (1, 3)
 """Of images whose channels come last."""
 EIGHT_BIT = 255
@@ -36,7 +39,7 @@ class Rows:
 
 
 def read_rows(path: str | Path) -> Tensor:
-    """Rows of a ``.csv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
+    """Rows of a ``.csv``, ``.tsv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
 
     The first line of a ``.csv`` file may name the columns, or count them as pandas does, and commas, semicolons or tabs
     separate them; a first column of
@@ -60,7 +63,11 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a .csv, .npy or .npz file of rows")
-    is_text = path.suffix.lower() == ".csv"
+    if path.suffix.lower() not in KINDS:
+        raise ValueError(
+            f"{path} is no {', '.join(KINDS)} file; write its rows as one, as pandas' DataFrame.to_csv does"
+        )
+    is_text = path.suffix.lower() in TEXT
     said: list[str] = []
     columns: list[str] | None = None
     if is_text:

@@ -21,7 +21,7 @@ from f2d2_lightning.utils.seeding import mix_seed
 
 
 class Table(FlowDataModule):
-    """Rows of a ``.csv``, ``.npy`` or ``.npz`` file, divided at random, standardised by those to train on.
+    """Rows of a ``.csv``, ``.tsv``, ``.npy`` or ``.npz`` file, divided at random, standardised by those to train on.
 
     Floating numbers are states: each column minus its mean over the training rows, by its deviation, which a checkpoint
     keeps; of states of several axes all entries by the same two. Integers ``(N, C, H, W)`` are images, dequantized to
