@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import types
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.modules.ema import update_average
 from f2d2_lightning.nn import MLP, AddedTime, GaussianPreconditioned, OneTimeEmbedding
-from lightning_parts import Pair, fit, student, teacher, trainer
+from lightning_parts import Pair, fit, same, student, teacher, trainer
 from problems import randomize
 
 
@@ -247,6 +248,32 @@ def test_the_reference_is_computed_once_of_a_fixed_subset(tmp_path, count, calls
     assert float(logged["val/nll_2"]) == pytest.approx(-float(value.mean()), rel=1e-4)
     assert float(logged["val/gap_2"]) == pytest.approx(float((reference - value[:count]).mean()), abs=1e-4)
     assert len(module.agreement_values()[1]) == len(reference)
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_manual_optimisation_trains_the_average_too(tmp_path, make):
+    """Bit for bit as the same steps in automatic optimisation, and once a step in a second run as well."""
+
+    def by_hand(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(type(self).training_step(self, batch, batch_idx))
+        optimizer.step()
+        self.lr_schedulers().step()
+
+    made = []
+    for manual in (False, True):
+        module = make()
+        if manual:
+            module.automatic_optimization = False
+            module.training_step = types.MethodType(by_hand, module)
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            fit(tmp_path, module, limit_val_batches=0, limit_train_batches=2)
+        made.append(module)
+    assert made[1]._averaged_steps == 4
+    assert same(made[0].live, made[1].live)
+    assert same(made[0].average, made[1].average)
 
 
 def test_average_follows_and_shares():

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
+from torch import nn
 
 from f2d2_lightning.training.progress import planned_steps
 
@@ -31,6 +33,12 @@ def make_optimizers(module: FlowModule) -> dict[str, Any]:
         factor = warmup_cosine(module.warmup, lambda: planned_steps(module.trainer))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def optimizers_of(network: nn.Module, trainer: L.Trainer) -> list[torch.optim.Optimizer]:
+    """The trainer's optimisers that hold a parameter of a network: of a GAN's generator, say, and not its critic's."""
+    own = {id(p) for p in network.parameters()}
+    return [o for o in trainer.optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
 
 
 def warmup_cosine(warmup: int, total: Callable[[], float]) -> Callable[[int], float]:

@@ -26,7 +26,7 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.reference import Reference, ReferenceChoice
 from f2d2_lightning.modules._checks import check_finite, check_same_model, not_finite
 from f2d2_lightning.modules._compile import compile_network
-from f2d2_lightning.modules._optimization import make_optimizers
+from f2d2_lightning.modules._optimization import make_optimizers, optimizers_of
 from f2d2_lightning.modules._ranges import RANGE, RangedModel
 from f2d2_lightning.modules.ema import update_average, warmed_decay
 from f2d2_lightning.nn._backbone import fit_conditions
@@ -94,6 +94,7 @@ class FlowModule(L.LightningModule, RangedModel):
         self._model_description: dict[str, Any] | None = None
         self._batch: Any = None
         self._batch_index = 0
+        self._followed: list[Any] = []
         self._look = FirstLook()
 
     # --- what a subclass may override ---
@@ -289,6 +290,11 @@ class FlowModule(L.LightningModule, RangedModel):
             with whole_weights(self.trainer.model):
                 self.prepare()
                 update_average(self.average, self.live, 0.0)
+        for handle in self._followed:
+            handle.remove()
+        # Lightning calls optimizer_step in automatic optimisation alone
+        steps = [] if self.automatic_optimization else optimizers_of(self.live, self.trainer)
+        self._followed = [one.register_step_post_hook(lambda *_: self._move_average()) for one in steps]
 
     def on_fit_end(self) -> None:
         check_trained(self.trainer)
@@ -327,6 +333,9 @@ class FlowModule(L.LightningModule, RangedModel):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimiser's step, then the average's: before any checkpoint of this step is written."""
         super().optimizer_step(*args, **kwargs)
+        self._move_average()
+
+    def _move_average(self) -> None:
         self._averaged_steps += 1
         self.forget_reference()
         update_average(self.average, self.live, warmed_decay(self.ema_decay, self._averaged_steps))
