@@ -760,6 +760,21 @@ def test_manual_optimisation_that_the_loss_cannot_ride_on(tmp_path):
         fit(tmp_path, ManualModule(), callback(backward=5))
 
 
+@pytest.mark.parametrize("how", ["sampler", "batch_sampler"])
+def test_the_head_is_fitted_to_the_rows_that_are_trained_on(tmp_path, how):
+    """Which a sampler may say; the others are far away."""
+    points = Pair().dataset("train").values
+    sampler = torch.utils.data.SubsetRandomSampler(range(len(points)))
+    if how == "sampler":
+        options = {"sampler": sampler, "batch_size": 32}
+    else:
+        options = {"batch_sampler": [list(range(start, start + 32)) for start in (0, 32, 64)]}
+    loader = torch.utils.data.DataLoader(torch.cat((points, 1000 + points)), **options)
+    f2d2 = callback()
+    trainer(tmp_path, callbacks=[f2d2], max_epochs=1, limit_val_batches=0).fit(MeanFlowModule(), loader)
+    torch.testing.assert_close(f2d2.added.live["head"].baseline.mean, points.mean(0), rtol=0, atol=1e-5)
+
+
 def test_another_head_is_refused_on_resume(tmp_path):
     made = fit(tmp_path, MeanFlowModule(), callback(head=f2.DivergenceHead(features=32, hidden=8)))
     made.save_checkpoint(tmp_path / "x.ckpt")

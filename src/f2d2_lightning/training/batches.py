@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data.distributed import DistributedSampler
 
 from f2d2_lightning.likelihood._inputs import check_cond, check_state
 from f2d2_lightning.likelihood.data_checks import MOST_STATES, check_data, find_discrete
@@ -209,11 +210,25 @@ def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
 
 
 def _some(loader: Any, count: int) -> Any:
-    """So many rows of a loader's data set, drawn alike everywhere; the loader itself where there are none."""
+    """So many rows of a loader's data set, drawn alike everywhere; the loader itself where there are none.
+
+    A sampler of somebody's own says which rows are trained on, and one of batches which of them go together.
+    """
     if not has_rows(loader):
         return loader
-    order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-    rows = order[:count].tolist()
+    if type(loader.batch_sampler) is not BatchSampler:
+        batches: list[list[int]] = []
+        for batch in loader.batch_sampler or ():
+            batches.append(list(batch))
+            if sum(map(len, batches)) >= count:
+                break
+        return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)
+    sampler = loader.sampler
+    # Lightning deals out a sampler of somebody's own by one whose data set are its answers
+    whole = getattr(sampler, "dataset", loader.dataset) is loader.dataset
+    if whole and isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+        sampler = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0)).tolist()  # type: ignore[arg-type]
+    rows = list(itertools.islice(sampler, count))
     # another loader: a second iterator of one with persistent workers would reset the first; and batches of a fixed
     # size, so that what is set from them does not depend on the number of processes
     return DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=loader.collate_fn)
