@@ -760,6 +760,24 @@ def test_manual_optimisation_that_the_loss_cannot_ride_on(tmp_path):
         fit(tmp_path, ManualModule(), callback(backward=5))
 
 
+def test_random_states_are_drawn_apart_from_the_modules_numbers(tmp_path):
+    """Training as without the callback, and every validation on the same draws."""
+
+    class Noisy(MeanFlowModule):
+        def states(self, batch):
+            return batch + 0.1 * torch.randn_like(batch), None
+
+    plain, module, f2d2 = Noisy(), Noisy(), callback(frozen=True, data_to_state="states")
+    fit(tmp_path, plain, max_epochs=1)
+    made = fit(tmp_path, module, f2d2, max_epochs=1)
+    assert same(plain, module)
+    figures = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        figures.append(made.validate(module, datamodule=Pair(), verbose=False)[0]["val/f2d2_nll_2"])
+    assert figures[0] == figures[1]
+
+
 @pytest.mark.parametrize("how", ["sampler", "batch_sampler"])
 def test_the_head_is_fitted_to_the_rows_that_are_trained_on(tmp_path, how):
     """Which a sampler may say; the others are far away."""

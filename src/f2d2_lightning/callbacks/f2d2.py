@@ -278,14 +278,14 @@ class F2D2Callback(AddedModel, L.Callback):
     def _loss(self, batch: Any, batch_index: int) -> Tensor:
         trainer, module = self._trainer, self._module
         assert self._student is not None
-        x, cond = self.state(batch)
-        with own_random_state(x.device):
+        with own_random_state(module.device):
             self.run_seed.begin_step(trainer, batch_index)
             if self.batch_share < 1:
                 rows = torch.randperm(len(x), device=x.device)[: math.ceil(self.batch_share * len(x))]
                 x, cond = x[rows], some_of(cond, rows)
             terms = self.objective_loss(trainer, batch_index, self._student, x, cond, self._source)
         prefix = self._logged("train")
+            x, cond = self.state(batch)
         named = {f"{prefix}{name}": value.detach() for name, value in terms._asdict().items()}
         module.log_dict(named, batch_size=len(x))
         return self.weight / x[0].numel() * terms.loss
@@ -355,7 +355,10 @@ class F2D2Callback(AddedModel, L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._evaluates:
-            self.evaluation.add(*self.state(batch), dataloader_idx)
+            seed = mix_seed("states", trainer.global_rank, dataloader_idx, batch_idx)
+            with own_random_state(pl_module.device, seed):
+                states = self.state(batch)
+            self.evaluation.add(*states, dataloader_idx)
 
     on_test_batch_end = on_validation_batch_end
 
