@@ -760,6 +760,39 @@ def test_manual_optimisation_that_the_loss_cannot_ride_on(tmp_path):
         fit(tmp_path, ManualModule(), callback(backward=5))
 
 
+def test_steps_of_a_critic_alone_leave_network_and_head_alone(tmp_path):
+    """As if the critic were not there: batches that are its own, and those in which the network's gradients grow."""
+
+    class Gan(ManualModule):
+        has_critic = True
+
+        def training_step(self, batch, batch_idx):
+            critic_optimizer, optimizer = self.optimizers()
+            if self.has_critic:
+                with critic_optimizer.toggle_model():
+                    critic_optimizer.zero_grad()
+                    self.manual_backward(self.critic(batch).square().mean())
+                    critic_optimizer.step()
+            if batch_idx >= 1:
+                with optimizer.toggle_model():
+                    self.manual_backward(self.loss(batch))
+                    if batch_idx == 2:
+                        optimizer.step()
+                        optimizer.zero_grad()
+
+    class Alone(Gan):
+        has_critic = False
+
+    made = []
+    for cls in (Gan, Alone):
+        torch.manual_seed(0)
+        made.append((cls(), callback()))
+        fit(tmp_path, *made[-1], max_epochs=2, limit_val_batches=0)
+    assert [f2d2.added.steps for _, f2d2 in made] == [2, 2]
+    assert same(made[0][0].net, made[1][0].net)
+    assert same(made[0][1].added.live, made[1][1].added.live)
+
+
 def test_random_states_are_drawn_apart_from_the_modules_numbers(tmp_path):
     """Training as without the callback, and every validation on the same draws."""
 

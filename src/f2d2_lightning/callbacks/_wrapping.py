@@ -97,7 +97,7 @@ class AddedLoss:
         self._due: tuple[Any, int] | None = None
         self._backwards = 0
         self.stepped = False
-        """Whether an optimiser of the module stepped in this batch, in manual optimisation."""
+        """Whether an optimiser of the network stepped in this batch, in manual optimisation."""
 
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``training_step``."""
@@ -113,12 +113,12 @@ class AddedLoss:
             return {**output, "loss": total} if isinstance(output, Mapping) else total
         self._due = batch, index
         output = original(*args, **kwargs)
-        if self._due is not None and (self._backwards > 0 or self.stepped):
+        if self._due is not None and self.stepped:  # else the batch is another network's, such as a critic's
             raise RuntimeError(
-                f"{type(self.module).__name__}.training_step called manual_backward {self._backwards} times, none of "
-                f"which the added loss could go with (backward={self.index}; the parameters of {self.about!r} must "
-                "require gradients then); use self.manual_backward(loss) instead of loss.backward(), and say which "
-                "call: F2D2Callback(backward=0)"
+                f"{type(self.module).__name__}.training_step called manual_backward {self._backwards} times and "
+                f"stepped {self.about!r}, and the added loss could go with none of them (backward={self.index}); "
+                "use self.manual_backward(loss) instead of loss.backward(), while a parameter of the network requires "
+                "gradients, leave out backward=, or give frozen=True if the network is not to be trained"
             )
         return output
 

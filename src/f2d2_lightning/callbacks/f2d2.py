@@ -31,6 +31,7 @@ from f2d2_lightning.likelihood.inversion import Inversion
 from f2d2_lightning.likelihood.quantization import Quantization
 from f2d2_lightning.likelihood.reference import Reference
 from f2d2_lightning.metrics.evaluation import check_draws
+from f2d2_lightning.modules._optimization import optimizers_of
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.nn.head import Head
 from f2d2_lightning.objectives.base import Objective
@@ -71,7 +72,8 @@ class F2D2Callback(AddedModel, L.Callback):
         frozen: The added loss trains the head alone and leaves the network to the module's own loss. Declare no
             direction then that this loss does not train. For the density of a few-step sampler's own jumps give
             ``objective=VolumeRegression(refresh=8.0)``.
-        weight: Of the added loss per dimension, beside the module's own.
+        weight: Of the added loss per dimension, beside the module's own; 1 / N where a module accumulates the gradients
+            of N batches by hand, in manual optimisation, which is not seen.
         batch_share: Of a batch's states that the added loss is computed on, drawn anew each step, at least one.
         optimizer: Makes the head's optimiser from its parameters; AdamW at 1e-3 by default.
         follow_schedule: Scale the head's learning rate as the module's first optimiser scales its own.
@@ -270,7 +272,10 @@ class F2D2Callback(AddedModel, L.Callback):
             self._before_trial = self.objective.state_dict()
             self._find(self._module)
             self._start(self._trainer, self._module)
-        return self._riding.step(original, *args, **kwargs)
+        output = self._riding.step(original, *args, **kwargs)
+        if self._riding.stepped:
+            self._step_head(self._trainer)
+        return output
 
     def _carries(self) -> bool:
         return self.frozen or any(p.requires_grad for p in self._network.parameters())
@@ -280,12 +285,12 @@ class F2D2Callback(AddedModel, L.Callback):
         assert self._student is not None
         with own_random_state(module.device):
             self.run_seed.begin_step(trainer, batch_index)
+            x, cond = self.state(batch)
             if self.batch_share < 1:
                 rows = torch.randperm(len(x), device=x.device)[: math.ceil(self.batch_share * len(x))]
                 x, cond = x[rows], some_of(cond, rows)
             terms = self.objective_loss(trainer, batch_index, self._student, x, cond, self._source)
         prefix = self._logged("train")
-            x, cond = self.state(batch)
         named = {f"{prefix}{name}": value.detach() for name, value in terms._asdict().items()}
         module.log_dict(named, batch_size=len(x))
         return self.weight / x[0].numel() * terms.loss
@@ -293,21 +298,20 @@ class F2D2Callback(AddedModel, L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """The head's gradients are there as well now; in manual optimisation they may still grow within the batch."""
+        """The head's gradients are there as well now; in manual optimisation they may still grow within the batch.
+
+        It then steps once in a batch in which an optimiser of the network did.
+        """
+        if not (pl_module.automatic_optimization or self.frozen):
+            theirs = optimizers_of(self._network, trainer)
+            if theirs and optimizer not in theirs:
+                return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._gradient_scale = 1.0 if scaler is None else float(scaler.get_scale())
         if pl_module.automatic_optimization:
             self._step_head(trainer)
         else:
             self._riding.stepped = True
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """In manual optimisation the head steps once in a batch in which an optimiser of the module did."""
-        if self._riding.stepped:
-            self._riding.stepped = False
-            self._step_head(trainer)
 
     def _step_head(self, trainer: L.Trainer) -> None:
         followed = trainer.optimizers[0] if self.follow_schedule and trainer.optimizers else None
