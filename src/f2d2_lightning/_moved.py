@@ -102,11 +102,7 @@ def option(text: str) -> str:
 
 
 def from_door(name: str) -> Any:
-    """A name that was at the door.
-
-    Raises:
-        AttributeError: If it never was.
-    """
+    """A name that was at the door; an ``AttributeError`` if it never was."""
     return _forward(_PACKAGE, name)
 
 

@@ -40,15 +40,11 @@ def check_derivative(
     """Compare one derivative of the velocity along random directions with finite differences of it.
 
     A right derivative agrees with the finite difference of some step: large where the network rounds, small where it
-    bends. A wrong one disagrees with all, also with two steps that agree with each other.
+    bends. A wrong one disagrees with all, also with two steps that agree with each other. Then, and where there is none
+    in this mode, it is a :class:`ConventionError`, which names the submodule where it can.
 
     ``velocity`` is ``(x, t, cond) -> v`` of a network in evaluation mode; ``network``, by default the velocity itself,
-    is what stands behind it, whose submodules are named. ``mode`` is that of :class:`~f2d2_lightning.Hutchinson`; with
-    ``"finite"`` there is nothing to check.
-
-    Raises:
-        ConventionError: If the network cannot be differentiated in this mode, or its derivative is clearly another
-            than that of its answers. Names the submodule where it can.
+    is what stands behind it, whose submodules are named. With ``mode="finite"`` there is nothing to check.
     """
     if mode == "finite":
         return

@@ -111,11 +111,7 @@ class _Noised:
 
 
 def check_velocity(flow_map: AdaptedFlowMap, x: Tensor, noise: Tensor, cond: Cond | None) -> None:
-    """Refuse a network, in evaluation mode, of which another convention is clearly and certainly right on noised data.
-
-    Raises:
-        ConventionError: Says which argument of the adapter mends it.
-    """
+    """Refuse a network of which another convention is clearly right on noised data, and say which argument mends it."""
     if len(x) < FEWEST_SAMPLES:
         return
     ask, noised = _Asker(flow_map, x.device), _Noised.of(x, noise, cond)

@@ -76,13 +76,9 @@ class ConventionError(ValueError):
 
 
 class Call:
-    """A parsed call.
+    """A parsed call, ``"net(x, s, t, cond)"`` and the like.
 
-    Args:
-        text: ``"net(x, s, t, cond)"`` and the like.
-
-    Raises:
-        ValueError: If the text is no call of ``net``, or holds anything but names, literals and arithmetic.
+    Text that is no call of ``net``, or holds anything but names, literals and arithmetic, is a ``ValueError``.
 
     >>> Call("net(x, 1000 * s)")(lambda x, s: (x, s), {"x": 1, "s": 0.5, "t": 0.0, "cond": None})
     (1, 500.0)
@@ -148,15 +144,12 @@ class Call:
         return ast.unparse(Exchange().visit(tree))
 
     def check(self, network: nn.Module) -> None:
-        """Refuse a network that has no such method of its own.
+        """Refuse, with a ``ValueError``, a network that has no such method of its own.
 
         What every module has (``load_state_dict``, ``apply``, ``to``, ...) is no forward pass, nor is what a library's
         base classes add to it (``save_pretrained``, ``push_to_hub``, ...), and a call that comes from a file must not
-        reach either. So the method is a plain one, of a class that defines ``forward``, of one derived from that, or
-        of another in the same file. A submodule may be called, as a method may.
-
-        Raises:
-            ValueError: Says what was looked for.
+        reach either. So the method is a plain one, of a class that defines ``forward``, of one derived from that, or of
+        another in the same file. A submodule may be called, as a method may.
         """
         if self.method is None or self.method in network._modules:
             return

@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 
 def find_submodule(network: nn.Module, name: str, what: str = "submodule") -> nn.Module:
-    """A submodule by its dotted name.
-
-    Raises:
-        ValueError: If there is none; lists names that are close, or those at the top.
-    """
+    """A submodule by its dotted name, or a ``ValueError`` that lists names that are close, or those at the top."""
     modules = dict(network.named_modules(remove_duplicate=False))
     if name in modules and name:
         return modules[name]
@@ -37,13 +33,10 @@ def _weighted(module: nn.Module) -> bool:
 
 
 def last_width(module: nn.Module, name: str) -> tuple[int, str]:
-    """Channels that a module's last linear layer or convolution answers, whoever wrote its class, and where it stands.
+    """Channels that a module's last linear layer or convolution answers, and where it stands, or a ``ValueError``.
 
     A layer says them in ``out_features`` or ``out_channels``, as torch's and EDM's own do; else its weight is taken to
     be ``(out, in, ...)``.
-
-    Raises:
-        ValueError: If there is no such layer.
     """
     layers = [(inner, m) for inner, m in module.named_modules() if _weighted(m)]
     if not layers:

@@ -22,10 +22,7 @@ def _models(trainer: L.Trainer, module: L.LightningModule) -> tuple[list[Likelih
 
 
 def find_models(trainer: L.Trainer, module: L.LightningModule) -> list[LikelihoodModel]:
-    """The module itself, if it is one of this package's, and what each F2D2Callback of the trainer added.
-
-    That there is neither is a :class:`ValueError`.
-    """
+    """The module itself, if it is of this package, and what each F2D2Callback added; neither is a ``ValueError``."""
     own, added = _models(trainer, module)
     if not (own or added):
         raise ValueError(

@@ -71,10 +71,7 @@ class AddedLoss:
     """Adds a loss of ``(batch, batch_idx)`` to what ``training_step`` returns, or to one of its backward passes.
 
     That is the ``manual_backward`` number ``backward`` of a step, from 0, or the first that reaches the network, which
-    ``carries`` tells. ``about`` is the network's name.
-
-    Raises:
-        ValueError: If the module's step fetches its batches by itself.
+    ``carries`` tells. ``about`` is the network's name. A step that fetches its batches by itself is a ``ValueError``.
     """
 
     def __init__(

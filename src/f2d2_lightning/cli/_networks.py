@@ -39,10 +39,8 @@ class OwnNetwork:
 def try_network(path: str, arguments: Mapping[str, Any] | None, call: str | None, x: Tensor) -> OwnNetwork:
     """Make a network by the path of its class, and find out how it is called, unless ``call`` says it.
 
-    It is tried on states ``x`` of the data, ``(B, ...)``, where ``B`` is none of the sides of a state.
-
-    Raises:
-        ValueError: If it cannot be made, or no call that was tried answers velocities: says what came, and what to do.
+    It is tried on states ``x`` of the data, ``(B, ...)``, where ``B`` is none of the sides of a state. One that cannot
+    be made, or answers velocities to no call, is a ``ValueError``, which says what came, and what to do.
     """
     network = _made(path, dict(arguments or {}))
     described = {"class_path": path, "init_args": dict(arguments or {})}

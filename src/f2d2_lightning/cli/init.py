@@ -200,11 +200,7 @@ class _Found:
 
 
 def _look_at(data: str, size: int | None) -> _Found:
-    """What data are, by the name of a data module, or a file or folder; ``size`` is the side that images get.
-
-    Raises:
-        ValueError: If they are none, or have no density.
-    """
+    """What data are, by the name of a data module, or a file or folder; ``size`` is the side that images get."""
     path = Path(data)
     if data in DATA and not path.exists():
         module = imported(DATA[data], "--data")()

@@ -51,10 +51,8 @@ def forward_mode() -> Iterator[None]:
     """A block in which dual numbers pass through a network; one thread at a time, the others wait.
 
     Fused attention has no rule for tangents: within the block it takes torch's plain kernel, also in
-    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``.
-
-    Raises:
-        DerivativeError: If an operation has no rule all the same. Names the submodule that it is in.
+    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``. Where an operation has no rule all the same, a
+    :class:`DerivativeError` names the submodule that it is in.
     """
     with _ONE_AT_A_TIME, _plain_attention():
         try:

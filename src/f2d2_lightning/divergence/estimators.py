@@ -30,11 +30,7 @@ MODES = ("forward", "reverse", "finite")
 
 
 def check_mode(mode: str, step: float = 1.0) -> None:
-    """Refuse a way to differentiate that there is not.
-
-    Raises:
-        ValueError: Says the ways that there are.
-    """
+    """Refuse, with a ``ValueError``, a way to differentiate that there is not."""
     one_of("mode", mode, MODES)
     positive(step=step)
 
@@ -56,10 +52,8 @@ def jacobian_product(
     """``(f(x), J_f(x) v)`` in one forward-mode pass, shapes of ``f(x)``.
 
     Lightning tests and predicts in inference mode, where tangents are dropped without a word; it is left for the pass.
-
-    Raises:
-        DerivativeError: If an operation of ``function`` has no rule for forward mode, or, if ``checked``, it drops
-            tangents.
+    A function without a rule for forward mode, or, if ``checked``, one that drops tangents, is a
+    :class:`DerivativeError`.
     """
     with _derivatives_allowed(), forward_mode():
         # copies: a network may change its input in place
@@ -72,11 +66,10 @@ def jacobian_product(
 
 
 def _check_constant(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> None:
-    """Refuse a function that moves with ``x`` although no tangent came through it.
+    """Refuse, with a :class:`DerivativeError`, a function that moves with ``x`` although no tangent came through it.
 
-    Raises:
-        DerivativeError: A network that detaches its input, as one whose answer is a gradient does, or that runs itself
-            in inference mode, drops tangents without a word, and its divergence would be 0.
+    A network that detaches its input, as one whose answer is a gradient does, or that runs itself in inference mode,
+    drops tangents without a word, and its divergence would be 0.
     """
     with own_random_state(x.device), torch.no_grad():
         near, far = (function(x + step * v) for step in (-1e-2, 1e-2))
@@ -351,12 +344,9 @@ def probes_in_words(probes: int) -> str:
 class SampleProbes:
     """Probes that are a function of a seed, of each sample's own values and of how many were drawn before.
 
-    A sample has the same ones in any batch and process (:func:`~f2d2_lightning.utils.seeding.row_keys`).
-
-    Args:
-        estimator: Says how many probes, and of which distribution.
-        x: States, ``(B, ...)``.
-        seed: Stream; ``None`` draws one from the global generator, and takes places in the batch for values.
+    A sample has the same ones in any batch and process (:func:`~f2d2_lightning.utils.seeding.row_keys`). Their number
+    and distribution are those of ``estimator``, for states ``x``, ``(B, ...)``. Without a ``seed`` one is drawn from
+    the global generator, and places in the batch stand for values.
     """
 
     def __init__(self, estimator: Hutchinson, x: Tensor, seed: int | None) -> None:

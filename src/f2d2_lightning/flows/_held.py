@@ -39,11 +39,7 @@ def weights_held(module: nn.Module) -> Iterator[None]:
 
 
 class HeldFlowMap(FlowMap):
-    """A flow map as it is at the moment: its own weights and statistics are neither trained nor touched.
-
-    Args:
-        flow_map: The flow map; somebody else may go on training it.
-    """
+    """A flow map as it is at the moment, neither trained nor touched; somebody else may go on training it."""
 
     def __init__(self, flow_map: FlowMap) -> None:
         super().__init__()

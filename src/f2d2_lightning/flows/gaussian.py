@@ -247,11 +247,7 @@ class GaussianBaseline(nn.Module, Configured):
         return self._pixels(half.reshape(self.dim, -1, channels))
 
     def _rows(self, batch: Tensor) -> Tensor:
-        """Flat states, ``(B, dim)``, in double precision.
-
-        Raises:
-            ValueError: If they have another shape, or are not finite.
-        """
+        """Flat states, ``(B, dim)``, in double precision; others, and those that are not finite, are a ``ValueError``."""
         if tuple(batch.shape[1:]) != self.shape:
             raise ValueError(f"a batch has samples of shape {tuple(batch.shape[1:])}, the baseline {self.shape}")
         flat = batch.reshape(len(batch), -1).to("cpu", torch.float64)
@@ -444,15 +440,9 @@ def _shrunk(
     is best in squares, OAS, Chen et al., 2010, https://doi.org/10.1109/TSP.2010.2053029, and what generalised
     cross-validation gives are too small by far for pixels, which share a factor and have heavy tails.)
 
-    Args:
-        counts: Samples in each part, ``(K,)``.
-        totals: Their sums, ``(K, d)``.
-        moments: Their sums of products, ``(K, d, d)``.
-        targets: Covariances that take the place of a sample covariance altogether, made from it.
-        floor: Variances below which coordinates do not vary, ``(d,)``.
-
-    Returns:
-        Covariance ``(d, d)``, the target's number, and its weight in (0, 1].
+    From samples in each part, ``(K,)``, their sums ``(K, d)`` and sums of products ``(K, d, d)``, and ``targets`` that
+    make of a sample covariance what may take its place, it answers covariance ``(d, d)``, the target's number, and its
+    weight in (0, 1]. ``floor``, ``(d,)``, are variances below which coordinates do not vary.
     """
     count, total, moment = counts.sum(), totals.sum(0), moments.sum(0)
     weights = torch.logspace(-6, 0, 61, dtype=torch.float64)
@@ -492,10 +482,8 @@ def fit_baselines(
 ) -> None:
     """Fit every Gaussian baseline of a model that is not fitted yet.
 
-    Args:
-        model: Any module.
-        states: Gives the data, batches ``(B, ...)``, anew at each call.
-        reduce: Sums a tensor over processes, where each of them sees a part of the data.
+    ``states`` gives the data anew at each call, in batches ``(B, ...)``; ``reduce`` sums a tensor over processes, where
+    each of them sees a part.
     """
     baselines = [part for part in model.modules() if isinstance(part, GaussianBaseline)]
     for baseline in baselines:

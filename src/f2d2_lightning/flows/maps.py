@@ -96,12 +96,9 @@ def _known_bounds(t: Tensor | float) -> tuple[float, float] | None:
 
 
 def check_interval(s: Tensor | float, t: Tensor | float, directions: Direction, *, what: str = "this map") -> None:
-    """Refuse times outside [0, 1] and orders of time that a map was not trained for.
+    """Refuse, with a ``ValueError``, times outside [0, 1] and orders of time that a map was not trained for.
 
     Values are read only where that is free: numbers and CPU tensors outside compiled code.
-
-    Raises:
-        ValueError: Says the times that came and what to do.
     """
     bounds_s, bounds_t = _known_bounds(s), _known_bounds(t)
     for name, bounds in (("s", bounds_s), ("t", bounds_t)):

@@ -24,18 +24,10 @@ from f2d2_lightning.utils.configured import Configured
 
 
 def expand_time(t: Tensor | float, x: Tensor) -> Tensor:
-    """Time as one value per sample.
+    """A time, ``()``, ``(B,)`` or a number, as one value per state of ``x``, ``(B,)``, in its dtype and on its device.
 
-    Args:
-        t: Time, ``()`` or ``(B,)``, or a number.
-        x: State, ``(B, ...)``; gives batch size, device and dtype.
-
-    Returns:
-        Time, ``(B,)``. A scalar is expanded without a copy, and :func:`distinct` undoes it: on a likelihood grid all
-        samples share their times, and what depends on time alone is then computed once.
-
-    Raises:
-        ValueError: If ``t`` is neither a scalar nor of shape ``(B,)``.
+    A scalar is expanded without a copy, and :func:`distinct` undoes it: on a likelihood grid all samples share their
+    times, and what depends on time alone is then computed once. Other shapes are a ``ValueError``.
     """
     if not isinstance(t, Tensor):
         return x.new_full((1,), float(t)).expand(x.shape[0])

@@ -24,9 +24,8 @@ OTHER_SIZE = "a likelihood of another size means nothing: resize the data, or ta
 def as_tensor(x: Any, what: str) -> Tensor:
     """``x`` as a tensor; a tensor as it is.
 
-    Raises:
-        TypeError: If it is neither a tensor nor an array or list of numbers.
-        ValueError: If it is a list whose parts have several shapes.
+    What is neither a tensor nor an array or list of numbers is a ``TypeError``, a list of parts of several shapes a
+    ``ValueError``.
     """
     if isinstance(x, Tensor):
         if x.layout != torch.strided or x.is_meta:
@@ -65,9 +64,7 @@ def state_shape_of(model: Any) -> tuple[int, ...] | None:
 def as_states(x: Any, what: str, model: Any = None) -> Tensor:
     """States ``(B, ...)`` in dtype and on the device of a model's weights, where it has any.
 
-    Raises:
-        TypeError: If ``x`` is no tensor and makes none.
-        ValueError: If they are not floating, have another shape than the model's, or hold NaN or infinity.
+    Errors are those of :func:`as_tensor` and :func:`check_state`; another shape than the model's is a ``ValueError``.
     """
     x = as_tensor(x, what)
     check_state(x, what)
@@ -84,12 +81,7 @@ def as_states(x: Any, what: str, model: Any = None) -> Tensor:
 
 
 def check_state(x: Tensor, what: str) -> None:
-    """Refuse states that no flow can take.
-
-    Raises:
-        TypeError: If ``x`` is no tensor.
-        ValueError: If it is not a floating tensor ``(B, ...)`` with ``B >= 1``, or holds NaN or infinity.
-    """
+    """Refuse, as ``ValueError`` or ``TypeError``, what is no floating, finite tensor ``(B, ...)`` with ``B >= 1``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{what} is a {type(x).__name__} ({x!s:.40}); a tensor (B, ...) is expected")
     if not torch.is_floating_point(x):
@@ -108,16 +100,9 @@ def as_cond(cond: Any, states: Tensor, drawn: bool = False) -> Cond | None:
     """Conditioning as tensors, on the device of the states, floating and complex numbers in their precision.
 
     A list is one tensor, as everywhere; several conditions stand in a tuple or a dictionary. One with first axis 1 is
-    that of all states, without a copy.
-
-    Args:
-        cond: Conditioning.
-        states: What it is for, ``(B, ...)``.
-        drawn: Whether only the number of states was said. Conditions then share them evenly: ``M`` of them, where ``M``
-            divides ``B``, have ``B / M`` states in a row each.
-
-    Raises:
-        TypeError, ValueError: As :func:`as_tensor`.
+    that of all ``states``, ``(B, ...)``, without a copy. Where only their number was said, ``drawn``, conditions share
+    them evenly: ``M`` of them, where ``M`` divides ``B``, have ``B / M`` states in a row each. Errors are those of
+    :func:`as_tensor`.
     """
 
     def one(part: Any) -> Tensor:
@@ -132,15 +117,9 @@ def as_cond(cond: Any, states: Tensor, drawn: bool = False) -> Cond | None:
 
 
 def check_cond(cond: object, count: int, model: object = None) -> None:
-    """Refuse conditioning that a map cannot be given.
+    """Refuse, with a ``ValueError``, conditioning of ``count`` states whose parts are no tensors ``(count, ...)``.
 
-    Args:
-        cond: Conditioning, or ``None``.
-        count: Number of states that it is for.
-        model: The map, whose ``conditional`` says whether it takes any.
-
-    Raises:
-        ValueError: If a part of ``cond`` is no tensor ``(B, ...)``, or the map ignores it.
+    So with any that the ``model``, a map whose ``conditional`` is ``False``, would ignore.
     """
     if cond is None:
         return
@@ -161,11 +140,7 @@ def check_cond(cond: object, count: int, model: object = None) -> None:
 
 
 def seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:
-    """A seed that was said, or one drawn from a generator; ``None`` where there is neither.
-
-    Raises:
-        ValueError: If there are both.
-    """
+    """A seed that was said, or one drawn from a generator; ``None`` for neither, a ``ValueError`` for both."""
     if seed is not None and generator is not None:
         raise ValueError(f"seed={seed} and generator= are both given; one of them says what is drawn")
     if generator is None:
@@ -174,11 +149,7 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:
 
 
 def in_parts(ask: Callable[[Tensor, Cond | None], Answer], x: Tensor, cond: Cond | None, size: int | None) -> Answer:
-    """Answers for so many states at a time, joined along the first axis; for all at once where ``size`` is ``None``.
-
-    Raises:
-        ValueError: If ``size`` is below 1.
-    """
+    """Answers for so many states at a time, joined along the first axis; for all at once where ``size`` is ``None``."""
     if size is None:
         return ask(x, cond)
     at_least(1, batch_size=size)

@@ -191,10 +191,9 @@ def _estimate(
     signs: Tensor,
     steps: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """``log |det|`` at states ``(B, ...)`` relative to the Gaussian fit's, by probes ``signs``, ``(probes, B, dim)``.
+    """``log |det|`` at states ``(B, ...)`` relative to the Gaussian fit's, ``(B,)``, and its error as of a jump.
 
-    Returns:
-        ``(B,)``, and its error as :meth:`Determinant.jump` has it.
+    By probes ``signs``, ``(probes, B, dim)``.
     """
     probes, count, dim = signs.shape
     steps = min(steps, dim)

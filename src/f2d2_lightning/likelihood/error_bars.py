@@ -40,11 +40,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class ErrorBars:
-    """Half widths of intervals about the log-likelihoods in one number of steps.
-
-    Raises:
-        ValueError: If a number is out of its range.
-    """
+    """Half widths of intervals about the log-likelihoods in one number of steps."""
 
     width: float
     """Of samples about which the model agrees with itself, nats."""
@@ -64,16 +60,10 @@ class ErrorBars:
 
     @classmethod
     def calibrated(cls, disagreement: Disagreement, error: Tensor, coverage: float = 0.9) -> ErrorBars:
-        """Error bars that cover a share of known errors.
+        """Error bars that cover a share of known errors, below 1, about ``N`` points that were not trained on.
 
-        Args:
-            disagreement: About ``N`` points that were not trained on.
-            error: Their log-likelihoods minus the reference's, ``(N,)``, nats; points without a finite one are left
-                out.
-            coverage: The share, below 1.
-
-        Raises:
-            ValueError: If there are too few points for it.
+        ``error`` are their log-likelihoods minus the reference's, ``(N,)``, nats, of which those that are not finite
+        are left out. Too few points for the share are a ``ValueError``.
         """
         error = error.detach().cpu().double().abs()
         finer, round_trip = (part.detach().cpu().double() for part in (disagreement.finer, disagreement.round_trip))
@@ -100,11 +90,7 @@ class ErrorBars:
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any]) -> ErrorBars:
-        """From plain values by name, as :func:`dataclasses.asdict` gives them.
-
-        Raises:
-            ValueError: If they are others.
-        """
+        """From plain values by name, as :func:`dataclasses.asdict` gives them; others are a ``ValueError``."""
         try:
             width, finer, round_trip, coverage = (float(kept[f.name]) for f in fields(cls)[:-1])
             return cls(width, finer, round_trip, coverage, int(kept["count"]))
@@ -118,11 +104,7 @@ def kept_bars(bars: Mapping[int, ErrorBars]) -> dict[str, dict[str, Any]]:
 
 
 def read_bars(kept: Any) -> dict[int, ErrorBars]:
-    """Inverse of :func:`kept_bars`; none of a file that has none.
-
-    Raises:
-        ValueError: If they are no such values.
-    """
+    """Inverse of :func:`kept_bars`; none of a file that has none, and a ``ValueError`` for other values."""
     if kept is None:
         return {}
     if not isinstance(kept, Mapping) or not all(str(steps).isdecimal() for steps in kept):

@@ -235,11 +235,8 @@ def _solve_transposed(product: Callable[[Tensor], Tensor], gradient: Tensor) -> 
 def map_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, together: int = 1) -> tuple[Tensor, Tensor]:
     """``f(x)``, shape of ``x``, and the Jacobian, ``(B, d, d)``: one directional derivative per dimension.
 
-    Args:
-        function: Of states ``(B, ...)``, or of so many copies of them, one after the other, where it is asked
-            ``together``.
-        x: Where.
-        together: Directions at a time; a few states take no longer with many than with one.
+    So many directions are asked for ``together``, of as many copies of the states, one after the other: a few states
+    take no longer with many than with one.
     """
     columns, value = [], x
     for units in torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).split(together):

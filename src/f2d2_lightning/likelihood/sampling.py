@@ -52,9 +52,6 @@ def draw_noise(
     """Draws of ``N(0, I)``, ``(count, *shape)``: from the global generator, a given one, or one of a ``seed``.
 
     Those of a seed are drawn on the CPU, and so are the same on every device.
-
-    Raises:
-        ValueError: If none are asked for.
     """
     at_least(1, samples=count)
     if seed is not None:

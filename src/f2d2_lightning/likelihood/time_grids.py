@@ -17,14 +17,9 @@ PLACINGS = (0.0, 0.5)
 
 
 def time_grid(steps: int | Sequence[float], to_noise: bool = False) -> list[float]:
-    """Times of a few-step path, ascending from 0 to 1 (descending if ``to_noise``).
+    """Times of a few-step path, ascending from 0 to 1, or descending if ``to_noise``; a ``ValueError`` if they do not.
 
-    Args:
-        steps: Number of uniform steps, or the times themselves in either order, 0 and 1 included.
-        to_noise: Descend from 1 to 0.
-
-    Raises:
-        ValueError: If there is no step, or the times do not run strictly between 0 and 1.
+    From a number of uniform steps, or from the times themselves in either order, 0 and 1 included.
 
     >>> time_grid(2, to_noise=True)
     [1.0, 0.5, 0.0]

@@ -23,11 +23,8 @@ class StatisticsCache:
     """A folder of sums of features (:attr:`f2d2_lightning.metrics.image.ImageDistance.real`), each by a key.
 
     A file also holds the features of some images. Where the network answers others now, its code has changed and the
-    file is of no use, which the key cannot know.
-
-    Args:
-        folder: The folder; by default ``f2d2_lightning/feature_statistics`` in the user's cache (``XDG_CACHE_HOME``, or
-            ``~/.cache``).
+    file is of no use, which the key cannot know. By default the folder is ``f2d2_lightning/feature_statistics`` in the
+    user's cache (``XDG_CACHE_HOME``, or ``~/.cache``).
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:

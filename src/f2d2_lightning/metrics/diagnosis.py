@@ -99,12 +99,8 @@ def taught_path(
 ) -> TaughtPath:
     """Integrate a student's targets from points, and find what is wrong with them. Draws from the global generator.
 
-    Args:
-        taught: How they are made.
-        x: Data at ``t = 1``, ``(B, ...)``.
-        steps: Step counts, whose grids' times are added to those of the trajectories.
-        cond: Conditioning.
-        reference: Log-likelihoods, ``(B,)``, nats, that judge a student's own diagonal; more nodes judge a teacher's.
+    Points are data ``x``, ``(B, ...)``; the times of grids of so many ``steps`` are added to those of the trajectories.
+    Log-likelihoods by the ``reference``, ``(B,)``, nats, judge a student's own diagonal; more nodes judge a teacher's.
     """
     source, times = taught.source, set(taught.times)
     for t in itertools.chain.from_iterable(map(time_grid, steps)):
@@ -141,18 +137,10 @@ def taught_path(
 def faults(
     model: LikelihoodModel, path: TaughtPath, reference: Tensor, steps: int, cond: Cond | None = None
 ) -> dict[str, Tensor]:
-    """Parts of the error of a model's likelihoods of the points that a path begins at.
+    """Parts of the error of a model's likelihoods, in a number of steps, of the points that a path begins at.
 
-    Args:
-        model: The model.
-        path: From :func:`taught_path`.
-        reference: The points' negative log-likelihoods in ``model.unit``, ``(B,)``.
-        steps: Of the uniform grid.
-        cond: Conditioning.
-
-    Returns:
-        ``targets + head + map = all`` (this module's docstring), ``(B,)`` each, in ``model.unit`` of negative
-        log-likelihoods; NaN where an inversion did not converge.
+    ``targets + head + map = all`` (this module's docstring), ``(B,)`` each, in ``model.unit`` of negative
+    log-likelihoods, as the points' by the ``reference``, ``(B,)``; NaN where an inversion did not converge.
     """
     joint = model.joint_map
     to_noise, change = Direction.TO_NOISE in joint.directions, torch.zeros_like(path.off)

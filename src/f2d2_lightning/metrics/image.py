@@ -82,10 +82,7 @@ class ImageDistance(FrechetInceptionDistance):
     def compute(self) -> dict[str, float]:  # type: ignore[override]
         """Distances by name: ``fid``, and where asked for ``kid``, ``kid_std``, ``precision`` and ``recall``.
 
-        ``kid_std`` is the standard deviation over subsets.
-
-        Raises:
-            RuntimeError: If there are fewer than 2 real images or samples.
+        ``kid_std`` is the standard deviation over subsets. Fewer than 2 real images or samples are a ``RuntimeError``.
         """
         # rounding makes it slightly negative where the sets agree
         figures = {"fid": max(0.0, float(super().compute()))}
@@ -109,22 +106,12 @@ class ImageDistance(FrechetInceptionDistance):
 
 
 def precision_recall(samples: Tensor, real: Tensor, chunk: int = 1024) -> tuple[float, float]:
-    """Share of samples that lie near real images, and share of real images that lie near samples.
+    """Share of samples that lie near real images, and share of real images that lie near samples; features ``(N, F)``.
 
     Near means within the ball around a vector of the other set that reaches that set's third nearest vector.
     Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019,
-    https://arxiv.org/abs/1904.06991. Both depend on the sizes of the sets: give as many samples as real images.
-
-    Args:
-        samples: Features of samples, ``(N, F)``.
-        real: Features of real images, ``(M, F)``.
-        chunk: Vectors whose distances to all others are held at a time.
-
-    Returns:
-        Precision and recall, in [0, 1].
-
-    Raises:
-        ValueError: If a set has no more than three vectors.
+    https://arxiv.org/abs/1904.06991. Both depend on the sizes of the sets: give as many samples as real images, at
+    least four of each. Distances of ``chunk`` vectors to all others are held at a time.
     """
     if min(len(samples), len(real)) <= NEIGHBOR:
         raise ValueError(f"there are {len(samples)} samples and {len(real)} real images; at least {NEIGHBOR + 1} each")

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_same_model(module: FlowModule, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another model; levels and range that were not said are its.
-
-    Raises:
-        ValueError: If range, names or shapes of weights are others. Says which.
-    """
+    """Refuse, with a ``ValueError``, a checkpoint of another model; levels and range that were not said are its."""
     kept = checkpoint.get("f2d2", {}).get("range")
     said = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {}) if kept is None else dict(zip(RANGE, kept))
     module.agree_with_checkpoint(said)
@@ -65,11 +61,7 @@ def not_finite(module: FlowModule, batch: Any, batch_index: int) -> str:
 
 
 def check_finite(module: nn.Module) -> None:
-    """Refuse to save weights that are NaN or infinite over good ones.
-
-    Raises:
-        FloatingPointError: Says which.
-    """
+    """Refuse, with a ``FloatingPointError``, to save weights that are NaN or infinite over good ones."""
     bad = [name for name, value in module.state_dict().items() if isinstance(value, Tensor) and not all_finite(value)]
     # all processes stop where one holds a share that is bad
     if bad := [name for names in gather_states(bad) for name in names]:

@@ -19,16 +19,11 @@ CUDA_GRAPHS = ("reduce-overhead", "max-autotune", "cudagraphs")
 
 
 class CompiledCall:
-    """A method of a flow map, compiled on its first call.
+    """A method of a flow map that answers ``(x, s, t, cond)``, compiled on its first call.
 
     Calls that carry a tangent (divergences, time derivatives) or come from a transform of ``torch.func`` run the method
     as it was written, by the rules of :mod:`f2d2_lightning.divergence._tangents`: torch does not say what compiled code
     does with a tangent. A copy of the network gets a copy of this that calls the copy's own method.
-
-    Args:
-        network: The flow map.
-        name: Method that answers ``(x, s, t, cond)``.
-        how: Keyword arguments of ``torch.compile``.
     """
 
     def __init__(self, network: FlowMap, name: str, how: dict[str, Any]) -> None:
@@ -54,14 +49,9 @@ def compile_network(network: nn.Module, how: bool | str = True) -> None:
     What is compiled is the method that does the work, ``forward_features`` where the class has one, ``forward``
     otherwise. The first call of each shape, mode and kind of gradient takes its time, minutes for large networks.
 
-    Args:
-        network: The flow map.
-        how: ``True`` for torch's defaults, the name of a mode (``"max-autotune-no-cudagraphs"``) or of a backend
-            (``"inductor"``, ``"eager"``) of ``torch.compile``; ``False`` for none.
-
-    Raises:
-        ValueError: If there is no such mode or backend, it would reuse the memory of its answers, or the network is no
-            flow map or an adapted one.
+    ``how`` is ``True`` for torch's defaults, the name of a mode (``"max-autotune-no-cudagraphs"``) or of a backend
+    (``"inductor"``, ``"eager"``) of ``torch.compile``. One that there is not, or that would reuse the memory of its
+    answers, is a ``ValueError``, and so is any other network than a flow map that is written as one.
     """
     if not isinstance(network, FlowMap) or isinstance(network, AdaptedFlowMap):
         raise ValueError(

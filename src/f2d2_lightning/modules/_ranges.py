@@ -19,11 +19,7 @@ class RangedModel(LikelihoodModel):
     """Whether they are those of a data module."""
 
     def say_range(self, levels: int | None, low: float | None, high: float | None) -> None:
-        """Keep what was said; ``None`` leaves it to be found. To be called by ``__init__``.
-
-        Raises:
-            ValueError: If the range is empty.
-        """
+        """Keep what was said; ``None`` leaves it to be found. To be called by ``__init__``."""
         if levels is not None:
             at_least(2, levels=levels)
         self._edges = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
@@ -44,16 +40,11 @@ class RangedModel(LikelihoodModel):
         self._set_range(levels, low, high)
 
     def agree_with_data(self, data: Any, shape: tuple[int, ...] | None = None, take: bool = True) -> None:
-        """Take over levels and range of a data module where none were said, and refuse one that says others.
+        """Take over levels and range of a data module where none were said; one that says others is a ``ValueError``.
 
-        Args:
-            data: A data module with ``quantization``, or with some of ``levels``, ``low``, ``high`` and ``shape``,
-                which are compared only; or anything else, which says nothing.
-            shape: The model's, if it is to be compared.
-            take: Whether a model without levels may take them over; one that was trained without may not.
-
-        Raises:
-            ValueError: Says of both what differs.
+        It has ``quantization``, or some of ``levels``, ``low``, ``high`` and ``shape``, which are compared only, the
+        ``shape`` if the model's is given; anything else says nothing. A model that was trained without levels may not
+        ``take`` any over.
         """
         theirs = getattr(data, "quantization", None)
         if take and self.levels is None and isinstance(theirs, Quantization):
@@ -72,11 +63,7 @@ class RangedModel(LikelihoodModel):
             )
 
     def agree_with_checkpoint(self, said: Mapping[str, Any]) -> None:
-        """Take over levels and range that a checkpoint says where none were said, and refuse others.
-
-        Raises:
-            ValueError: Says of both what differs.
-        """
+        """Take over levels and range that a checkpoint says where none were said; others are a ``ValueError``."""
         if self.levels is None and said.get("levels") is not None:
             self.quantize(*(said.get(name) for name in RANGE))
         for name in RANGE:

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 class KeptTeacher:
     """A teacher that is neither saved nor trained with the student.
 
-    It is ``given`` as module, flow map or velocity, as the path of a checkpoint whose classes ``trust`` allows, or not.
-
-    Raises:
-        ValueError: If it is none of these.
+    It is ``given`` as module, flow map or velocity, as the path of a checkpoint whose classes ``trust`` allows, or not;
+    anything else is a ``ValueError``.
     """
 
     def __init__(self, given: Any, trust: Sequence[str] = ()) -> None:

@@ -62,8 +62,7 @@ def _modules_behind(thing: Any, depth: int = 4) -> Iterator[nn.Module]:
 def kept_apart(teacher: Any, network: nn.Module) -> Any:
     """A teacher that training ``network`` does not change: itself, or a frozen copy where it is the network.
 
-    Raises:
-        ValueError: If it is a function that uses the network, of which there is no copy.
+    Of a function that uses the network there is no copy: a ``ValueError``.
     """
     if not share_weights(teacher, network):
         return teacher

@@ -36,14 +36,10 @@ if TYPE_CHECKING:
 class SharedReference:
     """What a reference leaves open, chosen on the first states of an evaluation, by all processes alike.
 
-    A fixed one keeps what was chosen first, in a resumed run too. The velocity of a model that trains is looked at
-    anew in every evaluation: it is smooth at the start, and what was enough for it then is not later.
-
-    Args:
-        model: Whose reference.
-        trainer: Its trainer, at the start of the evaluation.
-        most: Samples of a loader that are compared, the first ones; ``None`` for all.
-        identify: What a velocity's answers depend on, as a fingerprint; ``None`` where that is not known.
+    A fixed one keeps what was chosen first, in a resumed run too. The velocity of a model that trains is looked at anew
+    in every evaluation: it is smooth at the start, and what was enough for it then is not later. The first ``most``
+    samples of a loader are compared, or all; ``identify`` gives a fingerprint of what a velocity's answers depend on,
+    where that is known.
     """
 
     def __init__(
@@ -103,9 +99,7 @@ OWN_SHARE = 0.05
 class Evaluation:
     """What a module and a callback do in validation and test.
 
-    Args:
-        model: The model.
-        check: Compare the derivative of what the reference integrates with differences, once an evaluation.
+    With ``check`` the derivative of what the reference integrates is compared with differences, once an evaluation.
     """
 
     def __init__(self, model: DistilledModel, check: bool = True) -> None:
@@ -245,11 +239,7 @@ class Evaluation:
     # --- results ---
 
     def compared_values(self) -> tuple[dict[int, Tensor], Tensor]:
-        """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, that this process compared.
-
-        Raises:
-            ValueError: Before an evaluation.
-        """
+        """Negative log-likelihoods by step count, and the reference's, each ``(N,)``, that this process compared."""
         if self.likelihoods is None:
             raise ValueError("nothing was evaluated yet; validate or test first")
         return self.likelihoods.compared_values()

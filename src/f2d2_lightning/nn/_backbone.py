@@ -56,11 +56,7 @@ class Backbone(FlowMap):
         return self.labels is not None or self.condition is not None
 
     def check(self, x: Tensor, channels: int | None = None) -> None:
-        """Refuse states of another shape; ``channels`` in place of the shape's own.
-
-        Raises:
-            ValueError: Says both shapes.
-        """
+        """Refuse, with a ``ValueError``, states of another shape; ``channels`` in place of the shape's own."""
         shape = self.shape if channels is None else (channels, *self.shape[1:])
         check_shape(x, shape, "the network takes", "set shape= to that of the data")
 
@@ -100,10 +96,8 @@ def fit_conditions(
 ) -> None:
     """Standardise the vectors that the networks of a model are conditioned on, where that was not done yet.
 
-    Args:
-        model: Any module.
-        conditions: Gives those of the data, batches ``(B, numbers)``, anew at each call.
-        reduce: Sums a tensor over processes, where each of them sees a part of the data.
+    ``conditions`` gives those of the data anew at each call, in batches ``(B, numbers)``; ``reduce`` sums a tensor over
+    processes, where each of them sees a part.
     """
     for part in model.modules():
         embedding = part.condition if isinstance(part, Backbone) else None

@@ -21,19 +21,11 @@ def has_tangent(*tensors: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    r"""Scaled dot-product attention, :math:`\operatorname{softmax}(q k^\top / \sqrt{c})\, v`.
+    r"""Scaled dot-product attention, :math:`\operatorname{softmax}(q k^\top / \sqrt{c})\, v`, ``(B, heads, N, c)``.
 
     Torch's fused kernels never hold the matrix of weights, but have no rule for forward mode, which the divergence is
     taken with. Where a tangent comes in the formula is written out, at the cost of that matrix; elsewhere the kernels
-    answer.
-
-    Args:
-        q: Queries, ``(B, heads, N, c)``.
-        k: Keys, ``(B, heads, M, c)``.
-        v: Values, ``(B, heads, M, c)``.
-
-    Returns:
-        ``(B, heads, N, c)``. Weights are computed in float32 or better, also where the tensors are of half precision.
+    answer. Weights are computed in float32 or better, also where the tensors are of half precision.
     """
     if not has_tangent(q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)

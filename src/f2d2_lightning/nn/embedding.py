@@ -15,15 +15,10 @@ from f2d2_lightning.utils.configured import Configured
 
 
 class SlowWaves(nn.Module, Configured):
-    """Times and slow sinusoids of them through two layers.
+    """So many times, and slow sinusoids of each, through two layers to a width of ``features``.
 
     Periods of 2 or longer down to ``2 / frequencies``: objectives differentiate with respect to time, and fast ones,
     usual in diffusion, make that derivative large and noisy.
-
-    Args:
-        features: Width of the output.
-        frequencies: Sinusoids per time.
-        times: Number of times.
     """
 
     rates: Tensor

@@ -23,11 +23,7 @@ from f2d2_lightning.utils.configured import Configured
 
 
 class Head(nn.Module, Configured):
-    """What every divergence head does: a residual times ``scale``, beside the closed form of a Gaussian fit.
-
-    Args:
-        baseline: Closed form that is added; ``None`` for no baseline.
-    """
+    """What every divergence head does: a residual times ``scale``, beside the closed form of a Gaussian fit, if any."""
 
     scale: Tensor
     per_axis = False
@@ -41,20 +37,12 @@ class Head(nn.Module, Configured):
         self.register_buffer("scale", torch.ones(()))
 
     def residual(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond | None, features: Tensor | None) -> Tensor:
-        """What is learned, in units of ``scale``; arguments as :meth:`forward`, in the head's own precision.
-
-        Returns:
-            ``(B,)``.
-        """
+        """What is learned, ``(B,)``, in units of ``scale``; arguments as :meth:`forward`, in the head's precision."""
         raise NotImplementedError
 
     @property
     def precision(self) -> torch.dtype:
-        """Type that divergences are computed in.
-
-        Raises:
-            ValueError: If it is of half precision.
-        """
+        """Type that divergences are computed in; half precision is a ``ValueError``."""
         dtype = self.scale.dtype
         if dtype in (torch.float16, torch.bfloat16):
             raise ValueError(

@@ -118,16 +118,10 @@ def with_second_time(
 
 
 def one_time_state(student: nn.Module, teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A teacher's weights under the names that they have in a student with an added time.
+    """A teacher's weights under the names that they have in a student with an added time, as a whole ``state_dict``.
 
-    It is an :class:`AddedTime`, or in an adapted network an :class:`~f2d2_lightning.adapters.AddedInterval`.
-
-    Args:
-        student: The network to start; its own added part, where the teacher has none, is taken over as it is.
-        teacher: ``state_dict`` of a network that differs from it in the added time alone, or in nothing.
-
-    Returns:
-        A whole ``state_dict`` for the student, if the networks fit.
+    That is an :class:`AddedTime`, or in an adapted network an :class:`~f2d2_lightning.adapters.AddedInterval`, and all
+    that the two differ in, if in anything. Where the teacher has none, the student's own is taken over as it is.
     """
     state = dict(teacher)
     for place, module in student.named_modules():

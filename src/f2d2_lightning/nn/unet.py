@@ -30,11 +30,9 @@ def _norm(channels: int) -> GroupNorm:
 
 
 class Resample(nn.Module):
-    """Halve or double height and width with a separable filter.
+    """Halve (``factor=0.5``) or double (``2.0``) height and width with a separable filter.
 
-    Args:
-        factor: ``0.5`` or ``2.0``.
-        taps: The filter along an axis, of even length: ``(1, 1)`` averages and repeats, ``(1, 3, 3, 1)`` is smoother.
+    Its ``taps`` along an axis are of an even number: ``(1, 1)`` averages and repeats, ``(1, 3, 3, 1)`` is smoother.
     """
 
     taps: Tensor
@@ -62,16 +60,8 @@ class Resample(nn.Module):
 class UNetBlock(nn.Module):
     """Two convolutions with the times between them, a residual, and self-attention where asked for.
 
-    Args:
-        inputs: Channels in.
-        outputs: Channels out.
-        embedding: Width of the embedded times.
-        factor: ``0.5`` halves, ``2.0`` doubles height and width; 1 keeps them.
-        heads: Heads of self-attention; 0 for none.
-        dropout: Probability of dropping a hidden unit in training.
-        skip_scale: Factor on the sum of residual and branch; ``sqrt(1/2)`` keeps variances.
-        scale_shift: Let the times scale the hidden units too, not only shift them.
-        taps: Filter of halving and doubling.
+    Factors of 0.5 and 2.0 halve and double height and width, no ``heads`` is no attention, a ``skip_scale`` of
+    ``sqrt(1/2)`` keeps variances, and with ``scale_shift`` the times scale the hidden units too, not only shift them.
     """
 
     def __init__(

@@ -113,12 +113,9 @@ class Weighting:
         one_of("units", self.units, ("natural", "velocity"))
 
     def __call__(self, predicted: Joint, examples: Examples, baseline: GaussianBaseline | None = None) -> Terms:
-        """Terms for a batch.
+        """Terms for a batch, of what the student answered at its examples, whose targets are detached here.
 
-        Args:
-            predicted: The student's answer at the examples.
-            examples: What it should have answered, detached here.
-            baseline: Gaussian fit that gives natural units; unit variance without one.
+        The Gaussian fit ``baseline`` gives natural units; unit variance without one.
         """
         velocity_error = predicted.velocity - examples.target.velocity.detach()
         divergence_error = predicted.divergence - examples.target.divergence.detach()

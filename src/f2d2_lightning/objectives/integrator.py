@@ -38,15 +38,8 @@ def integrate(
     flow does beyond the fit's own, in whitened coordinates against the fit's angles, and is exact for Gaussian data in
     one step. Divergence probes differ from one evaluation to the next so that their errors cancel.
 
-    Args:
-        source: Gives ``(v, div v)`` anywhere.
-        x: State at ``times[0]``, ``(B, ...)``.
-        times: Times, ascending or descending.
-        cond: Conditioning, or ``None``.
-        baseline: Gaussian fit of the data, or ``None`` for the plain scheme.
-
-    Returns:
-        States ``(B, len(times), ...)`` and ``log p_t(x_t) - log p_{t_0}(x)``, ``(B, len(times))``, nats.
+    From ``x`` at the first of ascending or descending times it answers states ``(B, len(times), ...)`` and ``log
+    p_t(x_t) - log p_{t_0}(x)``, ``(B, len(times))``, nats.
     """
     chart, source = _Plain(x) if baseline is None else _Whitened(baseline), source.along_path()
     states, change = [x], [x.new_zeros(len(x))]
@@ -98,11 +91,7 @@ def integrate_both_ways(
     cond: Cond | None,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`integrate`, from ``times[node]`` to both ends of ascending times; ``seed`` is that of the probes.
-
-    Raises:
-        FloatingPointError: If a trajectory is not finite.
-    """
+    """As :func:`integrate`, from ``times[node]`` to both ends of ascending times; ``seed`` is that of the probes."""
     with own_random_state(x.device, seed):
         down, down_change = integrate(source, x, times[node::-1], cond, baseline)
         up, up_change = integrate(source, x, times[node:], cond, baseline)
@@ -171,16 +160,11 @@ class _Whitened(_Plain):
 def trajectory_times(
     nodes: int, grids: Sequence[int], baseline: GaussianBaseline | None = None, near_data: float = 0.0
 ) -> list[float]:
-    """Times at which trajectories are kept: the likelihood grids' own, and others between them.
+    """Times at which trajectories are kept: the likelihood grids' own, of so many steps, and about ``nodes`` in all.
 
     With a Gaussian fit the others are spread by the fit's mean angle, most of which is turned near the data where
-    narrow axes have their say; without, evenly.
-
-    Args:
-        nodes: About how many intervals.
-        grids: Step counts whose uniform grids must be among the times.
-        baseline: Gaussian fit of the data.
-        near_data: Share of the nodes that lie close to the data, see :func:`times_near_data`.
+    narrow axes have their say; without, evenly. A share ``near_data`` of them lies close to the data, see
+    :func:`times_near_data`.
     """
     if near_data:
         close = times_near_data(round(near_data * nodes))

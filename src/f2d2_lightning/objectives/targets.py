@@ -138,7 +138,7 @@ def choose_targets(
 
     Args:
         velocity: The teacher's, ``(x, t, cond) -> v``.
-        x: Data at ``t = 1``, ``(B, ...)``; 64 points say enough.
+        x: Data at ``t = 1``, ``(B, ...)``; 64 points say enough. Of at least three log p must be finite.
         cond: Conditioning.
         baseline: Gaussian fit that the integrator uses, or ``None``.
         grids: Step counts whose times are among the nodes.
@@ -148,9 +148,6 @@ def choose_targets(
 
     Returns:
         The choice; draws no random numbers from the global generator.
-
-    Raises:
-        FloatingPointError: If log p is not finite for at least three of the points.
     """
     dim = x[0].numel()
     shared: dict[str, Any] = {"x": x, "cond": cond, "baseline": baseline, "grids": grids}

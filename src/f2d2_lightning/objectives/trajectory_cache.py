@@ -25,10 +25,7 @@ class TrajectoryCache:
     Those are the teacher's weights, the divergence estimator, the starting points, the seed of the probes, the times,
     the baseline, the kind of device, torch's version and the integrator's. What is read is therefore what would have
     been computed, and training goes on to the same numbers with and without. Files are never removed; the folder may be
-    at any time.
-
-    Args:
-        folder: Where; made when first written to. A trajectory takes ``4 * nodes * d`` bytes.
+    at any time. A trajectory takes ``4 * nodes * d`` bytes.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -44,8 +41,7 @@ class TrajectoryCache:
     ) -> Path:
         """File of one chunk: starting points ``x``, their ``node``, ``cond`` and ``seed``.
 
-        Raises:
-            ValueError: If the source has no weights that could be told apart, or changes in training.
+        A source without weights that could be told apart, or one that changes in training, is a ``ValueError``.
         """
         x = entry["x"]
         where = (x.device.type, torch.__version__, VERSION)
@@ -90,11 +86,7 @@ class TrajectoryCache:
 
 
 def _checked(path: Path, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
-    """The tensors of a file.
-
-    Raises:
-        ValueError: If they are others than they should be, or others than were written.
-    """
+    """The tensors of a file; a ``ValueError`` if they are others than they should be, or others than were written."""
     with safe_open(path, "pt") as file:
         said = (file.metadata() or {}).get("checksum")
         found = {name: file.get_tensor(name) for name in sorted(file.keys())}

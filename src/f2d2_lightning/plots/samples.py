@@ -28,9 +28,6 @@ def as_colors(images: Tensor, low: float, high: float) -> Tensor:
     """Images ``(N, 1 or 3, H, W)`` as ``(N, H, W, 3)`` in [0, 1], black at ``low`` and below, white at ``high``.
 
     Pixels that are not finite are vermillion.
-
-    Raises:
-        ValueError: If these are no images, or the range is empty.
     """
     if images.ndim != 4 or not is_image(tuple(images.shape[1:])):
         raise ValueError(f"images have shape {tuple(images.shape)}; (N, 1 or 3, H, W) can be shown")

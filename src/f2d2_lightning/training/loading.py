@@ -121,20 +121,13 @@ def _older(path: Path) -> str:
 def load_module(path: str | Path, kind: type[Module], *, trust: Sequence[str] = (), **kwargs: Any) -> Module:
     """A module from a checkpoint that ``f2d2 fit`` or a script wrote, in evaluation mode.
 
-    The class is the one that the checkpoint names (``f2d2 fit`` saves it), else ``kind``. Only classes of this package,
-    of ``torch.nn`` and ``torch.optim``, and of packages that you trust are made; no text becomes a function, and no
-    file that the checkpoint names is opened (:mod:`f2d2_lightning.checkpoints.trust`).
+    The class is the one that the checkpoint names (``f2d2 fit`` saves it), else ``kind``, whose package is trusted.
+    Only classes of this package, of ``torch.nn`` and ``torch.optim``, and of packages that you trust are made; no text
+    becomes a function, and no file that the checkpoint names is opened (:mod:`f2d2_lightning.checkpoints.trust`).
 
-    Args:
-        path: Checkpoint.
-        kind: Class expected; a subclass is fine. Its package is trusted.
-        trust: Packages whose classes the checkpoint may name, such as the one that your own backbone is in.
-        kwargs: Arguments that the checkpoint does not hold, such as network objects of a script, or that replace its.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint, is of another class, names a class that is not trusted, or does not
-            fit the class.
+    ``kwargs`` are arguments that the checkpoint does not hold, such as network objects of a script, or that replace
+    its. A missing file is a ``FileNotFoundError``; one that is no checkpoint, or does not fit the class, a
+    ``ValueError``.
     """
     return restore_module(read_checkpoint(path), path, kind, trust, None, kwargs).eval()
 

@@ -34,17 +34,11 @@ AGAIN = "write it again with numpy.save or numpy.savez, not savez_compressed"
 
 
 def read_numbers(path: str | Path, names: Sequence[str] = (), remedy: str = AGAIN) -> dict[str, np.ndarray]:
-    """Arrays of numbers in a ``.npy`` or ``.npz`` file, by name.
+    """Arrays of numbers in a ``.npy`` or ``.npz`` file, by name; what the file is, its beginning says.
 
-    Args:
-        path: File; what it is, its beginning says.
-        names: Arrays of an ``.npz`` file to read: the first, and those of the others that are there. All by default.
-            The array of a ``.npy`` file gets the first name.
-        remedy: What to do with a file that cannot be read, for errors.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, of another kind, or would take far more memory than it has bytes.
+    Of an ``.npz`` file the first of the ``names`` is read, and those of the others that are there, or all by default;
+    the array of a ``.npy`` file gets the first name. A file that is damaged, of another kind, or would take far more
+    memory than it has bytes is a ``ValueError``, which says the ``remedy``.
     """
     path = Path(path)
     with _named(path, remedy), path.open("rb") as file:

@@ -47,9 +47,6 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     """What :func:`checked` does, of arguments by name, for a function that no decorator may be around.
 
     Lightning finds the hyper-parameters of a module in the frames of its constructors.
-
-    Raises:
-        ArgumentError: Names argument, value and what is expected.
     """
     owner, _, called = function.__qualname__.rpartition(".")
     for name, (hint, default) in _hints(function).items():

@@ -15,12 +15,9 @@ SHOWN = 12
 
 
 def labels_of(found: Sequence[str], known: Sequence[str], where: Any) -> list[int]:
-    """Label of each class that data have, by its place among the model's ``known`` names.
+    """Label of each class that data have, by its place among the model's ``known`` names; a ``ValueError`` for others.
 
     Of a model whose labels are numbers without names, names that are whole numbers say the label themselves.
-
-    Raises:
-        ValueError: If the model does not know a class. Gives both lists.
 
     >>> labels_of(["2"], ["10", "2"], "a folder")
     [1]

@@ -39,14 +39,10 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 
 
 def hashed(counters: Tensor, seed: int) -> Tensor:
-    """64 random bits for each counter, as ``int64``, shape of ``counters``: SplitMix64 at that position.
+    """64 random bits for each of the counters, ``int64``, any shape: SplitMix64 at that position of stream ``seed``.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014,
     https://doi.org/10.1145/2660193.2660195
-
-    Args:
-        counters: Integers, any shape, ``int64``.
-        seed: Stream; different seeds give independent numbers.
     """
     z = counters * _GOLDEN + _signed(mix_seed(seed))
     z = (z ^ _shift_right(z, 30)) * _MIX1
@@ -55,11 +51,7 @@ def hashed(counters: Tensor, seed: int) -> Tensor:
 
 
 def counter_uniform(counters: Tensor, seed: int) -> Tensor:
-    """Uniform numbers in [0, 1), one for each counter; arguments as :func:`hashed`.
-
-    Returns:
-        float32, shape of ``counters``, with 24 random bits.
-    """
+    """Uniform numbers in [0, 1), one for each counter, float32 with 24 random bits; arguments as :func:`hashed`."""
     return _shift_right(hashed(counters, seed), 40).to(torch.float32) * 2.0**-24
 
 

@@ -92,14 +92,9 @@ def song_unet(
 ) -> UNet:
     """Our network with their weights; the embedding is filled by the caller, and so is :meth:`Weights.finish` called.
 
-    Args:
-        weights: Theirs.
-        embedding: Module ``(s, t) -> (B, E)``.
-        layout: Sizes.
-        directions: Orders of time it was trained for.
-        second_affine: Whether blocks have a second layer for a second embedding, ``affine_s``.
-        interleaved: Whether queries, keys and values alternate from channel to channel, or come one after the other.
-        dropout: Probability of dropping a hidden unit, for training on; weights do not say it.
+    ``second_affine`` says whether blocks have a second layer for a second embedding, ``affine_s``; ``interleaved``,
+    whether queries, keys and values alternate from channel to channel, or come one after the other. Weights do not say
+    ``dropout``.
     """
     sizes = (layout.shape, layout.width, layout.multipliers, layout.blocks, layout.attention)
     unet = UNet(*sizes, dropout=dropout, directions=directions, embedding=embedding, taps=layout.taps)

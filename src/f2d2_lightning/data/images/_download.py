@@ -29,9 +29,7 @@ class Source:
 def fetch(source: Source, path: str | Path) -> None:
     """Bring a file to ``path``, if none is there. An interrupted or wrong download leaves nothing behind.
 
-    Raises:
-        FileNotFoundError: If the address does not answer, or the folder cannot be written.
-        ValueError: If what came has another checksum.
+    An address that does not answer is a ``FileNotFoundError``, another checksum than expected a ``ValueError``.
     """
     path = Path(path)
     try:

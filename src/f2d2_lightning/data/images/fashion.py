@@ -92,11 +92,8 @@ class FashionMNIST(ImageDataModule):
 def read_idx(path: str | Path) -> Tensor:
     """Array of unsigned bytes in an IDX file, plain or gzipped, ``uint8``, shape as the file says.
 
-    The format of MNIST and its relatives, http://yann.lecun.com/exdb/mnist/.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not IDX, holds another type than unsigned bytes, or is truncated or corrupt.
+    The format of MNIST and its relatives, http://yann.lecun.com/exdb/mnist/. A file of another kind, or a damaged one,
+    is a ``ValueError``.
     """
     path = Path(path)
     size = path.stat().st_size
