@@ -88,6 +88,7 @@ def test_the_same_numbers_in_any_batches_and_from_any_array(models, name):
     assert torch.allclose(model.sample(11, steps, seed=5, batch_size=3).state, drawn.state)
     assert torch.equal(model.sample(11, steps, seed=5).noise, drawn.noise)
     assert not torch.equal(model.sample(11, steps, seed=6).noise, drawn.noise)
+    assert torch.equal(model.sample(11, steps, seed=2**70 + 5).noise, drawn.noise)
     generator = torch.Generator().manual_seed(5)
     assert torch.equal(model.sample(11, steps, generator=generator).noise, drawn.noise)
     with pytest.raises(ValueError, match="both given"):

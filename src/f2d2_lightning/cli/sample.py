@@ -18,7 +18,7 @@ from f2d2_lightning.cli._points import Reading, reading_of
 from f2d2_lightning.likelihood.guidance import GuidedSamples, SelfGuidance
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.quantization import bits_per_dim
-from f2d2_lightning.likelihood.sampling import Samples
+from f2d2_lightning.likelihood.sampling import Samples, draw_noise
 from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
 from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.plots import sample_figure, save_figure
@@ -77,7 +77,7 @@ def _sample(options: Any) -> None:
     units = reading_of(options.ckpt, Reading()).units
     below = 0.0 if units is None else units.log_scale
     # drawn on the CPU, so that a seed gives the same samples on any device
-    noise = torch.randn(options.num, *module.shape, generator=torch.Generator().manual_seed(options.seed))
+    noise = draw_noise(options.num, module.shape, seed=options.seed)
     if any(isinstance(part, Backbone) and part.condition is not None for part in module.joint_map.modules()):
         raise ValueError(
             "the model is conditioned on more than a class, which no option says; draw its samples in Python: "

@@ -51,13 +51,13 @@ def draw_noise(
 ) -> Tensor:
     """Draws of ``N(0, I)``, ``(count, *shape)``: from the global generator, a given one, or one of a ``seed``.
 
-    Those of a seed are drawn on the CPU, and so are the same on every device.
+    Those of a seed are drawn on the CPU, and so are the same on every device. Seeds that differ by 2^64 are one.
     """
     at_least(1, samples=count)
     if seed is not None:
         if generator is not None:
             raise ValueError(f"seed={seed} and generator= are both given; one of them says what is drawn")
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = torch.Generator().manual_seed(int(seed) % 2**64)
     where = device if generator is None else generator.device
     return torch.randn(count, *shape, generator=generator, device=where).to(device)
 
