@@ -793,6 +793,20 @@ def test_steps_of_a_critic_alone_leave_network_and_head_alone(tmp_path):
     assert same(made[0][1].added.live, made[1][1].added.live)
 
 
+@pytest.mark.parametrize("module", [MeanFlowModule, ManualModule])
+def test_a_step_that_writes_into_its_batch_is_refused(tmp_path, module):
+    """The head would learn other states than it was fitted to."""
+
+    class Writing(module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            batch.mul_(2)
+            return loss
+
+    with pytest.raises(RuntimeError, match=r"Writing.training_step writes into its batch"):
+        fit(tmp_path, Writing(), callback())
+
+
 def test_random_states_are_drawn_apart_from_the_modules_numbers(tmp_path):
     """Training as without the callback, and every validation on the same draws."""
 
@@ -821,9 +835,14 @@ def test_the_head_is_fitted_to_the_rows_that_are_trained_on(tmp_path, how):
     else:
         options = {"batch_sampler": [list(range(start, start + 32)) for start in (0, 32, 64)]}
     loader = torch.utils.data.DataLoader(torch.cat((points, 1000 + points)), **options)
-    f2d2 = callback()
-    trainer(tmp_path, callbacks=[f2d2], max_epochs=1, limit_val_batches=0).fit(MeanFlowModule(), loader)
+    f2d2, trained = callback(frozen=True), []
+    for callbacks in ([], [f2d2]):
+        sampler.generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        trained.append(MeanFlowModule())
+        trainer(tmp_path, callbacks=callbacks, max_epochs=1, limit_val_batches=0).fit(trained[-1], loader)
     torch.testing.assert_close(f2d2.added.live["head"].baseline.mean, points.mean(0), rtol=0, atol=1e-5)
+    assert same(*trained)  # the look at the data has left the sampler's generator as it was
 
 
 def test_another_head_is_refused_on_resume(tmp_path):

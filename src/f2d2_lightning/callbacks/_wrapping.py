@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 LAYER = "_f2d2_layer"
 
@@ -101,6 +102,17 @@ class AddedLoss:
         batch = args[0] if args else kwargs["batch"]
         index = self.module.trainer.fit_loop.epoch_loop.batch_idx  # a step need not ask for it
         self._forget()
+        before = _versions(batch)
+        output = self._step(original, batch, index, *args, **kwargs)
+        if _versions(batch) != before:
+            raise RuntimeError(
+                f"{type(self.module).__name__}.training_step writes into its batch, and the added loss and the fit of "
+                "the head take it as the loader gave it; write batch = 2 * batch, say, for batch *= 2, or do it in "
+                "on_after_batch_transfer"
+            )
+        return output
+
+    def _step(self, original: Callable[..., Any], batch: Any, index: int, *args: Any, **kwargs: Any) -> Any:
         if self.module.automatic_optimization:
             output = original(*args, **kwargs)
             if output is None:  # the module leaves this batch out
@@ -126,3 +138,8 @@ class AddedLoss:
             (batch, batch_index), self._due = self._due, None
             loss = loss + self.loss(batch, batch_index).to(loss)
         original(loss, *args, **kwargs)
+
+
+def _versions(batch: Any) -> list[int]:
+    """Of the tensors of a batch: they change where somebody writes into one."""
+    return [part._version for part in tree_leaves(batch) if isinstance(part, Tensor) and not part.is_inference()]

@@ -228,7 +228,11 @@ def _some(loader: Any, count: int) -> Any:
     whole = getattr(sampler, "dataset", loader.dataset) is loader.dataset
     if whole and isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
         sampler = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0)).tolist()  # type: ignore[arg-type]
+    generator: Any = getattr(sampler, "generator", None)
+    before = None if generator is None else generator.get_state()
     rows = list(itertools.islice(sampler, count))
+    if before is not None:  # training draws the same as without this look
+        generator.set_state(before)
     # another loader: a second iterator of one with persistent workers would reset the first; and batches of a fixed
     # size, so that what is set from them does not depend on the number of processes
     return DataLoader(Subset(loader.dataset, rows), batch_size=min(256, len(rows)), collate_fn=loader.collate_fn)

@@ -50,7 +50,8 @@ class Places:
         seen = self._seen.get(loader, 0)
         self._seen[loader] = seen + count
         place = torch.arange(seen, seen + count)
-        sampler = getattr(self._loaders()[loader], "sampler", None)
+        # of a batch sampler of somebody's own, Lightning deals out the sampler inside
+        sampler = getattr(getattr(self._loaders()[loader], "batch_sampler", None), "sampler", None)
         if not isinstance(sampler, DistributedSampler):
             return place, torch.ones(count, dtype=torch.bool)
         place = place * sampler.num_replicas + sampler.rank
