@@ -247,7 +247,7 @@ class GaussianBaseline(nn.Module, Configured):
         return self._pixels(half.reshape(self.dim, -1, channels))
 
     def _rows(self, batch: Tensor) -> Tensor:
-        """Flat states, ``(B, dim)``, in double precision; others, and NaN or infinity, are a ``ValueError``."""
+        """Flat states, ``(B, dim)``, in double precision; others, and any not finite, are a ``ValueError``."""
         if tuple(batch.shape[1:]) != self.shape:
             raise ValueError(f"a batch has samples of shape {tuple(batch.shape[1:])}, the baseline {self.shape}")
         flat = batch.reshape(len(batch), -1).to("cpu", torch.float64)

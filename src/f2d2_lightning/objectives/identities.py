@@ -96,9 +96,12 @@ class Semigroup(Identity):
 
 
 class _MovingTime(Identity):
-    """Objectives that differentiate the student along time; arguments as an objective, and two more.
+    """Objectives that differentiate the student along time.
 
     Args:
+        intervals: Distribution of ``(s, t)``; both directions by default.
+        weighting: How errors become a loss.
+        path: Probability path.
         mode: ``"forward"``, or ``"finite"``, central differences, for backbones without a forward-mode rule.
         step: Half-width of the difference, in time.
     """
