@@ -401,14 +401,10 @@ class AdaptedFlowMap(FlowMap, Configured):
         with own_random_state(x.device), evaluating(self):
             self.tap.find(lambda: self(x[:1], s, t, cond))
 
-    @contextlib.contextmanager
-    def eager(self) -> Iterator[None]:
+    def eager(self) -> contextlib.AbstractContextManager[Any]:
         """Run compiled parts of the network as they were written."""
-        if not self._compiled or torch.compiler.is_compiling():
-            yield
-            return
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        compiled = self._compiled and not torch.compiler.is_compiling()
+        return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _interval_added(self, s: Tensor, t: Tensor) -> Iterator[None]:
@@ -423,11 +419,8 @@ class AdaptedFlowMap(FlowMap, Configured):
             return added.added_to(output, s, t)
 
         assert isinstance(self.network, nn.Module)
-        handle = find_submodule(self.network, str(self.interval_name)).register_forward_hook(add)
-        try:
+        with find_submodule(self.network, str(self.interval_name)).register_forward_hook(add):
             yield
-        finally:
-            handle.remove()
         if not ran:
             raise ValueError(
                 f"{Adapter.describe(self.network)} did not run {self.interval_name!r}, so the pair of times was added "

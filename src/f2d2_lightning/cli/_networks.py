@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,9 +115,9 @@ def _fitting(network: nn.Module, call: str, x: Tensor, tried: list[str]) -> Adap
 def _part(flow_map: AdaptedFlowMap, x: Tensor) -> int | str | None:
     """Which part of the network's answer has the state's shape; ``None`` for the answer itself."""
     answers: list[Any] = []
-    handle = flow_map.network.register_forward_hook(lambda module, arguments, answer: answers.append(answer))  # type: ignore[union-attr]
+    note = flow_map.network.register_forward_hook(lambda module, arguments, answer: answers.append(answer))  # type: ignore[union-attr]
     try:
-        with undisturbed(flow_map, x):
+        with note, undisturbed(flow_map, x):
             flow_map.velocity(x, 0.4)
     except ConventionError:
         # the call fits, and the answer is of another form
@@ -125,8 +127,6 @@ def _part(flow_map: AdaptedFlowMap, x: Tensor) -> int | str | None:
         if not found:
             raise
         return found[0]
-    finally:
-        handle.remove()
     return None
 
 
@@ -169,21 +169,17 @@ def _time_embeddings(flow_map: AdaptedFlowMap, x: Tensor) -> list[str]:
     network = flow_map.network
     assert isinstance(network, nn.Module)
     runs: list[dict[str, list[Any]]] = []
+
+    def note(seen: dict[str, list[Any]], name: str, module: nn.Module, arguments: Any, answer: Any) -> None:
+        seen.setdefault(name, []).append(answer)
+
     with undisturbed(flow_map, x), without_zeros(network):
         for states, time in ((x, 0.3), (x.flip(0) + 1, 0.3), (x, 0.8)):
             seen: dict[str, list[Any]] = {}
-            handles = [
-                module.register_forward_hook(
-                    lambda module, arguments, answer, name=name, seen=seen: seen.setdefault(name, []).append(answer)
-                )
-                for name, module in network.named_modules()
-                if name
-            ]
-            try:
+            with ExitStack() as hooks:
+                for name, module in list(network.named_modules())[1:]:
+                    hooks.enter_context(module.register_forward_hook(partial(note, seen, name)))
                 flow_map.velocity(states, time)
-            finally:
-                for handle in handles:
-                    handle.remove()
             runs.append(seen)
     found = []
     for name in runs[0]:
