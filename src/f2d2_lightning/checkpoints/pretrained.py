@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, TypeVar
@@ -281,7 +281,10 @@ def fill(content: Mapping[str, Any], given: Mapping[str, Any], stored: Stored, w
     """
     names = {name: name for name in stored.shapes} | dict(stored.shared)
     numbers = sum(math.prod(shape) for shape in stored.shapes.values())
-    with _default_dtype(torch.float64 if stored.double else torch.float32):
+    with ExitStack() as after:
+        # constants that are computed when a network is made are computed as they were
+        after.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64 if stored.double else torch.float32)
         model = within_size(lambda: make_model(content, given), len(names), numbers, what)
     theirs = given_places(model)
     mine = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
@@ -305,17 +308,6 @@ def fill(content: Mapping[str, Any], given: Mapping[str, Any], stored: Stored, w
                 value.data = value.data.to(loaded.dtype)
             value.copy_(loaded)
     return model.eval()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Constants that are computed when a network is made are computed as they were."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 # --- the configuration ---

@@ -54,7 +54,9 @@ def forward_mode() -> Iterator[None]:
     ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``. Where an operation has no rule all the same, a
     :class:`DerivativeError` names the submodule that it is in.
     """
-    with _ONE_AT_A_TIME, _plain_attention():
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as after, sdpa_kernel(SDPBackend.MATH):
+        after.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             with forward_ad.dual_level(), TangentRules():
                 yield
@@ -68,17 +70,6 @@ def forward_mode() -> Iterator[None]:
             raise DerivativeError(
                 f"{place} has no derivative in forward mode ({str(error).splitlines()[0][:160]}). {REMEDY}"
             ) from error
-
-
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def raised_in(error: BaseException, root: nn.Module | None = None) -> tuple[nn.Module, str] | None:
