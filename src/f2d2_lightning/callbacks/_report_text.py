@@ -267,15 +267,8 @@ def read_curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def to_json(value: Any) -> str:
     """JSON that any parser reads: NaN and infinity, which it has no numbers for, become ``null``."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {key: plain(v) for key, v in item.items()}
-        if isinstance(item, (list, tuple)):
-            return [plain(v) for v in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=2) + "\n"
 
 
 def page(markdown: str, folder: Path) -> str:
