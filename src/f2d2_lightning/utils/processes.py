@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data.distributed import DistributedSampler
 
 
@@ -69,10 +70,7 @@ class Places:
         return sum(counts)
 
     def _loaders(self) -> list[Any]:
-        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
-        if isinstance(loaders, Mapping):
-            return list(loaders.values())
-        return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+        return tree_leaves(self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders)
 
 
 def ends_with_run(trainer: Any) -> bool:
