@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,21 +115,17 @@ class Reference:
                 warnings.warn(choice.said(), stacklevel=2)
             return choice.reference(velocity, x, cond)
         probes = (0 if x[0].numel() <= AGAIN_EXACT_UP_TO else 1) if self.probes is None else self.probes
-
-        def solve(part: Tensor, of_part: Tensor | None) -> LogProb:
-            return reference_log_prob(
-                velocity,
-                part,
-                of_part,
-                divergence=with_probes(probes, self.mode, self.step),
-                method=self.method or "heun2",
-                steps=None if self.method in ADAPTIVE else self.steps,
-                rtol=self.rtol,
-                atol=self.atol,
-                near_data=0.0 if self.method in ADAPTIVE else self.near_data or 0.0,
-                seed=self.seed,
-            )
-
+        solve = partial(
+            reference_log_prob,
+            velocity,
+            divergence=with_probes(probes, self.mode, self.step),
+            method=self.method or "heun2",
+            steps=None if self.method in ADAPTIVE else self.steps,
+            rtol=self.rtol,
+            atol=self.atol,
+            near_data=0.0 if self.method in ADAPTIVE else self.near_data or 0.0,
+            seed=self.seed,
+        )
         return in_parts(solve, x, cond, self.batch or max(1, len(x)))
 
     @torch.no_grad()
