@@ -99,22 +99,20 @@ class Inversion:
             All is computed in the precision of ``x``, under autocast too.
         """
         ask: Displacement = displacement if rowwise else lambda y, rows: displacement(y)
+        tolerance = self.tolerance or (1e-10 if x.dtype == torch.float64 else 1e-5)
+        begin = (x if start is None else start).detach()
         # a network in lower precision answers in steps, between which no iteration finds a solution
         with torch.autocast(x.device.type, enabled=False):
-            return self._solve(ask, x, x if start is None else start, rowwise)
-
-    def _solve(self, displacement: Displacement, x: Tensor, start: Tensor, rowwise: bool) -> Solution:
-        tolerance = self.tolerance or (1e-10 if x.dtype == torch.float64 else 1e-5)
-        follow = self._anderson if self.method == "anderson" else _newton
-        with torch.no_grad():
-            y, residual, asked = self._search(follow, displacement, x.detach(), start.detach(), tolerance, rowwise)
-        # far out rounding is larger than the tolerance, and where it cancels it looks like a solution
-        lengths = (v.reshape(len(x), -1).square().mean(-1).sqrt() for v in (y, x.detach()))
-        rounding, least = (torch.finfo(x.dtype).eps * length for length in lengths)
-        converged = (residual <= tolerance) & (rounding <= tolerance + least)
-        evaluations = math.ceil(asked / max(1, len(x)))
-        if torch.is_grad_enabled():
-            y, evaluations = self._attach_gradient(displacement, x, y, tolerance), evaluations + 2
+            follow = self._anderson if self.method == "anderson" else _newton
+            with torch.no_grad():
+                y, residual, asked = self._search(follow, ask, x.detach(), begin, tolerance, rowwise)
+            # far out rounding is larger than the tolerance, and where it cancels it looks like a solution
+            lengths = (v.reshape(len(x), -1).square().mean(-1).sqrt() for v in (y, x.detach()))
+            rounding, least = (torch.finfo(x.dtype).eps * length for length in lengths)
+            converged = (residual <= tolerance) & (rounding <= tolerance + least)
+            evaluations = math.ceil(asked / max(1, len(x)))
+            if torch.is_grad_enabled():
+                y, evaluations = self._attach_gradient(ask, x, y, tolerance), evaluations + 2
         return Solution(y, converged, residual, evaluations)
 
     def _search(
