@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from f2d2_lightning.likelihood._inputs import in_parts
 from f2d2_lightning.likelihood.model import LikelihoodModel
 from f2d2_lightning.likelihood.ode import reference_sample
 from f2d2_lightning.plots import (
@@ -148,9 +147,11 @@ class Gallery:
         return made
 
     def _log_prob(self, x: Tensor, steps: int, cond: Cond | None = None) -> Tensor:
-        # a user's own log_prob need not know of batches
-        x, cond = x.to(self.model.device), moved(cond, self.model.device)
-        return in_parts(lambda x, cond: self.model.log_prob(x, steps, cond), x, cond, CHUNK).value.cpu()
+        device, parts = self.model.device, []
+        for start in range(0, len(x), CHUNK):
+            part = slice(start, start + CHUNK)
+            parts.append(self.model.log_prob(x[part].to(device), steps, moved(some_of(cond, part), device)).value.cpu())
+        return torch.cat(parts)
 
     def _integrated(self, x: Tensor, cond: Cond | None = None) -> Tensor | None:
         velocity, device = self.model.reference_velocity(), self.model.device
