@@ -272,6 +272,7 @@ def test_manual_optimisation_trains_the_average_too(tmp_path, make):
             fit(tmp_path, module, limit_val_batches=0, limit_train_batches=2)
         made.append(module)
     assert made[1]._averaged_steps == 4
+    assert not made[1]._followed  # or it could not be pickled
     assert same(made[0].live, made[1].live)
     assert same(made[0].average, made[1].average)
 

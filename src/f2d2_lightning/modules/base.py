@@ -290,13 +290,11 @@ class FlowModule(L.LightningModule, RangedModel):
             with whole_weights(self.trainer.model):
                 self.prepare()
                 update_average(self.average, self.live, 0.0)
-        for handle in self._followed:
-            handle.remove()
         # Lightning calls optimizer_step in automatic optimisation alone
-        steps = [] if self.automatic_optimization else optimizers_of(self.live, self.trainer)
-        self._followed = [one.register_step_post_hook(lambda *_: self._move_average()) for one in steps]
+        self._follow([] if self.automatic_optimization else optimizers_of(self.live, self.trainer))
 
     def on_fit_end(self) -> None:
+        self._follow([])  # a module with hooks cannot be pickled
         check_trained(self.trainer)
 
     def prepare(self) -> None:
@@ -334,6 +332,12 @@ class FlowModule(L.LightningModule, RangedModel):
         """The optimiser's step, then the average's: before any checkpoint of this step is written."""
         super().optimizer_step(*args, **kwargs)
         self._move_average()
+
+    def _follow(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Move the average after each step of these, and of no others."""
+        for handle in self._followed:
+            handle.remove()
+        self._followed = [one.register_step_post_hook(lambda *_: self._move_average()) for one in optimizers]
 
     def _move_average(self) -> None:
         self._averaged_steps += 1
