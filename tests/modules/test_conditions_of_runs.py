@@ -207,6 +207,9 @@ def test_the_helpers():
     shared = torch.ones(1, 2).expand(3, 2)
     assert repeated(shared, 4).stride(0) == 0
     assert some_of(shared, torch.tensor([2, 0])).stride(0) == 0
+    for part in (torch.arange(6.0).reshape(1, 2, 3).expand(4, 2, 3), torch.ones(1).expand(4)):
+        for which in (2, slice(1, 3), [0, 3, 3], torch.tensor([2, 0]), torch.tensor([True, False, True, False])):
+            assert torch.equal(some_of(part, which), part[which])
     assert one_row((shared, shared))[1].shape == (1, 2)
     assert one_row((shared, cond["a"]))[0].shape == (3, 2)
     assert halves([cond["a"], [cond["a"], cond["a"]]])[1].__class__ is tuple

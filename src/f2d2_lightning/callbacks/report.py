@@ -110,7 +110,8 @@ class TestReport(GalleryCallback):
                 diagnosis = self._diagnose(model, gallery, measured, rows)
             if not (trainer.is_global_zero and rows):
                 continue
-            log_scale = float(getattr(data := getattr(trainer, "datamodule", None), "log_scale", 0.0))
+            data = getattr(trainer, "datamodule", None)
+            log_scale = float(getattr(data, "log_scale", 0.0))
             print_table(rows, model.unit, model.reference_name, log_scale)
             if diagnosis is not None:
                 Console().print(str(diagnosis), markup=False, highlight=False)

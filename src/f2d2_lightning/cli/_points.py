@@ -142,7 +142,7 @@ def load_points(name: str, arguments: Mapping[str, Any] | None, module: Likeliho
     if path.suffix.lower() in KINDS:
         return _from_rows(path, module, reading)
     raise ValueError(
-        f"--data is {name}; .csv, .npy and .npz files (an .npz holds its data as 'x', labels as 'y', or pairs as "
+        f"--data is {name}; .csv, .tsv, .npy and .npz files (an .npz holds its data as 'x', labels as 'y', or pairs as "
         f"'theta' and 'x') and images ({', '.join(SUFFIXES)}) can be read"
     )
 

@@ -70,7 +70,7 @@ def init_command(arguments: list[str]) -> None:
     about = "Look at data, and write the configurations of a teacher and of its student to a folder."
     parser = ArgumentParser(prog="f2d2 init", exit_on_error=False, description=about)
     parser.add_argument("folder", type=str, help="where to write teacher.yaml and student.yaml; runs go there as well")
-    data = f"a folder (or zip) of images; a table: .csv, .npy or .npz with x; or {', '.join(DATA)}"
+    data = f"a folder (or zip) of images; a table: .csv, .tsv, .npy or .npz with x; or {', '.join(DATA)}"
     parser.add_argument("--data", type=str, required=True, help=data)
     parser.add_argument("--size", type=int | None, default=None, help="side that images are brought to, pixels")
     network = (
@@ -212,7 +212,7 @@ def _look_at(data: str, size: int | None) -> _Found:
     if path.suffix.lower() in KINDS:
         return _look_at_rows(path)
     raise ValueError(
-        f"--data is {data}; a folder of images, a .csv, .tsv, .npy or .npz file, or one of {', '.join(DATA)} is needed"
+        f"--data is {data}; a folder of images, a {', '.join(KINDS)} file, or one of {', '.join(DATA)} is needed"
     )
 
 

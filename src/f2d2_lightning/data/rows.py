@@ -41,11 +41,10 @@ class Rows:
 def read_rows(path: str | Path) -> Tensor:
     """Rows of a ``.csv``, ``.tsv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
 
-    The first line of a ``.csv`` file may name the columns, or count them as pandas does, and commas, semicolons or tabs
-    separate them; a first column of
-    whole numbers whose name is empty, as pandas numbers rows, is left out. Integers ``(N, H,
-    W)`` are grey images, ``(N, 1, H, W)``; channels that come last are brought to the front; images of floating numbers
-    that are all whole multiples of 1/255 are their 8-bit levels.
+    The first line of text may name the columns, or count them as pandas does, and commas, semicolons, tabs or spaces
+    separate them; a first column of whole numbers whose name is empty, as pandas numbers rows, is left out. Integers
+    ``(N, H, W)`` are grey images, ``(N, 1, H, W)``; channels that come last are brought to the front; images of
+    floating numbers that are all whole multiples of 1/255 are their 8-bit levels.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -62,7 +61,7 @@ def find_rows(path: str | Path, levels: bool = True, shape: tuple[int, ...] | No
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give a .csv, .npy or .npz file of rows")
+        raise FileNotFoundError(f"there is no file {path}; give a file of rows: {', '.join(KINDS)}")
     if path.suffix.lower() not in KINDS:
         raise ValueError(
             f"{path} is no {', '.join(KINDS)} file; write its rows as one, as pandas' DataFrame.to_csv does"

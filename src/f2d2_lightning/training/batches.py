@@ -218,7 +218,7 @@ def _some(loader: Any, count: int) -> Any:
         return loader
     if type(loader.batch_sampler) is not BatchSampler:
         batches: list[list[int]] = []
-        for batch in loader.batch_sampler or ():
+        for batch in loader.batch_sampler:  # type: ignore[union-attr]
             batches.append(list(batch))
             if sum(map(len, batches)) >= count:
                 break

@@ -48,8 +48,9 @@ def some_of(cond: Cond | None, which: Any) -> Cond | None:
     """Those of some samples, by their places, a slice or a mask; a shared one stays so."""
 
     def one(part: Any) -> Any:
-        some = part[which]
-        return some[:1].expand_as(some) if isinstance(part, Tensor) and part.ndim and is_shared(part) else some
+        if not (isinstance(part, Tensor) and part.ndim and is_shared(part)):
+            return part[which]
+        return part[0].expand((*torch.arange(len(part), device=part.device)[which].shape, *part.shape[1:]))
 
     return mapped(one, cond)
 
