@@ -340,45 +340,48 @@ def about(runs: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def found(runs: Sequence[dict[str, Any]], steps: int) -> list[str]:
-    """Cells of what was found on a set in so many steps; goals are met where every seed meets them."""
-    first, k = runs[0], str(steps)
+def found(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Cells of what was found on a set; goals are met where every seed meets them."""
+    first = runs[0]
     goals = Goals.of(first["constant"], first["count"])
-    missed = list(dict.fromkeys(word for run in runs for word in goals.missed(run["steps"][k])))
-    row = {key: mean(runs, "steps", k, key) for key in first["steps"][k]}
-    largest = max(run["steps"][k]["error"] for run in runs)
+    keys = [str(k) for k in STEPS]
+    missed = [(k, [word for run in runs for word in goals.missed(run["steps"][k])]) for k in keys]
+
+    def cell(key: str, form: str) -> str:
+        return " / ".join(format(mean(runs, "steps", k, key), form) for k in keys)
+
+    largest = max(run["steps"][k]["error"] for run in runs for k in keys)
+    uncertain = max(mean(runs, "steps", k, "gap_error") for k in keys)
     return [
-        first["set"] if steps == STEPS[0] else "",
-        k,
-        f"{row['gap']:+.3f} ± {row['gap_error']:.3f}",
-        f"{row['error']:.3f}" + (f" ({largest:.3f})" if len(runs) > 1 else ""),
-        *("" if goals.r is None else f"{row[key]:.4f}" for key in ("r", "rank_r")),
-        f"{row['round_trip']:.4f}",
+        first["set"],
+        cell("error", ".3f") + (f" ({largest:.3f})" if len(runs) > 1 else ""),
+        f"{cell('gap', '+.3f')} (± {uncertain:.3f})",
+        *("" if goals.r is None else cell(key, ".4f") for key in ("r", "rank_r")),
+        cell("round_trip", ".3f"),
         f"{goals.error:.2f}, {goals.gap:.2f}" + ("" if goals.r is None else f", {goals.r}"),
-        "no: " + ", ".join(missed) if missed else "yes",
+        "; ".join(f"{k}: {', '.join(dict.fromkeys(words))}" for k, words in missed if words) or "none",
     ]
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row for each set and step count, then one of what each set is and costs."""
+    """Markdown: a row for each set, then one of what it is and costs."""
     by_set: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_set.setdefault(result["set"], []).append(result)
-    rows = [found(runs, steps) for runs in by_set.values() for steps in STEPS]
-    met = sum(row[-1] == "yes" for row in rows)
-    columns = ["set", "steps", "gap", "error per point", "r", "rank r", "round trip", "goals: error, gap, r", "met"]
+    columns = ["set", "error per point", "gap", "r", "rank r", "round trip", "goals: error, gap, r", "missed"]
     more = [
         *("set", "dimensions", "training points", "points compared", "steps of teacher / student", "spread, nats"),
         *("teacher's NLL minus the truth's, nats", "reference", "its own error", "choosing, s", "training, s"),
         *("teacher, s", "reference, s", "seeds"),
     ]
     said = (
-        "Gap (± its standard error over points), error per point and the reference's own error are in units of the "
-        "spread of log p (interquartile range / 1.35), of a nat for the checkerboard; the round trip in deviations of "
-        "the data. Means over seeds, in brackets the largest error of one. "
-        f"Goals are met, by every seed, in {met} of {len(rows)} rows."
+        f"At {' / '.join(map(str, STEPS))} steps. Error per point, gap (its largest standard error over points) and "
+        "the reference's own error are in units of the spread of log p (interquartile range / 1.35), of a nat for the "
+        "checkerboard; the round trip in deviations of the data. Means over seeds, in brackets the largest error of "
+        "one; a goal is missed where a seed misses it."
     )
-    return "\n\n".join((markdown(columns, rows), said, markdown(more, [about(runs) for runs in by_set.values()])))
+    tables = ((columns, found), (more, about))
+    return f"\n\n{said}\n\n".join(markdown(head, [row(runs) for runs in by_set.values()]) for head, row in tables)
 
 
 def ablations(results: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> str:
