@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 
 import f2d2_lightning as f2
 from command_line import f2d2, single_precision  # noqa: F401
-from f2d2_lightning.cli import main
+from f2d2_lightning.cli import F2D2CLI, main
 from f2d2_lightning.cli._configs import config_names
 from f2d2_lightning.data import Table
 from f2d2_lightning.data.rows import find_rows
@@ -159,6 +161,14 @@ def test_a_table_in_its_own_units(folder, capsys):
     np.savetxt(folder / "rows.csv", rows(), delimiter=",", header=header, comments="")
     trained("--data", "rows.csv")
     student = f2.load("mine/student/checkpoints/last.ckpt")
+    # rows of three numbers are no picture, which is known before they are drawn
+    assert "--out samples.png" not in capsys.readouterr().out
+    F2D2CLI._say_uses(SimpleNamespace(model=student), "my run/last.ckpt")
+    (given,) = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if " sample " in line]
+    assert given[2:4] + given[-2:] == ["--ckpt", "my run/last.ckpt", "--out", "samples.npz"]
+    line = said(capsys, "sample", "--ckpt", "mine/student/checkpoints/last.ckpt")
+    assert "--out is samples.png, and states of shape (3,) are neither images" in line
+    assert line.endswith("--out samples.npz takes their numbers")
     got = torch.tensor([float(row["log_prob"]) for row in likelihoods("rows.csv")], dtype=torch.float64)
 
     data = Table("rows.csv")
@@ -205,6 +215,15 @@ def test_a_table_in_its_own_units(folder, capsys):
         main(["sample", "--ckpt", model, "--num", "50", *given])
         guided.append(float(re.search(r"one-step log p (\S+)", "".join(capsys.readouterr()))[1]))
     assert guided[1] - guided[0] == pytest.approx(data.log_scale, abs=2e-3)
+
+
+def test_printed_commands_can_be_given(folder, capsys):
+    np.savetxt("my rows.csv", rows(), delimiter=",")
+    f2d2("init", "my run", "--data", "my rows.csv")
+    given = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  f2d2")]
+    assert [line[3] for line in given[:3]] == [f"my run/{name}.yaml" for name in ("teacher", "student", "student")]
+    assert given[3][3:6] == ["my run/student/checkpoints/last.ckpt", "--data", "my rows.csv"]
+    assert given[3][-1] == "my run/nll.csv"
 
 
 def test_a_network_of_ones_own(folder):

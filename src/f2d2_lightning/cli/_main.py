@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 import signal
 import sys
 import warnings
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import lightning as L
@@ -28,6 +30,7 @@ from f2d2_lightning.cli._resuming import differences, is_finished, newest_checkp
 from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.data.module import FlowDataModule
 from f2d2_lightning.modules import FlowModule
+from f2d2_lightning.plots.samples import is_shown
 from f2d2_lightning.training.folders import run_folder
 from f2d2_lightning.training.loading import look_into
 from f2d2_lightning.utils.checks import at_least
@@ -151,7 +154,7 @@ class F2D2CLI(LightningCLI):
             return
         say(f"trained: {newest}")
         if getattr(self.model, "steps", ()):
-            named = " ".join(f"--config {shown_config(path)}" for path in config or ()) or "--config ..."
+            named = " ".join(f"--config {quote(shown_config(path))}" for path in config or ()) or "--config ..."
             say(f"next: f2d2 test {named} --ckpt_path last")
             self._say_uses(newest)
 
@@ -181,9 +184,10 @@ class F2D2CLI(LightningCLI):
 
     def _say_uses(self, checkpoint: Any) -> None:
         own = self.model.hparams.get("trust") or ()
-        trust = f" --trust {' '.join(own)}" if own else ""
-        say(f"      f2d2 sample --ckpt {checkpoint} --steps 2 --num 64 --out samples.png{trust}")
-        say(f"      f2d2 nll --ckpt {checkpoint} --data DATA --steps 4 --out nll.csv{trust}")
+        trust, named = f" --trust {shlex.join(own)}" if own else "", quote(str(checkpoint))
+        kind = "png" if is_shown(self.model.shape) else "npz"
+        say(f"      f2d2 sample --ckpt {named} --steps 2 --num 64 --out samples.{kind}{trust}")
+        say(f"      f2d2 nll --ckpt {named} --data DATA --steps 4 --out nll.csv{trust}")
 
     # --- going on ---
 
@@ -222,7 +226,7 @@ class F2D2CLI(LightningCLI):
         if is_finished(newest) and not changed and given in (None, "last"):
             say(
                 f"{folder} is a run of this configuration that is finished: nothing to do. Test it: f2d2 test ... "
-                f"--ckpt_path {newest}; to train another: --trainer.logger.init_args.version NAME"
+                f"--ckpt_path {quote(str(newest))}; to train another: --trainer.logger.init_args.version NAME"
             )
             sys.exit(0)
         say(f"going on from {newest}" + (f", with another configuration: {'; '.join(changed)}" if changed else ""))

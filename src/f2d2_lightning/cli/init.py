@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,12 +118,14 @@ def _init(options: Any) -> None:
     if own is not None:
         say(f"{options.network}: {own.said}")
     say(f"wrote {files['teacher']} and {files['student']}. Next:")
-    for path in files.values():
-        say(f"  f2d2 fit --config {path}")
     last = folder / "student" / "checkpoints" / "last.ckpt"
-    say(f"  f2d2 test --config {files['student']} --ckpt_path last")
-    trust = "" if own is None else f" --trust {package}"
-    say(f"  f2d2 nll --ckpt {last} --data {options.data} --steps 4 --out {folder / 'nll.csv'}{trust}")
+    trust = [] if own is None else ["--trust", package]
+    for command in (
+        *(["fit", "--config", path] for path in files.values()),
+        ["test", "--config", files["student"], "--ckpt_path", "last"],
+        ["nll", "--ckpt", last, "--data", options.data, "--steps", 4, "--out", folder / "nll.csv", *trust],
+    ):
+        say(f"  {shlex.join(map(str, ('f2d2', *command)))}")
 
 
 def _written(comment: str, model: dict[str, Any], data: dict[str, Any], steps: int, folder: Path, name: str) -> str:

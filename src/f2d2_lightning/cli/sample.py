@@ -23,6 +23,7 @@ from f2d2_lightning.metrics.likelihood import said_of_bits, said_of_values
 from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.plots._figure import plural
+from f2d2_lightning.plots.samples import is_shown
 from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
 
 
@@ -74,6 +75,11 @@ def _sample(options: Any) -> None:
         guidance = None
     refuse_to_overwrite(out, options.overwrite)
     module = load_model(options)
+    if out.suffix == ".png" and not is_shown(module.shape):
+        raise ValueError(
+            f"--out is {out}, and states of shape {module.shape} are neither images of one or three channels nor "
+            f"points in the plane, which a picture shows; --out {out.with_suffix('.npz')} takes their numbers"
+        )
     units = reading_of(options.ckpt, Reading()).units
     below = 0.0 if units is None else units.log_scale
     # drawn on the CPU, so that a seed gives the same samples on any device

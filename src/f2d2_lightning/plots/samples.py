@@ -24,6 +24,11 @@ def is_plane(shape: tuple[int, ...]) -> bool:
     return shape == (2,)
 
 
+def is_shown(shape: tuple[int, ...]) -> bool:
+    """Whether states of a shape can be drawn: images, or points in the plane."""
+    return is_image(shape) or is_plane(shape)
+
+
 def as_colors(images: Tensor, low: float, high: float) -> Tensor:
     """Images ``(N, 1 or 3, H, W)`` as ``(N, H, W, 3)`` in [0, 1], black at ``low`` and below, white at ``high``.
 
@@ -65,7 +70,7 @@ def sample_figure(samples: Mapping[str, Tensor], low: float = -1.0, high: float 
     """
     for title, x in samples.items():
         shape = tuple(x.shape[1:])
-        if len(x) == 0 or not (is_image(shape) or is_plane(shape)):
+        if len(x) == 0 or not is_shown(shape):
             raise ValueError(
                 f"samples {title!r} have shape {tuple(x.shape)}; at least one image (N, 1 or 3, H, W) or point (N, 2) "
                 "can be shown"
