@@ -106,6 +106,8 @@ def test_the_wheel_holds_the_configurations(tmp_path):
         (["sample", "--stps", "3"], "did you mean '--steps'?"),
         (["init", "mine", "--data", "nowhere"], "--data is nowhere"),
         (["init", "mine", "--data", "words.csv"], "row 2: 'red' in column b"),
+        (["init", "notes.txt", "--data", "rows.npy"], "File exists: 'notes.txt'"),
+        (["init", "notes.txt/mine", "--data", "rows.npy"], "Not a directory: 'notes.txt/mine'"),
         (["init", "mine", "--data", "notes.txt"], "--data is notes.txt"),
         (["init", "mine", "--data", "rows.npy", "--network", "my_net.Nett"], "did you mean 'Net'?"),
         (["fit"], "f2d2 fit needs a configuration: --config NAME (f2d2 configs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import re
 import sys
 
@@ -380,11 +381,16 @@ def test_tables_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "there.csv").write_text("mine")
     (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "sealed").mkdir()
+    # whatever this process may do
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "sealed")
     for name, message in {
         "a.parquet": "pip install 'f2d2-lightning[parquet]'",
         "a.json": "ends in .csv or .parquet",
         "there.csv": "is there already",
         "folder.csv": "is a folder",
+        "there.csv/in/it.csv": f"cannot be written, as {tmp_path / 'there.csv'} is a file",
+        "sealed/new/a.csv": f"cannot be written, as {tmp_path / 'sealed'} may not be written to",
     }.items():
         assert message in refused(capsys, "--data", "digits", "--out", name)
     assert (tmp_path / "there.csv").read_text() == "mine"

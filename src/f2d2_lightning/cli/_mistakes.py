@@ -157,8 +157,10 @@ def _says(message: str, word: str, said: str = "{}") -> bool:
 
 
 def _is_a_users(error: BaseException) -> bool:
-    """Whether this package, or what reads arguments and configurations, found it."""
+    """Whether this package, or what reads arguments and configurations, found it, or the system refused a file."""
     if isinstance(error, (ArgumentError, MisconfigurationException, FileNotFoundError, PermissionError)):
+        return True
+    if isinstance(error, OSError) and error.filename is not None and _culprit(error)[0] != "user":
         return True
     if not isinstance(error, KINDS):
         return False

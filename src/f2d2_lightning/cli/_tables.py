@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
+from f2d2_lightning.utils.files import check_output, whole_file
 
 SUFFIXES = (".csv", ".parquet")
 
@@ -39,7 +39,7 @@ def check_table_path(path: Path, overwrite: bool = False) -> None:
         raise ValueError(f"a table cannot be written as {path.name!r}; its name ends in {' or '.join(SUFFIXES)}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file in it")
-    refuse_to_overwrite(path, overwrite)
+    check_output(path, overwrite)
     if path.suffix == ".parquet":
         _parquet()
 

@@ -24,7 +24,7 @@ from f2d2_lightning.nn._backbone import Backbone
 from f2d2_lightning.plots import sample_figure, save_figure
 from f2d2_lightning.plots._figure import plural
 from f2d2_lightning.plots.samples import is_shown
-from f2d2_lightning.utils.files import refuse_to_overwrite, whole_file
+from f2d2_lightning.utils.files import check_output, whole_file
 
 
 def sample_command(arguments: list[str]) -> None:
@@ -73,7 +73,7 @@ def _sample(options: Any) -> None:
     guidance: SelfGuidance | None = SelfGuidance(**given, measure=True)
     if given["scale"] == 0 or given["steps"] == 0:
         guidance = None
-    refuse_to_overwrite(out, options.overwrite)
+    check_output(out, options.overwrite)
     module = load_model(options)
     if out.suffix == ".png" and not is_shown(module.shape):
         raise ValueError(

@@ -49,7 +49,12 @@ def remove_partial(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
-    """Raise :class:`FileExistsError` if a file is there and was not given up."""
+def check_output(path: Path, overwrite: bool) -> None:
+    """An ``OSError`` where no file can be written, or one is that was not given up: to be asked before the work."""
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already; choose another --out, or say --overwrite true")
+    folder = next(above for above in path.absolute().parents if above.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written, as {folder} is a file; choose another --out")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written, as {folder} may not be written to; choose another --out")
