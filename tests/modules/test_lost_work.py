@@ -258,6 +258,33 @@ def test_a_second_fit_with_the_same_callback_saves_too(tmp_path):
     assert kept(tmp_path / "second") == {"last.ckpt": 3, "previous.ckpt": 2}
 
 
+OTHER = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("7 on another", file=file, flush=True)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_write_over_each_other(tmp_path):
+    """Whoever is killed has it no more."""
+    place = tmp_path / "checkpoints" / ".running"
+    place.parent.mkdir()
+    settings = {"max_steps": 1, "max_epochs": -1, "enable_checkpointing": True}
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(ValueError, match=r"process 7 on another\s+trains in .*checkpoints, and two runs would"):
+            fit(tmp_path, teacher(), LastCheckpoint(), **settings)
+        other.kill()
+    fit(tmp_path, teacher(), LastCheckpoint(), **settings)
+    assert kept(tmp_path) == {"last.ckpt": 1}
+    assert not place.exists()
+
+
 # --- signals ---
 
 SCRIPT = """

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
@@ -20,12 +20,12 @@ from torch.distributed.checkpoint import CheckpointException
 from f2d2_lightning.training.folders import run_folder
 from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.utils.checks import at_least
-from f2d2_lightning.utils.files import sync
+from f2d2_lightning.utils.files import held, released, sync
 
 FOLDER, NAMES = "checkpoints", ("last.ckpt", "previous.ckpt")
 """Of the run's folder, and in it."""
 
-_ASIDE = ".saving"
+_ASIDE, _HELD = ".saving", ".running"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -45,7 +45,7 @@ class LastCheckpoint(Checkpoint):
         dirpath: Folder of the two files; by default ``checkpoints`` in the first logger's folder, else the trainer's.
 
     Raises:
-        ValueError: If ``every_n_train_steps`` is below 1.
+        ValueError: If ``every_n_train_steps`` is below 1; when training begins, if another process trains there.
         OSError: If the last checkpoint of a run cannot be written.
     """
 
@@ -55,6 +55,7 @@ class LastCheckpoint(Checkpoint):
         self._step = self._seen = self._signal = self._requeue = 0
         self._finished = False
         self._handlers: dict[int, Any] = {}
+        self._held: IO[bytes] | None = None
 
     def folder(self, trainer: L.Trainer) -> Path:
         """Where the files are. All processes must ask."""
@@ -68,6 +69,22 @@ class LastCheckpoint(Checkpoint):
         mend_progress(checkpoint)
 
     # --- when ---
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let no other run write over the checkpoints of this one."""
+        if stage != "fit" or getattr(trainer, "fast_dev_run", False):
+            return
+        folder = self.folder(trainer)
+        if not trainer.is_global_zero or self._held is not None:
+            return
+        try:
+            self._held = held(folder / _HELD)
+        except BlockingIOError as other:
+            raise ValueError(
+                f"process {other} trains in {folder}, and two runs would write over each other's checkpoints: wait for "
+                "its end, after which the same command goes on, or choose another folder "
+                "(--trainer.logger.init_args.version NAME)"
+            ) from other
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen to signals in place of Lightning, whose handler ends the process with 0 and saves nothing."""
@@ -91,6 +108,8 @@ class LastCheckpoint(Checkpoint):
             number, handler = self._handlers.popitem()
             # a handler that is not Python's own cannot be put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        released(self._held)
+        self._held = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

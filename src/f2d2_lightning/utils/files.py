@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @contextmanager
@@ -33,6 +39,47 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def held(path: Path) -> IO[bytes] | None:
+    """A file of this process alone until it is closed, by whatever end of the process too; says who has it.
+
+    ``None`` where the file system knows no such thing; :class:`BlockingIOError`, with what the file says, if another
+    process has it. Makes the folder.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # without a buffer, which a full disk would let fail once more when it is closed
+        file = path.open("a+b", buffering=0)
+    except OSError:
+        return None
+    try:
+        # forked processes, such as a loader's workers, do not have it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        said = file.read().decode(errors="replace")
+        file.close()
+        raise BlockingIOError(said) from error
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def released(file: IO[bytes] | None) -> None:
+    """Give up what :func:`held` gave, and its folder if nothing else is in it."""
+    if file is not None:
+        path = Path(file.name)
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+        with suppress(OSError):
+            path.parent.rmdir()
 
 
 def sync(path: Path) -> None:
