@@ -250,6 +250,8 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
     if not rows.is_floating_point():
         dataset = _dequantized(path, rows, classes, module, reading)
     else:
+        if reading.requantize:
+            raise ValueError(f"{path} holds states; --requantize is for 8-bit values (uint8): leave it out")
         if reading.units is not None:
             rows, log_scale = reading.units.states(rows), reading.units.log_scale
         elif reading.units_unknown:

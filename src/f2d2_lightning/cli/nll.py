@@ -97,6 +97,11 @@ def _nll(options: Any) -> None:
     if options.compare is None and options.compare_args:
         raise ValueError("--compare_args are arguments of the data module that --compare names, and it names none")
     module = load_model(options)
+    if options.mirrored and len(module.shape) < 2:
+        raise ValueError(
+            f"--mirrored is for images, and the model is for vectors {module.shape}, whose columns would change "
+            "places; leave it out"
+        )
     if options.classes is not None:
         names = as_names(options.classes.split(","), "--classes")
         if module.class_names and names != module.class_names:

@@ -63,6 +63,8 @@ def load(
     checkpoint = read_checkpoint(path)
     joints = checkpoint.get(CHECKPOINT_KEY)
     if not isinstance(joints, Mapping) or not joints:
+        if name is not None:
+            raise ValueError(f"{path} is of a module with one network, which has no name; leave name={name!r} out")
         # of a module that a script made the class is not said, and a student has a joint map
         student = any(str(key).startswith("joint.") for key in checkpoint["state_dict"])
         cls = F2D2Module if student else FlowMatchingModule
