@@ -70,7 +70,7 @@ def child(kind: str, count: int, number: int, arguments: list[str]) -> None:
     from f2d2_lightning import cli
     from f2d2_lightning.callbacks import last_checkpoint
     from f2d2_lightning.modules import F2D2Module
-    from f2d2_lightning.objectives import trajectories as trajectory
+    from f2d2_lightning.objectives import _pool
 
     torch.set_num_threads(1)
     passed = Counter[str]()
@@ -92,7 +92,7 @@ def child(kind: str, count: int, number: int, arguments: list[str]) -> None:
     before(torch, "save", "saving")
     before(last_checkpoint, "sync", "replacing")
     before(last_checkpoint.Path, "replace", "replacing")
-    before(trajectory, "integrate", "integrating")
+    before(_pool, "integrate_both_ways", "integrating")
     before(F2D2Module, "on_validation_epoch_start", "epoch end")
     before(last_checkpoint.LastCheckpoint, "on_train_epoch_end", "epoch end")
     before(F2D2Module, "validation_step", "validation")
