@@ -45,6 +45,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: If it is not a Lightning checkpoint, is cut short, or holds more than plain values.
     """
     path = Path(path)
+    _check_folder(path)
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder, as sharded checkpoints are; make one file of it: "
@@ -61,11 +62,19 @@ def look_into(path: Path) -> Mapping[str, Any]:
 
     Errors are those of :func:`read_checkpoint`.
     """
+    _check_folder(path)
     file = path / "meta.pt" if path.is_dir() else path
     content = _plain(path, file, mmap=zipfile.is_zipfile(file))
     if not isinstance(content, Mapping) or ("state_dict" not in content and path.is_file()):
         raise ValueError(f"{path} {NO_CHECKPOINT}")
     return content
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse the folder of a run, of several, or of checkpoints, in the place of one of these."""
+    inside = sorted(file for above in ("", "checkpoints/", "*/checkpoints/") for file in path.glob(f"{above}last.ckpt"))
+    if inside:
+        raise ValueError(f"{path} is a folder; name a checkpoint in it: {', '.join(map(str, inside[:8]))}")
 
 
 def _plain(path: Path, file: Path, **kwargs: Any) -> Any:
