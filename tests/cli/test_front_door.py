@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,6 +106,14 @@ def test_the_wheel_holds_the_configurations(tmp_path):
         (["nll", "--ckpt", "notes.txt", "--data", "digits"], "notes.txt cannot be read as a checkpoint"),
         (["sample", "--stps", "3"], "did you mean '--steps'?"),
         (["init", "mine", "--data", "nowhere"], "--data is nowhere"),
+        (["init", "mine", "--data", "row.npy"], "no such file or folder; did you mean 'rows.npy'?"),
+        (["init", "mine", "--data", "pairs.npz"], "pairs.npz holds pairs, theta and x, which are trained on in Python"),
+        (
+            ["init", "mine", "--data", "signed.npy"],
+            "integers -3 to 3; images are levels from 0 on: add 3",
+        ),
+        (["init", "mine", "--data", "rows.npy", "--size", "0"], "--size '0'"),
+        (["init", "", "--data", "rows.npy"], "folder has no value; expected a path or a name"),
         (["init", "mine", "--data", "words.csv"], "row 2: 'red' in column b"),
         (["init", "notes.txt", "--data", "rows.npy"], "File exists: 'notes.txt'"),
         (["init", "notes.txt/mine", "--data", "rows.npy"], "Not a directory: 'notes.txt/mine'"),
@@ -122,6 +131,8 @@ def test_a_mistake_is_a_line_with_its_remedy(arguments, expected, folder, capsys
     (folder / "list.yaml").write_text("- 1\n- 2\n")
     (folder / "my_net.py").write_text(NET)
     np.save(folder / "rows.npy", rows())
+    np.savez(folder / "pairs.npz", theta=rows(), x=rows())
+    np.save(folder / "signed.npy", np.arange(-3, 4, dtype=np.int8).reshape(7, 1, 1).repeat(4, 1).repeat(4, 2))
     net = {"class_path": "f2d2_lightning.nn.PreconditionedMLP", "init_args": {"shape": [1, 8, 8], "widht": 3}}
     bad = {"model": {"class_path": "f2d2_lightning.FlowMatchingModule", "init_args": {"flow_map": net}}}
     (folder / "bad.yaml").write_text(yaml.safe_dump(bad))
@@ -221,6 +232,10 @@ def test_a_table_in_its_own_units(folder, capsys):
 
 def test_printed_commands_can_be_given(folder, capsys):
     np.savetxt("my rows.csv", rows(), delimiter=",")
+    np.savetxt("two\nlines.csv", rows(), delimiter=",")
+    f2d2("init", "lines", "--data", "two\nlines.csv")
+    assert yaml.safe_load(Path("lines/teacher.yaml").read_text())["data"]["init_args"]["path"] == "two\nlines.csv"
+    capsys.readouterr()
     f2d2("init", "my run", "--data", "my rows.csv")
     given = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  f2d2")]
     assert [line[3] for line in given[:3]] == [f"my run/{name}.yaml" for name in ("teacher", "student", "student")]
@@ -288,7 +303,7 @@ def test_tables_that_cannot_be(written, expected, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 @pytest.mark.parametrize("comments", ["", "# "], ids=["names", "comment"])
-@pytest.mark.parametrize("separator", [",", ";", "\t", ", ", " "], ids=repr)
+@pytest.mark.parametrize("separator", [",", ";", "|", "\t", ", ", " "], ids=repr)
 def test_separators_of_a_table(separator, comments, suffix, tmp_path):
     path = tmp_path / f"rows.{suffix}"
     np.savetxt(path, rows(), delimiter=separator, header=separator.join(("a;b", "c", "d")), comments=comments)

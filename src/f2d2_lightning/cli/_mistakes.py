@@ -203,9 +203,10 @@ def parsed(parser: ArgumentParser, arguments: list[str]) -> Any:
     with suggesting(parser, (parser.prog or "").rpartition(" ")[2], arguments):
         options = parser.parse_args(arguments)
         # of a variable of a shell that was not set; as a path it would be the working directory
-        for name in ("ckpt", "data", "out"):
+        for name in ("ckpt", "data", "out", "folder"):
             if options.get(name) == "":
-                raise ArgumentError(None, f"argument --{name}: expected a path or a name")
+                option = name if name == "folder" else f"--{name}"
+                raise ArgumentError(None, f"argument {option}: expected a path or a name")
     return options
 
 

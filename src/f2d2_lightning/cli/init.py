@@ -11,17 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 
 from f2d2_lightning.cli._common import imported, say
+from f2d2_lightning.cli._configs import closest
 from f2d2_lightning.cli._mistakes import in_a_line, parsed
 from f2d2_lightning.cli._networks import OwnNetwork, try_network
 from f2d2_lightning.cli._points import DATA
 from f2d2_lightning.data.images._files import decoded
 from f2d2_lightning.data.images._stores import image_rows, open_store
-from f2d2_lightning.data.rows import KINDS
+from f2d2_lightning.data.rows import KINDS, holds_pairs
 from f2d2_lightning.data.table import Table
+from f2d2_lightning.likelihood.quantization import extremes
 from f2d2_lightning.utils.files import whole_file
 
 SMALL, MEDIUM, FEW = 8, 256, 2_000
@@ -73,7 +77,7 @@ def init_command(arguments: list[str]) -> None:
     parser.add_argument("folder", type=str, help="where to write teacher.yaml and student.yaml; runs go there as well")
     data = f"a folder (or zip) of images; a table: .csv, .tsv, .npy or .npz with x; or {', '.join(DATA)}"
     parser.add_argument("--data", type=str, required=True, help=data)
-    parser.add_argument("--size", type=int | None, default=None, help="side that images are brought to, pixels")
+    parser.add_argument("--size", type=PositiveInt | None, default=None, help="side that images are brought to, pixels")
     network = (
         "class of your own network, such as my_net.Net, which answers a velocity, shape of x, of states x at time s, "
         "0 for noise and 1 for data, and if it takes two times of the time t to go to; how it is called is found by "
@@ -148,7 +152,8 @@ def _written(comment: str, model: dict[str, Any], data: dict[str, Any], steps: i
             },
         },
     }
-    return f"# {comment}\n{yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)}"
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
+    return f"# {' '.join(comment.split())}\n{text}"
 
 
 def _own_network(options: Any, found: _Found) -> OwnNetwork:
@@ -205,6 +210,11 @@ class _Found:
 def _look_at(data: str, size: int | None) -> _Found:
     """What data are, by the name of a data module, or a file or folder; ``size`` is the side that images get."""
     path = Path(data)
+    if data not in DATA and not path.exists():
+        raise FileNotFoundError(
+            f"--data is {data}, and there is no such file or folder{closest(data, _beside(path))}; a folder of images, "
+            f"a {', '.join(KINDS)} file, or one of {', '.join(DATA)} is needed"
+        )
     if data in DATA and not path.exists():
         module = imported(DATA[data], "--data")()
         count = len(module.dataset("train"))
@@ -219,10 +229,26 @@ def _look_at(data: str, size: int | None) -> _Found:
     )
 
 
+def _beside(path: Path) -> list[str]:
+    """What is in the folder that a path names, as it names it."""
+    return [str(other) for other in itertools.islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []
+
+
 def _look_at_rows(path: Path) -> _Found:
+    if holds_pairs(path):
+        raise ValueError(
+            f"{path} holds pairs, theta and x, which are trained on in Python, by f2d2_lightning.data.Pairs "
+            "(docs/POSTERIORS.md); for x alone, leave theta out of the file"
+        )
     table = Table(str(path))
     parts = [values for values, _ in table.splits().values()]
-    floating, highest = parts[0].is_floating_point(), max(int(part.max()) for part in parts)
+    floating = parts[0].is_floating_point()
+    lowest, highest = (0, 0) if floating else extremes(torch.cat(parts))
+    if lowest < 0:
+        raise ValueError(
+            f"{path} holds integers {lowest} to {highest}; images are levels from 0 on: add {-lowest}, or give "
+            "floating numbers, with noise added over each level's width"
+        )
     count, shape = sum(map(len, parts)), table.shape
     # 8 bits, unless the numbers say otherwise
     eight_bit = floating or 128 <= highest < 256

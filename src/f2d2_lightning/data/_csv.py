@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-SEPARATORS = ("\t", ";", ",")
+SEPARATORS = ("\t", ";", "|", ",")
 """The first of them that the second line has: the first one may be names, in which they mean nothing."""
 
 DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")

@@ -41,10 +41,10 @@ class Rows:
 def read_rows(path: str | Path) -> Tensor:
     """Rows of a ``.csv``, ``.tsv``, ``.npy`` or ``.npz`` file (its array ``x``), ``(N, ...)``: ``float32`` or integers.
 
-    The first line of text may name the columns, or count them as pandas does, and commas, semicolons, tabs or spaces
-    separate them; a first column of whole numbers whose name is empty, as pandas numbers rows, is left out. Integers
-    ``(N, H, W)`` are grey images, ``(N, 1, H, W)``; channels that come last are brought to the front; images of
-    floating numbers that are all whole multiples of 1/255 are their 8-bit levels.
+    The first line of text may name the columns, or count them as pandas does, and commas, semicolons, bars, tabs or
+    spaces separate them; a first column of whole numbers whose name is empty, as pandas numbers rows, is left out.
+    Integers ``(N, H, W)`` are grey images, ``(N, 1, H, W)``; channels that come last are brought to the front; images
+    of floating numbers that are all whole multiples of 1/255 are their 8-bit levels.
 
     Raises:
         FileNotFoundError: If there is no such file.
