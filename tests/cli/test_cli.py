@@ -396,7 +396,7 @@ BAD = {
     "runs/digits/teacher/checkpoints/last.ckpt": "an? F2D2Module is needed here",
     "bad.ckpt": "cannot be read as a checkpoint",
     "runs/digits/teacher": "is a folder; name a checkpoint in it: runs/digits/teacher/checkpoints/last.ckpt",
-    "runs/digits": "is a folder; name a checkpoint in it: .*teacher/checkpoints/last.ckpt",
+    "runs/digits": "is a folder; name a checkpoint in it: runs/digits/.*/checkpoints/last.ckpt",
 }
 
 
