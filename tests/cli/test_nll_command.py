@@ -560,6 +560,26 @@ def test_columns_in_another_order_are_refused(tmp_path, monkeypatch, capsys, sta
     assert len({(tmp_path / f"{name}.out.csv").read_text() for name in same}) == 1
 
 
+def test_rows_in_other_units_are_warned_of(tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(40, 2)) * [1, 100] + [5, 0]
+    np.save("rows.npy", rows)
+    checkpoint_of(f2.data.Table("rows.npy"), tmp_path)
+    for file, change, expected in (
+        ("same", lambda x: x, ""),
+        ("wider", lambda x: 10 * (x - [5, 0]) + [5, 0], ""),
+        ("outlier", lambda x: x + 1e6 * (np.arange(40) == 0)[:, None], ""),
+        ("held", lambda x: x * [1, 0], ""),
+        ("row", lambda x: 1000 * x[:1], ""),
+        ("thousand", lambda x: 1000 * x, r"column 1 is 5,\d\d\d deviations of the rows that were trained on away"),
+        ("thousandth", lambda x: x * [1, 1e-3], r"column 2 scatters 0.001 times as much as that"),
+        ("swapped", lambda x: x[:, ::-1] + [0, 20], r"column 2 scatters 0.01 times as much as that"),
+    ):
+        np.save(f"{file}.npy", change(rows))
+        nll_command(["--ckpt", "last.ckpt", "--data", f"{file}.npy", "--out", f"{file}.csv"])
+        said = " ".join(capsys.readouterr().err.split())
+        assert re.search(expected, said) if expected else "trained on" not in said, (file, said)
+
+
 def test_a_table_that_is_not_there_is_a_file(models, capsys):
     path, _ = next(iter(models.values()))
     assert "nor a file that exists" in refused(capsys, "--data", "missing.csv", ckpt=path)

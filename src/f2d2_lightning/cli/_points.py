@@ -39,6 +39,8 @@ DATA = {name: f"f2d2_lightning.data.{cls}" for name, cls in _SHORT.items()}
 """Short names of data modules; any other goes by its class path."""
 
 SPLITS = ("train", "val", "test")
+FEW, FAR = 10, 30
+"""Rows from which a column is looked at as a whole, and deviations, or a part of one, that tell other units."""
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -254,6 +256,11 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
             raise ValueError(f"{path} holds states; --requantize is for 8-bit values (uint8): leave it out")
         if reading.units is not None:
             rows, log_scale = reading.units.states(rows), reading.units.log_scale
+            if not paired and (unlike := _unlike(rows, reading.units.columns)) is not None:
+                warn(
+                    f"{path}: {unlike}; likelihoods are right only if its units and the order of its columns are those "
+                    "of the table that the model was trained on"
+                )
         elif reading.units_unknown:
             say(f"{path}: rows are taken as the model's states as they stand; the folder was saved without units=")
         rows = rows.float()
@@ -261,6 +268,23 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
         dataset = DequantizedDataset(rows, classes)
     no_labels = "give an .npz file with labels y of shape (N,), integers, or with theta and x"
     return Points.of(path, dataset, no_labels=no_labels, log_scale=log_scale)
+
+
+def _unlike(states: Tensor, columns: Sequence[str] | None) -> str | None:
+    """Which column of rows ``(N, d)``, in deviations of those trained on, is of other units or another column."""
+    if states.ndim != 2 or len(states) < FEW:
+        return None
+    away, scatter = states.median(0).values.abs(), states.std(0)
+    place = int(away.argmax())
+    found = f"is {float(away[place]):,.0f} deviations of the rows that were trained on away from their mean (median)"
+    if float(away[place]) <= FAR:
+        # a column that is held at one value is meant
+        narrow = torch.where(scatter > 0, scatter, torch.inf)
+        place = int(narrow.argmin())
+        if FAR * float(narrow[place]) >= 1:
+            return None
+        found = f"scatters {float(narrow[place]):.1g} times as much as that of the rows that were trained on"
+    return f"column {columns[place] if columns else place + 1} {found}"
 
 
 def _from_images(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
