@@ -358,6 +358,28 @@ def test_two_callbacks_log_each_under_its_network(tmp_path):
             assert bool(is_its_own) == (name == each.flow_map)
 
 
+def test_a_copy_that_is_made_meanwhile_is_a_module_of_its_own(tmp_path):
+    """Not one whose step trains the module that it was copied from."""
+    module, copies = MeanFlowModule(), []
+
+    class Kept(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save(pl_module.cpu(), tmp_path / "module.pt")
+            copies.extend([copy.deepcopy(pl_module), torch.load(tmp_path / "module.pt", weights_only=False)])
+
+    module.other = MeanNet(2)
+    module.on_load_checkpoint = own = functools.partial(dict.update, {})
+    fit(tmp_path, module, callback(), callback(flow_map="other"), Kept(), max_epochs=1)
+    assert module.on_load_checkpoint is own
+    before = weights(module)
+    for each in copies:
+        assert same(each, before)
+        assert isinstance(each.on_load_checkpoint, functools.partial)
+        fit(tmp_path, each, max_epochs=1)
+        assert not same(each, before)
+        assert same(module, before)
+
+
 def test_what_somebody_else_wraps_meanwhile_stays(tmp_path):
     module, f2d2, calls = MeanFlowModule(), callback(), []
 
@@ -417,8 +439,10 @@ def test_a_step_need_not_ask_for_its_index(tmp_path):
     made = []
     for cls in (MeanFlowModule, NoIndex):
         torch.manual_seed(0)
-        made.append((cls(), callback()))
-        fit(tmp_path, *made[-1])
+        module, f2d2 = cls(), callback()
+        module.other = MeanNet(2)
+        made.append((module, f2d2))
+        fit(tmp_path, module, f2d2, callback(flow_map="other", frozen=True))
     assert same(made[0][0], made[1][0])
     assert same(made[0][1].added.live, made[1][1].added.live)
 

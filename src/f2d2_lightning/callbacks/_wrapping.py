@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-
-LAYER = "_f2d2_layer"
 
 
 def overrides(owner: Any, name: str) -> bool:
@@ -26,16 +24,32 @@ def overrides(owner: Any, name: str) -> bool:
 
 
 class _Layer:
-    """What is done around a method until it is :attr:`done`; the method calls it, as Lightning wants a function."""
+    """What is done around a method of a module, until it is :attr:`done`.
 
-    def __init__(self, original: Callable[..., Any], around: Callable[..., Any], before: Any) -> None:
-        self.before, self.done = before, False
+    A copy of the module has the method as it was before: it is no part of the run.
+    """
 
-        @functools.wraps(original)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return original(*args, **kwargs) if self.done else around(original, *args, **kwargs)
+    def __init__(self, module: L.LightningModule, name: str, around: Callable[..., Any]) -> None:
+        self.before, self.done = vars(module).get(name), False
+        self._module, self._name, self._around = module, name, around
+        self._original = getattr(module, name)
+        # Lightning looks at the code behind it, and goes one step back for that
+        self.__wrapped__ = inspect.unwrap(self._original)
 
-        self.method = method
+    @property
+    def __code__(self) -> types.CodeType:
+        return self.__wrapped__.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original(*args, **kwargs) if self.done else self._around(self._original, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # copies and pickles make the module before its attributes, so that it is still without this one
+        return (getattr, (self._module, self._name)) if self.before is None else (_itself, (self.before,))
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 class Wrapped:
@@ -50,17 +64,15 @@ class Wrapped:
 
     def wrap(self, name: str, around: Callable[..., Any]) -> None:
         """Call ``around(original, *args, **kwargs)`` in place of a method."""
-        layer = _Layer(getattr(self.module, name), around, vars(self.module).get(name))
-        setattr(layer.method, LAYER, layer)
-        setattr(self.module, name, layer.method)
-        self._layers[name] = layer
+        self._layers[name] = _Layer(self.module, name, around)
+        setattr(self.module, name, self._layers[name])
 
     def restore(self) -> None:
         own = vars(self.module)
         for name, layer in self._layers.items():
             layer.done = True
             # what somebody else has wrapped in the meantime stays below; of ours, those below end with the last
-            while (top := getattr(own.get(name), LAYER, None)) and top.method is own[name] and top.done:
+            while isinstance(top := own.get(name), _Layer) and top.done:
                 if top.before is None:
                     delattr(self.module, name)
                 else:
