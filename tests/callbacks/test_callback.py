@@ -539,6 +539,27 @@ def test_what_cannot_be_described_is_told_when_it_is_read(tmp_path):
         f2.load_joint(tmp_path / "x.ckpt", MeanNet())
 
 
+def test_a_network_and_a_teacher_that_have_a_length_are_there(tmp_path):
+    """A compiled module has one, or says that it has none when it is asked."""
+
+    class Empty(MeanNet):
+        def __len__(self):
+            return 0
+
+    class Falls(nn.ModuleList):
+        def forward(self, x, t, cond=None):
+            return -x
+
+    module, f2d2 = MeanFlowModule(), callback(teacher=Falls())
+    made = fit(tmp_path, module, f2d2, max_epochs=1)
+    x = Pair().dataset("val").values
+    reference = -f2d2.reference(Falls(), x).value.mean()
+    assert float(made.callback_metrics["val/f2d2_reference_nll"]) == pytest.approx(float(reference), rel=1e-4)
+    made.save_checkpoint(tmp_path / "theirs.ckpt")
+    loaded = f2.load(tmp_path / "theirs.ckpt", Empty())
+    assert torch.equal(loaded.log_prob(x, 2).value, f2d2.log_prob(x, 2).value)
+
+
 def test_load_joint_refuses_what_is_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         f2.load_joint(tmp_path / "x.pt", MeanNet())

@@ -182,8 +182,10 @@ class AddedModel(DistilledModel):
 
         ``None`` for a network that has no velocity (a consistency model).
         """
+        if self.teacher is not None:
+            return self.teacher
         flow_map = self._mapped("average")
-        return self.teacher or (None if flow_map.endpoint_only else HeldFlowMap(flow_map).velocity)
+        return None if flow_map.endpoint_only else HeldFlowMap(flow_map).velocity
 
     # --- making and training it ---
 

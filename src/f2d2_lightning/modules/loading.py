@@ -74,7 +74,8 @@ def load(
     if name not in joints:
         raise ValueError(f"{path} holds joint maps of {', '.join(map(repr, joints))}; say which: name=")
     content = joints[name]
-    network = network or _network_of(checkpoint, path, str(name), trust)
+    if network is None:
+        network = _network_of(checkpoint, path, str(name), trust)
     levels, low, high = content.get("range", (None, -1.0, 1.0))
     joint = load_joint(path, network, name)
     model = JointModel(joint, content["shape"], None if levels is None else Quantization(levels, low, high))
