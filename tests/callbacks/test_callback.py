@@ -746,6 +746,10 @@ def test_batches_of_another_form(tmp_path):
     assert run(data_to_state=lambda batch: (batch["image"], None)).added.steps == 2
     with pytest.raises(ValueError, match="no such method"):
         run(data_to_state="stats")
+    # two states are no state and its conditioning
+    for answer, came in ((lambda batch: batch["image"][:2], "a Tensor"), ("loss", "a Tensor"), (tuple, "a tuple of 1")):
+        with pytest.raises(ValueError, match=rf"answered {came}, .* a pair \(x, cond\)"):
+            run(data_to_state=answer)
 
 
 @pytest.mark.parametrize("as_list", [False, True])

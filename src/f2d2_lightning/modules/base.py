@@ -37,7 +37,7 @@ from f2d2_lightning.training.progress import begin_epoch, mend_progress
 from f2d2_lightning.training.run_seed import RunSeed
 from f2d2_lightning.utils.checks import at_least, check_arguments, counts
 from f2d2_lightning.utils.class_names import agree_on_classes, as_names
-from f2d2_lightning.utils.conditions import Cond, halves
+from f2d2_lightning.utils.conditions import Cond, as_pair, halves
 from f2d2_lightning.utils.processes import ends_with_run
 from f2d2_lightning.utils.sharding import is_sharded, shard, whole, whole_weights
 
@@ -126,7 +126,7 @@ class FlowModule(L.LightningModule, RangedModel):
         Raises:
             ValueError: If they are of another range, or were never dequantized.
         """
-        x, cond = self.data_to_state(batch)
+        x, cond = as_pair(self.data_to_state(batch), f"{type(self).__name__}.data_to_state")
         self._look(x, self.quantization, self.attached)
         x = x.to(self.dtype)
         return x, as_cond(cond, x)

@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 from f2d2_lightning.likelihood._inputs import check_cond, check_state
 from f2d2_lightning.likelihood.data_checks import MOST_STATES, check_data, find_discrete
 from f2d2_lightning.likelihood.quantization import Quantization
-from f2d2_lightning.utils.conditions import Cond, halves
+from f2d2_lightning.utils.conditions import Cond, as_pair, halves
 from f2d2_lightning.utils.processes import gather_states
 
 FIT_SAMPLES = 2**17
@@ -124,9 +124,9 @@ class BatchStates:
             method = getattr(module, convert, None)
             if not callable(method):
                 raise ValueError(f"data_to_state={convert!r}, and {type(module).__name__} has no such method")
-            return method(batch)
+            return as_pair(method(batch), f"{type(module).__name__}.{convert}")
         if convert is not None:
-            return convert(batch)
+            return as_pair(convert(batch), "data_to_state")
         x, cond = halves(batch)
         if isinstance(x, Tensor):
             return x, cond

@@ -35,6 +35,17 @@ def halves(batch: Any) -> tuple[Any, Cond | None]:
     return batch[0], mapped(lambda part: part, batch[1]) if len(batch) > 1 else None
 
 
+def as_pair(answer: Any, who: str) -> tuple[Any, Cond | None]:
+    """States and conditioning as somebody's ``data_to_state`` answered them; what is no pair is a ``ValueError``."""
+    if isinstance(answer, (tuple, list)) and len(answer) == 2:
+        return answer[0], answer[1]
+    came = f"a {type(answer).__name__}" + (f" of {len(answer)}" if isinstance(answer, (tuple, list)) else "")
+    raise ValueError(
+        f"{who} answered {came}, and its answer is a pair (x, cond) of states and conditioning: write return x, None "
+        "where there is no conditioning"
+    )
+
+
 def tensors(cond: Cond | None) -> Iterator[Any]:
     """The tensors of a condition, one after the other, and what stands in the place of one."""
     if isinstance(cond, (Mapping, tuple, list)):
