@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -130,6 +131,10 @@ def test_a_fit_without_batches_is_an_error(tmp_path, added):
     run = trainer(tmp_path, callbacks=[callback()] if added else [])
     with pytest.raises(ValueError, match="no training data"):
         run.fit(MeanFlowModule() if added else teacher(), empty)
+    refused = pytest.raises(ValueError, match=r"no batch .* in the place of a generator")
+    said = pytest.warns(UserWarning, match=r"a generator.* not trained on")
+    with refused if added else contextlib.nullcontext(), said:
+        run.fit(MeanFlowModule() if added else teacher(), (batch for batch in torch.randn(4, 8, 2)))
     none = trainer(tmp_path, limit_train_batches=0)
     none.fit(teacher(), empty)
     assert none.global_step == 0

@@ -77,6 +77,11 @@ class FirstLook:
         no density can be learned are a ``ValueError``, all else is a warning.
         """
         stored = has_rows(trainer.train_dataloader)
+        if any(isinstance(loader, Iterator) for loader in tree_leaves(trainer.train_dataloader)):
+            rank_zero_warn(
+                "the training data are a generator, which begins only once: batches that are looked at before the "
+                "first step are not trained on; give a DataLoader, or another iterable that begins anew"
+            )
         with isolate_rng():
             batches = training_batches(trainer, MOST_STATES)
             found = check_data((states(batch)[0] for batch in batches), quantization, copies=stored)
@@ -164,12 +169,21 @@ def _loaders(trainer: L.Trainer) -> Any:
 
 
 def _together(trainer: L.Trainer, loaders: Any) -> Iterator[Any]:
-    """Batches of a loader, or of several as the trainer takes them."""
-    if not isinstance(loaders, (list, tuple, dict)):
-        return iter(loaders)
-    combined = trainer.fit_loop._combined_loader
-    assert combined is not None
-    return (batch for batch, _, _ in CombinedLoader(loaders, combined._mode))
+    """Batches of a loader, or of several as the trainer takes them; a ``ValueError`` where there is none."""
+    batch: Any = None
+    if isinstance(loaders, (list, tuple, dict)):
+        combined = trainer.fit_loop._combined_loader
+        assert combined is not None
+        for batch, _, _ in CombinedLoader(loaders, combined._mode):
+            yield batch
+    else:
+        for batch in loaders:
+            yield batch
+    if batch is None:
+        raise ValueError(
+            "the training data gave no batch when they were looked at before the first step; look at what the data set "
+            "returns, and give a DataLoader, or another iterable that begins anew, in the place of a generator"
+        )
 
 
 def rows_of_batches(loader: Any) -> int:
