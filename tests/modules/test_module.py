@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import types
 
 import pytest
@@ -275,6 +276,16 @@ def test_manual_optimisation_trains_the_average_too(tmp_path, make):
     assert not made[1]._followed  # or it could not be pickled
     assert same(made[0].live, made[1].live)
     assert same(made[0].average, made[1].average)
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_a_module_is_pickled_after_a_validation(tmp_path, make):
+    """Without its trainer, of which a deep copy would copy the data as well."""
+    module = make()
+    assert fit(tmp_path, module, limit_train_batches=1).logged_metrics.keys() & {"val/loss", "val/nll_2"}
+    for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert same(twin, module)
+        assert twin.attached is None
 
 
 def test_average_follows_and_shares():

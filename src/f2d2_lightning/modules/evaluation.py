@@ -172,6 +172,7 @@ class Evaluation:
         if self.likelihoods is None:
             return
         self._shared.finish()
+        del self._shared, self._places  # a module that holds its trainer cannot be pickled
         results = self.likelihoods.results()
         if Direction.TO_NOISE in self.model.directions:
             # nothing is inverted, and a sample without a likelihood is an accident

@@ -277,6 +277,7 @@ class FlowMatchingModule(FlowModule):
         stage = "test" if self.trainer.testing else "val"
         # before anything that processes compute together: the others broadcast in their first step
         self._shared.finish()
+        del self._shared, self._places  # a module that holds its trainer cannot be pickled
         self.log(f"{stage}/loss", self._mean_loss.compute(), prog_bar=True)
         if not self._wants_nll:
             return
