@@ -300,6 +300,22 @@ def test_average_follows_and_shares():
     assert torch.equal(average[1].running_mean, live[1].running_mean)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_networks_whose_weights_are_computed_are_copied(tmp_path, norm):
+    """By a hook before each call, in a tensor that torch itself refuses to copy."""
+    network = MLP((2,), width=8, blocks=1)
+    linear = next(part for part in network.modules() if isinstance(part, torch.nn.Linear))
+    norm(linear)
+    network(x := torch.randn(3, 2), 0.0, 1.0)
+    made = f2.FlowMatchingModule(network)
+    with torch.no_grad():
+        linear.bias.add_(1.0)
+        update_average(made.average, network.eval(), 0.0)
+    assert torch.equal(made.average(x, 0.0, 1.0), network(x, 0.0, 1.0))
+    assert same(student(of=made).average.flow_map, made.average)
+
+
 def test_inference_evaluates_the_average_in_evaluation_mode():
     module = student(flow_map=MLP((2,), width=16, blocks=1, dropout=0.5), warm_start=False)
     module.train()

@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,19 +15,32 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from f2d2_lightning.utils.sharding import reshard
 
+Copied = TypeVar("Copied", bound=nn.Module)
+
+
+def copied(module: Copied, shared: dict[int, Any] | None = None) -> Copied:
+    """A deep copy of a module, but for objects in ``shared``, by ``id``.
+
+    torch copies no tensor that was computed with gradients, such as the weight that ``torch.nn.utils.weight_norm`` and
+    ``spectral_norm`` keep from the last call; the next one computes it anew.
+    """
+    values = [value for part in module.modules() for value in vars(part).values()]
+    computed = {id(v): v.detach().clone() for v in values if isinstance(v, torch.Tensor) and not v.is_leaf}
+    return copy.deepcopy(module, computed | (shared or {}))
+
 
 def copy_frozen(module: Any, shared: dict[int, Any] | None = None) -> Any:
     """A copy in evaluation mode whose parameters are not trained; objects in ``shared``, by ``id``, are not copied."""
-    return copy.deepcopy(module, shared or {}).requires_grad_(False).eval()
+    return copied(module, shared).requires_grad_(False).eval()
 
 
 def without_dropout(module: Any) -> Any:
     """A copy that drops no hidden unit: a student's targets are the same at every step, and dropout only blurs them."""
-    copied = copy.deepcopy(module)
-    for part in copied.modules():
+    without = copied(module)
+    for part in without.modules():
         if isinstance(part, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
             part.p = 0.0
-    return copied
+    return without
 
 
 def share_weights(one: Any, other: nn.Module) -> bool:
@@ -67,9 +80,9 @@ def kept_apart(teacher: Any, network: nn.Module) -> Any:
     if not share_weights(teacher, network):
         return teacher
     if isinstance(teacher, nn.Module):
-        copied = copy_frozen(teacher)
-        if not share_weights(copied, network):
-            return copied
+        frozen = copy_frozen(teacher)
+        if not share_weights(frozen, network):
+            return frozen
     elif inspect.ismethod(teacher):
         return getattr(kept_apart(teacher.__self__, network), teacher.__name__)
     raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from f2d2_lightning.metrics.evaluation import check_draws
 from f2d2_lightning.modules._teaching import KeptTeacher, check_teacher
 from f2d2_lightning.modules.base import FlowModule, object_names
 from f2d2_lightning.modules.distillation import DistilledModel, default_head
-from f2d2_lightning.modules.ema import copy_frozen, share_weights, without_dropout
+from f2d2_lightning.modules.ema import copied, copy_frozen, share_weights, without_dropout
 from f2d2_lightning.modules.evaluation import Evaluation
 from f2d2_lightning.modules.teacher import FlowMatchingModule
 from f2d2_lightning.nn.head import Head, JointFlowMap
@@ -125,7 +124,7 @@ class F2D2Module(FlowModule, DistilledModel):
         one_of("off_diagonal", off_diagonal, ("teacher", "student"))
         goes_on = isinstance(flow_map, JointFlowMap) and head is None
         if isinstance(flow_map, JointFlowMap):
-            joint = copy.deepcopy(flow_map).requires_grad_(True).train()
+            joint = copied(flow_map).requires_grad_(True).train()
             flow_map, head = joint.flow_map, head or joint.head
         kept = KeptTeacher(teacher, trust)
         if from_file := flow_map is None and kept.path is not None:
@@ -137,8 +136,8 @@ class F2D2Module(FlowModule, DistilledModel):
                 low, high = teacher.low if low is None else low, teacher.high if high is None else high
             if flow_map is None or share_weights(teacher, flow_map):
                 # training must not change the teacher
-                copied = without_dropout(teacher.average) if flow_map is None else copy.deepcopy(flow_map)
-                flow_map = copied.requires_grad_(True).train()
+                own = without_dropout(teacher.average) if flow_map is None else copied(flow_map)
+                flow_map = own.requires_grad_(True).train()
         if flow_map is None:
             raise ValueError(
                 "flow_map is needed where the teacher is neither a FlowMatchingModule, whose network is copied, nor "
