@@ -196,6 +196,9 @@ def test_implicit_gradient_is_the_direct_one(gaussian, method):
     (direct,) = torch.autograd.grad(log_prob(gaussian.field, x, 2).value.sum(), x)
     (implicit,) = torch.autograd.grad(log_prob(ToData(gaussian.field), x, 2, inversion=inversion).value.sum(), x)
     close(implicit, direct, rtol=1e-6, atol=1e-6)
+    ask = lambda y: log_prob(ToData(gaussian.field), y, 2, inversion=inversion).value.sum()  # noqa: E731
+    with pytest.raises(ValueError, match=r"take gradients by torch\.autograd\.grad"):
+        torch.func.grad(ask)(x.detach())
 
 
 @pytest.mark.parametrize("method", METHODS)

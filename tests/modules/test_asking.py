@@ -119,6 +119,10 @@ def test_gradients_go_to_states_and_never_to_weights(models, name):
     step = 1e-5 * torch.eye(2)[0]
     slope = (model.log_prob(x.detach() + step).value - model.log_prob(x.detach() - step).value) / 2e-5
     assert torch.allclose(x.grad[:, 0], slope, atol=1e-4)
+    # by torch.func too, of a batch and state by state
+    ask = lambda y: model.log_prob(y[None] if y.ndim == 1 else y).value.sum()  # noqa: E731
+    assert torch.allclose(torch.func.grad(ask)(x.detach()), x.grad)
+    assert torch.allclose(torch.func.vmap(torch.func.grad(ask))(x.detach()), x.grad)
     assert all(p.grad is None for p in model.joint_map.parameters())
     # they are as they were
     assert all(p.requires_grad for p in weights)

@@ -29,13 +29,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def weights_held(module: nn.Module) -> Iterator[None]:
     """No weight gets a gradient from what is computed in a while; states may."""
     trained = [p for p in module.parameters() if p.requires_grad]
+    # the attribute: inside of a transform of torch.func the method is refused
     for parameter in trained:
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False
     try:
         yield
     finally:
         for parameter in trained:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
 
 
 class HeldFlowMap(FlowMap):

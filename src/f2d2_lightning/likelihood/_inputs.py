@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from f2d2_lightning.flows.maps import is_transformed
 from f2d2_lightning.utils.checks import at_least, check_shape
 from f2d2_lightning.utils.conditions import Cond, dtype_beside, mapped, some_of, tensors
 
@@ -91,7 +92,7 @@ def check_state(x: Tensor, what: str) -> None:
             f"{what} has shape {tuple(x.shape)}; it must be (B, ...) with B >= 1 and at least one axis more; a single "
             f"state becomes a batch by {what}[None]"
         )
-    if not bool(x.isfinite().all()):
+    if not is_transformed(x) and not bool(x.isfinite().all()):
         bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
         raise ValueError(f"{what} holds NaN or infinity in {bad} of {len(x)} samples; remove or repair them")
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from f2d2_lightning.divergence.estimators import jacobian_product
+from f2d2_lightning.flows.maps import is_transformed
 from f2d2_lightning.flows.paths import like
 from f2d2_lightning.utils.checks import at_least, check_fields, one_of, positive
 
@@ -97,7 +98,15 @@ class Inversion:
             The solution per sample; differentiable with respect to ``x`` and to the parameters of ``displacement``
             where gradients are enabled. A gradient whose solver does not converge is NaN, and a warning counts them.
             All is computed in the precision of ``x``, under autocast too.
+
+        Raises:
+            ValueError: If ``x`` is inside of a transform of ``torch.func``.
         """
+        if is_transformed(x):
+            raise ValueError(
+                "a map is inverted by iterations that look at their values, and inside of a transform of torch.func "
+                "there are none; take gradients by torch.autograd.grad, or torch.autograd.functional.jacobian"
+            )
         ask: Displacement = displacement if rowwise else lambda y, rows: displacement(y)
         tolerance = self.tolerance or (1e-10 if x.dtype == torch.float64 else 1e-5)
         begin = (x if start is None else start).detach()
