@@ -364,7 +364,11 @@ def test_labels_out_of_range_are_refused(null, labels, said):
         network(torch.randn(2, 3, 4, 6), 0.2, 0.7, torch.tensor(labels))
     with pytest.raises(ValueError, match=r"got dtype torch.int64, shape \(2, 1\)"):
         network(torch.randn(2, 3, 4, 6), 0.2, 0.7, torch.tensor([[0], [1]]))
-    assert network(torch.randn(2, 3, 4, 6), 0.2, 0.7, torch.tensor([0, 3 if null else 2])).shape == (2, 3, 4, 6)
+    x, labels = torch.randn(2, 3, 4, 6), torch.tensor([0, 3 if null else 2])
+    answer = network(x, 0.2, 0.7, labels)
+    assert answer.shape == (2, 3, 4, 6)
+    for dtype in (torch.uint8, torch.int16, torch.uint16):
+        assert torch.equal(network(x, 0.2, 0.7, labels.to(dtype)), answer)
 
 
 SIZES = {

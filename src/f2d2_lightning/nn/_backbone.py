@@ -120,6 +120,7 @@ def _checked(cond: Cond | None, classes: int) -> Tensor:
     if not isinstance(cond, Tensor) or torch.is_floating_point(cond) or cond.ndim != 1:
         said = f"the network has {classes} classes and needs cond of shape (B,), integers"
         raise ValueError(f"{said}; got {kind_of(cond)}")
+    cond = cond.long()  # an embedding takes no others
     readable = cond.device.type == "cpu" and not torch.compiler.is_compiling() and not has_tangent(cond)
     if readable and bool(((cond < 0) | (cond >= classes)).any()):
         raise ValueError(
