@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from f2d2_lightning.flows import Joint, JointMap
+from f2d2_lightning.likelihood import JointModel
 from f2d2_lightning.likelihood.error_bars import Disagreement, ErrorBars, kept_bars, read_bars
 
 
@@ -73,3 +76,18 @@ def test_they_are_kept_as_plain_values():
 def test_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+class Steep(JointMap):
+    """Carries far states out of all numbers."""
+
+    def joint(self, x, s, t, cond):
+        return Joint(x.pow(5) / 50, x.pow(4).sum(1) / 10)
+
+
+def test_step_counts_in_any_form():
+    model, x = JointModel(Steep(), (2,)), torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    for steps in (np.array([1, 2]), torch.tensor([1, 2]), []):
+        model.calibrate(x, steps=steps)
+        assert [*model.error_bars] == [1, 2]
+        assert torch.equal(model.error_bar(x, torch.tensor(2)), model.error_bar(x, 2))

@@ -300,7 +300,7 @@ class LikelihoodModel(ABC):
         Raises:
             ValueError: If there are no bars for that number of steps.
         """
-        if steps not in self.error_bars:
+        if (steps := int(steps)) not in self.error_bars:
             raise ValueError(
                 f"there are no error bars for {steps} steps (for {list(self.error_bars) or 'none'}); validate the "
                 f"model with {steps} among its steps, or calibrate(x, steps=[...]) on states that it was not trained on"
@@ -337,7 +337,7 @@ class LikelihoodModel(ABC):
         Raises:
             ValueError: If there is no reference, no step count, or too few states for that share.
         """
-        steps = steps or self.steps or tuple(self.error_bars)
+        steps = self.steps or tuple(self.error_bars) if steps is None or not len(steps) else counts("steps", steps)
         if not steps:
             raise ValueError(f"{self.title} says no step counts; say for which: calibrate(x, steps=[1, 2, 4, 8])")
         velocity = self.reference_velocity()
