@@ -9,6 +9,7 @@ import torch
 from f2d2_lightning.flows import Joint, JointMap
 from f2d2_lightning.likelihood import JointModel
 from f2d2_lightning.likelihood.error_bars import Disagreement, ErrorBars, kept_bars, read_bars
+from f2d2_lightning.metrics import LikelihoodEvaluation
 
 
 def points(count: int, seed: int) -> tuple[Disagreement, torch.Tensor]:
@@ -91,3 +92,17 @@ def test_step_counts_in_any_form():
         model.calibrate(x, steps=steps)
         assert [*model.error_bars] == [1, 2]
         assert torch.equal(model.error_bar(x, torch.tensor(2)), model.error_bar(x, 2))
+
+
+def test_a_state_that_is_lost_leaves_the_others_theirs():
+    model, x = JointModel(Steep(), (2,)), torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    model.calibrate(x, steps=[2])
+    expected = model.error_bar(x, 2)
+    found = model.error_bar(torch.cat((x, torch.full((1, 2), 1e30))), 2)
+    assert torch.equal(found[:-1], expected)
+    assert not found[-1].isfinite()
+    gathered = LikelihoodEvaluation((2,), 2, None, x.device)
+    gathered.evaluate(model.log_prob, model.sample, torch.cat((x, torch.full((1, 2), 1e30))), None, None)
+    (row,) = gathered.rows()
+    assert row["unconverged"] == pytest.approx(1 / 41)
+    assert row["nll"] == pytest.approx(float(model.nll(x, 2).mean()))

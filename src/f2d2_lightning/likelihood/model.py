@@ -318,7 +318,8 @@ class LikelihoodModel(ABC):
         finer = self.log_prob(x, 2 * steps, cond).value - answer.value
         miss = x.new_zeros(len(x))
         if self.draws_samples:
-            back = self.sample(answer.noise, steps, cond).state
+            # a state that is lost on its way to noise has no likelihood, and the others go on
+            back = self.sample(answer.noise.nan_to_num(0.0, 0.0, 0.0), steps, cond).state
             miss = (back - x).flatten(1).square().mean(1).sqrt()
         return answer, Disagreement(finer, miss)
 

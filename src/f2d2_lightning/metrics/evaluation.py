@@ -125,7 +125,8 @@ class LikelihoodEvaluation:
             self.evaluations[k] = answer.evaluations
             values[k] = answer.value[None]
             if sample is not None:
-                returned = sample(answer.noise, k, cond).state
+                # what is lost on its way to noise is counted as such, and the others go on
+                returned = sample(answer.noise.nan_to_num(0.0, 0.0, 0.0), k, cond).state
                 errors[k] = (returned - x).flatten(1).double().square().mean(1)
             if own is not None:
                 above = (own[k] - answer.value[: len(own[k])]) / self._all[k].unit
