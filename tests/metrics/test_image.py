@@ -64,6 +64,12 @@ def test_the_frechet_distance_of_a_deficient_rank():
     assert 0 <= distance(real, real)["fid"] < 1e-4
 
 
+def test_features_that_are_nan_are_at_no_distance():
+    real = random_features(20, 3, 0)
+    assert math.isnan(distance(real, torch.full((20, 3), math.nan))["fid"])
+    assert distance(real, real)["fid"] >= 0
+
+
 def test_real_features_are_taken_over_and_samples_forgotten():
     real, fake, other = (random_features(60, 5, seed) for seed in (1, 2, 3))
     first, options = ImageDistance(5, kid=True), {"kid": True, "precision_recall": True}

@@ -84,8 +84,8 @@ class ImageDistance(FrechetInceptionDistance):
 
         ``kid_std`` is the standard deviation over subsets. Fewer than 2 real images or samples are a ``RuntimeError``.
         """
-        # rounding makes it slightly negative where the sets agree
-        figures = {"fid": max(0.0, float(super().compute()))}
+        # rounding makes it slightly negative where the sets agree; NaN stays
+        figures = {"fid": max(float(super().compute()), 0.0)}
         if not (self.kid or self.precision_recall):
             return figures
         size = len(self.real_features_sum)
