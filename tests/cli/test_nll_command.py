@@ -199,6 +199,7 @@ def test_percentiles_are_mid_ranks():
     expected = [percentileofscore(among, value, "mean") for value in values]
     among_nan = torch.from_numpy(np.append(among, np.nan))
     assert np.allclose(percentile_rank(torch.from_numpy(values), among_nan).numpy(), expected)
+    assert np.allclose(percentile_rank(values, among.tolist()).numpy(), expected)
     assert percentile_rank(torch.tensor([float("nan")]), among_nan).isnan().all()
     with pytest.raises(ValueError, match="at least one number is needed"):
         percentile_rank(torch.ones(2), torch.tensor([float("nan")]))

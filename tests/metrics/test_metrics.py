@@ -42,6 +42,7 @@ def test_equals_numpy(values, levels):
     }
     for name, value in expected.items():
         assert float(getattr(result, name)) == pytest.approx(value, rel=1e-7), name
+    assert float(agreement(few, reference.tolist()).gap) == pytest.approx((reference - few).mean())
 
 
 @pytest.mark.parametrize("levels", [None, 17])

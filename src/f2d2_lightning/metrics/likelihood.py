@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
+from f2d2_lightning.likelihood._inputs import Array, as_tensor
 from f2d2_lightning.likelihood.quantization import Quantization
 
 MOST_NEGATIVE = 0.01
@@ -43,7 +44,7 @@ class Agreement(NamedTuple):
     """Standard deviation of the reference over the samples; NaN below two."""
 
 
-def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: float = 0.0) -> Agreement:
+def agreement(log_prob: Array, reference: Array, unit: float = 1.0, offset: float = 0.0) -> Agreement:
     """Compare log-likelihoods with a reference, sample by sample.
 
     Args:
@@ -55,6 +56,7 @@ def agreement(log_prob: Tensor, reference: Tensor, unit: float = 1.0, offset: fl
     Raises:
         ValueError: If the shapes differ or there are no samples.
     """
+    log_prob, reference = as_tensor(log_prob, "log_prob"), as_tensor(reference, "reference")
     if log_prob.shape != reference.shape or log_prob.ndim != 1 or len(log_prob) == 0:
         raise ValueError(
             f"log_prob has shape {tuple(log_prob.shape)} and reference {tuple(reference.shape)}; both are (N,), N >= 1"
@@ -145,7 +147,7 @@ def said_of_values(values: Tensor, name: str, inverted: bool = False) -> str | N
     )
 
 
-def percentile_rank(values: Tensor, among: Tensor) -> Tensor:
+def percentile_rank(values: Array, among: Array) -> Tensor:
     """Percentage of ``among`` that lies below each value; what equals it counts half (mid-rank).
 
     Args:
@@ -161,6 +163,7 @@ def percentile_rank(values: Tensor, among: Tensor) -> Tensor:
     >>> percentile_rank(torch.tensor([0.0, 2.0, 9.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
     [0.0, 37.5, 100.0]
     """
+    values, among = as_tensor(values, "values"), as_tensor(among, "among")
     sorted_ = among[~among.isnan()].double().sort().values
     if values.ndim != 1 or among.ndim != 1 or len(sorted_) == 0:
         raise ValueError(
