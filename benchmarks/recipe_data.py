@@ -162,6 +162,16 @@ def wine() -> Splits:
     return table(load_wine(return_X_y=True)[0])
 
 
+def heavy_tails() -> Splits:
+    """6,000 rows of seven columns, Student's t, log-normal and counts, most of which depend on each other."""
+    generator, rows = np.random.default_rng(7), 6000
+    t = generator.standard_t(4, (rows, 3))
+    positive = np.exp(0.7 * generator.standard_normal((rows, 2)) + 0.5 * t[:, :2])
+    counts = np.round(generator.gamma(2.0, 3.0, rows))
+    bent = 0.6 * t[:, 0] + 0.4 * np.sin(2 * t[:, 1]) + 0.2 * generator.standard_normal(rows)
+    return table(np.column_stack([t, positive, counts, bent]))
+
+
 # --- photographs ---
 
 
@@ -227,6 +237,7 @@ SETS = {
     "breast cancer": DataSet(breast_cancer),
     "diabetes": DataSet(diabetes),
     "wine": DataSet(wine),
+    "heavy tails": DataSet(heavy_tails),
     "mixture 16-d": DataSet(lambda: drawn("mixture 16-d", sixteen), sixteen.log_prob),
     "digits": DataSet(Digits),
     "patches 8x8": DataSet(lambda: patches(8)),
