@@ -514,3 +514,24 @@ def test_waves_are_of_images():
         GaussianBaseline((5,), "cosine")
     with pytest.raises(ValueError, match="square of each side; up to 4,096"):
         GaussianBaseline((1, 100_000, 1), "cosine")
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "said"),
+    [
+        (torch.tensor([math.nan, 0.0]), torch.eye(2), "NaN"),
+        (torch.zeros(2), torch.tensor([[math.inf, 0.0], [0.0, 1.0]]), "infinity"),
+        (torch.zeros(2), torch.tensor([[1.0, 5.0], [0.0, 26.0]]), "not symmetric"),
+        *(
+            (torch.zeros(2), other, "shapes .d,. and .d, d.")
+            for other in (torch.ones(2), torch.eye(3), torch.eye(2).long())
+        ),
+        (torch.zeros(2).long(), torch.eye(2), "torch.int64"),
+        (torch.zeros(2).numpy(), torch.eye(2), "Tensor is expected"),
+    ],
+)
+def test_a_covariance_that_is_none_is_refused(mean, covariance, said):
+    with pytest.raises(ValueError, match=said):
+        GaussianBaseline.from_covariance(mean, covariance)
+    with pytest.raises(ValueError, match="of 3 numbers, and the mean has 2"):
+        GaussianBaseline.from_covariance(torch.zeros(2), torch.eye(2), shape=(3,))

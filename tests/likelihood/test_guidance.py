@@ -168,6 +168,13 @@ def test_conditioning_reaches_the_gradient():
     assert torch.allclose(made.noise, cond)
 
 
+class Squared(f2.JointMap):
+    """Leads far noise to infinity."""
+
+    def joint(self, x, s, t, cond):
+        return f2.flows.Joint(x * x.detach().square(), x.sum(-1))
+
+
 def test_wrong_use():
     with pytest.raises(ValueError, match="scale=nan; a finite number"):
         SelfGuidance(float("nan"))
@@ -179,6 +186,8 @@ def test_wrong_use():
         SelfGuidance()(mixture(), torch.full((1, 2), torch.nan))
     with pytest.raises(FloatingPointError, match="lower the scale"):
         SelfGuidance(1e308, 4)(mixture(), torch.randn(3, 2))
+    with pytest.raises(FloatingPointError, match="made samples NaN or infinite; lower the scale"):
+        SelfGuidance(1e200)(Squared(), torch.randn(3, 2))
     to_noise = f2.JointFlowMap(MLP((2,), directions="to_noise", width=24), f2.DivergenceHead(features=24))
     with pytest.raises(ValueError, match="only goes to noise"):
         SelfGuidance()(to_noise, torch.zeros(1, 2))

@@ -82,6 +82,13 @@ def test_a_seed_is_a_number_whoever_it_is_of(tmp_path, kind):
         answers.append((digits.nll(images, 1, seed=seed), digits.sample(2, 1, seed=seed).state, probed, rows))
     for one, other in zip(*answers, strict=True):
         assert torch.equal(one, other)
+    assert torch.equal(digits.sample(kind(2), 1, seed=3).state, answers[0][1])
+
+
+def test_a_compiled_model_is_told_how_to_be_compiled():
+    digits = f2.load("digits")
+    with pytest.raises(ArgumentError, match=r"in place, by model\.compile"):
+        f2.log_prob(torch.compile(digits.joint_map, backend="eager"), torch.zeros(1, 1, 8, 8))
 
 
 class Levels(Pair):

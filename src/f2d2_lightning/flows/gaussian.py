@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.maps import Joint, JointMap
 from f2d2_lightning.flows.paths import LinearPath, Path, distinct, like
-from f2d2_lightning.utils.checks import check_shape, counts, one_of
+from f2d2_lightning.utils.checks import check_shape, checked, counts, one_of
 from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
 
@@ -44,6 +44,8 @@ SMALLEST = 1e-12
 """Variance, absolute or as a share of the squared mean, below which a coordinate does not vary."""
 FAR = 1e3
 """Distance from zero, in units of the data and in deviations, from which sums are taken around the data."""
+ASYMMETRIC = 1e-4
+"""Share of a covariance's largest entry up to which entries and their mirror images may differ: rounding."""
 WIDEST = 4096
 """Dimensions of a full covariance: its axes are a 64 MiB buffer there, and grow with the square."""
 USUAL, MANY = 1024, 2000
@@ -133,10 +135,28 @@ class GaussianBaseline(nn.Module, Configured):
         self.register_buffer("fitted", torch.tensor(False))
 
     @classmethod
+    @checked
     def from_covariance(
         cls, mean: Tensor, covariance: Tensor, path: Path | None = None, shape: Sequence[int] | None = None
     ) -> GaussianBaseline:
-        """Baseline of ``N(mean, covariance)``, shapes ``(d,)`` and ``(d, d)``, in their dtype."""
+        """Baseline of ``N(mean, covariance)``, shapes ``(d,)`` and ``(d, d)``, in the mean's dtype.
+
+        Raises:
+            ValueError: If they are no finite, floating mean and symmetric covariance without negative eigenvalues, or
+                ``shape`` is of another size.
+        """
+        size = (len(mean.flatten()),) * 2
+        if not (mean.is_floating_point() and covariance.is_floating_point()) or tuple(covariance.shape) != size:
+            raise ValueError(
+                f"mean has dtype {mean.dtype} and shape {tuple(mean.shape)}, covariance {covariance.dtype} and "
+                f"{tuple(covariance.shape)}; floating numbers are needed, of shapes (d,) and (d, d)"
+            )
+        if not bool(mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("mean or covariance holds NaN or infinity; give finite ones")
+        if bool((covariance - covariance.mT).abs().max() > ASYMMETRIC * covariance.abs().max()):
+            raise ValueError("the covariance is not symmetric; give the whole matrix, A @ A.T of a Cholesky factor A")
+        if shape is not None and math.prod(shape) != size[0]:
+            raise ValueError(f"shape={tuple(shape)} is of {math.prod(shape)} numbers, and the mean has {size[0]}")
         baseline = cls(shape or mean.shape, "full", path).to(mean)
         baseline._set(mean.flatten(), covariance)
         return baseline

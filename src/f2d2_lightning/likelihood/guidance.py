@@ -100,7 +100,7 @@ class SelfGuidance:
 
         Raises:
             ValueError: If the map has no divergence, does not go to data, gives no gradient, or the noise is unfit.
-            FloatingPointError: If guidance makes noise NaN or infinite.
+            FloatingPointError: If guidance makes noise or samples NaN or infinite.
         """
         if not isinstance(joint_map, JointMap):
             raise ValueError(
@@ -118,13 +118,11 @@ class SelfGuidance:
             moved = moved + self.scale * (gradient if adapt is None else adapt(gradient))
             if self.keep_norm:
                 moved = moved * _norm(noise) / _norm(moved).clamp_min(torch.finfo(noise.dtype).tiny)
-        if not bool(moved.isfinite().all()):
-            raise FloatingPointError(
-                f"guidance with scale={self.scale} and steps={self.steps} made noise NaN or infinite; lower the scale"
-            )
+        self._check(moved, "noise")
         guided_forward = self.steps * self.likelihood_steps
         same = time_grid(steps) == time_grid(self.likelihood_steps)
         made = sample(joint_map, moved, steps, cond, with_log_prob=with_log_prob or (self.measure and same))
+        self._check(made.state, "samples")
         after, checked = made.log_prob if same else None, 0
         if self.measure and not same:
             after = sample(joint_map, moved, self.likelihood_steps, cond, with_log_prob=True).log_prob
@@ -139,6 +137,12 @@ class SelfGuidance:
             log_prob_before=before,
             log_prob_after=after,
         )
+
+    def _check(self, x: Tensor, what: str) -> None:
+        if not bool(x.isfinite().all()):
+            raise FloatingPointError(
+                f"guidance with scale={self.scale} and steps={self.steps} made {what} NaN or infinite; lower the scale"
+            )
 
     def _gradient(self, joint_map: JointMap, noise: Tensor, cond: Cond | None) -> tuple[Tensor, Tensor]:
         """Gradient of the summed log-likelihood in the noise, and the log-likelihoods ``(B,)``."""

@@ -418,6 +418,8 @@ class LikelihoodModel(ABC):
             ValueError: If it has another shape than the model's, or ``cond`` does not fit it.
         """
         joint, determinant = self.joint_map, Determinant.said(determinant)
+        if isinstance(noise, Tensor) and noise.ndim == 0 and not noise.is_floating_point():
+            noise = int(noise)
         drawn, noise = not hasattr(noise, "__len__"), self._noise(noise, seed, generator)
         if (seed := seed_of(seed, generator)) is not None and determinant is not None:
             determinant = replace(determinant, seed=seed)

@@ -79,7 +79,10 @@ def _field_hints(cls: Any) -> dict[str, tuple[Any, Any]]:
 
 def _check(name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
-        raise ArgumentError(f"{name}={_shown(value)} is a {type(value).__name__}; {_said(hint)} is expected")
+        # torch.compile(network) is a class of its own around the network
+        compiled = hasattr(value, "_orig_mod") and _fits(value._orig_mod, hint)
+        remedy = "; compile a model in place, by model.compile(), and give the model" if compiled else ""
+        raise ArgumentError(f"{name}={_shown(value)} is a {type(value).__name__}; {_said(hint)} is expected{remedy}")
     if isinstance(value, (float, np.floating)) and not math.isfinite(value):
         raise ArgumentError(f"{name}={value}; a finite number is expected")
 
