@@ -301,6 +301,31 @@ def test_tables_that_cannot_be(written, expected, tmp_path):
         Table(str(path)).setup()
 
 
+@pytest.mark.parametrize(
+    ("above", "columns"),
+    [
+        ("# made on Monday\na,b,c\n", ["a", "b", "c"]),
+        ("# x; y: metres\n\n# by me, 1, 2\na,b,c\n", ["a", "b", "c"]),
+        ("# made on Monday\n# a,b,c\n", ["a", "b", "c"]),
+        ("# made on Monday\n", None),
+        ("#\n", None),
+    ],
+)
+def test_comments_above_a_table(above, columns, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(above + "\n".join(",".join(map(str, row)) for row in rows()))
+    table = Table(str(path))
+    table.setup()
+    assert table.columns == columns
+    assert np.array_equal(f2.data.read_rows(path), rows().astype(np.float32))
+
+
+def test_labels_of_a_table_are_said_to_be_left_out(folder, capsys):
+    np.savez("rows.npz", x=rows(), y=np.arange(len(rows())) % 3)
+    f2d2("init", "mine", "--data", "rows.npz")
+    assert "labels y were left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 @pytest.mark.parametrize("comments", ["", "# "], ids=["names", "comment"])
 @pytest.mark.parametrize("separator", [",", ";", "|", "\t", ", ", " "], ids=repr)

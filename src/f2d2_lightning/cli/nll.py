@@ -103,6 +103,8 @@ def _nll(options: Any) -> None:
             "places; leave it out"
         )
     if options.classes is not None:
+        if module.conditional is False:
+            raise ValueError(f"--classes are {options.classes}, and the model has no classes; leave --classes out")
         names = as_names(options.classes.split(","), "--classes")
         if module.class_names and names != module.class_names:
             raise ValueError(f"--classes are {names}, and the checkpoint has {module.class_names}; leave --classes out")

@@ -20,13 +20,14 @@ DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
 def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
     """Rows of numbers ``(N, columns)``, and the names of the columns where the first line has them.
 
-    Names may be numbers that count the columns, as pandas gives them: see :func:`_counts`.
+    Lines above that begin with ``#`` are comments, but for one with the names right above the rows. Names may be
+    numbers that count the columns, as pandas gives them: see :func:`_counts`.
     A ``ValueError`` names row, column and remedy of a cell that is no number.
     """
     numbers, lines, separator = [], [], ","
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
-            typical = ["", *islice(filter(str.strip, file), 2)][-1]
+            typical = ["", *islice((line for line in file if line.strip() and not line.startswith("#")), 2)][-1]
             separator = next((mark for mark in SEPARATORS if mark in typical), " " if _in_words(typical) else ",")
             file.seek(0)
             # of spaces there may be several
@@ -37,9 +38,14 @@ def read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
                     lines.append(line)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} cannot be read as text with commas: {error}; save it as UTF-8") from error
-    if len(lines) > 1 and lines[0][0].startswith("#"):  # numpy.savetxt writes names as a comment
-        lines[0] = [text for text in (lines[0][0].lstrip("# "), *lines[0][1:]) if text]
-    names = lines[0] if lines and (not any(map(_stands_for_one, lines[0])) or _counts(lines[0], lines[1:])) else None
+    while len(lines) > 1 and lines[0][0].startswith("#"):
+        said = [text for text in (lines[0][0].lstrip("# "), *lines[0][1:]) if text]
+        if len(said) == len(lines[1]) and any(map(_stands_for_one, lines[1])):  # as numpy.savetxt writes them
+            lines[0] = said
+            break
+        del lines[0], numbers[0]
+    named = bool(lines) and (not any(map(_stands_for_one, lines[0])) or _counts(lines[0], lines[1:]))
+    names = lines[0] if named else None
     start = int(names is not None)
     rows, width = lines[start:], len(lines[0]) if lines else 0
     with suppress(ValueError):

@@ -76,6 +76,8 @@ class Table(FlowDataModule):
         """Rows as they stand there, ``(N, ...)``, and what they are conditioned on."""
         found = find_rows(self.path)
         self.said, self.columns = found.said, found.columns
+        if found.labels is not None:
+            self.said += ("its labels y were left out: rows are modelled without them",)
         for said in self.said:
             rank_zero_info(f"{self.path}: {said}")
         return found.values, None
