@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import f2d2_lightning as f2
 from command_line import single_precision  # noqa: F401
 from f2d2_lightning.cli import nll_command
+from f2d2_lightning.cli._points import Reading, reading_of
 from f2d2_lightning.cli._tables import Column, write_table
 from f2d2_lightning.likelihood import dequantization_bounds
 from f2d2_lightning.metrics import percentile_rank
@@ -407,6 +408,7 @@ BAD = {
     "requantized twice": ("digits", ["--data", "five", "--requantize", "true"], r"fit the model's 17 levels already"),
     "requantized wide": ("digits", ["--data", "wide.npy", "--requantize", "true"], r"--requantize is for 8-bit values"),
     "images of no images": ("plane", ["--data", "eight"], r"image files can be read for \(C, H, W\)"),
+    "classes of none": ("grey", ["--data", "five", "--classes", "a,b"], r"the model has no classes; leave --classes"),
     "no labels in the folder": ("classes", ["--data", "five"], r"is in no folder that is named by a class label"),
     "no labels in the array": ("classes", ["--data", "x.npz"], r"has no labels: give an .npz file with labels y"),
     "no labels in the module": (
@@ -559,6 +561,35 @@ def test_columns_in_another_order_are_refused(tmp_path, monkeypatch, capsys, sta
     for name in same:
         nll_command(["--ckpt", saved, "--data", f"{name}.csv", "--out", f"{name}.out.csv"])
     assert len({(tmp_path / f"{name}.out.csv").read_text() for name in same}) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"columns": 3},
+        {"columns": [1, 2]},
+        {"scale": 1.0},
+        {"scale": torch.zeros(2)},
+        {"center": torch.zeros(3)},
+        {"center": None},
+    ],
+    ids=str,
+)
+def test_units_of_a_checkpoint_that_are_none_are_refused(tmp_path, change):
+    kept = {"center": torch.zeros(2), "scale": torch.ones(2), "columns": ["a", "b"]} | change
+    torch.save({"Table": kept, "state_dict": {}, "pytorch-lightning_version": "2.5.0"}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"units of a table in a checkpoint are.*a list of names or None"):
+        reading_of(str(tmp_path / "last.ckpt"), Reading())
+    with pytest.raises(ValueError, match="units of a table in a checkpoint"):
+        f2.data.Table("rows.csv").load_state_dict(kept)
+
+
+def test_rows_of_a_checkpoint_without_units_are_said_to_be_states(models, capsys):
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(5, 2)))
+    nll(models, "plane", "rows.npy")
+    assert "rows.npy: rows are taken as the model's states as they stand; the checkpoint has no units" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_rows_in_other_units_are_warned_of(tmp_path, capsys):

@@ -55,20 +55,21 @@ class Reading:
     """Bring 8-bit values ``v`` to the model's levels, ``floor(v * levels / 256)``."""
     units: Units | None = None
     """Of floating numbers, where the model was trained on a table."""
-    units_unknown: bool = False
-    """Whether a table's units were not kept with the model."""
+    units_unknown: str = ""
+    """Why a table's units are not known, where none were kept with the model."""
 
 
 def reading_of(checkpoint: str, given: Reading) -> Reading:
     """How the model of a checkpoint's training read files, with what was given besides."""
     if (path := located(checkpoint)).is_dir():
         units = read_units(path)
-        return replace(given, units=units, units_unknown=units is None)
+        return replace(given, units=units, units_unknown="" if units else "the folder was saved without units=")
+    given = replace(given, units_unknown="the checkpoint has no units of a table")
     # a data module's state is under the name of its class, which may be one of the user's own
     for part, kept in read_checkpoint(path).items():
         names = {*kept} if isinstance(kept, Mapping) and part != "state_dict" else set()
-        if {"center", "scale"} <= names and isinstance(kept["scale"], Tensor):
-            given = replace(given, units=Units(kept["center"], kept["scale"], kept.get("columns")))
+        if {"center", "scale"} <= names and ("columns" in names or isinstance(kept["scale"], Tensor)):
+            given = replace(given, units=Units.loaded(kept), units_unknown="")
         elif {"crop", "resize", "convert"} <= names:
             framing = given.framing or Framing(1, kept["crop"], kept["resize"])
             given = replace(given, convert=given.convert or bool(kept["convert"]), framing=framing)
@@ -262,7 +263,7 @@ def _from_rows(path: Path, module: LikelihoodModel, reading: Reading) -> Points:
                     "of the table that the model was trained on"
                 )
         elif reading.units_unknown:
-            say(f"{path}: rows are taken as the model's states as they stand; the folder was saved without units=")
+            say(f"{path}: rows are taken as the model's states as they stand; {reading.units_unknown}")
         rows = rows.float()
         check_values(rows, module.quantization)
         dataset = DequantizedDataset(rows, classes)

@@ -119,11 +119,11 @@ class Table(FlowDataModule):
         """Take the units of a checkpoint, in which a model was trained.
 
         Raises:
-            ValueError: If the data were set up in others.
+            ValueError: If the data were set up in others, or these are no units.
         """
         if not state_dict:
             return
-        kept, mine = Units(state_dict["center"], state_dict["scale"], state_dict.get("columns")), self.units
+        kept, mine = Units.loaded(state_dict), self.units
         if mine is not None and not (torch.equal(mine.center, kept.center) and torch.equal(mine.scale, kept.scale)):
             raise ValueError(
                 f"the rows of {self.path} have other means and deviations than those that the checkpoint's model was "

@@ -50,6 +50,23 @@ class Units:
         """States ``(N, ...)`` as rows, in the precision of states or of units, whichever is more."""
         return states * self.scale + self.center
 
+    @classmethod
+    def loaded(cls, state: Mapping[str, Any]) -> Units:
+        """Those of a checkpoint, in which they stand as the tensors and the list that they are.
+
+        Raises:
+            ValueError: If they are no such values.
+        """
+        both, columns = [state.get(name) for name in ("center", "scale")], state.get("columns")
+        tensors = [part for part in both if isinstance(part, Tensor) and part.is_floating_point()]
+        right = len(tensors) == 2 and tensors[0].shape == tensors[1].shape and _named(columns)
+        if not right or not bool(tensors[0].isfinite().all() and (tensors[1].isfinite() & (tensors[1] > 0)).all()):
+            raise ValueError(
+                f"units of a table in a checkpoint are {dict(state)!r:.80}; center and scale are expected, finite "
+                "tensors of one shape, scales above zero, and of columns a list of names or None"
+            )
+        return cls(tensors[0], tensors[1], columns)
+
     def kept(self) -> dict[str, Any]:
         """As plain values, for a file: one where all entries of a row have the same, else all of them in order."""
         parts = {"center": self.center.flatten(), "scale": self.scale.flatten()}
@@ -68,8 +85,7 @@ class Units:
         names = ("center", "scale", "columns")
         *parts, columns = (kept.get(name) if isinstance(kept, Mapping) else None for name in names)
         size = math.prod(shape)
-        named = columns is None or (isinstance(columns, list) and all(type(name) is str for name in columns))
-        if not named or not all(_numbers(part, size) for part in parts) or min(parts[1]) <= 0:  # type: ignore[arg-type]
+        if not _named(columns) or not all(_numbers(part, size) for part in parts) or min(parts[1]) <= 0:  # type: ignore[arg-type]
             raise ValueError(
                 f"units in a file are {kept!r:.80}; center and scale are expected, each a list of one number or of "
                 f"those of a row of shape {tuple(shape)}, scales above zero, and of columns a list of names or null"
@@ -77,6 +93,10 @@ class Units:
         both = torch.stack([torch.tensor(part, dtype=torch.float64).expand(size).reshape(*shape) for part in parts])
         center, scale = both.float() if torch.equal(both, both.float().double()) else both
         return cls(center, scale, columns)
+
+
+def _named(columns: Any) -> bool:
+    return columns is None or (isinstance(columns, list) and all(type(name) is str for name in columns))
 
 
 def _numbers(part: Any, size: int) -> bool:
