@@ -371,8 +371,8 @@ WRONG = {
         preserving, FlowMatching("net(x, 1000 * s)", noise_time=1.0, data_time=0.0),
         "take VariancePreserving('net(x, s)')", VariancePreserving("net(x, s)")),
     "DDPM's prediction": (
-        preserving, VariancePreserving("net(x, s)", prediction_type="v_prediction"), "prediction_type='epsilon'",
-        VariancePreserving("net(x, s)")),
+        preserving, VariancePreserving("net(x, s)", prediction_type="v_prediction"),
+        "with prediction_type='epsilon' its answers fit", VariancePreserving("net(x, s)")),
     "DDPM's time": (
         preserving, VariancePreserving("net(x, s / 1000)"), "call='net(x, s)'", VariancePreserving("net(x, s)")),
     "velocity of a DDPM": (

@@ -395,7 +395,8 @@ def _remedy(adapter: Adapter, way: _Way, reading: _Reading) -> str:
         return f"take {other}({way.adapter.call.text!r}) in place of {type(adapter).__name__}"
     if isinstance(adapter, VarianceExploding):
         changed = way.adapter.call.text != adapter.call.text
-        hint = f" (here call={way.adapter.call.text!r})" if changed else f" (here {way.what})" if way.what else ""
+        fits = f"call={way.adapter.call.text!r}" if changed else way.what
+        hint = f" (with {fits} its answers fit)" if fits else ""
         if isinstance(adapter, VariancePreserving):
             return f"check call=, prediction_type= and beta_schedule={hint}, or take another adapter"
         return (
