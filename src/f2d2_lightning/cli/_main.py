@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import shlex
 import signal
 import sys
 import warnings
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import Any
 
 import lightning as L
@@ -184,7 +183,7 @@ class F2D2CLI(LightningCLI):
 
     def _say_uses(self, checkpoint: Any) -> None:
         own = self.model.hparams.get("trust") or ()
-        trust, named = f" --trust {shlex.join(own)}" if own else "", quote(str(checkpoint))
+        trust, named = f" --trust {join(own)}" if own else "", quote(str(checkpoint))
         kind = "png" if is_shown(self.model.shape) else "npz"
         say(f"      f2d2 sample --ckpt {named} --steps 2 --num 64 --out samples.{kind}{trust}")
         say(f"      f2d2 nll --ckpt {named} --data DATA --steps 4 --out nll.csv{trust}")

@@ -171,14 +171,13 @@ def _loaders(trainer: L.Trainer) -> Any:
 def _together(trainer: L.Trainer, loaders: Any) -> Iterator[Any]:
     """Batches of a loader, or of several as the trainer takes them; a ``ValueError`` where there is none."""
     batch: Any = None
+    batches = loaders
     if isinstance(loaders, (list, tuple, dict)):
         combined = trainer.fit_loop._combined_loader
         assert combined is not None
-        for batch, _, _ in CombinedLoader(loaders, combined._mode):
-            yield batch
-    else:
-        for batch in loaders:
-            yield batch
+        batches = (batch for batch, _, _ in CombinedLoader(loaders, combined._mode))
+    for batch in batches:
+        yield batch
     if batch is None:
         raise ValueError(
             "the training data gave no batch when they were looked at before the first step; look at what the data set "
