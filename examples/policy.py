@@ -68,7 +68,7 @@ def train(actor: Gaussian | Flow, options: argparse.Namespace) -> None:
                 evaluations += told.evaluations * len(rows) + more
                 ratio, gains = (told.log_q - before[rows])[found].exp(), advantage[rows][found]
                 loss = (critic(seen[rows])[:, 0] - goal[rows]).square().mean() + apart
-                if float((ratio - 1 - ratio.log()).mean()) < options.moved:
+                if float((ratio - 1 - ratio.log()).detach().mean()) < options.moved:
                     loss = loss - torch.minimum(ratio * gains, ratio.clamp(0.8, 1.2) * gains).mean()
                 optimizer.zero_grad()
                 loss.backward()

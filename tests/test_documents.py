@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ def test_the_python_code_of_a_page_runs(page, tmp_path):
     """Of what is not installed by ``make test``, ``make neighbours`` runs the pages."""
     for package in re.findall(r"<!-- needs: (\w+) -->", page.read_text(encoding="utf-8")):
         pytest.importorskip(package)
-    run([sys.executable, "-c", python_of(page)], tmp_path)
+    run(["-c", python_of(page)], tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
@@ -79,7 +78,7 @@ def test_the_commands_of_a_page_run(page, tmp_path):
     for _, command in commands_of(page):
         words = shlex.split(command)
         if words[0] == "f2d2":
-            run([sys.executable, "-m", "f2d2_lightning", *words[1:], *SHORT.get(words[1], [])], tmp_path)
+            run(["-m", "f2d2_lightning", *words[1:], *SHORT.get(words[1], [])], tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)

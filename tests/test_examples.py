@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan))"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_example_runs_in_its_short_form(name, tmp_path):
-    printed = output_of([sys.executable, EXAMPLES / name, "--steps", "10"], tmp_path)
+    printed = output_of([EXAMPLES / name, "--steps", "10"], tmp_path)
     lines = dict(re.findall(r"^(\d+) steps?: (.*)$", printed, re.MULTILINE))
     assert {"1", "2", "4", "8"} <= set(lines), printed
     for steps, line in lines.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +77,7 @@ def test_refreshing_brings_the_head_to_the_determinants():
 
 def test_the_command_says_what_each_policy_did(tmp_path):
     short = ["--rounds", "1", "--envs", "8", "--epochs", "1", "--width", "8"]
-    printed = output_of([sys.executable, EXAMPLES / "policy.py", *short], tmp_path)
+    printed = output_of([EXAMPLES / "policy.py", *short], tmp_path)
     for name in POLICIES:
         said = re.search(rf"^{name}, seed 0\n  round 1: return (\S+), (\S+) million .* mean ratio (\S+)", printed, re.M)
         assert said, printed

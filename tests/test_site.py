@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         shutil.copy(HOUSE / name, tmp_path)
     for name in ("src", "examples", "configs", "benchmarks"):
         (tmp_path / name).symlink_to(HOUSE / name)
-    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"]
+    build = ["-m", "sphinx", "-W", "--keep-going", "-q", "docs", "html"]
     output_of(build, tmp_path, timeout=600, F2D2_DOCS_EXECUTE="off")
     for page in ("index", "CONCEPTS", "notebooks/density", "api/f2d2_lightning.F2D2Module"):
         assert (tmp_path / f"html/{page}.html").exists(), page

@@ -28,7 +28,7 @@ from f2d2_lightning.nn import MLP
 from f2d2_lightning.plots import sample_figure
 from f2d2_lightning.training.folders import unused
 from foreign import MeanFlowModule, callback
-from launching import WITH_FSDP2, launch, logs
+from launching import WITH_FSDP2, ended, launch, logs
 from lightning_parts import Pair, fit, same, student, teacher, trainer
 
 IMAGE = {"samples.png", "calibration.png", "nll_steps.png", "ranked.png"}
@@ -552,13 +552,7 @@ def fit_in_one_of_two(folder):
 
 
 def test_two_processes(tmp_path):
-    processes = launch(__file__, tmp_path, 2)
-    try:
-        codes = [process.wait(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], logs(tmp_path)
+    assert ended(launch(__file__, tmp_path, 2), 200) == [0, 0], logs(tmp_path)
     for name in WITH_FSDP2:
         run = tmp_path / name / "run/a"
         assert set(written(run / "pictures")) == {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 import warnings
 
 import lightning as L
@@ -23,7 +22,7 @@ from f2d2_lightning.metrics import SmallFeatures
 from f2d2_lightning.metrics.image import ImageDistance, precision_recall
 from f2d2_lightning.metrics.networks import INCEPTION_FILE, INCEPTION_URL
 from foreign import MeanFlowModule, of_pytorch_lightning
-from launching import launch, logs
+from launching import ended, launch, logs
 from lightning_parts import Pair, fit, trainer
 from lightning_parts import student as pair_student
 from quality_worker import (
@@ -422,13 +421,9 @@ def results(tmp_path_factory):
     try:
         torch.set_default_dtype(torch.float64)
         found = {"1-0": {name: case(folder) for name, case in worker.cases(1).items()}}
-        end = time.monotonic() + 300
-        for process in processes:
-            process.wait(timeout=max(1, end - time.monotonic()))
     finally:
         torch.set_default_dtype(default)
-        for process in processes:
-            process.kill()
+        ended(processes, 300)
     for name in ("2-0", "2-1"):
         assert (folder / f"{name}.pt").exists(), logs(folder)
         found[name] = torch.load(folder / f"{name}.pt", weights_only=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launching import difference, get, launch, logs
+from launching import difference, ended, get, launch, logs
 
 WORKER = Path(__file__).parents[1] / "support" / "distributed_worker.py"
 COMPARED = ("module", "module frozen", "callback", "callback frozen", "callback manual", "callback accumulating")
@@ -17,14 +17,7 @@ COMPARED = ("module", "module frozen", "callback", "callback frozen", "callback 
 def results(tmp_path_factory):
     """Results of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("strategies")
-    processes = launch(WORKER, folder, 2)
-    try:
-        alone = launch(WORKER, folder, 1)
-        for process in (*alone, *processes):
-            process.wait(timeout=400)
-    finally:
-        for process in processes:
-            process.kill()
+    ended(launch(WORKER, folder, 2) + launch(WORKER, folder, 1), 400)
     names = ("1-0", "2-0", "2-1")
     missing = [name for name in names if not (folder / f"{name}.pt").exists()]
     assert not missing, logs(folder)

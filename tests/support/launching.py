@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import shlex
 import socket
-import subprocess
 import sys
+import time
 import traceback
+import types
 import unittest
 import warnings
 from pathlib import Path
@@ -20,15 +23,55 @@ from f2d2_lightning.utils.sharding import FSDP2_FROM
 WITH_FSDP2 = ("ddp", "fsdp") if torch.__version__ >= FSDP2_FROM else ("ddp",)
 
 
+HOUSE = Path(__file__).parents[2]
+OURS = tuple(str(HOUSE / name) for name in ("tests", "benchmarks", "examples"))
+IMPORTED = ["pytest", "torch", "lightning", "torchvision", "f2d2_lightning.modules", "f2d2_lightning.callbacks"]
+"""Takes a fresh interpreter seven seconds. One does it for all commands of a test run, and each begins as its copy."""
+_COPIES = multiprocessing.get_context("forkserver")
+_COPIES.set_forkserver_preload(IMPORTED)
+
+
+def start(command, folder, log, environment):
+    """Python with the arguments ``-c CODE``, ``-m MODULE ...`` or ``SCRIPT ...``, as a process in a folder.
+
+    What it prints goes to the file ``log``, errors to ``log.err``. It begins without a test's imports and paths.
+    """
+    process = _COPIES.Process(target=_begin, args=([str(word) for word in command], str(folder), log, environment))
+    process.start()
+    return process
+
+
+def _begin(command, folder, log, environment):
+    """In the process that was started."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, log), (2, log.with_name(log.name + ".err"))):
+        with open(name, "wb") as file:
+            os.dup2(file.fileno(), number)
+    os.chdir(folder)
+    first, *sys.argv = command if command[0] in ("-c", "-m") else ("", *command)
+    home = {"-c": "", "-m": folder}.get(first, str(Path(sys.argv[0]).parent))
+    own = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [home, *filter(None, own), *(path for path in sys.path if not path.startswith(OURS))]
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if first == "-c":
+        code, sys.argv[0] = sys.argv[0], first
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(code, "<string>", "exec"), vars(main))
+    elif first == "-m":
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def output_of(command, folder, timeout=300, **environment):
-    """What a command prints that is run in a folder, on one thread, and must end well."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=timeout
-    )
+    """What Python prints with some arguments, run in a folder, on one thread; it must end well."""
+    log = Path(folder) / "printed"
+    (code,) = ended([start(command, folder, log, os.environ | {"OMP_NUM_THREADS": "1"} | environment)], timeout)
+    printed, errors = log.read_text(), log.with_name("printed.err").read_text()
     said = shlex.join(map(str, command))[:500]
-    assert done.returncode == 0, f"{said}\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
-    return done.stdout
+    assert code == 0, f"{said}\nended with {code}\n{printed[-2000:]}\n{errors[-8000:]}"
+    return printed
 
 
 def free_port():
@@ -51,15 +94,26 @@ def launch(script, folder, count):
             names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank}
             names |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
             environment |= {name: str(value) for name, value in names.items()}
-        log = (folder / f"{count}-{rank}.log").open("w")
-        command = [sys.executable, str(script), str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        processes.append(start([script, folder], folder, folder / f"{count}-{rank}.log", environment))
     return processes
+
+
+def ended(processes, timeout):
+    """Exit codes of processes that have so many seconds together; none of them runs on."""
+    end = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+    finally:
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+    return codes
 
 
 def logs(folder):
     """The ends of the processes' logs."""
-    return "\n".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
+    return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*.log*")))
 
 
 def run_cases(cases, folder, only=""):
