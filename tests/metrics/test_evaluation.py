@@ -66,6 +66,16 @@ def test_what_no_sample_has_is_left_out():
     assert set(alone.results()) == {"nll_2", "nll_standard_error_2", "unconverged_2"}
 
 
+def test_a_batch_of_repeated_samples_alone_adds_nothing():
+    evaluation = LikelihoodEvaluation((1,), 2, None, torch.device("cpu"))
+    joint = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(torch.zeros(2), torch.eye(2)))
+    for counted in (True, False):
+        ask = lambda y, k, cond: f2.log_prob(joint, y, k)  # noqa: E731
+        evaluation.evaluate(ask, None, torch.zeros(3, 2), None, None, counted=torch.full((3,), counted))
+    (row,) = evaluation.rows()
+    assert row["nll"] == pytest.approx(math.log(2 * math.pi), abs=1e-6)
+
+
 class Biased(f2.JointMap):
     """A Gaussian map whose way to noise misses by a known factor."""
 

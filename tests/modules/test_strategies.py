@@ -31,7 +31,7 @@ def test_figures_do_not_depend_on_the_number_of_processes(results, who):
     assert len(one) > 4
     for other in two:
         assert one.keys() == other.keys()
-        # of the test's 51 samples one is repeated in two processes, and the reference is of 13
+        # of the test's 49 samples one is repeated in two processes, and the reference is of 13
         assert {name: other[name] for name in one} == pytest.approx(one, abs=1e-6)
 
 

@@ -202,7 +202,7 @@ class LikelihoodEvaluation:
         if reference_error is not None:
             self._reference_errors.update(reference_error[reference_error.isfinite()].square())
         for k, value in values.items():
-            value = value.reshape(-1, value.shape[-1])
+            value = torch.atleast_2d(value)  # of a batch of repeated samples alone none is left
             good = value.isfinite().all(0)
             self._failed[k].update((~good).float())
             self._all[k].update(value.mean(0)[good])
