@@ -308,7 +308,11 @@ def evaluate(
         getattr(made, stage)(module, datamodule=data, verbose=False)
         kept = (n for n in made.callback_metrics if who != "callback" or "f2d2" in n)
         metrics |= {n: float(made.callback_metrics[n]) for n in kept}
-    choice = (added[0] if added else module).reference_choice
+    model = added[0] if added else module
+    if model.steps:
+        row = model.agreement_table()[-1]
+        metrics |= {f"table {name}": row[name] for name in ("nll", "nll_standard_error")}
+    choice = model.reference_choice
     return metrics if choice is None else metrics | {"steps": choice.reference.steps, "seconds": choice.seconds}
 
 

@@ -250,7 +250,7 @@ class LikelihoodEvaluation:
         reference_error = float(self._reference_errors.compute()) / unit
         for k in self.steps:
             row: dict[str, Any] = dict.fromkeys(Agreement._fields, math.nan)
-            if self._counts[k].compute() > 0:
+            if (compared := int(self._counts[k].compute())) > 0:
                 row |= {name: float(value) for name, value in self._compared[k].compute()._asdict().items()}
             mean, error, _ = self._all[k].compute()
             row |= {
@@ -261,6 +261,7 @@ class LikelihoodEvaluation:
                 "round_trip": float(self._round_trips[k].compute()),
                 "unconverged": float(self._failed[k].compute()),
                 "steps": k,
+                "compared": compared,
                 "evaluations": self.evaluations[k],
                 "milliseconds": 1e3 * self.seconds[k] / max(1, int(self._all[k].count)),
                 "reference_error": reference_error,

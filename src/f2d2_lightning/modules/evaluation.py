@@ -251,15 +251,15 @@ class Evaluation:
             return []
         rows: list[dict[str, Any]] = list(self.likelihoods.rows())
         seconds, evaluations = self._cost
-        reference = self.compared_values()[1]
-        count = len(reference)
+        last, count = rows[-1], len(self.compared_values()[1])
         rows.append(
             {
                 "steps": None,
-                "nll": rows[-1]["reference_nll"],
-                "nll_standard_error": float(reference.std()) / math.sqrt(count) if count > 1 else math.nan,
-                "reference_nll": rows[-1]["reference_nll"],
-                "reference_error": rows[-1]["reference_error"],
+                "nll": last["reference_nll"],
+                # of all processes, as the mean is; time is this one's, and so is the number it is divided by
+                "nll_standard_error": last["reference_deviation"] / math.sqrt(max(1, last["compared"])),
+                "reference_nll": last["reference_nll"],
+                "reference_error": last["reference_error"],
                 "evaluations": evaluations,
                 "milliseconds": 1e3 * seconds / max(1, count),
                 "doubt": "",
