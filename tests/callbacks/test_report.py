@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 import f2d2_lightning as f2
 from f2d2_lightning.callbacks import RunLogger, TestReport
@@ -227,6 +229,15 @@ class Seen(HTMLParser):
         if tag in ("td", "h1", "h2"):
             self.cells.append(self.inside)
             self.inside = None
+
+
+def test_samples_are_counted_once_and_those_of_all_loaders(tmp_path):
+    x = Pair().splits()["test"][0]
+    # what the second of two processes is dealt of five samples, one of them a second time, and another loader
+    dealt = DataLoader(x[:5], 2, sampler=DistributedSampler(x[:5], 2, 1, shuffle=False))
+    one = trainer(tmp_path, callbacks=[TestReport(str(tmp_path), diagnosed=0, **QUICK)])
+    one.test(made(), [dealt, DataLoader(x[5:9], 4)], verbose=False)
+    assert "| test samples | 6 |" in (tmp_path / "report.md").read_text()
 
 
 def test_the_page_holds_the_same_numbers_and_its_pictures(tested):

@@ -27,6 +27,7 @@ from f2d2_lightning.plots._figure import limits, plural, settle
 from f2d2_lightning.plots.samples import is_image, is_plane
 from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import Cond, joined, mapped, moved, some_of, tensors
+from f2d2_lightning.utils.processes import Places
 
 CHUNK = 512
 
@@ -36,8 +37,6 @@ class Points:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.seen = 0
-        """Samples that were offered."""
         self.x = torch.empty(0)
         self.cond: Cond | None = None
 
@@ -47,7 +46,6 @@ class Points:
     def add(self, x: Tensor, cond: Cond | None) -> None:
         """Keep what is still wanted of a batch ``(B, ...)``."""
         left = self.most - len(self)
-        self.seen += len(x)
         if left <= 0:
             return
         if cond is not None:
@@ -97,7 +95,17 @@ class Gallery:
         self.samples, self.teacher_steps, self.grid = samples, teacher_steps, grid
         self.true_log_prob = getattr(getattr(trainer, "datamodule", None), "log_prob", None)
         self._broadcast = trainer.strategy.broadcast
+        self._places = Places(trainer)
+        self.seen = 0
+        """Samples of this process that were offered, of all loaders, each once."""
         self._kept: dict[str, Any] = {}
+
+    def add(self, batch: Any, loader: int) -> None:
+        """Count the samples of a batch of one of the trainer's loaders, and keep what is wanted of the first one."""
+        x, cond = self.model.state(batch)
+        self.seen += int(self._places.take(len(x), loader)[1].sum())
+        if loader == 0:
+            self.points.add(x, cond)
 
     # --- measuring: all processes ---
 
@@ -247,13 +255,15 @@ class GalleryCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        wanting = [one for one in self.collecting if self.counts or len(one.points) < one.points.most]
-        if dataloader_idx > 0 or not wanting:
+        wanting = [
+            one for one in self.collecting if self.counts or (dataloader_idx == 0 and len(one.points) < one.points.most)
+        ]
+        if not wanting:
             return
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             for gallery in wanting:
                 if gallery.model.ready:
-                    gallery.points.add(*gallery.model.state(batch))
+                    gallery.add(batch, dataloader_idx)
 
 
 def _kept(before: Cond | None, more: Cond) -> Cond:

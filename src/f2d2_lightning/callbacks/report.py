@@ -101,7 +101,7 @@ class TestReport(GalleryCallback):
         """Measure on all processes, write on the first. All metrics have been logged by now."""
         run = run_folder(trainer)
         for gallery in self.galleries.values():
-            model, seen = gallery.model, torch.tensor(float(gallery.points.seen), device=pl_module.device)
+            model, seen = gallery.model, torch.tensor(float(gallery.seen), device=pl_module.device)
             count = trainer.strategy.reduce(seen, reduce_op="sum")
             gallery.share()
             with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
