@@ -22,13 +22,15 @@ def test_the_teacher_learns_a_gaussian(tmp_path):
     flow_map = GaussianPreconditioned(MLP((2,), width=16, blocks=1), f2.GaussianBaseline((2,), "full"))
     module = f2.FlowMatchingModule(flow_map, warmup=2)
     data = Pair()
-    fit(tmp_path, module, data=data, max_epochs=2)
+    run = fit(tmp_path, module, data=data, max_epochs=2)
     # the baseline was fitted to the data that it saw
     train = data.dataset("train").values
     assert torch.allclose(module.flow_map.baseline.mean, train.mean(0), atol=1e-5)
     exact = torch.distributions.MultivariateNormal(train.mean(0), torch.cov(train.T))
     x = data.dataset("test").values
     assert torch.allclose(f2.reference_log_prob(module.average, x).value, exact.log_prob(x), atol=0.5)
+    predicted = torch.cat(run.predict(module, torch.utils.data.DataLoader(x, 40)))
+    assert torch.allclose(predicted, exact.log_prob(x), atol=0.5)
 
 
 def test_coupled_with_itself_data_do_not_move(tmp_path):

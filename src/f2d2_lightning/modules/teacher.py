@@ -247,6 +247,11 @@ class FlowMatchingModule(FlowModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Reference log-likelihood of a batch, nats."""
+        x, cond = self.state(batch)
+        return self.log_prob(x, cond=cond).value
+
     def on_validation_epoch_start(self) -> None:
         self._places = Places(self.trainer)
         self._shared = SharedReference(self, self.trainer, None if self._wants_nll else 0)
