@@ -494,7 +494,8 @@ def test_waves_are_better_axes_of_photographs_than_pixels():
         warnings.simplefilter("ignore")  # few samples
         fits = {kind: GaussianBaseline((3, 16, 16), kind).fit([known]) for kind in ("cosine", "full", "diagonal")}
     values = {kind: float(fit.log_prob(fresh, torch.ones(len(fresh))).mean()) / 768 for kind, fit in fits.items()}
-    assert values["cosine"] > values["full"] > values["diagonal"] + 1, values
+    assert values["cosine"] > values["full"] - 1e-9  # which may shrink to waves wholly
+    assert values["full"] > values["diagonal"] + 1, values
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 2, 3), (40,)])

@@ -114,34 +114,41 @@ class TangentRules(TorchFunctionMode):
 
 def _tangent(x: Any) -> Tensor | None:
     """The tangent of a tensor of torch's own kind, if it has one."""
-    if type(x) is not Tensor:
-        return None
-    return forward_ad.unpack_dual(x).tangent
+    return forward_ad.unpack_dual(x).tangent if type(x) is Tensor else None
 
 
 def _constant(*values: Any) -> bool:
     return all(not isinstance(v, Tensor) or forward_ad.unpack_dual(v).tangent is None for v in values)
 
 
+def _one_moving(left: Any, right: Any) -> tuple[Tensor, Tensor, bool] | None:
+    """Value and tangent of the one of two operands that has a tangent, and whether it is the first; else ``None``."""
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return None
+    first, second = forward_ad.unpack_dual(left), forward_ad.unpack_dual(right)
+    if second.tangent is None:
+        return None if first.tangent is None or type(left) is not Tensor else (*first, True)
+    return None if first.tangent is not None or type(right) is not Tensor else (*second, False)
+
+
 def _affine(
     func: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
 ) -> Tensor | None:
-    tangent = _tangent(input)
-    if tangent is None or not _constant(weight, bias):
+    moving = _one_moving(input, weight)
+    if moving is None or not moving[2] or not _constant(bias):
         return None
-    value = func(forward_ad.unpack_dual(input).primal, weight, bias, *rest, **named)
+    x, tangent, _ = moving
+    value = func(x, weight, bias, *rest, **named)
     return forward_ad.make_dual(value, func(tangent, weight, None, *rest, **named))
 
 
 def _product(func: Callable[..., Tensor], left: Any, right: Any, **named: Any) -> Tensor | None:
-    if named or not isinstance(left, Tensor) or not isinstance(right, Tensor):
+    moving = None if named else _one_moving(left, right)
+    if moving is None:
         return None
-    tangent, other = _tangent(left), _tangent(right)
-    if tangent is not None and _constant(right):
-        return forward_ad.make_dual(func(forward_ad.unpack_dual(left).primal, right), func(tangent, right))
-    if other is not None and _constant(left):
-        return forward_ad.make_dual(func(left, forward_ad.unpack_dual(right).primal), func(left, other))
-    return None
+    x, tangent, first = moving
+    answers = (func(x, right), func(tangent, right)) if first else (func(left, x), func(left, tangent))
+    return forward_ad.make_dual(*answers)
 
 
 def _quotient(func: Callable[..., Tensor], left: Any, right: Any, **named: Any) -> Tensor | None:
@@ -152,16 +159,13 @@ def _sum(sign: int) -> Callable[..., Tensor | None]:
     """Rule of ``left + sign * right``."""
 
     def rule(func: Callable[..., Tensor], left: Any, right: Any, **named: Any) -> Tensor | None:
-        if named or not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        moving = None if named else _one_moving(left, right)
+        if moving is None:
             return None
-        first, second = _tangent(left), _tangent(right)
-        if first is not None and _constant(right):
-            tangent = first
-        elif second is not None and _constant(left):
-            tangent = second if sign > 0 else -second
-        else:
-            return None
-        value = func(forward_ad.unpack_dual(left).primal, forward_ad.unpack_dual(right).primal)
+        x, tangent, first = moving
+        value = func(x, right) if first else func(left, x)
+        if sign < 0 and not first:
+            tangent = -tangent
         # a copy: were it the operand's own tangent, an operation in place on either would change both
         return forward_ad.make_dual(value, torch.empty_like(value).copy_(tangent))
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from f2d2_lightning.flows.maps import Joint, JointMap
-from f2d2_lightning.flows.paths import LinearPath, Path, distinct, like
+from f2d2_lightning.flows.paths import LinearPath, Path, distinct, like, of_time
 from f2d2_lightning.utils.checks import check_shape, checked, counts, one_of
 from f2d2_lightning.utils.conditions import Cond
 from f2d2_lightning.utils.configured import Configured
@@ -333,11 +333,13 @@ class GaussianBaseline(nn.Module, Configured):
                 return torch.einsum("bpi, pij -> bpj", self._waves(x), axes).flatten(1)
             return self._pixels(torch.einsum("bpi, pij -> bpj", x.reshape(len(x), *axes.shape[:2]), axes))
 
+    @of_time
     def marginal_variances(self, t: Tensor) -> Tensor:
         """``w(t) = sigma^2 + alpha^2 lambda`` along the axes, ``(B,) -> (B or 1, dim or 1)``."""
         (t,) = distinct(t)
         return self.path.sigma(t)[:, None] ** 2 + self.path.alpha(t)[:, None] ** 2 * self.variances
 
+    @of_time
     def _relative_slope(self, s: Tensor, t: Tensor) -> Tensor:
         """``(w(t) - w(s)) / ((t - s) w(s))``, without the division."""
         path = self.path
@@ -345,6 +347,7 @@ class GaussianBaseline(nn.Module, Configured):
         data = path.alpha_slope(s, t) * (path.alpha(s) + path.alpha(t))
         return (noise[:, None] + data[:, None] * self.variances) / self.marginal_variances(s)
 
+    @of_time
     def divergence(self, s: Tensor, t: Tensor) -> Tensor:
         """``D_0(s, t)``, ``(B,), (B,) -> (B,)``, nats per unit of time; the same for every state."""
         count, (s, t) = len(s), distinct(s, t)
@@ -371,12 +374,14 @@ class GaussianBaseline(nn.Module, Configured):
         drift = like(self.path.alpha_slope(s, t), x) * mean
         return drift + self.jacobian_product(x - like(self.path.alpha(s), x) * mean, s, t)
 
+    @of_time
     def angle(self, t: Tensor) -> Tensor:
         """``theta(t)``, ``(B,) -> (B or 1, dim or 1)``, radians: 0 at noise, pi/2 at data."""
         (t,) = distinct(t)
         data, noise = self.path.alpha(t)[:, None] * self.variances.sqrt(), self.path.sigma(t)[:, None]
         return torch.atan2(data, noise.expand_as(data))
 
+    @of_time
     def angle_rate(self, s: Tensor, t: Tensor) -> Tensor:
         """``(theta(t) - theta(s)) / (t - s)``, ``(B or 1, dim or 1)``; the derivative where ``s = t``."""
         s, t = distinct(s, t)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from f2d2_lightning.flows.gaussian import GaussianBaseline
 from f2d2_lightning.flows.maps import Direction, FlowMap
-from f2d2_lightning.flows.paths import distinct, expand_time, like
+from f2d2_lightning.flows.paths import distinct, expand_time, like, of_time
 from f2d2_lightning.nn.mlp import MLP
 from f2d2_lightning.nn.unet import UNet
 from f2d2_lightning.utils.checks import at_least
@@ -110,6 +110,7 @@ class AngleEmbedding(nn.Module, Configured):
         # a teacher never sees a difference; a student that starts from it sees none at first either
         nn.init.zeros_(self.difference.weight)
 
+    @of_time
     def _waves(self, t: Tensor) -> Tensor:
         baseline = self._baseline[0]
         angles = baseline.angle(t)
