@@ -75,6 +75,15 @@ def test_scalar_time_and_number(case):
     close(Exact()(field, Point(x, 0.3, cond)).divergence, expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_difference_drops_out_the_same_units(mode):
+    layer, x = torch.nn.Dropout(0.5), torch.ones(200, 3)
+    torch.manual_seed(0)
+    v, divergence, _ = Exact(mode=mode)(lambda x, t, cond: layer(x), Point(x, 0.5))
+    assert set(divergence.round(decimals=6).tolist()) == {0.0, 2.0, 4.0, 6.0}
+    assert set(v.flatten().tolist()) == {0.0, 2.0}
+
+
 def test_jacobian_product_of_a_constant():
     value, product = jacobian_product(lambda y: torch.ones(2, 3), torch.randn(2, 3), torch.randn(2, 3))
     close(value, torch.ones(2, 3))

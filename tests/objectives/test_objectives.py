@@ -108,6 +108,17 @@ def test_lagrangian_target(bent):
     assert not target.divergence.requires_grad
 
 
+@pytest.mark.parametrize("kind", [Lagrangian, Eulerian])
+def test_differences_in_time_drop_out_the_same_units(bent, kind):
+    _, source, _, x, s, t = bent
+    backbone = randomize(MLP(x.shape[1:], width=16, blocks=1, dropout=0.5)).train()
+    student, targets = JointFlowMap(backbone, randomize(DivergenceHead(features=16, hidden=8))), []
+    for mode in ("forward", "finite"):
+        torch.manual_seed(0)
+        targets.append(kind(mode=mode, step=1e-5).target(student, source, Point(x, s), t))
+    close(*targets, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("objective", [Eulerian(), Consistency()], ids=["eulerian", "consistency"])
 def test_eulerian_target(bent, objective):
     student, source, teacher, x, s, t = bent

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -26,6 +26,7 @@ from f2d2_lightning.utils.conditions import Cond, mapped, repeated
 from f2d2_lightning.utils.seeding import counter_normal, hashed, mix_seed, own_random_state, row_keys
 from f2d2_lightning.utils.text import briefly
 
+T = TypeVar("T")
 MODES = ("forward", "reverse", "finite")
 
 
@@ -71,13 +72,22 @@ def _check_constant(function: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) 
     A network that detaches its input, as one whose answer is a gradient does, or that runs itself in inference mode,
     drops tangents without a word, and its divergence would be 0.
     """
-    with own_random_state(x.device), torch.no_grad():
-        near, far = (function(x + step * v) for step in (-1e-2, 1e-2))
+    with torch.no_grad():
+        near, far = (same_draws(function, x + step * v) for step in (-1e-2, 1e-2))
     if not torch.equal(near, far):
         raise DerivativeError(
             "a velocity changes with its state, and no derivative came through it: it detaches its input, or runs in "
             f"inference mode. {REMEDY}"
         )
+
+
+def same_draws(function: Callable[..., T], x: Tensor, *rest: Tensor) -> T:
+    """``function(x, *rest)``, after which random states are as before: the next call drops out the same units.
+
+    Of two answers with dropout of their own, a difference over a small step would be noise.
+    """
+    with own_random_state(x.device):
+        return function(x, *rest)
 
 
 def _products(
@@ -89,7 +99,8 @@ def _products(
     if mode == "finite":
         with _derivatives_allowed():
             x = _usable(x)
-            return function(x.clone()), (function(x + step * v) - function(x - step * v)) / (2 * step)
+            ahead, behind = (same_draws(function, x + h * v) for h in (step, -step))
+            return function(x.clone()), (ahead - behind) / (2 * step)
     wanted = torch.is_grad_enabled()
     with _derivatives_allowed(), torch.enable_grad():
         # a copy in any case: a leaf cannot be changed in place

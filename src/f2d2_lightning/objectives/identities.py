@@ -26,6 +26,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from f2d2_lightning.divergence._tangents import forward_mode
+from f2d2_lightning.divergence.estimators import same_draws
 from f2d2_lightning.flows.maps import Direction, Joint, JointMap
 from f2d2_lightning.flows.paths import Path, Point, like
 from f2d2_lightning.objectives.base import Batch, Examples, Objective, Terms, Weighting
@@ -134,8 +135,7 @@ class _MovingTime(Identity):
         # the interval keeps its order, and its times stay in [0, 1]
         later = torch.minimum(time + self.step, torch.where(time < other, other, torch.ones_like(time)))
         earlier = torch.maximum(time - self.step, torch.where(time > other, other, torch.zeros_like(time)))
-        up = function(x + like(later - time, x) * dx, later)
-        down = function(x + like(earlier - time, x) * dx, earlier)
+        up, down = (same_draws(function, x + like(end - time, x) * dx, end) for end in (later, earlier))
         span = later - earlier
         slope = Joint((up.velocity - down.velocity) / like(span, x), (up.divergence - down.divergence) / span)
         return function(x.clone(), time), slope
