@@ -142,7 +142,9 @@ def multiplied(x):
 @pytest.mark.parametrize(
     "function",
     [multiplied, lambda x: x.clone().mul_(3.0), lambda x: (y := x + 1).mul_(y.view_as(y)),
-     lambda x: (y := x * 1).addcmul_(y, y, value=0.5), lambda x: (y := x.exp()).pow_(y)],
+     lambda x: (y := x * 1).addcmul_(y, y, value=0.5), lambda x: (y := x.exp()).pow_(y),
+     lambda x: (y := x * 1).mul_(other=y), lambda x: (y := x * 1).lerp_(x, y),
+     lambda x: (y := x.exp()).addcdiv_(x, y, value=2), lambda x: (y := x.exp()).hypot_(y)],
 )  # fmt: skip
 def test_what_is_written_over_itself_has_its_derivative(function):
     """Where torch's tangents are wrong, without a word: ``y *= y``."""

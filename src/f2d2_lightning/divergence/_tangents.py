@@ -174,9 +174,11 @@ def _sum(sign: int) -> Callable[..., Tensor | None]:
 
 def _in_place(func: Callable[..., Tensor], left: Tensor, *others: Any, **named: Any) -> Tensor | None:
     # torch changes the tangent of what is written to before it reads that of the same tensor on the other side
-    if not any(isinstance(other, Tensor) and other.data_ptr() == left.data_ptr() for other in others):
+    given = (*others, *named.values())
+    if not any(isinstance(other, Tensor) and other.data_ptr() == left.data_ptr() for other in given):
         return None
-    return func(left, *(other.clone() if isinstance(other, Tensor) else other for other in others), **named)
+    copies = [other.clone() if isinstance(other, Tensor) else other for other in given]
+    return func(left, *copies[: len(others)], **dict(zip(named, copies[len(others) :])))
 
 
 def _own_tangent(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -348,7 +350,9 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((torch.div, Tensor.div), _quotient),
     **dict.fromkeys((torch.add, Tensor.add), _sum(1)),
     **dict.fromkeys((torch.sub, Tensor.sub), _sum(-1)),
-    **dict.fromkeys((Tensor.mul_, Tensor.__imul__, Tensor.pow_, Tensor.__ipow__, Tensor.addcmul_), _in_place),
+    **dict.fromkeys((Tensor.mul_, Tensor.multiply_, Tensor.__imul__, Tensor.addcmul_, Tensor.addcdiv_), _in_place),
+    **dict.fromkeys((Tensor.pow_, Tensor.float_power_, Tensor.__ipow__, Tensor.ldexp_, Tensor.xlogy_), _in_place),
+    **dict.fromkeys((Tensor.lerp_, Tensor.atan2_, Tensor.arctan2_, Tensor.hypot_), _in_place),
     **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
     **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
     functional.instance_norm: _instance_norm,
