@@ -89,6 +89,20 @@ def test_intervals_go_where_the_map_goes(directions):
             student(**settings, objective=f2.TrajectoryRegression(intervals=f2.Intervals(other)))
 
 
+def test_modules_of_one_objective_keep_their_own_teachers_trajectories_and_directions():
+    objective, modules = f2.TrajectoryRegression(nodes=16, capacity=16), []
+    for deviation, directions in ((2.0, "both"), (1.0, "to_data")):
+        flow = f2.flows.GaussianFlow(f2.GaussianBaseline.from_covariance(torch.zeros(2), deviation**2 * torch.eye(2)))
+        network = MLP((2,), width=8, blocks=1, directions=directions)
+        modules.append(f2.F2D2Module(network, teacher=flow, objective=objective))
+    for module, deviation in zip(modules, (2.0, 1.0), strict=True):
+        assert module.objective.directions == module.joint.directions
+        source = f2.objectives.TeacherSource(module.teacher)
+        module.objective.loss(module.joint, f2.objectives.Batch(torch.randn(16, 2), source))
+        states = module.objective.pool(module.joint).ring["states"]
+        torch.testing.assert_close(states[:, -1], deviation * states[:, 0], rtol=0.1, atol=0.1)
+
+
 def test_a_trained_student_goes_on_with_its_head(tmp_path):
     """Such as to its own density: samples stay, the head begins with the answers that it had, and the first is kept."""
     first = student()
@@ -433,7 +447,7 @@ def test_a_validation_calibrates_error_bars_and_a_test_counts_what_they_cover(tm
     for k in (1, 2):
         assert module.error_bars[k].width == pytest.approx(of_validation[k].width, rel=1e-3)
         off = (module.log_prob(x, k).value - module.reference_log_prob(of.average.velocity, x).value).abs()
-        assert float((off <= module.error_bar(x, k, batch_size=7)).float().mean()) >= 0.9
+        assert float((off <= module.error_bar(x, k, batch_size=7)).double().mean()) >= 0.9
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = f2.load(tmp_path / "a.ckpt")
     assert again.error_bars == module.error_bars

@@ -104,7 +104,8 @@ class DistilledModel(RangedModel):
         """Say what is minimised. To be called by ``__init__``.
 
         Args:
-            objective: The objective; by default :func:`default_objective`.
+            objective: The objective, of which a copy is taken where it is another model's already; by default
+                :func:`default_objective`.
             estimator: Divergence estimator of its targets; ``None`` for what is measured, or one probe.
             directions: Orders of time that the map declares.
             moving: Whether the velocity that is learned from changes as training goes on.
@@ -115,7 +116,7 @@ class DistilledModel(RangedModel):
         """
         self.estimator, self._estimator_given = estimator or Hutchinson(), estimator is not None
         self._trained_directions, self._chosen = directions, objective is not None
-        self._set_objective(objective or default_objective(moving, scattering))
+        self._set_objective((objective or default_objective(moving, scattering)).for_a_model())
 
     @property
     def objective(self) -> Objective:
@@ -124,6 +125,8 @@ class DistilledModel(RangedModel):
 
     @objective.setter
     def objective(self, objective: Objective) -> None:
+        if objective is not self._objective:
+            objective = objective.for_a_model()
         self._set_objective(objective)
         self._chosen = True
         objective.quantize(self.quantization)

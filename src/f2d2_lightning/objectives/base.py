@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ class Objective(ABC):
         path: Probability path that states are drawn from.
     """
 
+    _taken = False
+
     @checked
     def __init__(
         self, intervals: Intervals | None = None, weighting: Weighting | None = None, path: Path | None = None
@@ -239,6 +242,22 @@ class Objective(ABC):
                 f"the objective has {self.quantization}, but the model's data have {quantization}; leave out the "
                 "objective's, or make them agree"
             )
+
+    def for_a_model(self) -> Objective:
+        """Itself for the first model that takes it, for a further one a copy that begins anew.
+
+        It goes where its model goes, and what it keeps is of one teacher.
+        """
+        if not self._taken:
+            self._taken = True
+            return self
+        other = copy.copy(self)
+        other.intervals = copy.copy(self.intervals)
+        other.forget()
+        return other
+
+    def forget(self) -> None:  # noqa: B027
+        """Let go of what is kept from step to step; nothing, unless a subclass that keeps something says how."""
 
     # trajectory regression has a state to keep; the others have none
     def state_dict(self) -> dict[str, Any]:

@@ -131,15 +131,20 @@ class TrajectoryRegression(Objective):
         self.refresh, self.chunk, self.near_data = refresh, chunk, near_data
         self.unroll, self.recompute, self.likelihood_of_data = unroll, recompute, likelihood_of_data
         self.quantization = quantization
-        self.starts, self.perturbation = dict(starts or {"data": 0.5, "noise": 0.5}), perturbation
-        self._starts_given = starts is not None
-        self._starts()  # refuses what cannot be
+        self.starts, self.perturbation = dict(starts or {}), perturbation
+        self._starts_given = bool(starts)
         self.cache = None if cache is None else TrajectoryCache(cache)
+        self.forget()
+        self._starts()  # refuses what cannot be
+
+    def forget(self) -> None:
         self._pool: TrajectoryPool | None = None
         self._saved_pool: Mapping[str, Any] | None = None
         self._due = 0.0
         self._recent: tuple[Tensor, Cond | None] | None = None  # data to begin at, of several batches
         self._stationary = True
+        if not self._starts_given:
+            self.starts = {"data": 0.5, "noise": 0.5}
         self.choice: TargetChoice | None = None
         """Nodes and their placing, where they were measured, and what was measured."""
 

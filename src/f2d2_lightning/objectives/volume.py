@@ -74,7 +74,10 @@ class VolumeRegression(Objective):
         share(own_path=own_path)
         self.capacity, self.refresh, self.chunk, self.own_path = capacity, refresh, chunk, own_path
         self.determinant = Determinant.said(determinant) or Determinant()
-        self._ring, self._due = Ring(capacity), 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        self._ring, self._due = Ring(self.capacity), 0.0
 
     @torch.no_grad()
     def volume(self, student: JointMap, point: Point, t: Tensor) -> Tensor:
@@ -128,6 +131,7 @@ class VolumeRegression(Objective):
         return {"kept": self._ring.state_dict(), "next": self._ring.next, "due": self._due}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._ring, self._due = Ring(self.capacity), float(state["due"])
+        self.forget()
+        self._due = float(state["due"])
         self._ring.next = int(state["next"])
         self._ring.load_state_dict(state["kept"])
