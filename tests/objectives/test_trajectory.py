@@ -184,6 +184,14 @@ def test_more_at_once_than_fit():
     assert sum(len(e["x"]) for e in pool.state_dict()["entries"]) == 3
 
 
+def test_conditions_with_a_graph_are_refused():
+    """An encoder in training would learn in the first step and end the second."""
+    source = TeacherSource(lambda x, t, cond: torch.zeros_like(x))
+    pool = TrajectoryPool([0.0, 1.0], baseline=None)
+    with pytest.raises(ValueError, match=r"cond requires gradients.* is trained along as condition="):
+        pool.add(source, torch.ones(2, 3), 0, {"series": torch.nn.Linear(3, 4)(torch.ones(2, 3))})
+
+
 @pytest.mark.parametrize("batches", [1, 3, 5, 9])
 @pytest.mark.parametrize("conditional", [False, True], ids=["no cond", "cond"])
 @pytest.mark.parametrize("whole", [False, True], ids=["integrated again", "kept"])

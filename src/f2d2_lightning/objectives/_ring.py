@@ -36,8 +36,18 @@ class Ring:
         return self.count == self.capacity
 
     def add(self, **values: Cond | None) -> None:
-        """Take in rows ``(N, ...)``, the last that fit: two writes of one place would race between threads."""
+        """Take in rows ``(N, ...)``, the last that fit: two writes of one place would race between threads.
+
+        Raises:
+            ValueError: If a row requires gradients, whose graph ends with the step.
+        """
         came = len(next(tensors(values)))
+        for name, value in values.items():
+            if any(tensor.requires_grad for tensor in tensors(value)):
+                raise ValueError(
+                    f"{name} requires gradients, and is kept for later steps: detach() it. A network that makes "
+                    "conditions is trained along as condition= of the map's network"
+                )
 
         def write(value: Tensor, held: Tensor | None = None) -> Tensor:
             places = (self.next + torch.arange(came, device=value.device)) % self.capacity

@@ -104,6 +104,7 @@ class VolumeRegression(Objective):
         labels = some_of(cond, rows)
         return self.terms(student, Examples(x, ring["s"][rows], ring["t"][rows], labels, target))
 
+    @torch.no_grad()
     def _make(self, student: JointMap, data: Tensor, cond: Cond | None) -> None:
         """Put a chunk of new examples in the place of the oldest."""
         self.intervals.follow(student.directions)
