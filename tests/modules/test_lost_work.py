@@ -23,6 +23,7 @@ from f2d2_lightning.callbacks import LastCheckpoint, last_checkpoint
 from f2d2_lightning.nn import MLP
 from f2d2_lightning.training.batches import FirstLook
 from f2d2_lightning.training.loading import load_module, read_checkpoint
+from launching import ended, output_of, start
 from lightning_parts import Pair, fit, same, student, teacher, trainer, weights
 
 # --- a model that was trained is not started anew ---
@@ -312,22 +313,19 @@ print("finished", fit.global_step)
 """
 
 
-def start(tmp_path, where, pause):
+def written(tmp_path, where, pause):
+    """A script to be run."""
     (tmp_path / "there").unlink(missing_ok=True)
     script = SCRIPT.format(tests=str(Path(__file__).parents[1] / "support"), where=where, pause=pause)
     (tmp_path / "run.py").write_text(textwrap.dedent(script))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("PL_GLOBAL_SEED", None)  # an earlier test's, in a fixture made before tests are set apart
-    return subprocess.Popen(
-        [sys.executable, "run.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    return ["run.py"]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """Weights of the script's run."""
     folder = tmp_path_factory.mktemp("whole")
-    assert "finished 9" in start(folder, "nowhere", 0).communicate(timeout=120)[0]
+    assert "finished 9" in output_of(written(folder, "nowhere", 0), folder)
     return read_checkpoint(folder / "checkpoints/last.ckpt")["state_dict"]
 
 
@@ -335,14 +333,14 @@ def uninterrupted(tmp_path_factory):
     ("where", "number"), [("training", signal.SIGTERM), ("training", signal.SIGINT), ("validation", signal.SIGTERM)]
 )
 def test_a_signal_saves_and_is_told_by_the_exit_code(tmp_path, uninterrupted, where, number):
-    process = start(tmp_path, where, 1.0)
+    process = start(written(tmp_path, where, 1.0), tmp_path, tmp_path / "printed", os.environ)
     deadline = time.monotonic() + 120
     while not (tmp_path / "there").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    os.kill(process.pid, number)
+    assert ended([process], 60) == [128 + number]
     assert kept(tmp_path) == {"last.ckpt": 3}
-    assert "finished 9" in start(tmp_path, "nowhere", 0).communicate(timeout=120)[0]
+    assert "finished 9" in output_of(written(tmp_path, "nowhere", 0), tmp_path)
     assert same(read_checkpoint(tmp_path / "checkpoints/last.ckpt")["state_dict"], uninterrupted)
 
 

@@ -34,8 +34,11 @@ _COPIES.set_forkserver_preload(IMPORTED)
 def start(command, folder, log, environment):
     """Python with the arguments ``-c CODE``, ``-m MODULE ...`` or ``SCRIPT ...``, as a process in a folder.
 
-    What it prints goes to the file ``log``, errors to ``log.err``. It begins without a test's imports and paths.
+    On one thread and the CPU, without a test's imports, paths and seed. What it prints goes to the file ``log``, errors
+    to ``log.err``.
     """
+    environment = {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PL_GLOBAL_SEED", None)
     process = _COPIES.Process(target=_begin, args=([str(word) for word in command], str(folder), log, environment))
     process.start()
     return process
@@ -53,7 +56,7 @@ def _begin(command, folder, log, environment):
     home = {"-c": "", "-m": folder}.get(first, str(Path(sys.argv[0]).parent))
     own = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [home, *filter(None, own), *(path for path in sys.path if not path.startswith(OURS))]
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    torch.set_num_threads(1)
     if first == "-c":
         code, sys.argv[0] = sys.argv[0], first
         sys.modules["__main__"] = main = types.ModuleType("__main__")
@@ -65,9 +68,9 @@ def _begin(command, folder, log, environment):
 
 
 def output_of(command, folder, timeout=300, **environment):
-    """What Python prints with some arguments, run in a folder, on one thread; it must end well."""
+    """What Python prints with some arguments, run in a folder as by :func:`start`; it must end well."""
     log = Path(folder) / "printed"
-    (code,) = ended([start(command, folder, log, os.environ | {"OMP_NUM_THREADS": "1"} | environment)], timeout)
+    (code,) = ended([start(command, folder, log, os.environ | environment)], timeout)
     printed, errors = log.read_text(), log.with_name("printed.err").read_text()
     said = shlex.join(map(str, command))[:500]
     assert code == 0, f"{said}\nended with {code}\n{printed[-2000:]}\n{errors[-8000:]}"
@@ -86,10 +89,7 @@ def launch(script, folder, count):
     for rank in range(count):
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
         }
-        environment.pop("PL_GLOBAL_SEED", None)
         if count > 1:
             names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank}
             names |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
