@@ -117,7 +117,9 @@ def numpy_student(i, f):
 @pytest.mark.parametrize("make", [numpy_teacher, numpy_student])
 def test_numbers_of_numpy_come_back_from_a_file(tmp_path, make):
     module = make(np.int64, np.float64)
-    data = Levels() if module.levels else f2.data.GaussianMixture(np.int64(96), batch_size=np.int64(32))
+    data = (
+        Levels() if module.levels else f2.data.GaussianMixture(np.int64(3), count=np.int64(96), batch_size=np.int64(32))
+    )
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module, data)
     run.save_checkpoint(tmp_path / "last.ckpt")

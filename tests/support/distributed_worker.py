@@ -264,7 +264,7 @@ class FirstAlone(Odd):
     def val_dataloader(self) -> Any:
         x = self.splits()["val"][0]
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return torch.utils.data.DataLoader(Streamed(x if rank == 0 else x[:0]), batch_size=16)
+        return torch.utils.data.DataLoader(Streamed(x if rank == 0 else x[:0]), batch_size=64)
 
     test_dataloader = val_dataloader
 
@@ -289,10 +289,11 @@ def evaluate(
     who: str,
     reference: f2.Reference = FEW_STEPS,
     data: Pair | None = None,
+    batch: int = 16,
 ) -> dict[str, Any]:
     """Figures of validation and test, with random probes and a reference of some samples."""
     data, added = data or Odd(), []
-    data.eval_batch_size = 16 // replicas
+    data.eval_batch_size = batch // replicas
     if who == "teacher":
         module: L.LightningModule = teacher()
         module.reference, module.validate_nll = reference, True
@@ -334,7 +335,7 @@ def cases(replicas: int) -> dict[str, Any]:
         made[f"evaluation {who}"] = lambda folder, w=who: evaluate(folder, names[0], replicas, w)
     if replicas == 2:
         for name, who in (("ddp", "teacher"), ("ddp", "student"), ("fsdp", "callback")):
-            made[f"chosen {who}"] = lambda folder, n=name, w=who: evaluate(folder, n, 2, w, f2.Reference())
+            made[f"chosen {who}"] = lambda folder, n=name, w=who: evaluate(folder, n, 2, w, f2.Reference(), batch=64)
         for who in ("teacher", "student"):
             made[f"alone {who}"] = lambda folder, w=who: evaluate(folder, "ddp", 2, w, f2.Reference(), FirstAlone())
         for name in ("ddp", "fsdp", "fsdp-sharded"):
