@@ -5,7 +5,7 @@ import torch
 
 from f2d2_lightning import Hutchinson
 from f2d2_lightning.divergence import Conditional, Exact
-from f2d2_lightning.divergence.estimators import jacobian_product
+from f2d2_lightning.divergence.estimators import StillProbe, jacobian_product
 from f2d2_lightning.flows import Point, TrigonometricPath
 from f2d2_lightning.objectives import ConditionalSource, TeacherSource
 from problems import moved, rotation, trace, z_score
@@ -62,6 +62,16 @@ def test_exact_is_the_trace(case, chunk, grad):
     close(v, field(x, t, cond))
     assert error is None
     assert divergence.requires_grad == v.requires_grad == grad
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exact_has_all_directions_whatever_the_default_device(case, mode):
+    field, x, t, cond = case
+    expected = trace(lambda y: field(y, t, cond), x)
+    with torch.device("meta"):
+        found, probe = Exact(4, mode)(field, Point(x, t, cond)).divergence, StillProbe(x, None, mode).probe
+    assert probe.abs().eq(1).all()
+    close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_scalar_time_and_number(case):

@@ -33,6 +33,7 @@ from f2d2_lightning.objectives import (
     TeacherSource,
 )
 from f2d2_lightning.objectives._pool import busy_times
+from f2d2_lightning.objectives.intervals import pick
 from problems import MUTATIONS, PROBLEMS, Mutant, Nothing, Student, randomize, trace, z_score
 
 close = torch.testing.assert_close
@@ -302,6 +303,15 @@ def test_intervals(direction, to_noise):
     diagonal = s[s == t].double()
     assert abs(float(diagonal.mean()) - 0.5) < 0.02
     assert abs(float(diagonal.std()) - math.sqrt(1 / 12)) < 0.02
+
+
+def test_intervals_are_drawn_whatever_the_default_device():
+    drawn = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        counts = [Intervals(diagonal=0.25).on_diagonal(2, drawn) for _ in range(100)]
+        picked = {pick((1, 2, 4), drawn) for _ in range(100)}
+    assert 30 < sum(counts) < 70
+    assert picked == {1, 2, 4}
 
 
 def test_default_intervals():

@@ -189,7 +189,7 @@ class Exact(DivergenceEstimator):
             stop = min(start + self.chunk, dim)
             count = stop - start
             basis = x.new_zeros(count, dim)
-            basis[torch.arange(count), torch.arange(start, stop)] = 1
+            basis.diagonal(start).fill_(1)
             tangent = basis.repeat(batch, 1).reshape(batch * count, *x.shape[1:])
             times = t[:1].expand(batch * count) if t.stride(0) == 0 else t.repeat_interleave(count)
             conds = repeated(point.cond, count, each=True)
@@ -333,7 +333,7 @@ class StillProbe(Hutchinson):
     def __init__(self, x: Tensor, baseline: GaussianBaseline | None, mode: str, step: float = 1e-2) -> None:
         super().__init__(mode=mode, step=step, control=baseline)
         generator = torch.Generator().manual_seed(0)
-        self.probe = (torch.randint(0, 2, (1, *x.shape), generator=generator) * 2 - 1).to(x)
+        self.probe = (torch.randint(0, 2, (1, *x.shape), generator=generator, device="cpu") * 2 - 1).to(x)
 
     def draw(self, x: Tensor) -> Tensor:
         return self.probe

@@ -234,7 +234,7 @@ def _estimate(
     def traces(taken: int) -> Tensor:
         """By the first of the iterations, ``(P, B)``."""
         values, axes = torch.linalg.eig(small[:, :taken, :taken])
-        first = torch.eye(taken, 1, dtype=axes.dtype).expand(len(small), -1, -1)
+        first = torch.eye(taken, 1, dtype=axes.dtype, device="cpu").expand(len(small), -1, -1)
         shares = axes[:, 0] * torch.linalg.solve(axes, first)[..., 0]
         logs = torch.where(shares == 0, torch.zeros_like(values), values.log())
         return (dim * (shares * logs).sum(-1).real).reshape(probes, count).to(x)

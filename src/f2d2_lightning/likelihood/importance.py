@@ -13,6 +13,7 @@ one biases both, and the effective sample size does not show it. (Owen, "Monte C
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ class ImportanceWeights(Answer):
     def log_normalizer(self) -> Estimate:
         """``log Z``, nats; its standard error is that of ``Z`` as a share, to first order, NaN of one sample."""
         count = len(self.log_weights)
-        value = self.log_weights.logsumexp(0) - torch.tensor(float(count), dtype=torch.float64).log()
+        value = self.log_weights.logsumexp(0) - math.log(count)
         share = (count / self.effective_sample_size - 1).clamp(min=0) / (count - 1)
         return Estimate(value, share.sqrt())
 

@@ -15,7 +15,7 @@ from f2d2_lightning.utils.text import briefly
 
 def pick(choices: Sequence[int], structure: torch.Generator | None = None) -> int:
     """One of some numbers at random; ``structure`` as in :meth:`Intervals.on_diagonal`."""
-    return choices[int(torch.randint(len(choices), (), generator=structure))]
+    return choices[int(torch.randint(len(choices), (), generator=structure, device="cpu"))]
 
 
 class Intervals:
@@ -79,7 +79,7 @@ class Intervals:
             count: Number of intervals.
             structure: CPU generator that decides; the global one by default.
         """
-        return math.ceil(self.diagonal * count - float(torch.rand((), generator=structure)))
+        return math.ceil(self.diagonal * count - float(torch.rand((), generator=structure, device="cpu")))
 
     def sample(
         self,
