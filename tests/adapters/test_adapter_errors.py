@@ -23,6 +23,7 @@ from f2d2_lightning.adapters import (
 from f2d2_lightning.adapters.call import Call
 
 CALLS = [
+    ("net(x, t=s, t=t)", "gives t= twice"),
     ("net(x, s", "cannot be read"),
     ("x + s", "is no call"),
     ("other(x, s)", "does not call net"),

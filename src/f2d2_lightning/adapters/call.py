@@ -106,6 +106,8 @@ class Call:
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise ValueError(f"the call {text!r} has a ** argument; {_GRAMMAR}")
+            if keyword.arg in self._keywords:
+                raise ValueError(f"the call {text!r} gives {keyword.arg}= twice; give it once")
             self._keywords[keyword.arg] = self._value(keyword.value)
         self.names = frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name)) & frozenset(NAMES)
         if "x" not in self.names:
