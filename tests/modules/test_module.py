@@ -103,6 +103,12 @@ def test_modules_of_one_objective_keep_their_own_teachers_trajectories_and_direc
         torch.testing.assert_close(states[:, -1], deviation * states[:, 0], rtol=0.1, atol=0.1)
 
 
+def test_modules_of_one_objective_keep_their_own_levels():
+    objective, network = f2.TrajectoryRegression(), MLP((2,), width=8, blocks=1)
+    made = [f2.F2D2Module(network, levels=levels, objective=objective).objective for levels in (17, 9)]
+    assert [one.quantization.levels for one in made] == [17, 9]
+
+
 def test_a_trained_student_goes_on_with_its_head(tmp_path):
     """Such as to its own density: samples stay, the head begins with the answers that it had, and the first is kept."""
     first = student()

@@ -164,7 +164,7 @@ class Objective(ABC):
         path: Probability path that states are drawn from.
     """
 
-    _taken = False
+    _taken = _levels_taken = False
 
     @checked
     def __init__(
@@ -236,7 +236,7 @@ class Objective(ABC):
             ValueError: If the objective has others.
         """
         if self.quantization is None:
-            self.quantization = quantization
+            self.quantization, self._levels_taken = quantization, True
         elif self.quantization != quantization:
             raise ValueError(
                 f"the objective has {self.quantization}, but the model's data have {quantization}; leave out the "
@@ -253,6 +253,8 @@ class Objective(ABC):
             return self
         other = copy.copy(self)
         other.intervals = copy.copy(self.intervals)
+        if self._levels_taken:
+            other.quantization = None
         other.forget()
         return other
 
