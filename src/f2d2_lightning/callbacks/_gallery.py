@@ -27,7 +27,6 @@ from f2d2_lightning.plots._figure import limits, plural, settle
 from f2d2_lightning.plots.samples import is_image, is_plane
 from f2d2_lightning.utils.checks import at_least
 from f2d2_lightning.utils.conditions import Cond, joined, mapped, moved, some_of, tensors
-from f2d2_lightning.utils.processes import Places
 
 CHUNK = 512
 
@@ -95,17 +94,7 @@ class Gallery:
         self.samples, self.teacher_steps, self.grid = samples, teacher_steps, grid
         self.true_log_prob = getattr(getattr(trainer, "datamodule", None), "log_prob", None)
         self._broadcast = trainer.strategy.broadcast
-        self._places = Places(trainer)
-        self.seen = 0
-        """Samples of this process that were offered, of all loaders, each once."""
         self._kept: dict[str, Any] = {}
-
-    def add(self, batch: Any, loader: int) -> None:
-        """Count the samples of a batch of one of the trainer's loaders, and keep what is wanted of the first one."""
-        x, cond = self.model.state(batch)
-        self.seen += int(self._places.take(len(x), loader)[1].sum())
-        if loader == 0:
-            self.points.add(x, cond)
 
     # --- measuring: all processes ---
 
@@ -228,9 +217,6 @@ class Gallery:
 class GalleryCallback(L.Callback):
     """Keeps the first samples of the data in a gallery of each model that a trainer has."""
 
-    counts = False
-    """Whether all samples are counted, and so converted, beyond those that are kept."""
-
     def __init__(self, **sizes: int) -> None:
         at_least(1, **sizes)
         self.sizes = sizes
@@ -255,15 +241,13 @@ class GalleryCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        wanting = [
-            one for one in self.collecting if self.counts or (dataloader_idx == 0 and len(one.points) < one.points.most)
-        ]
-        if not wanting:
+        wanting = [one for one in self.collecting if len(one.points) < one.points.most]
+        if dataloader_idx > 0 or not wanting:
             return
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
             for gallery in wanting:
                 if gallery.model.ready:
-                    gallery.add(batch, dataloader_idx)
+                    gallery.points.add(*gallery.model.state(batch))
 
 
 def _kept(before: Cond | None, more: Cond) -> Cond:

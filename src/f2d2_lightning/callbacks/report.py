@@ -64,7 +64,6 @@ class TestReport(GalleryCallback):
     """
 
     __test__ = False  # pytest collects classes by this name
-    counts = True
 
     def __init__(
         self,
@@ -101,8 +100,7 @@ class TestReport(GalleryCallback):
         """Measure on all processes, write on the first. All metrics have been logged by now."""
         run = run_folder(trainer)
         for gallery in self.galleries.values():
-            model, seen = gallery.model, torch.tensor(float(gallery.seen), device=pl_module.device)
-            count = trainer.strategy.reduce(seen, reduce_op="sum")
+            model = gallery.model
             gallery.share()
             with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
                 measured = gallery.measure()
@@ -125,7 +123,7 @@ class TestReport(GalleryCallback):
                 title=f"Test of {model.title}" + ("" if data is None else f" on {type(data).__name__}"),
                 run=run,
                 checkpoint=trainer.ckpt_path,
-                samples=int(count),
+                samples=rows[0]["samples"],
                 device=str(pl_module.device),
                 unit=model.unit,
                 reference_name=model.reference_name,

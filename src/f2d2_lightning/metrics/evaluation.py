@@ -85,7 +85,7 @@ class LikelihoodEvaluation:
         self._counts = {k: empty(SumMetric()) for k in self.steps}
         self._round_trips = {k: empty(RoundTripError()) for k in self.steps}
         self._reference_errors = empty(RoundTripError())  # likewise a root mean square
-        self._reference_failed = empty(SumMetric())
+        self._reference_failed, self._samples = empty(SumMetric()), empty(SumMetric())
         self._moments = [empty(MeanMetric(nan_strategy="error")) for _ in range(2)]
         self.seconds = dict.fromkeys(self.steps, 0.0)
         """Spent on few-step likelihoods by this process."""
@@ -201,6 +201,7 @@ class LikelihoodEvaluation:
             self._reference_failed.update((~reference.isfinite()).float())
         if reference_error is not None:
             self._reference_errors.update(reference_error[reference_error.isfinite()].square())
+        self._samples.update(next(iter(values.values())).shape[-1])
         for k, value in values.items():
             value = torch.atleast_2d(value)  # of a batch of repeated samples alone none is left
             good = value.isfinite().all(0)
@@ -247,7 +248,7 @@ class LikelihoodEvaluation:
         mean, square = (moment.compute() for moment in self._moments)
         deviation = float((square - mean.square()).clamp(min=0).sqrt())  # NaN without states
         unit = self._all[self.steps[0]].unit
-        reference_error = float(self._reference_errors.compute()) / unit
+        reference_error, samples = float(self._reference_errors.compute()) / unit, int(self._samples.compute())
         for k in self.steps:
             row: dict[str, Any] = dict.fromkeys(Agreement._fields, math.nan)
             if (compared := int(self._counts[k].compute())) > 0:
@@ -261,6 +262,7 @@ class LikelihoodEvaluation:
                 "round_trip": float(self._round_trips[k].compute()),
                 "unconverged": float(self._failed[k].compute()),
                 "steps": k,
+                "samples": samples,
                 "compared": compared,
                 "evaluations": self.evaluations[k],
                 "milliseconds": 1e3 * self.seconds[k] / max(1, int(self._all[k].count)),
